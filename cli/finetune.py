@@ -1,0 +1,7 @@
+"""``condconv finetune``."""
+
+from __future__ import annotations
+
+
+def finetune() -> None:
+    """Not there yet."""

@@ -1,0 +1,55 @@
+"""``condconv``: the commands, and how their errors end."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+
+from condconv_surgery import __version__
+from condconv_surgery.errors import SurgeryError
+
+from .convert import convert
+from .finetune import finetune
+from .output import print_error, say
+from .report import report
+
+app = typer.Typer(
+    name="condconv",
+    help="Give a trained convolutional network conditional convolutions: convert, finetune, report.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command()(convert)
+app.command()(finetune)
+app.command()(report)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"condconv-surgery {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def condconv(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """Give a trained convolutional network conditional convolutions."""
+
+
+def run() -> None:
+    """The entry point: exit code 0 done, 1 the work failed, 2 the input is wrong, 130 interrupted."""
+    try:
+        app()
+    except SurgeryError as error:
+        print_error(error)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        say("Interrupted.")
+        sys.exit(130)

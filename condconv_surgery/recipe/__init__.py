@@ -1,0 +1,30 @@
+"""Every decision as a frozen dataclass, checked when made, JSON in and out. Imports no torch."""
+
+from condconv_surgery.recipe.conversion import Selection, Upcycling
+from condconv_surgery.recipe.model import FORMAT, ConvertedLayer, InputSpec, Recipe, Source
+from condconv_surgery.recipe.variants import (
+    VARIANTS,
+    CondConv,
+    DynamicConv,
+    ODConv,
+    Variant,
+    make_variant,
+    variant_from_dict,
+)
+
+__all__ = [
+    "FORMAT",
+    "VARIANTS",
+    "CondConv",
+    "ConvertedLayer",
+    "DynamicConv",
+    "InputSpec",
+    "ODConv",
+    "Recipe",
+    "Selection",
+    "Source",
+    "Upcycling",
+    "Variant",
+    "make_variant",
+    "variant_from_dict",
+]

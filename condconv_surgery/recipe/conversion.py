@@ -1,0 +1,77 @@
+"""The decisions of a conversion: which layers, and how their experts start."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+
+from condconv_surgery.errors import InputError
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Which layers to convert.
+
+    include, exclude: globs over layer names (``layer4.*``), or ``re:`` and a regular expression. No include
+        means every layer; exclude wins.
+    min_channels: leave layers with fewer input or output channels.
+    skip_stem: leave the first convolution, which sees the picture and not features.
+    skip_pooled: leave convolutions over a 1x1 map (squeeze-and-excite), where mixing n kernels costs n times the
+        convolution itself; the papers leave them static too.
+    classifier: also convert the last ``nn.Linear`` (a Linear is a 1x1 convolution).
+    """
+
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    min_channels: int = 0
+    skip_stem: bool = True
+    skip_pooled: bool = True
+    classifier: bool = False
+
+    def __post_init__(self) -> None:
+        for flag, patterns in (("--include", self.include), ("--exclude", self.exclude)):
+            if isinstance(patterns, str):
+                raise InputError(
+                    f"{flag} is the text {patterns!r}.", "It must be a list of patterns.", f"[{patterns!r}]"
+                )
+            for pattern in patterns:
+                _require_pattern(flag, pattern)
+        if isinstance(self.min_channels, bool) or not isinstance(self.min_channels, int) or self.min_channels < 0:
+            raise InputError(
+                f"min_channels is {self.min_channels!r}.", "It must be a whole number, 0 or more.", "--min-channels 32"
+            )
+
+
+@dataclass(frozen=True)
+class Upcycling:
+    """How the experts start: ``W + eps_e``, with ``eps`` of zero sum over the experts.
+
+    diversity: standard deviation of ``eps`` as a fraction of the trained weight's own.
+    seed: of the noise; the same seed gives the same experts.
+    """
+
+    diversity: float = 0.1
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.diversity, (int, float)) or not 0 <= self.diversity < math.inf:
+            raise InputError(
+                f"diversity is {self.diversity!r}.", "It must be a number, 0 or more.", "--diversity 0.1"
+            )
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int) or self.seed < 0:
+            raise InputError(f"seed is {self.seed!r}.", "It must be a whole number, 0 or more.", "--seed 0")
+
+
+def _require_pattern(flag: str, pattern: object) -> None:
+    if not isinstance(pattern, str) or not pattern:
+        raise InputError(f"{flag} {pattern!r} is empty.", "A pattern names layers.", f'{flag} "layer4.*"')
+    if pattern.startswith("re:"):
+        try:
+            re.compile(pattern[3:])
+        except re.error as error:
+            raise InputError(
+                f"{flag} {pattern!r} is not a regular expression: {error}.",
+                "After re: comes a Python regular expression.",
+                f'{flag} "re:layer[34]\\..*"',
+            ) from error

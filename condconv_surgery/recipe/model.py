@@ -1,0 +1,117 @@
+"""What an artifact says of itself: where the model came from and what was done to it."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from condconv_surgery.errors import DamagedFileError, InputError
+from condconv_surgery.recipe.variants import Variant, variant_from_dict
+
+FORMAT = 1
+"""Version of the recipe's JSON. A reader refuses a larger one."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """How to build the unconverted skeleton.
+
+    name: ``torchvision:resnet18``, ``timm:resnet18``, ``package.module:factory``, or ``""`` when only the user knows.
+    options: keyword arguments of the factory (``num_classes``, ``aux_logits``, ...).
+    """
+
+    name: str = ""
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class InputSpec:
+    """The picture that a model expects: channels, height, width in pixels; normalisation in units of [0, 1]."""
+
+    channels: int = 3
+    height: int = 224
+    width: int = 224
+    mean: tuple[float, ...] = (0.485, 0.456, 0.406)
+    std: tuple[float, ...] = (0.229, 0.224, 0.225)
+    interpolation: str = "bilinear"
+    crop_fraction: float = 0.875
+
+    def __post_init__(self) -> None:
+        if min(self.channels, self.height, self.width) < 1:
+            raise InputError(
+                f"The input is {self.channels}x{self.height}x{self.width}.",
+                "Every side must be at least 1.",
+                "--input-size 224",
+            )
+
+
+@dataclass(frozen=True)
+class ConvertedLayer:
+    """One converted layer: every name it has in the module tree, and its variant.
+
+    linear: it replaced an ``nn.Linear``.
+    """
+
+    names: tuple[str, ...]
+    variant: Variant
+    linear: bool = False
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything needed to rebuild a model around its tensors.
+
+    heads: output widths of final layers that were exchanged after building the source, by layer name.
+    classes: class names, in the order of the logits; empty when unknown.
+    weights_sha256: hash of the original weights (see ``models.artifact.hash_weights``).
+    versions: of the libraries that wrote it.
+    """
+
+    source: Source = field(default_factory=Source)
+    input: InputSpec = field(default_factory=InputSpec)
+    layers: tuple[ConvertedLayer, ...] = ()
+    heads: dict[str, int] = field(default_factory=dict)
+    classes: tuple[str, ...] = ()
+    weights_sha256: str = ""
+    versions: dict[str, str] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        data = asdict(self)
+        data["format"] = FORMAT
+        data["layers"] = [
+            {"names": list(layer.names), "variant": layer.variant.to_dict(), "linear": layer.linear}
+            for layer in self.layers
+        ]
+        return data
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Recipe:
+        """The inverse of ``to_dict``. Raises ``DamagedFileError`` on anything else."""
+        try:
+            version = data["format"]
+            if not isinstance(version, int) or version > FORMAT:
+                raise DamagedFileError(
+                    f"The recipe has format {version!r}.",
+                    f"This version of condconv-surgery reads formats up to {FORMAT}.",
+                    "pip install --upgrade condconv-surgery",
+                )
+            return cls(
+                source=Source(str(data["source"]["name"]), dict(data["source"]["options"])),
+                input=InputSpec(
+                    **{**data["input"], "mean": tuple(data["input"]["mean"]), "std": tuple(data["input"]["std"])}
+                ),
+                layers=tuple(
+                    ConvertedLayer(tuple(row["names"]), variant_from_dict(row["variant"]), bool(row["linear"]))
+                    for row in data["layers"]
+                ),
+                heads={str(name): int(width) for name, width in data["heads"].items()},
+                classes=tuple(str(name) for name in data["classes"]),
+                weights_sha256=str(data["weights_sha256"]),
+                versions={str(k): str(v) for k, v in data["versions"].items()},
+            )
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            raise DamagedFileError(
+                f"The recipe cannot be read: {type(error).__name__}: {error}.",
+                "A recipe is the JSON that condconv writes.",
+                "convert the original model again",
+            ) from error
