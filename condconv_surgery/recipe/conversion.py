@@ -31,12 +31,7 @@ class Selection:
 
     def __post_init__(self) -> None:
         for flag, patterns in (("--include", self.include), ("--exclude", self.exclude)):
-            if isinstance(patterns, str):
-                raise InputError(
-                    f"{flag} is the text {patterns!r}.", "It must be a list of patterns.", f"[{patterns!r}]"
-                )
-            for pattern in patterns:
-                _require_pattern(flag, pattern)
+            _require_patterns(flag, patterns)
         if isinstance(self.min_channels, bool) or not isinstance(self.min_channels, int) or self.min_channels < 0:
             raise InputError(
                 f"min_channels is {self.min_channels!r}.", "It must be a whole number, 0 or more.", "--min-channels 32"
@@ -56,11 +51,16 @@ class Upcycling:
 
     def __post_init__(self) -> None:
         if not isinstance(self.diversity, (int, float)) or not 0 <= self.diversity < math.inf:
-            raise InputError(
-                f"diversity is {self.diversity!r}.", "It must be a number, 0 or more.", "--diversity 0.1"
-            )
+            raise InputError(f"diversity is {self.diversity!r}.", "It must be a number, 0 or more.", "--diversity 0.1")
         if isinstance(self.seed, bool) or not isinstance(self.seed, int) or self.seed < 0:
             raise InputError(f"seed is {self.seed!r}.", "It must be a whole number, 0 or more.", "--seed 0")
+
+
+def _require_patterns(flag: str, patterns: object) -> None:
+    if not isinstance(patterns, tuple):
+        raise InputError(f"{flag} is {patterns!r}.", "It must be a list of patterns.", '["layer4.*"]')
+    for pattern in patterns:
+        _require_pattern(flag, pattern)
 
 
 def _require_pattern(flag: str, pattern: object) -> None:

@@ -1,0 +1,22 @@
+"""Conditional convolutions: a variant says which kernel each sample gets, one room says how to convolve."""
+
+from condconv_surgery.layers.building import conditional_layers, conditional_like, set_temperature
+from condconv_surgery.layers.condconv import CondConv2d
+from condconv_surgery.layers.conditional import ConditionalConv2d
+from condconv_surgery.layers.dynamicconv import DynamicConv2d
+from condconv_surgery.layers.linear import ConditionalLinear
+from condconv_surgery.layers.mixture import ConvGeometry, Mixture
+from condconv_surgery.layers.odconv import ODConv2d
+
+__all__ = [
+    "CondConv2d",
+    "ConditionalConv2d",
+    "ConditionalLinear",
+    "ConvGeometry",
+    "DynamicConv2d",
+    "Mixture",
+    "ODConv2d",
+    "conditional_layers",
+    "conditional_like",
+    "set_temperature",
+]

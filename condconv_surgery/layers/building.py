@@ -1,0 +1,66 @@
+"""From a plain layer to its conditional twin, and from a model to its conditional layers."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from condconv_surgery.errors import InputError
+from condconv_surgery.layers.condconv import CondConv2d
+from condconv_surgery.layers.conditional import ConditionalConv2d
+from condconv_surgery.layers.dynamicconv import DynamicConv2d
+from condconv_surgery.layers.linear import ConditionalLinear
+from condconv_surgery.layers.mixture import ConvGeometry
+from condconv_surgery.layers.odconv import ODConv2d
+from condconv_surgery.recipe import CondConv, DynamicConv, ODConv, Variant
+
+LAYERS: dict[type[Variant], type[ConditionalConv2d]] = {  # type: ignore[type-arg]
+    CondConv: CondConv2d,
+    DynamicConv: DynamicConv2d,
+    ODConv: ODConv2d,
+}
+
+
+def conditional_like(module: nn.Conv2d | nn.Linear, variant: Variant) -> ConditionalConv2d[Variant]:
+    """A conditional layer with the geometry, device, dtype, training flag and ``requires_grad`` of ``module``.
+
+    Its experts are freshly initialised, its router zeroed. A Linear gets a ``ConditionalLinear``.
+    """
+    weight, has_bias = module.weight, module.bias is not None
+    layer: ConditionalConv2d[Variant]
+    if isinstance(module, nn.Linear):
+        layer = ConditionalLinear(
+            module.in_features, module.out_features, has_bias, weight.device, weight.dtype, variant=variant
+        )
+    else:
+        g = ConvGeometry.of(module)
+        layer = LAYERS[type(variant)](
+            g.in_channels,
+            g.out_channels,
+            g.kernel_size,
+            g.stride,
+            g.padding,
+            g.dilation,
+            g.groups,
+            has_bias,
+            g.padding_mode,
+            weight.device,
+            weight.dtype,
+            variant=variant,
+        )
+    return layer.train(module.training).requires_grad_(weight.requires_grad)
+
+
+def conditional_layers(model: nn.Module) -> dict[str, ConditionalConv2d[Variant]]:
+    """Every conditional layer of a model by its first name, each once however often it is shared."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, ConditionalConv2d)}
+
+
+def set_temperature(model: nn.Module, value: float) -> int:
+    """Set the temperature of every router that has one; returns how many have."""
+    if not 0 < value < float("inf"):
+        raise InputError(f"The temperature is {value!r}.", "It must be a positive number.", "30.0")
+    buffers = [getattr(layer.router, "temperature", None) for layer in conditional_layers(model).values()]
+    present = [buffer for buffer in buffers if buffer is not None]
+    for buffer in present:
+        buffer.fill_(value)
+    return len(present)

@@ -1,0 +1,51 @@
+"""CondConv: Conditionally Parameterized Convolutions for Efficient Inference.
+
+Yang, Bender, Le, Ngiam, NeurIPS 2019, arXiv 1904.04971, equation 2:
+
+    r(x) = sigmoid(GAP(x) R),    y = (r_1 W_1 + ... + r_n W_n) * x
+
+Both released implementations add a bias to ``R``; so do we. Our gate is ``(2/n) r(x)``: a zeroed router then
+gives gates that sum to 1, and an expert keeps the scale of a trained kernel.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from condconv_surgery.layers.conditional import ConditionalConv2d
+from condconv_surgery.layers.mixture import ConvGeometry, Mixture
+from condconv_surgery.layers.routing import Router, router_for, zero_linear_
+from condconv_surgery.recipe import CondConv
+
+
+@router_for(CondConv)
+class CondConvRouter(Router):
+    """``gate = (2/n) sigmoid(pooled R + b)``: [B, I] -> [B, E]."""
+
+    def __init__(
+        self,
+        geometry: ConvGeometry,
+        variant: CondConv,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.linear = nn.Linear(geometry.in_channels, variant.experts, device=device, dtype=dtype)
+        self.weight_factor = self.bias_factor = 2.0 / variant.experts
+
+    def forward(self, pooled: Tensor) -> Mixture:
+        return Mixture(gate=self.weight_factor * torch.sigmoid(self.linear(pooled)))
+
+    def zero_(self) -> CondConvRouter:
+        zero_linear_(self.linear)
+        return self
+
+
+class CondConv2d(ConditionalConv2d[CondConv]):
+    """A convolution whose kernel is a sigmoid-gated sum of experts, mixed anew for each sample.
+
+    ``W_b = sum_e (2/n) sigmoid(GAP(x_b) R)_e W_e``. The arguments are those of ``nn.Conv2d`` and a ``CondConv``.
+    """
+
+    variant_class = CondConv

@@ -1,0 +1,146 @@
+"""The layer: experts, bias, geometry and a router; forward is *route, then execute*."""
+
+from __future__ import annotations
+
+import math
+from typing import ClassVar, Generic, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from condconv_surgery.errors import InputError
+from condconv_surgery.layers.execution import execute
+from condconv_surgery.layers.mixture import ConvGeometry, Mixture
+from condconv_surgery.layers.routing import make_router
+from condconv_surgery.recipe import Variant
+
+V = TypeVar("V", bound=Variant)
+
+
+class ConditionalConv2d(nn.Module, Generic[V]):
+    """A drop-in for ``nn.Conv2d`` with several kernels, mixed anew for each sample.
+
+        W_b = spatial_b * sum_e gate[b,e] * weight[e]
+        y_b = out_scale_b * conv(in_scale_b * x_b, W_b) + sum_e gate[b,e] * bias[e]
+
+    Shapes: input [B, I, H, W] or [I, H, W], output [B, O, H', W'] or [O, H', W']; ``weight`` [E, O, I/G, kh, kw],
+    ``bias`` [E, O] or None. Use one of the subclasses, which say which mixture each sample gets.
+
+    variant: the configuration, ``CondConv(experts=4)`` and the like; ``None`` takes the variant's defaults.
+    execution: an attribute, ``"auto"`` or the name of one way to compute (``layers.execution.WAYS``).
+    """
+
+    variant_class: ClassVar[type[Variant]] = Variant
+
+    bias: nn.Parameter | None
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int, int],
+        stride: int | tuple[int, int] = 1,
+        padding: int | tuple[int, int] | str = 0,
+        dilation: int | tuple[int, int] = 1,
+        groups: int = 1,
+        bias: bool = True,
+        padding_mode: str = "zeros",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        variant: V | None = None,
+    ) -> None:
+        super().__init__()
+        variant = self.variant_class() if variant is None else variant  # type: ignore[assignment]
+        if not isinstance(variant, self.variant_class) or type(variant) is Variant:
+            raise InputError(
+                f"{type(self).__name__} was given the variant {variant!r}.",
+                f"It takes a {self.variant_class.__name__}.",
+            )
+        self.variant: V = variant
+        self.geometry = ConvGeometry.make(
+            in_channels, out_channels, kernel_size, stride, padding, dilation, groups, padding_mode
+        )
+        self.weight = nn.Parameter(
+            torch.empty(variant.experts, *self.geometry.weight_shape, device=device, dtype=dtype)
+        )
+        if bias:
+            self.bias = nn.Parameter(torch.empty(variant.experts, out_channels, device=device, dtype=dtype))
+        else:
+            self.register_parameter("bias", None)
+        self.router = make_router(self.geometry, variant, device=device, dtype=dtype)
+        self.execution = "auto"
+        self.reset_parameters()
+
+    @property
+    def experts(self) -> int:
+        """How many kernels the layer holds."""
+        return self.variant.experts
+
+    def reset_parameters(self) -> None:
+        """Experts such that a neutral mixture is distributed as ``nn.Conv2d`` starts; the router zeroed.
+
+        The mean of n independent kernels has 1/n of their variance, so each gets sqrt(n) times the bound of
+        ``nn.Conv2d``.
+        """
+        bound = math.sqrt(self.experts / math.prod(self.geometry.weight_shape[1:]))
+        nn.init.uniform_(self.weight, -bound, bound)
+        if self.bias is not None:
+            nn.init.uniform_(self.bias, -bound, bound)
+        self.router.zero_()
+
+    def route(self, x: Tensor) -> Mixture:
+        """The mixture of each sample of ``x`` [B, I, H, W].
+
+        Under autocast the router keeps the precision of its weights: gates are few, and a kernel is only as exact
+        as they are.
+        """
+        pooled = x.mean(dim=(2, 3))  # [B, I]
+        if not torch.is_autocast_enabled(x.device.type):
+            return self._mixture(pooled)
+        with torch.autocast(x.device.type, enabled=False):
+            return self._mixture(pooled.to(self.weight.dtype))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.dim() == 3:
+            return self.forward(x.unsqueeze(0)).squeeze(0)
+        if x.dim() != 4 or x.shape[1] != self.geometry.in_channels:
+            raise InputError(
+                f"{type(self).__name__} was given an input of shape {tuple(x.shape)}.",
+                f"It takes [B, {self.geometry.in_channels}, H, W] or [{self.geometry.in_channels}, H, W].",
+            )
+        return execute(x, self.weight, self.bias, self.route(x), self.geometry, self.execution)
+
+    def paper_weights(self) -> tuple[Tensor, Tensor | None]:
+        """Experts and bias as the paper and other implementations hold them, with plain sigmoids in the router.
+
+        Ours times the router's ``weight_factor`` (CondConv 2/n; ODConv 2 for each sigmoid; DynamicConv 1).
+        """
+        bias = None if self.bias is None else self.bias.detach() * self.router.bias_factor
+        return self.weight.detach() * self.router.weight_factor, bias
+
+    @torch.no_grad()
+    def load_paper_weights(self, weight: Tensor, bias: Tensor | None = None) -> None:
+        """The inverse of ``paper_weights``: the same function, whatever the router's state. Shapes as ours."""
+        self.weight.copy_(weight / self.router.weight_factor)
+        if self.bias is not None and bias is not None:
+            self.bias.copy_(bias / self.router.bias_factor)
+
+    def extra_repr(self) -> str:
+        g = self.geometry
+        parts = [f"{g.in_channels}, {g.out_channels}, kernel_size={g.kernel_size}, stride={g.stride}"]
+        if g.padding != (0, 0):
+            parts.append(f"padding={g.padding!r}")
+        if g.dilation != (1, 1):
+            parts.append(f"dilation={g.dilation}")
+        if g.groups != 1:
+            parts.append(f"groups={g.groups}")
+        if g.padding_mode != "zeros":
+            parts.append(f"padding_mode={g.padding_mode!r}")
+        if self.bias is None:
+            parts.append("bias=False")
+        return ", ".join([*parts, f"variant={self.variant}"])
+
+    def _mixture(self, pooled: Tensor) -> Mixture:
+        mixture: Mixture = self.router(pooled)
+        return mixture

@@ -1,0 +1,56 @@
+"""DynamicConv: Dynamic Convolution, Attention over Convolution Kernels.
+
+Chen, Dai, Liu, Chen, Yuan, Liu, CVPR 2020, arXiv 1912.03458, equations 2 and 5:
+
+    pi(x) = softmax(FC_2(relu(FC_1(GAP(x)))) / T),    y = (pi_1 W_1 + ... + pi_n W_n) * x
+
+The paper's hidden width is I/4, and T falls from 30 to 1 in the first epochs.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from condconv_surgery.layers.conditional import ConditionalConv2d
+from condconv_surgery.layers.mixture import ConvGeometry, Mixture
+from condconv_surgery.layers.routing import Router, router_for, temperature_buffer, zero_linear_
+from condconv_surgery.recipe import DynamicConv
+
+
+@router_for(DynamicConv)
+class DynamicConvRouter(Router):
+    """``gate = softmax(FC(relu(FC(pooled))) / T)``: [B, I] -> [B, E]."""
+
+    temperature: Tensor
+
+    def __init__(
+        self,
+        geometry: ConvGeometry,
+        variant: DynamicConv,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        hidden = max(geometry.in_channels // variant.reduction, 1)
+        self.reduce = nn.Linear(geometry.in_channels, hidden, device=device, dtype=dtype)
+        self.linear = nn.Linear(hidden, variant.experts, device=device, dtype=dtype)
+        self.register_buffer("temperature", temperature_buffer(variant.temperature, device))
+
+    def forward(self, pooled: Tensor) -> Mixture:
+        logits = self.linear(F.relu(self.reduce(pooled)))
+        return Mixture(gate=torch.softmax(logits / self.temperature, dim=1))
+
+    def zero_(self) -> DynamicConvRouter:
+        zero_linear_(self.linear)
+        return self
+
+
+class DynamicConv2d(ConditionalConv2d[DynamicConv]):
+    """A convolution whose kernel is a softmax-weighted mean of experts, mixed anew for each sample.
+
+    ``W_b = sum_e softmax(MLP(GAP(x_b)) / T)_e W_e``. The arguments are those of ``nn.Conv2d`` and a ``DynamicConv``.
+    """
+
+    variant_class = DynamicConv

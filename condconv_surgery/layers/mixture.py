@@ -1,0 +1,140 @@
+"""What a router answers, and the geometry of the convolution it answers for.
+
+The alphabet of shapes used throughout: B batch, E experts, I/O channels in/out, G groups, kh kw kernel, H W positions.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.utils import _pair
+
+from condconv_surgery.errors import InputError
+
+PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
+
+
+class Mixture(NamedTuple):
+    """Which kernel each sample gets:  ``W_b = spatial_b * sum_e gate[b,e] * experts[e]``  and
+    ``y_b = out_scale_b * conv(in_scale_b * x_b, W_b) + sum_e gate[b,e] * bias[e]``.
+
+    ``None`` stands for all ones; a ``gate`` of ``None`` is only possible with one expert.
+    """
+
+    gate: Tensor | None = None  # [B, E]
+    spatial: Tensor | None = None  # [B, kh, kw]
+    in_scale: Tensor | None = None  # [B, I]
+    out_scale: Tensor | None = None  # [B, O]
+
+
+@dataclass(frozen=True)
+class ConvGeometry:
+    """Everything that fixes a convolution but its weights, with the meanings and defaults of ``nn.Conv2d``."""
+
+    in_channels: int
+    out_channels: int
+    kernel_size: tuple[int, int]
+    stride: tuple[int, int] = (1, 1)
+    padding: tuple[int, int] | str = (0, 0)
+    dilation: tuple[int, int] = (1, 1)
+    groups: int = 1
+    padding_mode: str = "zeros"
+
+    @classmethod
+    def make(
+        cls,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int, int],
+        stride: int | tuple[int, int] = 1,
+        padding: int | tuple[int, int] | str = 0,
+        dilation: int | tuple[int, int] = 1,
+        groups: int = 1,
+        padding_mode: str = "zeros",
+    ) -> ConvGeometry:
+        """A geometry from the arguments of ``nn.Conv2d``, checked as ``nn.Conv2d`` checks them."""
+        if groups < 1 or in_channels % groups or out_channels % groups:
+            raise InputError(
+                f"groups={groups} with {in_channels} input and {out_channels} output channels.",
+                "groups must be at least 1 and divide both.",
+                "groups=1",
+            )
+        if padding_mode not in PADDING_MODES:
+            raise InputError(f"padding_mode is {padding_mode!r}.", f"It must be one of: {', '.join(PADDING_MODES)}.")
+        if isinstance(padding, str):
+            if padding not in ("same", "valid"):
+                raise InputError(f"padding is {padding!r}.", "A text must be 'same' or 'valid'.", "padding='same'")
+            if padding == "same" and _pair(stride) != (1, 1):
+                raise InputError(f"padding='same' with stride {stride}.", "'same' needs stride 1.", "padding=1")
+        return cls(
+            in_channels,
+            out_channels,
+            _pair(kernel_size),
+            _pair(stride),
+            padding if isinstance(padding, str) else _pair(padding),
+            _pair(dilation),
+            groups,
+            padding_mode,
+        )
+
+    @classmethod
+    def of(cls, module: nn.Conv2d | nn.Linear) -> ConvGeometry:
+        """The geometry of a convolution, or of a Linear seen as a 1x1 convolution."""
+        if isinstance(module, nn.Linear):
+            return cls.make(module.in_features, module.out_features, 1)
+        return cls.make(
+            module.in_channels,
+            module.out_channels,
+            module.kernel_size,  # type: ignore[arg-type]
+            module.stride,  # type: ignore[arg-type]
+            module.padding,  # type: ignore[arg-type]
+            module.dilation,  # type: ignore[arg-type]
+            module.groups,
+            module.padding_mode,
+        )
+
+    @property
+    def weight_shape(self) -> tuple[int, int, int, int]:
+        """``(O, I/G, kh, kw)``."""
+        return (self.out_channels, self.in_channels // self.groups, *self.kernel_size)
+
+    @property
+    def weight_numel(self) -> int:
+        """``|W|``: the weights of one kernel."""
+        o, i, kh, kw = self.weight_shape
+        return o * i * kh * kw
+
+    @property
+    def pointwise(self) -> bool:
+        """The kernel is 1x1."""
+        return self.kernel_size == (1, 1)
+
+    @property
+    def depthwise(self) -> bool:
+        """One filter for each channel, as many out as in."""
+        return self.groups == self.in_channels == self.out_channels
+
+    @property
+    def margins(self) -> tuple[int, int, int, int]:
+        """Padding as ``F.pad`` takes it: left, right, top, bottom, in pixels."""
+        if not isinstance(self.padding, str):
+            ph, pw = self.padding
+            return (pw, pw, ph, ph)
+        if self.padding == "valid":
+            return (0, 0, 0, 0)
+        (kh, kw), (dh, dw) = self.kernel_size, self.dilation
+        tall, wide = dh * (kh - 1), dw * (kw - 1)
+        return (wide // 2, wide - wide // 2, tall // 2, tall - tall // 2)
+
+    def pad(self, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
+        """``x`` [B, I, H, W], padded where a convolution cannot do it, and the padding left for the convolution."""
+        left, right, top, bottom = self.margins
+        if self.padding_mode == "zeros" and left == right and top == bottom:
+            return x, (top, left)
+        if left or right or top or bottom:
+            mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
+            x = F.pad(x, self.margins, mode=mode)
+        return x, (0, 0)

@@ -1,0 +1,100 @@
+"""ODConv: Omni-Dimensional Dynamic Convolution.
+
+Li, Zhou, Yao, ICLR 2022, equation 3:
+
+    y = (a_w1 . a_f1 . a_c1 . a_s1 . W_1 + ... + a_wn . a_fn . a_cn . a_sn . W_n) * x
+
+with four attentions from one hidden vector ``h = relu(norm(FC(GAP(x))))``: over kernel positions (spatial), input
+channels, filters (sigmoids of a linear map of h, / T) and experts (softmax of one, / T). As in the authors' code the
+first three are shared by all experts; filters are absent for a depthwise layer, positions for a 1x1 kernel, experts
+when there is one. Our three sigmoids are doubled: a zeroed router then scales nothing, and an expert keeps the scale of
+a trained kernel.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from condconv_surgery.layers.conditional import ConditionalConv2d
+from condconv_surgery.layers.mixture import ConvGeometry, Mixture
+from condconv_surgery.layers.routing import Router, router_for, temperature_buffer, zero_linear_
+from condconv_surgery.recipe import ODConv
+
+
+@router_for(ODConv)
+class ODConvRouter(Router):
+    """Four heads over one hidden vector: [B, I] -> in_scale [B, I], out_scale [B, O], spatial [B, kh, kw], gate [B, E].
+
+    A batch of one trains: batch statistics of a single vector do not exist, so the running ones are used.
+    """
+
+    temperature: Tensor
+
+    def __init__(
+        self,
+        geometry: ConvGeometry,
+        variant: ODConv,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        hidden = max(geometry.in_channels // variant.reduction, variant.min_hidden)
+        normed = variant.norm == "batch"
+
+        def head(width: int, present: bool) -> nn.Linear | None:
+            return nn.Linear(hidden, width, device=device, dtype=dtype) if present else None
+
+        everything = variant.heads == "all"
+        self.kernel_size = geometry.kernel_size
+        self.reduce = nn.Linear(geometry.in_channels, hidden, bias=not normed, device=device, dtype=dtype)
+        self.norm = nn.BatchNorm1d(hidden, device=device, dtype=dtype) if normed else None
+        self.activation = variant.activation
+        self.channel = nn.Linear(hidden, geometry.in_channels, device=device, dtype=dtype)
+        self.filter = head(geometry.out_channels, everything or not geometry.depthwise)
+        self.spatial = head(self.kernel_size[0] * self.kernel_size[1], everything or not geometry.pointwise)
+        self.kernel = head(variant.experts, variant.experts > 1)
+        self.register_buffer("temperature", temperature_buffer(variant.temperature, device))
+        self.weight_factor = 2.0 ** sum(part is not None for part in (self.channel, self.filter, self.spatial))
+
+    def forward(self, pooled: Tensor) -> Mixture:
+        h = self._hidden(pooled)  # [B, hidden]
+        return Mixture(
+            gate=None if self.kernel is None else torch.softmax(self.kernel(h) / self.temperature, dim=1),
+            spatial=None if self.spatial is None else self._doubled(self.spatial, h).view(-1, *self.kernel_size),
+            in_scale=self._doubled(self.channel, h),
+            out_scale=None if self.filter is None else self._doubled(self.filter, h),
+        )
+
+    def zero_(self) -> ODConvRouter:
+        for part in (self.channel, self.filter, self.spatial, self.kernel):
+            if part is not None:
+                zero_linear_(part)
+        return self
+
+    def _hidden(self, pooled: Tensor) -> Tensor:
+        h = self.reduce(pooled)
+        if self.norm is not None:
+            h = _norm_any_batch(self.norm, h)
+        return F.relu(h) if self.activation == "relu" else h
+
+    def _doubled(self, part: nn.Linear, h: Tensor) -> Tensor:
+        return 2.0 * torch.sigmoid(part(h) / self.temperature)
+
+
+class ODConv2d(ConditionalConv2d[ODConv]):
+    """A convolution with attention over positions, channels, filters and experts of its kernel, for each sample.
+
+    ``y_b = f_b * conv(c_b * x_b, s_b * sum_e k_be W_e)``. The arguments are those of ``nn.Conv2d`` and an ``ODConv``.
+    """
+
+    variant_class = ODConv
+
+
+def _norm_any_batch(norm: nn.Module, h: Tensor) -> Tensor:
+    """Batch norm of [B, hidden] that also takes a batch of one, or of none, in training."""
+    if isinstance(norm, nn.BatchNorm1d) and norm.training and h.shape[0] <= 1:
+        return F.batch_norm(h, norm.running_mean, norm.running_var, norm.weight, norm.bias, False, 0.0, norm.eps)
+    normed: Tensor = norm(h)
+    return normed

@@ -1,0 +1,70 @@
+"""What every router has: pooled features in, a ``Mixture`` out, one class for each variant."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from condconv_surgery.layers.mixture import ConvGeometry, Mixture
+from condconv_surgery.recipe import Variant
+
+
+class Router(nn.Module):
+    """Maps the pooled input of a layer, [B, I], to the mixture of each sample.
+
+    A *zeroed* router (``zero_``) gives the neutral mixture for every input: gates that sum to 1, scales of 1.
+
+    weight_factor, bias_factor: what the experts and biases are multiplied by to read as the paper writes them, without
+    the normalisation of the gates (see ``ConditionalConv2d.paper_weights``).
+    """
+
+    weight_factor: float = 1.0
+    bias_factor: float = 1.0
+
+    def forward(self, pooled: Tensor) -> Mixture:
+        raise NotImplementedError
+
+    def zero_(self) -> Router:
+        """Zero the last linear map or maps, in place."""
+        raise NotImplementedError
+
+
+MakeRouter = Callable[..., Router]
+ROUTERS: dict[type[Variant], MakeRouter] = {}
+
+R = TypeVar("R", bound=type[Router])
+
+
+def router_for(variant: type[Variant]) -> Callable[[R], R]:
+    """Register a router class, called as ``(geometry, variant, device=, dtype=)``, for a variant."""
+
+    def register(cls: R) -> R:
+        ROUTERS[variant] = cls
+        return cls
+
+    return register
+
+
+def make_router(
+    geometry: ConvGeometry,
+    variant: Variant,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+) -> Router:
+    """The router of ``variant`` for a layer of this geometry, zeroed."""
+    return ROUTERS[type(variant)](geometry, variant, device=device, dtype=dtype).zero_()
+
+
+def zero_linear_(linear: nn.Linear) -> None:
+    """Zero a linear map, in place."""
+    nn.init.zeros_(linear.weight)
+    if linear.bias is not None:
+        nn.init.zeros_(linear.bias)
+
+
+def temperature_buffer(value: float, device: torch.device | str | None) -> Tensor:
+    """A temperature as saved state: a scalar in float32 whatever the layer's own dtype."""
+    return torch.tensor(float(value), dtype=torch.float32, device=device)
