@@ -54,7 +54,7 @@ def execute(
 
 def legal_ways(batch: int, mixture: Mixture, geometry: ConvGeometry) -> list[str]:
     """The names of the ways that can compute this layer on this batch."""
-    if batch == 0:
+    if batch == 0 or _one_kernel_for_all(mixture):
         return ["static"]
     ways = ["grouped"]
     if batch == 1:
@@ -62,14 +62,14 @@ def legal_ways(batch: int, mixture: Mixture, geometry: ConvGeometry) -> list[str
     if geometry.pointwise:
         ways.append("bmm")
     if mixture.spatial is None:
-        ways.append("outputs" if mixture.gate is not None else "static")
+        ways.append("outputs")
     return ways
 
 
 def choose(x: Tensor, mixture: Mixture, geometry: ConvGeometry) -> str:
     """The name of the way to take, from shapes alone: no timing, nothing that stops a compiler."""
     batch = x.shape[0]
-    if batch == 0 or (mixture.gate is None and mixture.spatial is None):
+    if batch == 0 or _one_kernel_for_all(mixture):
         return "static"
     if batch == 1:
         return "plain"
@@ -85,6 +85,10 @@ def choose(x: Tensor, mixture: Mixture, geometry: ConvGeometry) -> str:
 
 MOST_POSITIONS_TO_MIX = 256
 """Up to this many (experts x output positions) a dense convolution with E*O filters costs less than B*G groups."""
+
+
+def _one_kernel_for_all(mixture: Mixture) -> bool:
+    return mixture.gate is None and mixture.spatial is None
 
 
 def mix_kernels(experts: Tensor, mixture: Mixture) -> Tensor:
