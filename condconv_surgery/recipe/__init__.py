@@ -2,6 +2,7 @@
 
 from condconv_surgery.recipe.conversion import Selection, Upcycling
 from condconv_surgery.recipe.model import FORMAT, ConvertedLayer, InputSpec, Recipe, Source
+from condconv_surgery.recipe.training import TrainingOptions
 from condconv_surgery.recipe.variants import (
     VARIANTS,
     CondConv,
@@ -23,6 +24,7 @@ __all__ = [
     "Recipe",
     "Selection",
     "Source",
+    "TrainingOptions",
     "Upcycling",
     "Variant",
     "make_variant",

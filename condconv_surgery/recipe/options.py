@@ -1,0 +1,140 @@
+"""How an option is declared, once: its default, its meaning and its limits.
+
+A section of options is a frozen dataclass whose fields are made by ``option``. The checks, the command line's words,
+the TOML file and its comments are all read from there.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field, fields
+from typing import Any, TypeVar
+
+from condconv_surgery.errors import InputError, unknown_name
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What an option may be.
+
+    kind: ``int``, ``float``, ``bool`` or ``str``. many: a list of them. optional: ``None`` is allowed too.
+    low, high: limits, allowed themselves unless ``above`` (then the value must be larger than ``low``).
+    choices: the only texts allowed. flag: what to type on the command line, else ``--set section.name=...``.
+    """
+
+    help: str
+    kind: type
+    many: bool = False
+    optional: bool = False
+    low: float = -math.inf
+    high: float = math.inf
+    above: bool = False
+    choices: tuple[str, ...] = ()
+    flag: str = ""
+
+
+def option(
+    default: Any,
+    help: str,
+    *,
+    kind: type | None = None,
+    low: float = -math.inf,
+    high: float = math.inf,
+    above: bool = False,
+    choices: tuple[str, ...] = (),
+    flag: str = "",
+) -> Any:
+    """A dataclass field with a ``Rule``. The kind is that of the default; with ``None`` or ``()`` say it."""
+    many = isinstance(default, tuple)
+    if kind is None:
+        kind = type(default[0]) if many else type(default)
+    rule = Rule(help, kind, many, default is None, low, high, above, choices, flag)
+    return field(default=default, metadata={"rule": rule})
+
+
+S = TypeVar("S", bound="Section")
+
+
+@dataclass(frozen=True)
+class Section:
+    """Base of a group of options: checks each field against its rule when made.
+
+    Raises ``InputError`` for a value of another type or outside the limits.
+    """
+
+    def __post_init__(self) -> None:
+        for name, rule in rules(type(self)).items():
+            value = getattr(self, name)
+            if rule.many and isinstance(value, list):
+                value = tuple(value)
+            if rule.kind is float and not rule.many and type(value) is int:
+                value = float(value)
+            if rule.many and rule.kind is float and isinstance(value, tuple):
+                value = tuple(float(v) if type(v) is int else v for v in value)
+            object.__setattr__(self, name, value)
+            if not _fits(value, rule):
+                shown = f"{section_name(type(self))}.{name}" if section_name(type(self)) else name
+                default = next(f.default for f in fields(self) if f.name == name)
+                raise InputError(
+                    f"{shown} is {value!r}.", f"It must be {_allowed(rule)}.", _typed(shown, rule, default)
+                )
+
+    @classmethod
+    def from_dict(cls: type[S], data: dict[str, Any]) -> S:
+        """A section from plain values; an unknown name lists the known ones."""
+        for name in data:
+            if name not in rules(cls):
+                raise unknown_name(
+                    f"option in [{section_name(cls)}]", name, rules(cls), "--print-recipe shows them all"
+                )
+        return cls(**data)
+
+
+def rules(section: type[Section]) -> dict[str, Rule]:
+    """The rule of each option of a section, in order."""
+    return {f.name: f.metadata["rule"] for f in fields(section) if "rule" in f.metadata}
+
+
+def section_name(section: type[Section]) -> str:
+    """The name that a section has in a recipe file, ``""`` for the outermost options."""
+    return str(getattr(section, "title", ""))
+
+
+def _fits(value: object, rule: Rule) -> bool:
+    if value is None:
+        return rule.optional
+    if rule.many:
+        return isinstance(value, tuple) and all(_fits_one(v, rule) for v in value)
+    return _fits_one(value, rule)
+
+
+def _fits_one(value: object, rule: Rule) -> bool:
+    if type(value) is not rule.kind:
+        return False
+    if isinstance(value, bool):
+        return True
+    if isinstance(value, (int, float)):
+        return math.isfinite(value) and rule.low <= value <= rule.high and not (rule.above and value == rule.low)
+    return not rule.choices or value in rule.choices
+
+
+def _allowed(rule: Rule) -> str:
+    if rule.choices:
+        return "one of: " + ", ".join(rule.choices)
+    word = {int: "whole number", float: "number", bool: "true or false", str: "text"}[rule.kind]
+    if rule.kind in (bool, str):
+        return f"a list of {word}s" if rule.many else word
+    limits = []
+    if rule.low > -math.inf:
+        limits.append(f"above {rule.low:g}" if rule.above else f"at least {rule.low:g}")
+    if rule.high < math.inf:
+        limits.append(f"at most {rule.high:g}")
+    noun = f"a list of {word}s" if rule.many else f"a {word}"
+    return f"{noun}, {' and '.join(limits)}" if limits else noun
+
+
+def _typed(shown: str, rule: Rule, default: object) -> str:
+    example = rule.choices[0] if rule.choices else default
+    if isinstance(example, tuple):
+        example = list(example)
+    return f"{rule.flag} {example}" if rule.flag else f"--set {shown}={example}"

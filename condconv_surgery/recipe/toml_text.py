@@ -1,0 +1,79 @@
+"""Training options as a TOML file that a person can read, edit and run again."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import fields
+from typing import Any
+
+from condconv_surgery.errors import InputError
+from condconv_surgery.recipe.options import Section, rules
+from condconv_surgery.recipe.training import TrainingOptions
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+
+def to_toml(options: TrainingOptions) -> str:
+    """Every option with its meaning as a comment; one that is not set is a commented line."""
+    lines = ["# Options of condconv finetune. Run again: condconv finetune --recipe THIS_FILE -o RUN", ""]
+    lines += _section_lines(options)
+    for name, section in options.sections().items():
+        lines += ["", f"[{name}]", *_section_lines(section)]
+    return "\n".join(lines) + "\n"
+
+
+def from_toml(text: str, name: str = "the recipe") -> TrainingOptions:
+    """The inverse of ``to_toml``; options left out keep their defaults. Raises ``InputError``."""
+    return TrainingOptions.from_dict(parse_toml(text, name))
+
+
+def parse_toml(text: str, name: str) -> dict[str, Any]:
+    """TOML as nested plain values."""
+    try:
+        return tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise InputError(
+            f"{name} is not TOML: {error}.",
+            "A recipe is what --print-recipe prints.",
+            "condconv finetune --print-recipe",
+        ) from error
+
+
+def parse_setting(setting: str) -> tuple[str, str, Any]:
+    """``optimizer.lr=0.01`` as (section, name, value); the value is read as TOML, else it is a text.
+
+    >>> parse_setting("optimizer.name=sgd")
+    ('optimizer', 'name', 'sgd')
+    >>> parse_setting("seed=3")
+    ('', 'seed', 3)
+    """
+    path, equals, text = setting.partition("=")
+    section, _, name = path.strip().rpartition(".")
+    if not equals or not name:
+        raise InputError(f"--set {setting!r}.", "It must be SECTION.NAME=VALUE.", "--set optimizer.lr=0.001")
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text.strip()
+    return section, name, value
+
+
+def _section_lines(section: Section) -> list[str]:
+    lines = []
+    for field in fields(section):
+        rule = rules(type(section)).get(field.name)
+        if rule is None:
+            continue
+        value = getattr(section, field.name)
+        text = f"# {field.name} = ..." if value is None else f"{field.name} = {_literal(value)}"
+        lines.append(f"{text}  # {rule.help}")
+    return lines
+
+
+def _literal(value: Any) -> str:
+    """TOML and JSON write these the same way."""
+    return json.dumps(list(value) if isinstance(value, tuple) else value)

@@ -1,0 +1,71 @@
+"""One process or many: who am I, and what do we know together. Launched by ``torchrun``, never by us."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class World:
+    """The processes of a run. ``rank`` 0 alone writes and speaks."""
+
+    rank: int = 0
+    size: int = 1
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+
+    @property
+    def speaks(self) -> bool:
+        """This process writes files and lines."""
+        return self.rank == 0
+
+    def sum(self, values: list[float]) -> list[float]:
+        """The sum of ``values`` over all processes, in float64."""
+        if self.size == 1:
+            return values
+        total = torch.tensor(values, dtype=torch.float64, device=self.device)
+        dist.all_reduce(total)
+        summed: list[float] = total.tolist()
+        return summed
+
+    def same(self, tensor: Tensor) -> Tensor:
+        """``tensor`` as rank 0 has it, in every process."""
+        if self.size > 1:
+            dist.broadcast(tensor, src=0)
+        return tensor
+
+    def wait(self) -> None:
+        """Until every process is here."""
+        if self.size > 1:
+            dist.barrier()
+
+
+@contextmanager
+def open_world() -> Iterator[World]:
+    """The world that ``torchrun`` describes in the environment, else this process alone.
+
+    One process for each GPU over NCCL; on CPU over gloo.
+    """
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    device = _device(int(os.environ.get("LOCAL_RANK", "0")))
+    if size == 1:
+        yield World(device=device)
+        return
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    try:
+        yield World(dist.get_rank(), dist.get_world_size(), device)
+    finally:
+        dist.destroy_process_group()
+
+
+def _device(local_rank: int) -> torch.device:
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    torch.cuda.set_device(local_rank)
+    return torch.device("cuda", local_rank)

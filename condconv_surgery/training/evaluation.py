@@ -1,0 +1,80 @@
+"""Loss and top-1 over labelled pictures, each counted once however many processes share them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from condconv_surgery.errors import TrainingError
+from condconv_surgery.training.distributed import World
+from condconv_surgery.training.outputs import logits_of
+from condconv_surgery.training.pictures import Batch
+
+
+@dataclass
+class Tally:
+    """Sums over pictures: loss, right answers, how many. ``top1`` and ``loss`` are means."""
+
+    loss_sum: float = 0.0
+    right: float = 0.0
+    count: float = 0.0
+
+    def add(self, loss_sum: float, right: float, count: float) -> None:
+        """Note some more pictures."""
+        self.loss_sum += loss_sum
+        self.right += right
+        self.count += count
+
+    @property
+    def loss(self) -> float:
+        """Mean loss per picture, nats."""
+        return self.loss_sum / self.count if self.count else 0.0
+
+    @property
+    def top1(self) -> float:
+        """Share of right answers, 0 to 1."""
+        return self.right / self.count if self.count else 0.0
+
+
+@torch.inference_mode()
+def evaluate(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    *,
+    world: World = World(),  # noqa: B008  # frozen
+    cast: Callable[[], AbstractContextManager[object]] = nullcontext,
+    interrupted: Callable[[], bool] = lambda: False,
+    unreadable: Callable[[tuple[str, ...]], object] = lambda names: None,
+) -> Tally | None:
+    """Cross-entropy (without smoothing) and top-1 of ``model`` in eval mode; ``None`` once ``interrupted()`` is true.
+
+    The model's mode is set back afterwards. Raises ``TrainingError`` when no picture could be read.
+    """
+    was_training = model.training
+    model.eval()
+    tally = Tally()
+    stopped = False
+    for batch in batches:
+        stopped = stopped or interrupted()
+        if stopped:
+            break
+        unreadable(batch.unreadable)
+        if not len(batch.labels):
+            continue
+        labels = batch.labels.to(world.device)
+        with cast():
+            logits = logits_of(model(batch.images.to(world.device))).main.float()
+        loss = F.cross_entropy(logits, labels, reduction="sum")
+        tally.add(loss.item(), float((logits.argmax(1) == labels).sum().item()), len(labels))
+    model.train(was_training)
+    *sums, stops = world.sum([tally.loss_sum, tally.right, tally.count, float(stopped)])
+    if stops:
+        return None
+    if not sums[2]:
+        raise TrainingError("No validation picture could be read.", "At least one must be readable.", "--data FOLDER")
+    return Tally(*sums)

@@ -1,0 +1,32 @@
+"""What a classifier returns: logits, and in training perhaps auxiliary logits beside them."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+from condconv_surgery.errors import InputError
+
+
+class Logits(NamedTuple):
+    """``main`` [B, K], and the auxiliary heads' of the same shape (GoogLeNet, Inception v3 in training)."""
+
+    main: Tensor
+    auxiliary: tuple[Tensor, ...] = ()
+
+
+def logits_of(output: object) -> Logits:
+    """The logits in a model's output. Raises ``InputError`` for what is not a classifier's output."""
+    tensors: tuple[object, ...] = tuple(output) if isinstance(output, tuple) else (output,)
+    found = [t for t in tensors if isinstance(t, Tensor)]
+    if not found or any(t.dim() != 2 for t in found):
+        what = (
+            f"a tensor of shape {tuple(output.shape)}" if isinstance(output, Tensor) else f"a {type(output).__name__}"
+        )
+        raise InputError(
+            f"The model's output is {what}.",
+            "finetune trains classifiers of one label per picture: logits [B, classes].",
+            "a loop of your own with the pieces of condconv_surgery.training",
+        )
+    return Logits(found[0], tuple(found[1:]))

@@ -1,0 +1,138 @@
+"""From a file to a tensor: reading, transforming, and what happens to a picture that cannot be read."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from condconv_surgery.errors import InputError
+from condconv_surgery.training.folders import Pictures
+from condconv_surgery.training.seeding import seeded
+
+Transform = Callable[[Image.Image], Tensor]
+
+
+class Draw(NamedTuple):
+    """One picture in one epoch: all that its random transforms depend on, beside the seed."""
+
+    epoch: int
+    picture: int
+
+
+class Sample(NamedTuple):
+    """``image`` [C, H, W] and its class; ``unreadable`` names files passed over. No image: nothing could be read."""
+
+    image: Tensor | None
+    label: int
+    unreadable: tuple[str, ...] = ()
+
+
+class Batch(NamedTuple):
+    """``images`` [B, C, H, W], ``labels`` [B] int64."""
+
+    images: Tensor
+    labels: Tensor
+    unreadable: tuple[str, ...] = ()
+
+
+class PictureDataset(Dataset[Sample]):
+    """Labelled pictures, each a function of (seed, epoch, picture) and of nothing else.
+
+    replace: an unreadable picture is replaced by the next readable one, so that a training batch keeps its size;
+        otherwise it is left out, so that no picture is scored twice.
+    """
+
+    def __init__(
+        self, pictures: Pictures, transform: Transform, *, channels: int = 3, seed: int = 0, replace: bool = False
+    ) -> None:
+        self.pictures = pictures
+        self.transform = transform
+        self.channels = channels
+        self.seed = seed
+        self.replace = replace
+
+    def __len__(self) -> int:
+        return len(self.pictures)
+
+    def __getitem__(self, draw: Draw) -> Sample:
+        unreadable: list[str] = []
+        for step in range(len(self) if self.replace else 1):
+            index = (draw.picture + step) % len(self)
+            path = self.pictures.path(index)
+            try:
+                picture = read_picture(path, self.channels)
+            except UnreadablePictureError:
+                unreadable.append(str(path))
+                continue
+            with seeded(self.seed, "transform", draw.epoch, draw.picture):
+                return Sample(self.transform(picture), self.pictures.labels[index], tuple(unreadable))
+        return Sample(None, -1, tuple(unreadable))
+
+
+class UnreadablePictureError(Exception):
+    """A file that ends in .png or the like and is not a whole picture."""
+
+
+def read_picture(path: Path, channels: int = 3) -> Image.Image:
+    """The picture in RGB (or grey for one channel), transparency laid on white. Raises ``UnreadablePictureError``."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            warnings.filterwarnings("ignore", category=UserWarning, module="PIL")
+            with Image.open(path) as file:
+                return _flat(file, "L" if channels == 1 else "RGB")
+    except (
+        OSError,
+        ValueError,
+        SyntaxError,
+        EOFError,
+        Image.DecompressionBombError,
+        Image.DecompressionBombWarning,
+    ) as e:
+        raise UnreadablePictureError(str(path)) from e
+
+
+def collate(samples: Sequence[Sample]) -> Batch:
+    """Readable samples as one batch; ``images`` is empty when there are none."""
+    read = [sample for sample in samples if sample.image is not None]
+    images = torch.stack([sample.image for sample in read if sample.image is not None]) if read else torch.empty(0)
+    labels = torch.tensor([sample.label for sample in read], dtype=torch.int64)
+    return Batch(images, labels, tuple(name for sample in samples for name in sample.unreadable))
+
+
+@dataclass
+class Unreadable:
+    """The unreadable pictures met so far; more than ``limit`` different ones end the run."""
+
+    limit: int = 0
+    names: list[str] = field(default_factory=list)
+
+    def add(self, names: Sequence[str]) -> list[str]:
+        """Note some names; returns those that are new. Raises ``InputError`` past the limit."""
+        new = [name for name in dict.fromkeys(names) if name not in self.names]
+        self.names += new
+        if len(self.names) > self.limit:
+            shown = ", ".join(self.names[-3:])
+            raise InputError(
+                f"{len(self.names)} unreadable picture{'s' if len(self.names) > 1 else ''}: {shown}.",
+                f"At most {self.limit} may be damaged or of another format than its name says.",
+                f"remove it, or --max-bad {max(10, 2 * len(self.names))} to pass over such pictures",
+            )
+        return new
+
+
+def _flat(picture: Image.Image, mode: str) -> Image.Image:
+    """In ``mode``, on white: a transparent pixel has a colour of its own, which nobody meant to be seen."""
+    if picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info:
+        rgba = picture.convert("RGBA")
+        white = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
+        return Image.alpha_composite(white, rgba).convert(mode)
+    return picture.convert(mode)

@@ -1,0 +1,53 @@
+"""How far a run is: the numbers that must survive a stop."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from condconv_surgery.training.evaluation import Tally
+
+
+@dataclass
+class Progress:
+    """``step`` optimizer steps and ``epochs_done`` epochs, scored, are done; ``tally`` is of the epoch begun."""
+
+    step: int = 0
+    epochs_done: int = 0
+    best_top1: float = -1.0
+    best_epoch: int = 0
+    tally: Tally = field(default_factory=Tally)
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Progress:
+        """The inverse of ``to_dict``."""
+        return cls(**{**data, "tally": Tally(**data["tally"])})
+
+
+@dataclass(frozen=True)
+class TrainingResult:
+    """What a run came to.
+
+    top1, loss: of the last epoch on the validation pictures. stopped_by: the number of the signal that ended the run
+    early (15 SIGTERM, 2 Ctrl-C), 0 when it went to its end. heads: widths of exchanged last layers by name.
+    """
+
+    output: str
+    epochs: int
+    steps: int
+    train_pictures: int
+    val_pictures: int
+    classes: tuple[str, ...]
+    heads: dict[str, int]
+    top1: float | None
+    loss: float | None
+    best_top1: float | None
+    best_epoch: int
+    unreadable: tuple[str, ...]
+    stopped_by: int
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "classes": list(self.classes), "unreadable": list(self.unreadable)}

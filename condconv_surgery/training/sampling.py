@@ -1,0 +1,85 @@
+"""Which pictures a step trains on: a function of seed and step, for any number of processes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch.utils.data import Sampler
+
+from condconv_surgery.errors import InputError
+from condconv_surgery.training.pictures import Draw
+from condconv_surgery.training.seeding import generator_for
+
+
+def epoch_order(count: int, seed: int, epoch: int) -> list[int]:
+    """The order of the pictures in one epoch."""
+    return torch.randperm(count, generator=generator_for(seed, "order", epoch)).tolist()
+
+
+class TrainingBatches(Sampler[list[Draw]]):
+    """The batches of one process from step ``start`` to the last, without a pause between epochs.
+
+    A step takes the next ``batch_size`` pictures of the epoch's order, cut into ``world * accumulate`` equal slices;
+    process ``rank`` gets slices ``rank * accumulate`` and following. So two processes see together what one would see
+    alone. What is left at an epoch's end, less than a batch, waits for another epoch's order. A set smaller than one
+    batch is one batch.
+
+    Raises ``InputError`` when a step cannot be shared out equally.
+    """
+
+    def __init__(
+        self, count: int, batch_size: int, *, epochs: int, seed: int, rank: int = 0, world: int = 1, accumulate: int = 1
+    ) -> None:
+        slices = world * accumulate
+        if batch_size % slices:
+            raise InputError(
+                f"A batch of {batch_size} pictures for {world} processes with accumulation {accumulate}.",
+                f"The batch is shared out equally: a multiple of {slices}.",
+                f"--batch-size {-(-batch_size // slices) * slices}",
+            )
+        self.batch_size = min(batch_size, count // slices * slices)
+        if not self.batch_size:
+            raise InputError(
+                f"{count} training pictures for {world} processes with accumulation {accumulate}.",
+                f"There must be at least {slices}.",
+                "more pictures, or fewer processes",
+            )
+        self.count, self.epochs, self.seed = count, epochs, seed
+        self.slice_size = self.batch_size // slices
+        self.first_slice, self.accumulate = rank * accumulate, accumulate
+        self.steps_per_epoch = count // self.batch_size
+        self.start = 0
+
+    @property
+    def steps(self) -> int:
+        """Steps of the whole run."""
+        return self.steps_per_epoch * self.epochs
+
+    def __len__(self) -> int:
+        return (self.steps - self.start) * self.accumulate
+
+    def __iter__(self) -> Iterator[list[Draw]]:
+        order: list[int] = []
+        for step in range(self.start, self.steps):
+            epoch, position = divmod(step, self.steps_per_epoch)
+            if not order or position == 0:
+                order = epoch_order(self.count, self.seed, epoch)
+            for part in range(self.first_slice, self.first_slice + self.accumulate):
+                begin = position * self.batch_size + part * self.slice_size
+                yield [Draw(epoch, index) for index in order[begin : begin + self.slice_size]]
+
+
+class EvaluationBatches(Sampler[list[Draw]]):
+    """Every picture exactly once over all processes, in order, without padding."""
+
+    def __init__(self, count: int, batch_size: int, *, rank: int = 0, world: int = 1) -> None:
+        self.mine = range(rank, count, world)
+        self.batch_size = batch_size
+
+    def __len__(self) -> int:
+        return -(-len(self.mine) // self.batch_size)
+
+    def __iter__(self) -> Iterator[list[Draw]]:
+        for begin in range(0, len(self.mine), self.batch_size):
+            yield [Draw(0, index) for index in self.mine[begin : begin + self.batch_size]]
