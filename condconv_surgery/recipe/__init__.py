@@ -1,7 +1,15 @@
 """Every decision as a frozen dataclass, checked when made, JSON in and out. Imports no torch."""
 
 from condconv_surgery.recipe.conversion import Selection, Upcycling
-from condconv_surgery.recipe.model import FORMAT, ConvertedLayer, InputSpec, Recipe, Source
+from condconv_surgery.recipe.model import (
+    FORMAT,
+    ConvertedLayer,
+    InputSpec,
+    Recipe,
+    Source,
+    attach_recipe,
+    recipe_of,
+)
 from condconv_surgery.recipe.training import TrainingOptions
 from condconv_surgery.recipe.variants import (
     VARIANTS,
@@ -27,6 +35,8 @@ __all__ = [
     "TrainingOptions",
     "Upcycling",
     "Variant",
+    "attach_recipe",
     "make_variant",
+    "recipe_of",
     "variant_from_dict",
 ]

@@ -115,3 +115,17 @@ class Recipe:
                 "A recipe is the JSON that condconv writes.",
                 "convert the original model again",
             ) from error
+
+
+_ATTRIBUTE = "condconv_recipe"
+
+
+def attach_recipe(model: object, recipe: Recipe) -> None:
+    """Let ``model`` carry ``recipe`` as a plain attribute, which copies and pickles with it."""
+    setattr(model, _ATTRIBUTE, recipe)
+
+
+def recipe_of(model: object) -> Recipe | None:
+    """The recipe that ``model`` carries, if any."""
+    recipe = getattr(model, _ATTRIBUTE, None)
+    return recipe if isinstance(recipe, Recipe) else None

@@ -1,1 +1,23 @@
-"""..."""
+"""The operation: find the convolutions of a trained model, plan, upcycle, swap, prove."""
+
+from condconv_surgery.surgery.convert import Conversion, convert, example_arguments, make_plan
+from condconv_surgery.surgery.graph import ConvSite, Sites, find_sites
+from condconv_surgery.surgery.proof import Difference, Gap
+from condconv_surgery.surgery.selection import Plan, Skip, select
+from condconv_surgery.surgery.upcycling import upcycle
+
+__all__ = [
+    "ConvSite",
+    "Conversion",
+    "Difference",
+    "Gap",
+    "Plan",
+    "Sites",
+    "Skip",
+    "convert",
+    "example_arguments",
+    "find_sites",
+    "make_plan",
+    "select",
+    "upcycle",
+]

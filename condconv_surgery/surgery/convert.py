@@ -1,0 +1,148 @@
+"""``convert``: trace, plan, upcycle, swap, prove. The one orchestrator."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from condconv_surgery.errors import ProofError
+from condconv_surgery.recipe import InputSpec, Selection, Upcycling, Variant, recipe_of
+from condconv_surgery.surgery.graph import ConvSite, find_sites
+from condconv_surgery.surgery.observation import device_of
+from condconv_surgery.surgery.proof import Difference, Outputs, compare, require, run_both_modes
+from condconv_surgery.surgery.selection import Plan, select
+from condconv_surgery.surgery.tracing import one_line
+from condconv_surgery.surgery.upcycling import upcycle
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What a conversion did.
+
+    model: the converted model, of the original's own class. plan: what was converted and what was not, and why.
+    difference: the proof that it computes the same; ``None`` when it was not asked for.
+    """
+
+    model: nn.Module = field(repr=False)
+    plan: Plan
+    difference: Difference | None
+
+
+def convert(
+    model: nn.Module,
+    variant: Variant,
+    *,
+    example: Any = None,
+    include: Sequence[str] | None = None,
+    exclude: Sequence[str] | None = None,
+    min_channels: int = 0,
+    skip_stem: bool = True,
+    skip_pooled: bool = True,
+    classifier: bool = False,
+    diversity: float = 0.1,
+    seed: int = 0,
+    inplace: bool = False,
+    prove: bool = True,
+    tolerance: float | None = None,
+) -> Conversion:
+    """Replace the convolutions of a trained model by conditional ones that compute the same at the start.
+
+        W_b = sum_e gate[b,e] (W + eps_e),    sum_e eps_e = 0,    gate = 1/n at the start
+
+    example: an input, a tuple of all arguments, or what a detector takes; made from the model's own input
+        specification when left out (3x224x224 when it has none).
+    include, exclude, min_channels, skip_stem, skip_pooled, classifier: see ``recipe.Selection``.
+    diversity, seed: see ``recipe.Upcycling``.
+    inplace: change ``model`` itself. Otherwise it is left as it was.
+    prove: run both models in both modes and compare; ``tolerance`` is absolute, in the output's units.
+
+    Raises ``InputError`` when nothing is left to convert or the example does not fit, and ``ProofError`` when the
+    outputs differ; the model is then as it was.
+    """
+    selection = Selection(tuple(include or ()), tuple(exclude or ()), min_channels, skip_stem, skip_pooled, classifier)
+    upcycling = Upcycling(diversity, seed)
+    arguments = example_arguments(model, example)
+    plan = make_plan(model, selection, arguments)
+    before = run_both_modes(model, arguments, plan.modes) if prove else None
+    target = model if inplace else copy.deepcopy(model)
+    undo = _swap(target, plan.kept, variant, upcycling)
+    difference = None
+    if before is not None:
+        try:
+            difference = _prove(target, arguments, plan, before, tolerance)
+        except Exception:
+            _put(target, undo)
+            raise
+    return Conversion(target, plan, difference)
+
+
+def make_plan(model: nn.Module, selection: Selection, arguments: tuple[Any, ...]) -> Plan:
+    """What ``convert`` would do, with nothing changed."""
+    recipe = recipe_of(model)
+    source = (recipe.source.name if recipe else "") or type(model).__name__
+    return select(find_sites(model, arguments), selection, source)
+
+
+def example_arguments(model: nn.Module, example: Any = None) -> tuple[Any, ...]:
+    """The arguments of a forward pass: the example's, or two random pictures of the size the model expects."""
+    if example is not None:
+        return example if isinstance(example, tuple) else (example,)
+    spec = _input_spec(model)
+    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, spec.channels, spec.height, spec.width, generator=generator)
+    return (x.to(device_of(model), dtype),)
+
+
+def _input_spec(model: nn.Module) -> InputSpec:
+    recipe = recipe_of(model)
+    if recipe is not None:
+        return recipe.input
+    size = (getattr(model, "pretrained_cfg", None) or {}).get("input_size")  # timm's models carry their own
+    if size is not None:
+        return InputSpec(*size)
+    stem = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
+    return InputSpec(channels=stem.in_channels if stem is not None else 3)
+
+
+def _prove(
+    model: nn.Module, arguments: tuple[Any, ...], plan: Plan, before: Outputs, tolerance: float | None
+) -> Difference:
+    try:
+        after = run_both_modes(model, arguments, plan.modes)
+    except Exception as error:  # a parent that reads its child's weight, say
+        raise ProofError(
+            f"The converted model does not run: {one_line(error)}",
+            "It must take whatever the original takes.",
+            "--exclude the layer that the traceback names (it is the cause of this error)",
+        ) from error
+    difference = compare(before, after)
+    require(difference, before, tolerance)
+    return difference
+
+
+Places = list[tuple[str, nn.Module]]
+
+
+def _swap(model: nn.Module, sites: Iterable[ConvSite], variant: Variant, upcycling: Upcycling) -> Places:
+    """Put conditional layers in place, the same one at every name of a site; returns what was there."""
+    layers: Places = []
+    before: Places = []
+    for site in sites:
+        module = model.get_submodule(site.name)
+        assert isinstance(module, (nn.Conv2d, nn.Linear))
+        layer = upcycle(module, variant, upcycling, site.name)
+        layers += [(name, layer) for name in site.names]
+        before += [(name, module) for name in site.names]
+    _put(model, layers)
+    return before
+
+
+def _put(model: nn.Module, places: Places) -> None:
+    for name, module in places:
+        model.set_submodule(name, module)

@@ -1,0 +1,107 @@
+"""What one forward pass tells: which layers are called, in which order, how often, with which shapes.
+
+The pass runs on the meta device where it can: the model's own code, no memory, no arithmetic.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from condconv_surgery.meta import META, meta_state, on_device
+
+
+@dataclass
+class Calls:
+    """The calls of one layer: input and output shapes of each, and the place of the first among all."""
+
+    order: int
+    inputs: list[tuple[int, ...]] = field(default_factory=list)
+    outputs: list[tuple[int, ...]] = field(default_factory=list)
+
+
+def observe(
+    model: nn.Module, layers: Mapping[str, nn.Module], arguments: tuple[Any, ...], training: bool
+) -> dict[str, Calls]:
+    """The calls of ``layers`` (by name) in one forward pass of ``model``; those never called are absent.
+
+    The model's parameters, buffers and mode are as before afterwards. Raises what the model's forward raises.
+    """
+    with mode(model, training), torch.no_grad():
+        try:
+            return _observe_on_meta(model, layers, arguments)
+        except Exception:
+            # Data-dependent code (boxes, topk, .item()) and tensors outside the state dict cannot run on meta.
+            return _observe_for_real(model, layers, arguments)
+
+
+def _observe_on_meta(model: nn.Module, layers: Mapping[str, nn.Module], arguments: tuple[Any, ...]) -> dict[str, Calls]:
+    with meta_state(model), _recording(layers) as calls:
+        model(*on_device(arguments, META))
+    return calls
+
+
+def _observe_for_real(
+    model: nn.Module, layers: Mapping[str, nn.Module], arguments: tuple[Any, ...]
+) -> dict[str, Calls]:
+    with preserved_buffers(model), _recording(layers) as calls:
+        model(*on_device(arguments, device_of(model)))
+    return calls
+
+
+@contextmanager
+def _recording(layers: Mapping[str, nn.Module]) -> Iterator[dict[str, Calls]]:
+    calls: dict[str, Calls] = {}
+
+    def hook(name: str) -> Any:
+        def record(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+            call = calls.setdefault(name, Calls(order=len(calls)))
+            if inputs and isinstance(inputs[0], Tensor) and isinstance(output, Tensor):
+                call.inputs.append(tuple(inputs[0].shape))
+                call.outputs.append(tuple(output.shape))
+
+        return record
+
+    handles = [layer.register_forward_hook(hook(name)) for name, layer in layers.items()]
+    try:
+        yield calls
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def mode(model: nn.Module, training: bool) -> Iterator[None]:
+    """The whole model in one mode, then each module in its own again."""
+    before = {module: module.training for module in model.modules()}
+    model.train(training)
+    try:
+        yield
+    finally:
+        for module, mode in before.items():
+            module.training = mode
+
+
+@contextmanager
+def preserved_buffers(model: nn.Module) -> Iterator[None]:
+    """Running statistics as before, whatever ran in between."""
+    before = {name: buffer.clone() for name, buffer in model.named_buffers() if buffer is not None}
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for name, buffer in model.named_buffers():
+                if name in before:
+                    buffer.copy_(before[name])
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where the model's first tensor lives."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        return tensor.device
+    return torch.device("cpu")

@@ -1,0 +1,116 @@
+"""The proof: original and converted model on the same input, in eval and in train mode."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from condconv_surgery.errors import ProofError
+from condconv_surgery.meta import on_device
+from condconv_surgery.surgery.observation import device_of, mode, preserved_buffers
+
+TRAIN_FACTOR = 10.0
+"""Batch statistics divide by small numbers and so amplify rounding: train mode is allowed this much more."""
+
+
+@dataclass(frozen=True)
+class Gap:
+    """The largest difference over all outputs.
+
+    absolute: in the output's own units. relative: divided by the largest magnitude of the original's outputs.
+    agreement: the share of samples whose largest output is at the same place (top-1), of the first [B, C] output.
+    """
+
+    absolute: float
+    relative: float
+    agreement: float | None = None
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Both modes; ``None`` where the original itself does not run in that mode on the example."""
+
+    eval: Gap | None
+    train: Gap | None
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """All tensors that a model gave back, in each mode, on the CPU."""
+
+    eval: list[Tensor] | None
+    train: list[Tensor] | None
+
+
+def run_both_modes(model: nn.Module, arguments: tuple[Any, ...], modes: Sequence[bool] = (False, True)) -> Outputs:
+    """Run ``model`` in eval and in train mode; its mode and buffers are as before afterwards.
+
+    The random state is the same at the start of each run, so dropout draws the same masks for both models.
+    """
+    results: dict[bool, list[Tensor] | None] = {False: None, True: None}
+    for training in modes:
+        with mode(model, training), preserved_buffers(model), torch.no_grad(), torch.random.fork_rng():
+            torch.manual_seed(0)
+            output = model(*on_device(arguments, device_of(model)))
+        leaves = pytree.tree_leaves(output)
+        results[training] = [leaf.detach().cpu() for leaf in leaves if isinstance(leaf, Tensor)]
+    return Outputs(results[False], results[True])
+
+
+def compare(before: Outputs, after: Outputs) -> Difference:
+    """The gap between two models' outputs in each mode."""
+    return Difference(_gap(before.eval, after.eval), _gap(before.train, after.train))
+
+
+def require(difference: Difference, before: Outputs, tolerance: float | None) -> None:
+    """Raise ``ProofError`` when a difference is past the tolerance (absolute; see ``allowed``)."""
+    for name, gap, outputs in (("eval", difference.eval, before.eval), ("train", difference.train, before.train)):
+        if gap is None or outputs is None:
+            continue
+        limit = allowed(outputs, tolerance) * (TRAIN_FACTOR if name == "train" else 1.0)
+        if not gap.absolute <= limit:
+            raise ProofError(
+                f"The converted model differs from the original by {gap.absolute:.3g} in {name} mode.",
+                f"At most {limit:.3g} is allowed (outputs reach {_magnitude(outputs):.3g}).",
+                f"--tolerance {gap.absolute * 2:.1g} if that is rounding, or --exclude the layers at fault",
+            )
+
+
+def allowed(outputs: Sequence[Tensor], tolerance: float | None) -> float:
+    """The tolerance as given, else ``1e-4`` of the outputs' magnitude in float32, ``5e-2`` in half precision."""
+    if tolerance is not None:
+        return tolerance
+    half = any(t.dtype in (torch.float16, torch.bfloat16) for t in outputs)
+    share = 5e-2 if half else 1e-4
+    return share * _magnitude(outputs)
+
+
+def _gap(before: list[Tensor] | None, after: list[Tensor] | None) -> Gap | None:
+    if before is None or after is None:
+        return None
+    if [t.shape for t in before] != [t.shape for t in after]:
+        return Gap(math.inf, math.inf, 0.0)
+    absolute = max((_largest(a, b) for a, b in zip(before, after, strict=True)), default=0.0)
+    logits = next((pair for pair in zip(before, after, strict=True) if pair[0].dim() == 2), None)
+    agreement = None if logits is None else float((logits[0].argmax(1) == logits[1].argmax(1)).float().mean())
+    return Gap(absolute, absolute / max(_magnitude(before), 1e-30), agreement)
+
+
+def _largest(a: Tensor, b: Tensor) -> float:
+    if a.numel() == 0:
+        return 0.0
+    if not a.is_floating_point():
+        return 0.0 if torch.equal(a, b) else math.inf
+    same = (a == b) | (a.isnan() & b.isnan())  # infinities and NaN of the original are no difference
+    gap = float((a.double() - b.double()).abs().masked_fill(same, 0.0).max())
+    return math.inf if math.isnan(gap) else gap
+
+
+def _magnitude(outputs: Sequence[Tensor]) -> float:
+    return max((float(t.double().abs().nan_to_num(posinf=0.0).max()) for t in outputs if t.numel()), default=0.0)

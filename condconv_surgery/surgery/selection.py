@@ -1,0 +1,138 @@
+"""Sites and a rule give a Plan: what will be converted, what will not, and why. Nothing is changed here."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+from torch import nn
+from torch.nn.utils import parametrize
+
+from condconv_surgery.errors import InputError
+from condconv_surgery.recipe import Selection
+from condconv_surgery.surgery.graph import ConvSite, Sites
+
+
+@dataclass(frozen=True)
+class Skip:
+    """A layer that stays as it is, and the reason in words."""
+
+    name: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Every convolution of the model (and its classifier, when asked for) is in exactly one of the two lists.
+
+    modes, notes: as in ``Sites``.
+    """
+
+    kept: tuple[ConvSite, ...]
+    skipped: tuple[Skip, ...]
+    modes: tuple[bool, ...] = (False, True)
+    notes: tuple[str, ...] = ()
+
+
+def select(found: Sites, selection: Selection, source: str = "the model") -> Plan:
+    """Apply the rule. Raises ``InputError`` when it leaves nothing to convert."""
+    convolutions = [site for site in found.sites if not site.linear]
+    candidates = list(convolutions)
+    if selection.classifier:
+        candidates.append(_classifier(found, source))
+    elif not convolutions:
+        raise InputError(
+            f"No convolution to convert: {source} has none.",
+            "An nn.Conv2d, or the final nn.Linear with --classifier, can be converted.",
+            "another model, or --classifier",
+        )
+    stem = next((site for site in convolutions if site.calls), None)
+    kept, skipped = [], []
+    for site in candidates:
+        reason = _reason_to_skip(site, selection, site is stem)
+        if reason:
+            skipped.append(Skip(site.name, reason))
+        else:
+            kept.append(site)
+    if not kept:
+        raise _nothing_left(candidates, skipped, selection, source)
+    return Plan(tuple(kept), tuple(skipped), found.modes, found.notes)
+
+
+def _reason_to_skip(site: ConvSite, selection: Selection, is_stem: bool) -> str:
+    """Why ``site`` stays as it is; empty when it is converted. What cannot be comes before what is not wanted."""
+    checks = (
+        "" if site.linear else _reason_impossible(site.module),
+        "not called in a forward pass" if site.calls == 0 else "",
+        "not matched by --include" if selection.include and not _matches(site, selection.include) else "",
+        "matched by --exclude" if _matches(site, selection.exclude) else "",
+        "the stem: the first convolution sees the picture, not features (--no-skip-stem converts it)"
+        if selection.skip_stem and is_stem
+        else "",
+        "over a 1x1 map, as in squeeze-and-excite: mixing the kernels would cost more than the convolution "
+        "(--no-skip-pooled converts it)"
+        if selection.skip_pooled and site.pooled and not site.linear
+        else "",
+        _too_narrow(site.module, selection.min_channels),
+    )
+    return next((reason for reason in checks if reason), "")
+
+
+def _reason_impossible(module: nn.Module) -> str:
+    cls = type(module)
+    if isinstance(module, nn.modules.lazy.LazyModuleMixin):
+        return f"{cls.__name__} has no weights yet: run the model once first"
+    if parametrize.is_parametrized(module) or "weight" not in dict(module.named_parameters(recurse=False)):
+        return "its weight is computed by a parametrization or hook at each call"
+    plain = cls.forward is nn.Conv2d.forward and cls._conv_forward is nn.Conv2d._conv_forward  # type: ignore[attr-defined]
+    return "" if plain else f"{cls.__module__}.{cls.__qualname__} does not compute a plain convolution"
+
+
+def _too_narrow(module: nn.Module, least: int) -> str:
+    widths = (module.in_features, module.out_features) if isinstance(module, nn.Linear) else _widths(module)
+    return f"{min(widths)} channels, fewer than --min-channels {least}" if min(widths) < least else ""
+
+
+def _widths(module: nn.Module) -> tuple[int, int]:
+    assert isinstance(module, nn.Conv2d)
+    return module.in_channels, module.out_channels
+
+
+def _matches(site: ConvSite, patterns: tuple[str, ...]) -> bool:
+    return any(_match(name, pattern) for name in site.names for pattern in patterns)
+
+
+def _match(name: str, pattern: str) -> bool:
+    if pattern.startswith("re:"):
+        return re.fullmatch(pattern[3:], name) is not None
+    return fnmatchcase(name, pattern)
+
+
+def _classifier(found: Sites, source: str) -> ConvSite:
+    called = [site for site in found.sites if site.linear and site.calls]
+    if not called:
+        raise InputError(
+            f"--classifier: {source} calls no nn.Linear.",
+            "The classifier is the last nn.Linear of a forward pass.",
+            "leave --classifier out",
+        )
+    return called[-1]
+
+
+def _nothing_left(candidates: list[ConvSite], skipped: list[Skip], selection: Selection, source: str) -> InputError:
+    matched = [site for site in candidates if not selection.include or _matches(site, selection.include)]
+    if selection.include and not matched:
+        flags = " ".join(f'--include "{pattern}"' for pattern in selection.include)
+        given = f"{flags} matched 0 of {len(candidates)} convolutions in {source}."
+    else:
+        names = {site.name for site in matched}
+        reasons = sorted({skip.reason for skip in skipped if skip.name in names})
+        given = f"all {len(matched)} convolutions of {source} are skipped: {'; '.join(reasons)}."
+    some = [site.name for site in (candidates[0], candidates[len(candidates) // 2], candidates[-1])]
+    prefix = some[-1].split(".")[0]
+    return InputError(
+        f"No layer left to convert: {given}",
+        f"They are named like: {', '.join(dict.fromkeys(some))}",
+        f'--include "{prefix}*"      (or --dry-run to list them all)',
+    )
