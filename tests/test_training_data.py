@@ -9,7 +9,7 @@ from PIL import Image
 
 from condconv_surgery.errors import InputError
 from condconv_surgery.recipe import InputSpec
-from condconv_surgery.recipe.training import AugmentOptions
+from condconv_surgery.recipe.sections import AugmentOptions
 from condconv_surgery.training.folders import find_pictures
 from condconv_surgery.training.pictures import (
     Draw,

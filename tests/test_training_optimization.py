@@ -8,12 +8,13 @@ from torch import nn
 
 from condconv_surgery.errors import InputError
 from condconv_surgery.recipe import CondConv, DynamicConv, ODConv
-from condconv_surgery.recipe.training import OptimizerOptions, ScheduleOptions
+from condconv_surgery.recipe.sections import OptimizerOptions, ScheduleOptions
 from condconv_surgery.training import apply_schedule, lr_factor, parameter_groups, temperature_at
 from condconv_surgery.training.evaluation import evaluate
 from condconv_surgery.training.outputs import Logits
 from condconv_surgery.training.pictures import Batch
-from condconv_surgery.training.step import NonFiniteLossError, classification_loss, train_step
+from condconv_surgery.training.objective import classification_loss
+from condconv_surgery.training.step import NonFiniteError, train_step
 from tests.small_networks import small_net
 
 
@@ -70,6 +71,10 @@ def test_temperature_reaches_every_router_that_has_one() -> None:
     assert temperature_at(3, 8, ScheduleOptions()) is None
 
 
+def plain_loss(logits: Logits, images: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    return classification_loss(logits, target)
+
+
 def _batch(count: int = 6, seed: int = 0) -> Batch:
     generator = torch.Generator().manual_seed(seed)
     return Batch(torch.randn(count, 3, 8, 8, generator=generator), torch.arange(count) % 5)
@@ -82,8 +87,8 @@ def test_accumulated_batches_step_as_one_batch() -> None:
     parts = [Batch(batch.images[i : i + 3], batch.labels[i : i + 3]) for i in (0, 3)]
     for model, batches in ((whole, [batch]), (halves, parts)):
         optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
-        tally = train_step(model, optimizer, batches, loss_of=classification_loss, clip_norm=0.1)
-        assert tally.count == 6
+        outcome = train_step(model, optimizer, batches, loss_of=plain_loss, clip_norm=0.1)
+        assert outcome.tally.count == 6
     for one, other in zip(whole.parameters(), halves.parameters(), strict=True):
         torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-5)
 
@@ -98,8 +103,8 @@ def test_a_loss_that_is_no_number_leaves_the_weights_alone() -> None:
     model = small_net()
     before = [p.clone() for p in model.parameters()]
     bad = Batch(torch.full((4, 3, 8, 8), math.nan), torch.zeros(4, dtype=torch.int64))
-    with pytest.raises(NonFiniteLossError):
-        train_step(model, torch.optim.SGD(model.parameters(), lr=1.0), [bad], loss_of=classification_loss)
+    with pytest.raises(NonFiniteError):
+        train_step(model, torch.optim.SGD(model.parameters(), lr=1.0), [bad], loss_of=plain_loss)
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
 
 

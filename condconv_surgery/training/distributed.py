@@ -34,11 +34,11 @@ class World:
         summed: list[float] = total.tolist()
         return summed
 
-    def same(self, tensor: Tensor) -> Tensor:
-        """``tensor`` as rank 0 has it, in every process."""
-        if self.size > 1:
-            dist.broadcast(tensor, src=0)
-        return tensor
+    def mean_(self, tensors: list[Tensor]) -> None:
+        """Replace each tensor by its mean over all processes."""
+        for tensor in tensors if self.size > 1 else ():
+            dist.all_reduce(tensor)
+            tensor /= self.size
 
     def wait(self) -> None:
         """Until every process is here."""

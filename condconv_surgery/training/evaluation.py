@@ -12,6 +12,7 @@ from torch import nn
 
 from condconv_surgery.errors import TrainingError
 from condconv_surgery.training.distributed import World
+from condconv_surgery.training.modes import mode_of
 from condconv_surgery.training.outputs import logits_of
 from condconv_surgery.training.pictures import Batch
 
@@ -53,25 +54,23 @@ def evaluate(
 ) -> Tally | None:
     """Cross-entropy (without smoothing) and top-1 of ``model`` in eval mode; ``None`` once ``interrupted()`` is true.
 
-    The model's mode is set back afterwards. Raises ``TrainingError`` when no picture could be read.
+    Each module has its own mode again afterwards. Raises ``TrainingError`` when no picture could be read.
     """
-    was_training = model.training
-    model.eval()
     tally = Tally()
     stopped = False
-    for batch in batches:
-        stopped = stopped or interrupted()
-        if stopped:
-            break
-        unreadable(batch.unreadable)
-        if not len(batch.labels):
-            continue
-        labels = batch.labels.to(world.device)
-        with cast():
-            logits = logits_of(model(batch.images.to(world.device))).main.float()
-        loss = F.cross_entropy(logits, labels, reduction="sum")
-        tally.add(loss.item(), float((logits.argmax(1) == labels).sum().item()), len(labels))
-    model.train(was_training)
+    with mode_of(model, training=False):
+        for batch in batches:
+            stopped = stopped or interrupted()
+            if stopped:
+                break
+            unreadable(batch.unreadable)
+            if not len(batch.labels):
+                continue
+            labels = batch.labels.to(world.device)
+            with cast():
+                logits = logits_of(model(batch.images.to(world.device))).main.float()
+            loss = F.cross_entropy(logits, labels, reduction="sum")
+            tally.add(loss.item(), float((logits.argmax(1) == labels).sum().item()), len(labels))
     *sums, stops = world.sum([tally.loss_sum, tally.right, tally.count, float(stopped)])
     if stops:
         return None

@@ -13,6 +13,7 @@ from condconv_surgery.errors import InputError
 from condconv_surgery.layers import ConditionalConv2d, ConditionalLinear, conditional_like
 from condconv_surgery.models.artifact import attach_recipe, recipe_of
 from condconv_surgery.recipe import InputSpec, Recipe
+from condconv_surgery.training.modes import mode_of
 from condconv_surgery.training.outputs import Logits, logits_of
 
 
@@ -79,14 +80,8 @@ def _run(model: nn.Module, spec: InputSpec, training: bool) -> Logits:
     """The logits on zeros, with copies in place of the buffers: batch norm must not learn from this."""
     parameter = next(model.parameters())
     x = torch.zeros(2, spec.channels, spec.height, spec.width, device=parameter.device, dtype=parameter.dtype)
-    modes = {module: module.training for module in model.modules()}
-    model.train(training)
-    try:
-        with torch.random.fork_rng(devices=[]):
-            output = functional_call(model, {name: buffer.clone() for name, buffer in model.named_buffers()}, (x,))
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
+    with mode_of(model, training), torch.random.fork_rng(devices=[]):
+        output = functional_call(model, {name: buffer.clone() for name, buffer in model.named_buffers()}, (x,))
     return logits_of(output)
 
 

@@ -29,7 +29,7 @@ class Data:
     val_loader: DataLoader[Batch]
 
     def batches_from(self, step: int) -> Iterator[Batch]:
-        """Training batches from a step of the whole run on."""
+        """Training batches from a step of the whole run on. One iterator at a time."""
         self.order.start = step
         return iter(self.train_loader)
 
@@ -44,6 +44,7 @@ def open_data(options: TrainingOptions, spec: InputSpec, world: World) -> Data:
         seed=options.seed,
         rank=world.rank,
         world=world.size,
+        accumulate=options.optimizer.accumulate,
     )
     each = EvaluationBatches(len(val), order.slice_size, rank=world.rank, world=world.size)
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from condconv_surgery.errors import InputError
+from condconv_surgery.models.preprocess import flat
 from condconv_surgery.training.folders import Pictures
 from condconv_surgery.training.seeding import seeded
 
@@ -88,7 +89,7 @@ def read_picture(path: Path, channels: int = 3) -> Image.Image:
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             warnings.filterwarnings("ignore", category=UserWarning, module="PIL")
             with Image.open(path) as file:
-                return _flat(file, "L" if channels == 1 else "RGB")
+                return flat(file, channels)
     except (
         OSError,
         ValueError,
@@ -127,12 +128,3 @@ class Unreadable:
                 f"remove it, or --max-bad {max(10, 2 * len(self.names))} to pass over such pictures",
             )
         return new
-
-
-def _flat(picture: Image.Image, mode: str) -> Image.Image:
-    """In ``mode``, on white: a transparent pixel has a colour of its own, which nobody meant to be seen."""
-    if picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info:
-        rgba = picture.convert("RGBA")
-        white = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
-        return Image.alpha_composite(white, rgba).convert(mode)
-    return picture.convert(mode)

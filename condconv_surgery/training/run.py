@@ -4,41 +4,33 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
-from functools import partial
+from itertools import islice
 from pathlib import Path
 
-import torch
 from torch import nn
 
-from condconv_surgery.errors import TrainingError
 from condconv_surgery.models.artifact import recipe_of, save
 from condconv_surgery.recipe import InputSpec, Recipe
 from condconv_surgery.recipe.toml_text import to_toml
 from condconv_surgery.recipe.training import TrainingOptions
+from condconv_surgery.training.determinism import deterministic
 from condconv_surgery.training.distributed import World, open_world
 from condconv_surgery.training.evaluation import Tally, evaluate
 from condconv_surgery.training.files import make_folder, read_rows, write_rows, write_text
-from condconv_surgery.training.groups import parameter_groups
 from condconv_surgery.training.heads import fit_heads
+from condconv_surgery.training.learner import Learner
 from condconv_surgery.training.loading import Data, open_data
 from condconv_surgery.training.meter import Meter, temperature_of
 from condconv_surgery.training.pictures import Batch, Unreadable
 from condconv_surgery.training.progress import Progress, TrainingResult
 from condconv_surgery.training.resuming import METRICS, RECIPE, cut_metrics, require_fresh, require_same_run
-from condconv_surgery.training.schedule import apply_schedule
-from condconv_surgery.training.seeding import seed_of, seeded
-from condconv_surgery.training.state import (
-    State,
-    load_state,
-    model_part,
-    optimizer_part,
-    restore_model,
-    restore_optimizer,
-    save_state,
-)
-from condconv_surgery.training.step import NonFiniteLossError, autocast, classification_loss, train_step
+from condconv_surgery.training.seeding import seeded
+from condconv_surgery.training.state import load_state, save_state
+from condconv_surgery.training.statistics import recalibrate
 from condconv_surgery.training.stopping import StopWish, watching_signals
 from condconv_surgery.training.watching import Silent, Watcher
+
+RECALIBRATION_BATCHES = 100
 
 
 def finetune(
@@ -49,18 +41,20 @@ def finetune(
     ``last.safetensors`` and ``best.safetensors`` (artifacts), ``metrics.jsonl`` (a row per epoch), ``recipe.toml`` (the
     effective options), ``state.safetensors`` (to go on from).
 
-    resume: go on from the state in the folder; the final weights are those of a run that was never stopped.
+    resume: go on from the state in the folder; the final weights are those of a run that was never stopped. ``model``
+    is then the model that the run began with.
     SIGTERM or Ctrl-C save the state and return early (``stopped_by``). Seeds torch's global generators.
 
     Raises ``InputError`` for options, pictures or folders that cannot be used, ``TrainingError`` when training cannot
     go on, ``DamagedFileError`` when no whole state is left.
     """
-    with open_world() as world, watching_signals() as wish:
+    with open_world() as world, watching_signals() as wish, deterministic(options.engine.deterministic):
         run = Run(model, options, world, wish, watcher if watcher and world.speaks else Silent())
-        run.begin(resume)
         try:
+            run.begin(resume)
             return run.train()
         finally:
+            run.learner.close()
             run.watcher.close()
 
 
@@ -76,13 +70,10 @@ class Run:
         self.data: Data = open_data(options, spec, world)
         with seeded(options.seed, "head"):
             self.heads = fit_heads(model, self.data.train.classes, spec)
-        self.model = model.to(world.device).train()
-        self.optimizer = torch.optim.AdamW(parameter_groups(model, options.optimizer), lr=options.optimizer.lr)
-        self.forward = wrapped(self.model, world)
-        self.cast = autocast(world.device, options.engine.precision)
+        self.learner = Learner(model, options, world, self.data.train.counts(), self.heads)
         self.unreadable = Unreadable(options.data.max_bad)
         self.progress = Progress()
-        self.meter = Meter(self.world.device, options.schedule.epochs, self.data.order.steps)
+        self.meter = Meter(world.device, options.schedule.epochs, self.data.order.steps)
 
     def begin(self, resume: bool) -> None:
         """Make the folder, or take up the state in it."""
@@ -95,8 +86,11 @@ class Run:
         if trouble:
             self.watcher.note(f"{trouble} Going on from the state before.")
         if state is not None:
-            self.restore(state)
+            require_same_run(state, self.options, self.fingerprint())
+            self.learner.restore(state)
+            self.progress = Progress.from_dict(state.facts["progress"])
             self.watcher.note(f"Going on after step {self.progress.step}, epoch {self.progress.epochs_done}.")
+        self.world.wait()  # every process has read the state before rank 0 writes
         if self.world.speaks:
             write_text(self.folder / RECIPE, to_toml(self.options))
             cut_metrics(self.folder, self.progress.epochs_done)
@@ -107,13 +101,14 @@ class Run:
         """Epoch after epoch, until the end or a wish to stop."""
         order, progress = self.data.order, self.progress
         batches = self.data.batches_from(progress.step)
-        while progress.epochs_done < self.options.schedule.epochs:
+        while progress.epochs_done < self.options.schedule.epochs and not self.patience_is_over():
             while progress.step < (progress.epochs_done + 1) * order.steps_per_epoch:
                 self.step(batches)
                 if self.stopping():
                     return self.stopped()
                 if progress.step % self.options.engine.save_every == 0:
                     self.save()
+            self.finish_statistics()
             scores = self.evaluate()
             if scores is None:
                 return self.stopped()
@@ -121,30 +116,24 @@ class Run:
         return self.result()
 
     def step(self, batches: Iterator[Batch]) -> None:
-        """One optimizer step, its random numbers a function of the step and the process alone."""
+        """One optimizer step."""
         progress, order = self.progress, self.data.order
-        taken = [next(batches) for _ in range(order.accumulate)]
+        taken = list(islice(batches, order.accumulate))
         for batch in taken:
             self.note_unreadable(batch.unreadable)
-        torch.manual_seed(seed_of(self.options.seed, "step", progress.step, self.world.rank))
-        lr = apply_schedule(self.model, self.optimizer, progress.step, order.steps, self.options.schedule)
-        smoothing = self.options.optimizer.label_smoothing
-        try:
-            tally = train_step(
-                self.forward,
-                self.optimizer,
-                taken,
-                loss_of=partial(classification_loss, smoothing=smoothing),
-                cast=self.cast,
-                clip_norm=self.options.optimizer.clip_norm,
-                world=self.world,
-            )
-        except NonFiniteLossError:
-            raise self.diverged() from None
+        tally = self.learner.step(taken, progress.step, order.steps)
         progress.step += 1
         progress.tally.add(tally.loss_sum, tally.right, tally.count)
         self.meter.count(tally)
-        self.watcher.step(self.meter.view(progress, lr))
+        self.watcher.step(self.meter.view(progress, self.learner.lr))
+
+    def finish_statistics(self) -> None:
+        """After the last step, measure batch-norm statistics anew if the options ask for it."""
+        last = self.progress.step == self.data.order.steps
+        if last and self.options.layers.batch_norm == "recalibrate":
+            batches = islice(self.data.batches_from(0), RECALIBRATION_BATCHES)
+            norms = recalibrate(self.learner.scored, batches, world=self.world, cast=self.learner.cast)
+            self.watcher.note(f"Measured the statistics of {norms} batch norms anew.")
 
     def end_epoch(self, scores: Tally) -> None:
         """Note the epoch's numbers, then save what they belong to."""
@@ -153,13 +142,13 @@ class Run:
         best = scores.top1 > progress.best_top1
         if best:
             progress.best_top1, progress.best_epoch = scores.top1, progress.epochs_done
-        lr = float(self.optimizer.param_groups[0]["lr"])
-        row = self.meter.row(progress, lr, temperature_of(self.model), scores, best)
+        model = self.learner.scored
+        row = self.meter.row(progress, self.learner.lr, temperature_of(model), scores, best)
         progress.tally = Tally()
         if self.world.speaks:
-            save(self.model, self.folder / "last.safetensors")
+            save(model, self.folder / "last.safetensors")
             if best:
-                save(self.model, self.folder / "best.safetensors")
+                save(model, self.folder / "best.safetensors")
             write_rows(self.folder / METRICS, [*read_rows(self.folder / METRICS), row.to_dict()])
         self.save()
         self.watcher.epoch(row)
@@ -168,37 +157,32 @@ class Run:
     def evaluate(self) -> Tally | None:
         """Score the validation pictures; ``None`` when the run is to stop."""
         return evaluate(
-            self.model,
+            self.learner.scored,
             self.data.val_loader,
             world=self.world,
-            cast=self.cast,
+            cast=self.learner.cast,
             interrupted=lambda: bool(self.wish),
             unreadable=self.note_unreadable,
         )
 
     def save(self) -> None:
         """Write the state, from rank 0; every process has the same weights."""
-        if not self.world.speaks:
-            return
-        tensors, plain = optimizer_part(self.optimizer)
-        facts = {
-            "progress": self.progress.to_dict(),
-            "optimizer": plain,
-            "options": self.options.to_dict(),
-            "fingerprint": self.fingerprint(),
-        }
-        save_state(self.folder, State({**model_part(self.model), **tensors}, facts))
-
-    def restore(self, state: State) -> None:
-        """Take up a state. Raises ``InputError`` when it is of another run."""
-        require_same_run(state, self.options, self.fingerprint())
-        restore_model(self.model, state.part("model"))
-        restore_optimizer(self.optimizer, state.part("optimizer"), state.facts["optimizer"])
-        self.progress = Progress.from_dict(state.facts["progress"])
+        if self.world.speaks:
+            facts = {
+                "progress": self.progress.to_dict(),
+                "options": self.options.to_dict(),
+                "fingerprint": self.fingerprint(),
+            }
+            save_state(self.folder, self.learner.state(facts))
 
     def fingerprint(self) -> str:
         """Of the training and the validation pictures."""
         return f"{self.data.train.fingerprint()} {self.data.val.fingerprint()}"
+
+    def patience_is_over(self) -> bool:
+        """No better top-1 for as many epochs as ``early_stop`` says."""
+        patience = self.options.schedule.early_stop
+        return bool(patience) and self.progress.epochs_done - self.progress.best_epoch >= patience
 
     def stopping(self) -> bool:
         """Some process was told to stop; all agree."""
@@ -216,14 +200,6 @@ class Run:
         """Count and name pictures that could not be read."""
         for name in self.unreadable.add(names) if names else []:
             self.watcher.note(f"Unreadable, passed over: {name}")
-
-    def diverged(self) -> TrainingError:
-        """The error for a loss that is not a number."""
-        return TrainingError(
-            f"The loss is not a number at step {self.progress.step + 1}.",
-            "The state before this step is kept.",
-            f"--lr {self.options.optimizer.lr / 3:.2g}, or a longer --warmup, in a new run",
-        )
 
     def result(self) -> TrainingResult:
         """What the run has come to so far."""
@@ -251,12 +227,3 @@ def input_spec(model: nn.Module, options: TrainingOptions) -> InputSpec:
     spec = (recipe_of(model) or Recipe()).input
     side = options.data.image_size
     return spec if side is None else replace(spec, height=side, width=side)
-
-
-def wrapped(model: nn.Module, world: World) -> nn.Module:
-    """``model`` as the training step calls it: with gradients averaged over processes when there are several."""
-    if world.size == 1:
-        return model
-    return nn.parallel.DistributedDataParallel(
-        model, device_ids=[world.device] if world.device.type == "cuda" else None
-    )

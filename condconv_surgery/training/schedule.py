@@ -8,14 +8,15 @@ from torch import nn
 from torch.optim import Optimizer
 
 from condconv_surgery.layers import set_temperature
-from condconv_surgery.recipe.training import ScheduleOptions
+from condconv_surgery.recipe.sections import ScheduleOptions
 
 
 def lr_factor(step: int, steps: int, options: ScheduleOptions) -> float:
-    """The learning rate of a step (0 is the first) as a share of the peak: linear warm-up, then a cosine.
+    """The learning rate of a step (0 is the first) as a share of the peak: linear warm-up, then the shape.
 
-    ``(step + 1) / w`` for the first ``w = warmup * steps`` steps, then ``f + (1 - f) (1 + cos(pi t)) / 2`` with
-    t from 0 to 1 and ``f = final_lr``.
+    Warm-up: ``(step + 1) / w`` for the first ``w = warmup * steps`` steps. Then, with t from 0 to 1, cosine:
+    ``f + (1 - f) (1 + cos(pi t)) / 2`` with ``f = final_lr``; step: ``gamma`` to the number of milestones passed;
+    constant: 1.
 
     >>> options = ScheduleOptions(warmup=0.2, final_lr=0.0)
     >>> [round(lr_factor(step, 10, options), 2) for step in (0, 1, 2, 6, 9)]
@@ -24,6 +25,10 @@ def lr_factor(step: int, steps: int, options: ScheduleOptions) -> float:
     warm = round(options.warmup * steps)
     if step < warm:
         return (step + 1) / warm
+    if options.shape == "constant":
+        return 1.0
+    if options.shape == "step":
+        return options.gamma ** sum(step * options.epochs >= epoch * steps for epoch in options.milestones)
     t = (step - warm) / max(steps - warm, 1)
     return options.final_lr + (1 - options.final_lr) * (1 + math.cos(math.pi * t)) / 2
 
@@ -43,11 +48,11 @@ def temperature_at(step: int, steps: int, options: ScheduleOptions) -> float | N
 
 
 def apply_schedule(model: nn.Module, optimizer: Optimizer, step: int, steps: int, options: ScheduleOptions) -> float:
-    """Set every group's rate and every router's temperature for a step; returns the rate of the first group."""
+    """Set every group's rate and every router's temperature for a step; returns the rate's factor."""
     factor = lr_factor(step, steps, options)
     for group in optimizer.param_groups:
         group["lr"] = group["base_lr"] * factor
     temperature = temperature_at(step, steps, options)
     if temperature is not None:
         set_temperature(model, temperature)
-    return float(optimizer.param_groups[0]["lr"])
+    return factor

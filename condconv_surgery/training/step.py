@@ -3,40 +3,46 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 
 from condconv_surgery.training.distributed import World
 from condconv_surgery.training.evaluation import Tally
+from condconv_surgery.training.mixing import Mix
 from condconv_surgery.training.outputs import Logits, logits_of
 from condconv_surgery.training.pictures import Batch
 
-AUXILIARY_WEIGHT = 0.3
-"""Of each auxiliary head's loss, as GoogLeNet was trained."""
+Loss = Callable[[Logits, Tensor, Tensor], Tensor]
+"""``(logits, images, target) -> loss``; the target is labels [B] or shares [B, K]."""
 
 
-class NonFiniteLossError(Exception):
-    """The loss of some process was not a number, or endless. The weights are untouched."""
+class NonFiniteError(Exception):
+    """The loss (``where == "loss"``) or the gradient is not a number, or endless. The weights are untouched."""
+
+    def __init__(self, where: str) -> None:
+        super().__init__(where)
+        self.where = where
 
 
-def classification_loss(logits: Logits, labels: Tensor, smoothing: float = 0.0) -> Tensor:
-    """Mean cross-entropy over the batch, plus 0.3 times that of each auxiliary head. ``labels`` [B] int64."""
-    loss = F.cross_entropy(logits.main.float(), labels, label_smoothing=smoothing)
-    for extra in logits.auxiliary:
-        loss = loss + AUXILIARY_WEIGHT * F.cross_entropy(extra.float(), labels, label_smoothing=smoothing)
-    return loss
+class Outcome(NamedTuple):
+    """``tally`` over all processes; ``skipped``: with loss scaling, the weights were not moved."""
+
+    tally: Tally
+    skipped: bool = False
 
 
 def autocast(device: torch.device, precision: str) -> Callable[[], AbstractContextManager[object]]:
-    """A maker of the context that a forward pass runs in."""
+    """A maker of the context that a forward pass runs in; ``precision`` is fp32, bf16 or fp16."""
     if precision == "fp32":
         return nullcontext
-    return lambda: torch.autocast(device.type, dtype=torch.bfloat16)
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    return lambda: torch.autocast(device.type, dtype=dtype)
 
 
 def train_step(
@@ -44,33 +50,71 @@ def train_step(
     optimizer: Optimizer,
     batches: Sequence[Batch],
     *,
-    loss_of: Callable[[Logits, Tensor], Tensor],
+    loss_of: Loss,
+    mix: Mix | None = None,
     cast: Callable[[], AbstractContextManager[object]] = nullcontext,
+    scaler: GradScaler | None = None,
     clip_norm: float = 0.0,
+    only: Collection[nn.Parameter] | None = None,
     world: World = World(),  # noqa: B008  # frozen
-) -> Tally:
-    """Move the weights once by the mean gradient over ``batches``; returns the tally over all processes.
+) -> Outcome:
+    """Move the weights once by the mean gradient over ``batches``, or ``only`` some of them.
 
-    Raises ``NonFiniteLossError`` before the weights are touched, in every process alike.
+    Raises ``NonFiniteError`` before the weights are touched, in every process alike; with a ``scaler`` such a step is
+    skipped and the scale lowered instead.
     """
-    tally = Tally()
     optimizer.zero_grad(set_to_none=True)
+    tally = Tally()
     for position, batch in enumerate(batches):
         images, labels = batch.images.to(world.device), batch.labels.to(world.device)
+        images, target = (images, labels) if mix is None else mix(images, labels)
         with _without_reduction(model, position + 1 < len(batches)):
             with cast():
                 logits = logits_of(model(images))
-                loss = loss_of(logits, labels)
-            (loss / len(batches)).backward()  # type: ignore[no-untyped-call]
-        right = float((logits.main.detach().argmax(1) == labels).sum().item())
-        tally.add(loss.item() * len(labels), right, len(labels))
+                loss = loss_of(logits, images, target)
+            scaled = loss / len(batches) if scaler is None else scaler.scale(loss / len(batches))
+            scaled.backward()  # type: ignore[no-untyped-call]
+        _count(tally, loss.detach(), logits.main.detach(), target)
     tally = Tally(*world.sum([tally.loss_sum, tally.right, tally.count]))
-    if not math.isfinite(tally.loss_sum):
-        raise NonFiniteLossError
-    if clip_norm:
-        nn.utils.clip_grad_norm_(model.parameters(), clip_norm)
-    optimizer.step()
-    return tally
+    if scaler is None and not math.isfinite(tally.loss_sum):
+        raise NonFiniteError("loss")
+    skipped = _move(model, optimizer, scaler, clip_norm, only)
+    return Outcome(Tally() if skipped else tally, skipped)
+
+
+def _move(
+    model: nn.Module,
+    optimizer: Optimizer,
+    scaler: GradScaler | None,
+    clip_norm: float,
+    only: Collection[nn.Parameter] | None,
+) -> bool:
+    """Clip and step; true when the scaler skipped."""
+    if scaler is not None:
+        scaler.unscale_(optimizer)
+    if only is not None:
+        kept = {id(parameter) for parameter in only}
+        for parameter in model.parameters():
+            if id(parameter) not in kept:
+                parameter.grad = None  # an optimizer passes over a parameter without gradient
+    norm = nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+    finite = math.isfinite(norm.item())
+    if clip_norm and finite:
+        nn.utils.clip_grads_with_norm_(model.parameters(), clip_norm, norm)
+    if scaler is not None:
+        scaler.step(optimizer)
+        scaler.update()
+    elif finite:
+        optimizer.step()
+    else:
+        raise NonFiniteError("gradient")
+    return not finite
+
+
+def _count(tally: Tally, loss: Tensor, logits: Tensor, target: Tensor) -> None:
+    """Note a batch; of mixed pictures the class with the larger share is the right one."""
+    labels = target if target.dim() == 1 else target.argmax(1)
+    tally.add(loss.item() * len(labels), float((logits.argmax(1) == labels).sum().item()), len(labels))
 
 
 def _without_reduction(model: nn.Module, more_to_come: bool) -> AbstractContextManager[object]:

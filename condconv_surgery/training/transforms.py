@@ -8,7 +8,7 @@ import torch
 from torchvision.transforms import InterpolationMode, v2
 
 from condconv_surgery.recipe import InputSpec
-from condconv_surgery.recipe.training import AugmentOptions
+from condconv_surgery.recipe.sections import AugmentOptions
 from condconv_surgery.training.pictures import Transform
 
 
@@ -24,5 +24,11 @@ def training_transform(spec: InputSpec, options: AugmentOptions) -> Transform:
     ]
     if options.flip:
         steps.append(v2.RandomHorizontalFlip(options.flip))
+    if options.policy == "randaugment":
+        steps.append(v2.RandAugment(magnitude=options.magnitude))
+    elif options.policy == "trivialaugment":
+        steps.append(v2.TrivialAugmentWide())
     steps += [v2.PILToTensor(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(spec.mean, spec.std)]
+    if options.erasing:
+        steps.append(v2.RandomErasing(options.erasing))
     return cast(Transform, v2.Compose(steps))

@@ -1,0 +1,105 @@
+"""A teacher beside the labels: Hinton, Vinyals, Dean 2015 (arXiv 1503.02531), and optionally its feature maps."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from condconv_surgery.errors import InputError, unknown_name
+from condconv_surgery.models.sources import load_model
+from condconv_surgery.recipe.sections import DistillOptions
+from condconv_surgery.training.outputs import logits_of
+
+
+def distillation_loss(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+    """``T^2 KL(softmax(teacher / T) || softmax(student / T))``, mean over the batch. Logits [B, K]."""
+    log_p = F.log_softmax(student.float() / temperature, dim=1)
+    log_q = F.log_softmax(teacher.float() / temperature, dim=1)
+    return F.kl_div(log_p, log_q, reduction="batchmean", log_target=True) * temperature**2
+
+
+def feature_loss(student: Tensor, teacher: Tensor) -> Tensor:
+    """``sum (s - t)^2 / sum t^2``: 0 for equal maps, 1 for a student of zeros."""
+    t = teacher.float()
+    return (student.float() - t).square().sum() / t.square().sum().clamp_min(torch.finfo(t.dtype).tiny)
+
+
+class FeatureWatch:
+    """Notes the outputs of some layers, each time they run."""
+
+    def __init__(self, model: nn.Module, names: Iterable[str]) -> None:
+        self.seen: dict[str, Tensor] = {}
+        modules = dict(model.named_modules())
+        for name in names:
+            if name not in modules:
+                raise unknown_name("layer in distill.features", name, modules)
+        self.handles = [modules[name].register_forward_hook(self._noting(name)) for name in names]
+
+    def close(self) -> None:
+        """Watch no more."""
+        for handle in self.handles:
+            handle.remove()
+
+    def _noting(self, name: str) -> Callable[[nn.Module, object, object], None]:
+        def note(module: nn.Module, args: object, output: object) -> None:
+            if not isinstance(output, Tensor):
+                raise InputError(
+                    f"The layer {name} returns a {type(output).__name__}.",
+                    "distill.features compares tensors.",
+                    "name a layer that returns one",
+                )
+            self.seen[name] = output
+
+        return note
+
+
+class Teacher:
+    """A frozen network and what is compared with it."""
+
+    def __init__(self, model: nn.Module, student: nn.Module, options: DistillOptions) -> None:
+        self.model = model.requires_grad_(False).eval()
+        self.options = options
+        self.theirs = FeatureWatch(self.model, options.features)
+        self.ours = FeatureWatch(student, options.features)
+
+    def loss(self, images: Tensor, student: Tensor) -> tuple[Tensor, Tensor | float]:
+        """The loss on the logits, and the mean one on the feature maps, for the batch that the student just saw.
+
+        Raises ``InputError`` when the teacher has other classes.
+        """
+        with torch.no_grad():
+            logits = logits_of(self.model(images)).main
+        on_logits = student.new_zeros(()) if not self.options.weight else self._on_logits(student, logits)
+        maps = [feature_loss(self.ours.seen[name], self.theirs.seen[name]) for name in self.options.features]
+        return on_logits, sum(maps) / len(maps) if maps else 0.0
+
+    def close(self) -> None:
+        """Watch no more."""
+        self.ours.close()
+        self.theirs.close()
+
+    def _on_logits(self, student: Tensor, teacher: Tensor) -> Tensor:
+        if student.shape != teacher.shape:
+            raise InputError(
+                f"The teacher tells {teacher.shape[1]} classes apart, the pictures have {student.shape[1]}.",
+                "Logits are compared class by class.",
+                "fine-tune the unconverted model first, convert that, or --distill OTHER/best.safetensors",
+            )
+        return distillation_loss(student, teacher, self.options.temperature)
+
+
+def teacher_model(options: DistillOptions, start: nn.Module) -> nn.Module | None:
+    """The teacher that the options name: a copy of the model as it starts, a model by name or file, or none.
+
+    A converted model starts as the function of the original one, so its copy is the unconverted teacher.
+    """
+    if not options.teacher:
+        return None
+    if options.teacher == "start":
+        return copy.deepcopy(start)
+    teacher: nn.Module = load_model(options.teacher)
+    return teacher

@@ -1,0 +1,113 @@
+"""The gates that a model computes while it runs: watched, thinned out, measured."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from condconv_surgery.layers import Mixture, conditional_layers
+
+
+class GateWatch:
+    """Notes the gate [B, E] of every conditional layer with more than one expert, each time it runs."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.seen: dict[str, Tensor] = {}
+        self.handles = [
+            layer.router.register_forward_hook(self._noting(name))
+            for name, layer in conditional_layers(model).items()
+            if layer.experts > 1
+        ]
+
+    def take(self) -> dict[str, Tensor]:
+        """The gates since the last ``take``; of a layer called twice, the last."""
+        seen, self.seen = self.seen, {}
+        return seen
+
+    def close(self) -> None:
+        """Watch no more."""
+        for handle in self.handles:
+            handle.remove()
+
+    def _noting(self, name: str) -> Callable[[nn.Module, object, Mixture], None]:
+        def note(router: nn.Module, args: object, mixture: Mixture) -> None:
+            if mixture.gate is not None:
+                self.seen[name] = mixture.gate
+
+        return note
+
+
+class ExpertDropout:
+    """In training, each expert of each picture is left out with probability ``p``.
+
+    The gates that are left are scaled so that their sum stays; where all would go, all stay.
+    """
+
+    def __init__(self, model: nn.Module, p: float) -> None:
+        self.p = p
+        self.handles = [layer.router.register_forward_hook(self._drop) for layer in conditional_layers(model).values()]
+
+    def close(self) -> None:
+        """Drop no more."""
+        for handle in self.handles:
+            handle.remove()
+
+    def _drop(self, router: nn.Module, args: object, mixture: Mixture) -> Mixture | None:
+        if not router.training or mixture.gate is None:
+            return None
+        gate = mixture.gate  # [B, E]
+        kept = gate * (torch.rand_like(gate) >= self.p)
+        left = kept.sum(1, keepdim=True)
+        scaled = kept * (gate.sum(1, keepdim=True) / left.clamp_min(torch.finfo(gate.dtype).tiny))
+        return mixture._replace(gate=torch.where(left > 0, scaled, gate))
+
+
+def shares(gate: Tensor) -> Tensor:
+    """Gates [B, E] as shares that sum to 1 for each picture."""
+    return gate / gate.sum(1, keepdim=True).clamp_min(torch.finfo(gate.dtype).tiny)
+
+
+def entropy(p: Tensor) -> Tensor:
+    """``-sum p log p`` over the last axis, nats."""
+    terms: Tensor = torch.special.xlogy(p, p)
+    return -terms.sum(-1)
+
+
+def balance_loss(gate: Tensor) -> Tensor:
+    """``log E - H(mean share)``: 0 when all experts are used alike over the batch, log E when one is used alone."""
+    return math.log(gate.shape[1]) - entropy(shares(gate.float()).mean(0))
+
+
+def sharpness_loss(gate: Tensor) -> Tensor:
+    """``mean H(share)``: 0 when each picture has one expert, log E when it has all alike."""
+    return entropy(shares(gate.float())).mean()
+
+
+@dataclass
+class GateUse:
+    """How a layer uses its experts: sums over pictures of their shares and of the entropy of the shares."""
+
+    share_sum: Tensor  # [E]
+    entropy_sum: float = 0.0
+    count: int = 0
+
+    def add(self, gate: Tensor) -> None:
+        """Note the gates [B, E] of some pictures."""
+        p = shares(gate.detach().float()).cpu()
+        self.share_sum = self.share_sum + p.sum(0)
+        self.entropy_sum += float(entropy(p).sum())
+        self.count += len(p)
+
+    @property
+    def use(self) -> list[float]:
+        """Mean share of each expert."""
+        return [float(s) / self.count for s in self.share_sum]
+
+    @property
+    def entropy(self) -> float:
+        """Mean entropy of a picture's shares, as a fraction of log E."""
+        return self.entropy_sum / self.count / math.log(len(self.share_sum))

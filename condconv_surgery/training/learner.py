@@ -1,0 +1,207 @@
+"""The model, its optimizer and all that moves with them: what one step does, and what a state must hold."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.amp.grad_scaler import GradScaler
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from condconv_surgery.errors import InputError, TrainingError
+from condconv_surgery.layers import set_temperature
+from condconv_surgery.recipe.training import TrainingOptions
+from condconv_surgery.training.checkpointing import checkpoint_blocks, uncheckpoint
+from condconv_surgery.training.diagnosis import first_nonfinite, first_nonfinite_gradient
+from condconv_surgery.training.distillation import Teacher, teacher_model
+from condconv_surgery.training.distributed import World
+from condconv_surgery.training.evaluation import Tally
+from condconv_surgery.training.gates import ExpertDropout
+from condconv_surgery.training.groups import freeze, routing_parameters
+from condconv_surgery.training.mixing import batch_mix
+from condconv_surgery.training.modes import hold_statistics
+from condconv_surgery.training.objective import Objective, balanced_weights
+from condconv_surgery.training.optimizers import make_optimizer
+from condconv_surgery.training.pictures import Batch
+from condconv_surgery.training.schedule import apply_schedule, temperature_at
+from condconv_surgery.training.seeding import seed_of
+from condconv_surgery.training.state import (
+    State,
+    model_part,
+    optimizer_part,
+    restore_model,
+    restore_optimizer,
+)
+from condconv_surgery.training.step import NonFiniteError, autocast, train_step
+
+SKIPS_ALLOWED = 100
+"""Steps in a row that loss scaling may skip before the run counts as diverged."""
+
+
+class Learner:
+    """A model that can take a step, be scored, saved and restored. ``close`` leaves the model bare again.
+
+    counts: training pictures of each class. heads: new last layers by name.
+    """
+
+    def __init__(
+        self, model: nn.Module, options: TrainingOptions, world: World, counts: list[int], heads: dict[str, int]
+    ) -> None:
+        self.options, self.world = options, world
+        self.model = prepared(model, options, world)
+        layers, engine = options.layers, options.engine
+        self.only = routing_parameters(model, heads) if layers.warm_routers else None
+        self.optimizer = make_optimizer(model, options.optimizer, layers)
+        self.average = averaged(model, engine.ema)
+        teacher = teacher_model(options.distill, model)
+        self.teacher = None if teacher is None else Teacher(teacher.to(world.device), model, options.distill)
+        weights = balanced_weights(counts).to(world.device) if options.optimizer.class_weights else None
+        self.objective = Objective(model, options, weights, self.teacher)
+        self.dropout = ExpertDropout(model, layers.expert_dropout) if layers.expert_dropout else None
+        self.blocks = checkpoint_blocks(model) if engine.checkpointing else []
+        self.mix = batch_mix(options.augment, len(counts))
+        self.cast = autocast(world.device, engine.precision)
+        self.scaler = GradScaler(world.device.type) if engine.precision == "fp16" else None
+        self.skipped = 0
+        self.lr = 0.0
+        self.forward = wrapped(self.model, options, world)
+
+    @property
+    def scored(self) -> nn.Module:
+        """The model to score and save: the averaged one, if there is one."""
+        if self.average is None:
+            return self.model
+        module: nn.Module = self.average.module
+        return module
+
+    def step(self, batches: Sequence[Batch], step: int, steps: int) -> Tally:
+        """Step number ``step`` of ``steps``; its random numbers are a function of the step and the process alone.
+
+        Raises ``TrainingError`` when the loss or the gradient is not finite.
+        """
+        torch.manual_seed(seed_of(self.options.seed, "step", step, self.world.rank))
+        self.lr = self.options.optimizer.lr * apply_schedule(
+            self.model, self.optimizer, step, steps, self.options.schedule
+        )
+        warm = step * self.options.schedule.epochs < self.options.layers.warm_routers * steps
+        buffers = [b.clone() for b in self.model.buffers()] if self.scaler is not None else []
+        try:
+            outcome = train_step(
+                self.forward,
+                self.optimizer,
+                batches,
+                loss_of=self.objective,
+                mix=self.mix,
+                cast=self.cast,
+                scaler=self.scaler,
+                clip_norm=self.options.optimizer.clip_norm,
+                only=self.only if warm else None,
+                world=self.world,
+            )
+        except NonFiniteError as error:
+            raise self._diverged(error.where, batches[-1], step) from None
+        if outcome.skipped:
+            self._skip(buffers, step)
+        else:
+            self.skipped = 0
+            if self.average is not None:
+                self.average.update_parameters(self.model)
+                set_temperature_of(self.average.module, self.options, step, steps)
+        return outcome.tally
+
+    def state(self, facts: dict[str, Any]) -> State:
+        """All that a later process needs to go on, with some facts of the caller's own."""
+        tensors, plain = optimizer_part(self.optimizer)
+        tensors |= model_part(self.model)
+        if self.average is not None:
+            tensors |= model_part(self.average, "average")
+        scaler = None if self.scaler is None else self.scaler.state_dict()
+        return State(tensors, {**facts, "optimizer": plain, "scaler": scaler})
+
+    def restore(self, state: State) -> None:
+        """Take up a state. Raises ``TrainingError`` when it is of another model."""
+        restore_model(self.model, state.part("model"))
+        restore_optimizer(self.optimizer, state.part("optimizer"), state.facts["optimizer"])
+        if self.average is not None:
+            restore_model(self.average, state.part("average"))
+        if self.scaler is not None:
+            self.scaler.load_state_dict(state.facts["scaler"])
+
+    def close(self) -> None:
+        """Remove hooks and wrappers from the model."""
+        self.objective.close()
+        if self.dropout is not None:
+            self.dropout.close()
+        uncheckpoint(self.blocks)
+
+    def _skip(self, buffers: list[torch.Tensor], step: int) -> None:
+        """Undo what the forward pass left in the buffers: an overflow must not stay in batch-norm statistics."""
+        for buffer, before in zip(self.model.buffers(), buffers, strict=True):
+            buffer.copy_(before)
+        self.skipped += 1
+        if self.skipped > SKIPS_ALLOWED:
+            raise TrainingError(
+                f"Loss scaling skipped {self.skipped} steps in a row, to step {step + 1}.",
+                "The last saved state is kept.",
+                "--precision bf16 or fp32, or a smaller --lr, in a new run",
+            )
+
+    def _diverged(self, where: str, batch: Batch, step: int) -> TrainingError:
+        if where == "loss":
+            torch.manual_seed(seed_of(self.options.seed, "step", step, self.world.rank))
+            place = first_nonfinite(self.model, batch.images.to(self.world.device), self.cast)
+        else:
+            place = first_nonfinite_gradient(self.model)
+        return TrainingError(
+            f"The {where} is not finite at step {step + 1}; first in {place}.",
+            "The last saved state is from before and is kept.",
+            f"a new run with --lr {self.options.optimizer.lr / 3:.2g}, a longer --warmup, or --precision fp32",
+        )
+
+
+def prepared(model: nn.Module, options: TrainingOptions, world: World) -> nn.Module:
+    """``model`` on its device, in train mode, with frozen layers and statistics as the options say."""
+    engine = options.engine
+    if engine.sync_batch_norm and world.device.type != "cuda":
+        raise InputError(
+            "sync_batch_norm on a CPU.",
+            "Torch synchronises batch norms on GPUs only.",
+            "--set engine.sync_batch_norm=false",
+        )
+    if engine.sync_batch_norm:
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)  # type: ignore[no-untyped-call]
+    model.to(world.device).train()
+    if engine.channels_last:
+        for parameter in model.parameters():
+            if parameter.dim() == 4:  # experts have five: torch's own model.to(memory_format=...) fails on them
+                parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
+    frozen = freeze(model, options.layers.freeze)
+    hold_statistics(model, None if options.layers.batch_norm == "freeze" else frozen)
+    return model
+
+
+def set_temperature_of(model: nn.Module, options: TrainingOptions, step: int, steps: int) -> None:
+    """The temperature of a step, not a mean of temperatures, for an averaged model."""
+    temperature = temperature_at(step, steps, options.schedule)
+    if temperature is not None:
+        set_temperature(model, temperature)
+
+
+def averaged(model: nn.Module, decay: float) -> AveragedModel | None:
+    """Torch's exponential moving average of weights and buffers; ``None`` for decay 0."""
+    if not decay:
+        return None
+    return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)  # type: ignore[no-untyped-call]
+
+
+def wrapped(model: nn.Module, options: TrainingOptions, world: World) -> nn.Module:
+    """``model`` as a step calls it: compiled, and with gradients averaged over processes, where asked and needed."""
+    called = model
+    if world.size > 1:
+        devices = [world.device] if world.device.type == "cuda" else None
+        called = nn.parallel.DistributedDataParallel(model, device_ids=devices)
+    if options.engine.compile:
+        called = torch.compile(called)  # type: ignore[assignment]
+    return called
