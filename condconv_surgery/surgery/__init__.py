@@ -1,6 +1,7 @@
 """The operation: find the convolutions of a trained model, plan, upcycle, swap, prove."""
 
 from condconv_surgery.surgery.convert import Conversion, convert, example_arguments, make_plan
+from condconv_surgery.surgery.fingerprint import hash_weights
 from condconv_surgery.surgery.graph import ConvSite, Sites, find_sites
 from condconv_surgery.surgery.proof import Difference, Gap
 from condconv_surgery.surgery.selection import Plan, Skip, select
@@ -17,6 +18,7 @@ __all__ = [
     "convert",
     "example_arguments",
     "find_sites",
+    "hash_weights",
     "make_plan",
     "select",
     "upcycle",

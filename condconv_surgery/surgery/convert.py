@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import nn
 
 from condconv_surgery.errors import ProofError
-from condconv_surgery.recipe import InputSpec, Selection, Upcycling, Variant, recipe_of
+from condconv_surgery.recipe import InputSpec, Recipe, Selection, Upcycling, Variant, attach_recipe, recipe_of
+from condconv_surgery.surgery.fingerprint import hash_weights
 from condconv_surgery.surgery.graph import ConvSite, find_sites
 from condconv_surgery.surgery.observation import device_of
 from condconv_surgery.surgery.proof import Difference, Outputs, compare, require, run_both_modes
@@ -69,6 +70,7 @@ def convert(
     arguments = example_arguments(model, example)
     plan = make_plan(model, selection, arguments)
     before = run_both_modes(model, arguments, plan.modes) if prove else None
+    recipe = _recipe_with_hash(model)
     target = model if inplace else copy.deepcopy(model)
     undo = _swap(target, plan.kept, variant, upcycling)
     difference = None
@@ -78,6 +80,7 @@ def convert(
         except Exception:
             _put(target, undo)
             raise
+    attach_recipe(target, recipe)
     return Conversion(target, plan, difference)
 
 
@@ -97,6 +100,12 @@ def example_arguments(model: nn.Module, example: Any = None) -> tuple[Any, ...]:
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(2, spec.channels, spec.height, spec.width, generator=generator)
     return (x.to(device_of(model), dtype),)
+
+
+def _recipe_with_hash(model: nn.Module) -> Recipe:
+    """What the converted model will say of its origin: taken before its weights change."""
+    recipe = recipe_of(model) or Recipe(input=_input_spec(model))
+    return recipe if recipe.weights_sha256 else replace(recipe, weights_sha256=hash_weights(model))
 
 
 def _input_spec(model: nn.Module) -> InputSpec:

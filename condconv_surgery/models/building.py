@@ -1,0 +1,91 @@
+"""From a ``Source`` to a model: torchvision and timm by name, a user's own factory when its package is trusted."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import warnings
+from typing import Any
+
+import torchvision
+from torch import nn
+
+from condconv_surgery.errors import InputError, unknown_name
+from condconv_surgery.recipe import Source
+
+
+def build(source: Source, trust: tuple[str, ...] = ()) -> nn.Module:
+    """A fresh model with random weights, in eval mode.
+
+    Raises ``InputError`` for a name that the library does not have, options that its factory does not take, or a
+    factory outside torchvision and timm whose top-level package is not in ``trust``.
+    """
+    library, _, name = source.name.partition(":")
+    if library == "torchvision":
+        return build_torchvision(name, source.options)
+    if library == "timm":
+        return build_timm(name, source.options)
+    return _call_factory(library, name, source.options, trust)
+
+
+def build_torchvision(name: str, options: dict[str, Any]) -> nn.Module:
+    """``torchvision.models.get_model`` without any weights, the backbone's included."""
+    if name not in torchvision.models.list_models():
+        raise unknown_name("torchvision model", name, torchvision.models.list_models(), "torchvision:resnet18")
+    builder = torchvision.models.get_model_builder(name)
+    parameters = inspect.signature(builder).parameters
+    fixed: dict[str, Any] = {"weights": None}
+    if "weights_backbone" in parameters:
+        fixed["weights_backbone"] = None  # the default downloads
+    if name in ("googlenet", "inception_v3"):
+        fixed["init_weights"] = False  # truncated normals take seconds, and are filled at once
+    return _checked(builder, {**options, **fixed}, f"torchvision:{name}")
+
+
+def build_timm(name: str, options: dict[str, Any]) -> nn.Module:
+    """``timm.create_model`` without weights."""
+    timm = require_timm()
+    if not timm.is_model(name):
+        raise unknown_name("timm model", name, timm.list_models(), "timm:resnet18")
+    return _checked(timm.create_model, {**options, "model_name": name, "pretrained": False}, f"timm:{name}")
+
+
+def require_timm() -> Any:
+    """The timm package, or an error that says how to get it."""
+    try:
+        return importlib.import_module("timm")
+    except ImportError as error:
+        raise InputError(
+            "timm is not installed.", "timm: models need the extra.", 'pip install "condconv-surgery[timm]"'
+        ) from error
+
+
+def _call_factory(module: str, name: str, options: dict[str, Any], trust: tuple[str, ...]) -> nn.Module:
+    package = module.partition(".")[0]
+    if package not in trust:
+        raise InputError(
+            f"The model is built by {module}:{name}, code of the package {package!r}.",
+            "Only torchvision and timm are imported unasked. If you trust that package, say so.",
+            f'--trust {package}, or load(path, trust=("{package}",))',
+        )
+    try:
+        factory = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise InputError(
+            f"{module}:{name} cannot be imported: {error}.",
+            "A factory is package.module:function, importable from here.",
+            "PYTHONPATH=. condconv ...",
+        ) from error
+    return _checked(factory, options, f"{module}:{name}")
+
+
+def _checked(factory: Any, options: dict[str, Any], source: str) -> nn.Module:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torchvision and timm warn of their own defaults
+            model = factory(**options)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{source} cannot be built with {options}: {error}.", "Its factory says so.") from error
+    if not isinstance(model, nn.Module):
+        raise InputError(f"{source} gave a {type(model).__name__}.", "A factory must return an nn.Module.")
+    return model.eval()

@@ -1,0 +1,35 @@
+"""Writing a file so that a reader sees the old one or the new one, never a part."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from condconv_surgery.errors import InputError
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary path beside ``path``, which takes its name when the block ends well, on disk before that.
+
+    Raises ``InputError`` when it cannot be written; ``path`` is then as it was and nothing is left behind.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        try:
+            yield temporary
+            with temporary.open("rb+") as file:
+                os.fsync(file.fileno())
+            temporary.replace(path)
+        except (OSError, SafetensorError) as error:
+            raise InputError(
+                f"{path} could not be written: {error}.",
+                "Its folder must exist and be writable, with space left. What was there before is unchanged.",
+                "another -o",
+            ) from error
+    finally:
+        temporary.unlink(missing_ok=True)
