@@ -1,0 +1,132 @@
+"""The numbers of a report on cost: one row a layer, their sums, and what is counted in words."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+CONVENTION = (
+    "MACs are multiply-accumulates of one image (FLOPs = 2 x MACs) in convolutions, linear layers and "
+    "matrix products. Convolution: what the original computes. Mixing: experts x kernel weights. "
+    "Routing: from pooled features to gates. "
+    "Attention: ODConv's heads for channels, filters and positions. "
+    "Not counted: norms, activations, pooling and other elementwise work."
+)
+
+
+@dataclass(frozen=True)
+class Macs:
+    """Multiply-accumulates of one image, by what they are for (see ``CONVENTION``)."""
+
+    convolution: int = 0
+    mixing: int = 0
+    routing: int = 0
+    attention: int = 0
+
+    @property
+    def total(self) -> int:
+        """All of them."""
+        return self.convolution + self.mixing + self.routing + self.attention
+
+    def __add__(self, other: Macs) -> Macs:
+        return Macs(
+            self.convolution + other.convolution,
+            self.mixing + other.mixing,
+            self.routing + other.routing,
+            self.attention + other.attention,
+        )
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One row: a module that owns parameters or multiplies.
+
+    kind: ``condconv``, ``odconv``, ``dynamicconv``, or the class name of a plain module. experts: 1 for a plain one.
+    shape: of one kernel, (O, I/G, kh, kw), or of the weight; ``()`` without one.
+    geometry: the same in words, ``64>128 3x3 /2``.
+    parameters, parameters_before: now, and of the plain layer that stood here.
+    macs: of one image, all ``calls`` together. weight_bytes: parameters and buffers.
+    activation_bytes: of its outputs for one image.
+    """
+
+    name: str
+    kind: str
+    shape: tuple[int, ...]
+    geometry: str
+    experts: int
+    calls: int
+    parameters: int
+    parameters_before: int
+    macs: Macs
+    weight_bytes: int
+    weight_bytes_before: int
+    activation_bytes: int
+    conditional: bool
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "shape": list(self.shape), "macs": {**asdict(self.macs), "total": self.macs.total}}
+
+
+@dataclass(frozen=True)
+class Profile:
+    """All rows of a model in the order of its modules, and their sums.
+
+    input: shapes of the arguments, in words.
+    """
+
+    layers: tuple[Layer, ...]
+    input: str
+
+    @property
+    def parameters(self) -> int:
+        """Equals ``sum(p.numel() for p in model.parameters())``."""
+        return sum(layer.parameters for layer in self.layers)
+
+    @property
+    def parameters_before(self) -> int:
+        """Of the model as it was before conversion."""
+        return sum(layer.parameters_before for layer in self.layers)
+
+    @property
+    def macs(self) -> Macs:
+        """Of one image."""
+        return sum((layer.macs for layer in self.layers), Macs())
+
+    @property
+    def macs_before(self) -> int:
+        """Of one image, before conversion."""
+        return self.macs.convolution
+
+    @property
+    def weight_bytes(self) -> int:
+        """Of parameters and buffers."""
+        return sum(layer.weight_bytes for layer in self.layers)
+
+    @property
+    def weight_bytes_before(self) -> int:
+        """Of parameters and buffers before conversion."""
+        return sum(layer.weight_bytes_before for layer in self.layers)
+
+    @property
+    def activation_bytes(self) -> int:
+        """Of the outputs of all rows, for one image."""
+        return sum(layer.activation_bytes for layer in self.layers)
+
+    @property
+    def converted(self) -> int:
+        """How many layers are conditional."""
+        return sum(layer.conditional for layer in self.layers)
+
+    def to_dict(self) -> dict[str, Any]:
+        macs = self.macs
+        return {
+            "input": self.input,
+            "convention": CONVENTION,
+            "parameters": {"before": self.parameters_before, "after": self.parameters},
+            "macs": {"before": self.macs_before, "after": macs.total, **asdict(macs)},
+            "flops": {"before": 2 * self.macs_before, "after": 2 * macs.total},
+            "weight_bytes": {"before": self.weight_bytes_before, "after": self.weight_bytes},
+            "activation_bytes": self.activation_bytes,
+            "converted": self.converted,
+            "layers": [layer.to_dict() for layer in self.layers],
+        }

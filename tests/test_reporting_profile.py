@@ -1,0 +1,262 @@
+"""Parameters and MACs against torch's own counter, the closed form, and published figures."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import pytest
+import torch
+import torchvision
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from condconv_surgery import CondConv, DynamicConv, ODConv, convert, report
+from condconv_surgery.errors import InputError
+from condconv_surgery.recipe import InputSpec
+from condconv_surgery.reporting import Profile, profile
+
+ARCHITECTURES = {
+    "alexnet": 96,
+    "resnet18": 64,
+    "mobilenet_v2": 64,
+    "mobilenet_v3_small": 64,
+    "efficientnet_b0": 64,
+    "densenet121": 64,
+    "regnet_y_400mf": 64,
+    "convnext_tiny": 64,
+    "shufflenet_v2_x1_0": 64,
+    "googlenet": 64,
+}
+
+
+def build(name: str, **options: object) -> nn.Module:
+    if name in ("googlenet", "inception_v3"):
+        options |= {"init_weights": False}
+    return torchvision.models.get_model(name, weights=None, **options).eval()
+
+
+def counted(model: nn.Module, x: torch.Tensor) -> float:
+    """torch's counter on a real forward pass; without the fused attention kernel, which it cannot see into."""
+    with FlopCounterMode(display=False) as meter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+        model.eval()(x)
+    return meter.get_total_flops() / 2
+
+
+def totals_are_sums(found: Profile, model: nn.Module) -> None:
+    assert found.parameters == sum(p.numel() for p in model.parameters())
+    tensors = {id(t): t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers())}
+    assert found.weight_bytes == sum(tensors.values())
+    rows = found.to_dict()["layers"]
+    assert sum(row["parameters"] for row in rows) == found.parameters
+    assert sum(row["macs"]["total"] for row in rows) == found.macs.total
+    assert sum(row["macs"]["convolution"] for row in rows) == found.macs_before
+
+
+SLOW = ("densenet121", "regnet_y_400mf", "efficientnet_b0", "googlenet", "resnet101")
+
+
+def some_slow(names: Iterable[str]) -> list[object]:
+    return [pytest.param(n, marks=pytest.mark.slow) if n in SLOW else n for n in names]
+
+
+@pytest.mark.parametrize("name", some_slow(ARCHITECTURES))
+def test_equals_the_counter_for_every_variant(name: str) -> None:
+    side = ARCHITECTURES[name]
+    original = build(name)
+    x = torch.randn(1, 3, side, side)
+    spec = InputSpec(height=side, width=side)
+    static = profile(original, spec)
+    assert static.macs.total == counted(original, x)
+    for variant in (CondConv(4), ODConv(1), ODConv(4), DynamicConv(3)):
+        converted = convert(original, variant, example=x, prove=False).model
+        found = profile(converted, spec)
+        assert found.macs.total == counted(converted, x), variant
+        assert (found.parameters_before, found.macs_before) == (static.parameters, static.macs.total)
+        assert found.weight_bytes_before == static.weight_bytes
+        totals_are_sums(found, converted)
+
+
+@pytest.mark.parametrize("name", ["vit_b_16", "swin_t", "maxvit_t"])
+def test_counts_attention_between_tokens(name: str) -> None:
+    model = build(name)
+    x = torch.randn(1, 3, 224, 224)
+    found = profile(model)
+    totals_are_sums(found, model)
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        assert found.macs.total == counted(model, x)
+    finally:
+        torch.backends.mha.set_fastpath_enabled(True)
+
+
+def test_a_vit_has_its_published_macs() -> None:
+    from torchvision.models import ViT_B_16_Weights
+
+    published = ViT_B_16_Weights.IMAGENET1K_V1.meta["_ops"]  # 10^9 multiply-accumulates
+    assert profile(build("vit_b_16")).macs.total / 1e9 == pytest.approx(published, rel=1e-3)
+
+
+@pytest.mark.parametrize("experts", [1, 2, 8])
+def test_the_cost_rule(experts: int) -> None:
+    original = build("resnet18")
+    conversion = convert(original, CondConv(experts), prove=False)
+    weights = [original.get_submodule(site.name) for site in conversion.plan.kept]
+    sizes = [(m.weight.numel(), m.in_channels) for m in weights if isinstance(m, nn.Conv2d)]
+    found = profile(conversion.model)
+    assert found.macs.mixing == sum(experts * size for size, _ in sizes)
+    assert found.macs.routing == sum(experts * width for _, width in sizes)
+    assert found.macs.attention == 0
+    routers = sum(experts * width + experts for _, width in sizes)
+    assert found.parameters - found.parameters_before == sum((experts - 1) * size for size, _ in sizes) + routers
+
+
+def test_odconv_without_experts_mixes_nothing() -> None:
+    found = profile(convert(build("resnet18"), ODConv(1), prove=False).model)
+    assert found.macs.mixing == 0
+    assert found.macs.attention > 0
+
+
+def odconv_resnet(name: str, experts: int) -> nn.Module:
+    return convert(build(name), ODConv(experts), exclude=["*downsample*"], prove=False).model
+
+
+def odconv_mobilenet(width: float) -> Callable[[int], nn.Module]:
+    return lambda experts: convert(build("mobilenet_v2", width_mult=width), ODConv(experts), prove=False).model
+
+
+PUBLISHED = {  # ODConv, table 1 and 2: millions of parameters without, with 1 and with 4 experts
+    "resnet18": (lambda n: odconv_resnet("resnet18", n), 11.69, {1: 11.94, 4: 44.90}),
+    "resnet50": (lambda n: odconv_resnet("resnet50", n), 25.56, {1: 28.64, 4: 90.67}),
+    "resnet101": (lambda n: odconv_resnet("resnet101", n), 44.55, {1: 50.82, 2: 90.44}),
+    "mobilenet_v2": (odconv_mobilenet(1.0), 3.50, {1: 4.94, 4: 11.51}),
+    "mobilenet_v2 0.75": (odconv_mobilenet(0.75), 2.64, {1: 3.51, 4: 7.50}),
+    "mobilenet_v2 0.5": (odconv_mobilenet(0.5), 1.97, {1: 2.43, 4: 4.44}),
+}
+
+
+@pytest.mark.parametrize("name", some_slow(PUBLISHED))
+def test_published_parameters_of_odconv(name: str) -> None:
+    make, before, after = PUBLISHED[name]
+    for experts, millions in after.items():
+        found = profile(make(experts))
+        assert found.parameters_before / 1e6 == pytest.approx(before, abs=0.006)
+        assert found.parameters / 1e6 == pytest.approx(millions, abs=0.006)
+
+
+def test_published_macs_of_condconv() -> None:
+    """CondConv table 1: MobileNetV2 301 -> 329 M with 8 experts, ResNet-50 4093 -> 4213 M, within 1%."""
+    blocks = [f"features.{i}.*" for i in range(12, 18)] + ["classifier.1"]
+    mobile = convert(build("mobilenet_v2"), CondConv(8), include=blocks, classifier=True, prove=False)
+    found = profile(mobile.model)
+    assert found.macs_before / 1e6 == pytest.approx(301, rel=0.01)
+    assert found.macs.total / 1e6 == pytest.approx(329, rel=0.01)
+    resnet = convert(build("resnet50"), CondConv(8), include=["layer4.*"], prove=False)
+    found = profile(resnet.model)
+    assert found.macs_before / 1e6 == pytest.approx(4093, rel=0.01)
+    assert found.macs.total / 1e6 == pytest.approx(4213, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    [
+        ("tf_efficientnet_cc_b0_4e", 13_314_116),
+        ("tf_efficientnet_cc_b0_8e", 24_013_284),
+        ("tf_efficientnet_cc_b1_8e", 39_715_968),
+    ],
+)
+def test_condconv_networks_of_timm(name: str, parameters: int) -> None:
+    timm = pytest.importorskip("timm")
+    model = timm.create_model(name).eval()
+    found = profile(model)
+    assert found.parameters == parameters
+    height, width = model.pretrained_cfg["input_size"][1:]
+    assert found.macs.total == counted(model, torch.randn(1, 3, height, width))
+    if name.endswith("b0_4e"):
+        assert found.macs.total / 1e6 == pytest.approx(396.5, abs=0.05)
+
+
+class Odd(nn.Module):
+    """Shared, repeated and unused layers, a tied weight, and a product in no layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(4, 4, 3, padding=1)
+        self.again = self.first
+        self.tied = nn.Conv2d(4, 4, 3, padding=1)
+        self.tied.weight = self.first.weight
+        self.unused = nn.Conv2d(4, 4, 1)
+        self.scale = nn.Parameter(torch.ones(4, 4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.tied(self.again(self.first(x)))
+        if float(x.abs().sum()) < 0:  # cannot run on the meta device
+            return x
+        return x.flatten(2).transpose(1, 2) @ self.scale
+
+
+def test_shared_repeated_tied_and_unused_layers() -> None:
+    model = Odd().eval()
+    x = torch.randn(1, 4, 5, 7)
+    for variant in (None, CondConv(2)):
+        odd = model if variant is None else convert(model, variant, example=x, include=["first"], skip_stem=False).model
+        found = profile(odd, x)
+        totals_are_sums(found, odd)
+        assert found.macs.total == counted(odd, x)
+        rows = {layer.name: layer for layer in found.layers}
+        assert rows["first"].calls == 2
+        assert rows["unused"].calls == 0
+        assert rows[""].macs.convolution == 35 * 16, "the product of the model itself"
+
+
+def test_a_batch_counts_as_one_image_and_the_way_of_execution_does_not_matter() -> None:
+    model = convert(build("resnet18"), CondConv(3), prove=False).model
+    expected = profile(model, InputSpec(height=64, width=64))
+    assert profile(model, torch.randn(5, 3, 64, 64)) == expected
+    for module in model.modules():
+        if hasattr(module, "execution"):
+            module.execution = "outputs"
+    assert profile(model, torch.randn(5, 3, 64, 64)).macs == expected.macs
+
+
+def test_a_conditional_classifier() -> None:
+    model = convert(build("resnet18"), CondConv(4), classifier=True, prove=False).model
+    row = profile(model).layers[-1]
+    assert (row.name, row.kind, row.experts) == ("fc", "condconv", 4)
+    assert row.macs.convolution == 512 * 1000
+    assert row.macs.mixing == 4 * (512 * 1000 + 1000)
+    assert profile(model).macs.total == counted(model, torch.randn(1, 3, 224, 224))
+
+
+def test_a_detector() -> None:
+    model = torchvision.models.detection.ssdlite320_mobilenet_v3_large(weights=None, weights_backbone=None).eval()
+    pictures = [torch.rand(3, 320, 320)]
+    assert profile(model, (pictures,)).macs.total == counted(model, pictures)  # type: ignore[arg-type]
+
+
+def test_the_model_is_as_before() -> None:
+    model = build("resnet18").train()
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    report(model, inputs=torch.randn(2, 3, 64, 64))
+    assert model.training
+    assert all(torch.equal(state[name], value) for name, value in model.state_dict().items())
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+def test_an_input_that_does_not_fit() -> None:
+    with pytest.raises(InputError, match=r"does not run on an input of \[\(1, 5, 32, 32\)\]"):
+        report(build("resnet18"), inputs=torch.randn(1, 5, 32, 32))
+
+
+def test_a_lazy_layer() -> None:
+    with pytest.raises(InputError, match="weight has no size yet"):
+        report(nn.Sequential(nn.LazyConv2d(4, 3)))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_other_dtypes_have_other_sizes_and_equal_macs(dtype: torch.dtype) -> None:
+    model = convert(build("resnet18"), CondConv(2), prove=False).model
+    expected = profile(model)
+    found = profile(model.to(dtype))
+    assert found.macs == expected.macs
+    assert found.activation_bytes * 4 == expected.activation_bytes * torch.finfo(dtype).bits // 8
