@@ -1,7 +1,212 @@
-"""``condconv convert``."""
+"""``condconv convert``: from a trained model to a converted one that computes the same."""
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
-def convert() -> None:
-    """Not there yet."""
+import typer
+
+from condconv_surgery.errors import InputError
+from condconv_surgery.recipe import VARIANTS, Selection, Upcycling, Variant, make_variant
+
+from .output import print_json, say
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from condconv_surgery.surgery import Conversion, Plan
+
+Patterns = Annotated[list[str] | None, typer.Option(help='Layer names, a glob ("layer4.*") or re:REGEX; repeatable.')]
+
+
+def convert(
+    model: Annotated[
+        str,
+        typer.Argument(help="torchvision:NAME, timm:NAME, a file (.pt, .safetensors) or pkg.mod:factory."),
+    ],
+    output: Annotated[Path | None, typer.Option("-o", "--output", help="The artifact to write (.safetensors).")] = None,
+    kind: Annotated[str, typer.Option(help=f"Kind of conditional convolution: {', '.join(VARIANTS)}.")] = "condconv",
+    experts: Annotated[int, typer.Option(help="Kernels per layer.")] = 4,
+    reduction: Annotated[
+        int | None, typer.Option(help="Hidden width of the router: channels / REDUCTION (odconv, dynamicconv).")
+    ] = None,
+    include: Patterns = None,
+    exclude: Patterns = None,
+    min_channels: Annotated[int, typer.Option(help="Leave layers with fewer input or output channels.")] = 0,
+    skip_stem: Annotated[bool, typer.Option(help="Leave the first convolution, which sees the picture.")] = True,
+    skip_pooled: Annotated[bool, typer.Option(help="Leave convolutions over 1x1 maps (squeeze-and-excite).")] = True,
+    classifier: Annotated[bool, typer.Option("--classifier", help="Also convert the last Linear.")] = False,
+    diversity: Annotated[
+        float, typer.Option(help="Noise that tells experts apart, in standard deviations of the weight.")
+    ] = 0.1,
+    seed: Annotated[int, typer.Option(help="Seed of that noise.")] = 0,
+    arch: Annotated[str | None, typer.Option(help="Architecture of a file of weights that is not recognised.")] = None,
+    weights: Annotated[str, typer.Option(help="For a name: default (pretrained), none or a file.")] = "default",
+    num_classes: Annotated[int | None, typer.Option(help="Classes of the model, if not the library's own.")] = None,
+    input_size: Annotated[int | None, typer.Option(help="Side of the square input, in pixels.")] = None,
+    tolerance: Annotated[
+        float | None,
+        typer.Option(help="Largest difference allowed in eval mode, 10x in train mode [1e-4 of outputs]."),
+    ] = None,
+    trust: Annotated[list[str] | None, typer.Option(help="A package whose code may build it; repeatable.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan and change nothing.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")] = False,
+) -> None:
+    """Replace the convolutions of a trained MODEL by conditional ones; same function at the start."""
+    variant = make_variant(kind, experts=experts, reduction=reduction)
+    selection = Selection(tuple(include or ()), tuple(exclude or ()), min_channels, skip_stem, skip_pooled, classifier)
+    upcycling = Upcycling(diversity, seed)
+    _check_sizes(input_size, tolerance)
+    path = None if dry_run else _writable(output)
+    original = _load(model, arch, weights, num_classes, input_size, tuple(trust or ()))
+    if dry_run:
+        _show_plan(original, selection, variant, as_json)
+        return
+    conversion = _convert(original, variant, selection, upcycling, tolerance)
+    assert path is not None
+    _save(conversion, path)
+    summary = _summary(model, path, variant, conversion)
+    if as_json:
+        print_json(summary)
+    else:
+        _say_summary(summary, conversion)
+
+
+def _check_sizes(input_size: int | None, tolerance: float | None) -> None:
+    if input_size is not None and input_size < 1:
+        raise InputError(f"--input-size is {input_size}.", "It must be at least 1 pixel.", "--input-size 224")
+    if tolerance is not None and not tolerance >= 0:
+        raise InputError(f"--tolerance is {tolerance}.", "It must be 0 or more.", "--tolerance 1e-4")
+
+
+def _writable(output: Path | None) -> Path:
+    """The output path, checked before any work is done."""
+    import os
+
+    if output is None:
+        raise InputError("No output was named.", "-o names the artifact to write.", "-o model.condconv.safetensors")
+    if output.suffix != ".safetensors":
+        raise InputError(f"-o {output} does not end in .safetensors.", "It must.", f"-o {output}.safetensors")
+    folder = output.parent
+    if output.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise InputError(
+            f"-o {output} cannot be written.", f"{folder} must be a folder that exists and is writable.", "another -o"
+        )
+    return output
+
+
+def _load(
+    spec: str, arch: str | None, weights: str, num_classes: int | None, input_size: int | None, trust: tuple[str, ...]
+) -> nn.Module:
+    from condconv_surgery.models.sources import load_model
+
+    say(f"Loading {spec} ...")
+    return load_model(spec, arch=arch, weights=weights, num_classes=num_classes, input_size=input_size, trust=trust)
+
+
+def _convert(
+    model: nn.Module, variant: Variant, selection: Selection, upcycling: Upcycling, tolerance: float | None
+) -> Conversion:
+    from dataclasses import asdict
+
+    from condconv_surgery.surgery import convert as convert_model
+
+    say("Converting, then running both models in eval and in train mode ...")
+    options: dict[str, Any] = {**asdict(selection), **asdict(upcycling)}
+    return convert_model(model, variant, inplace=True, tolerance=tolerance, **options)
+
+
+def _save(conversion: Conversion, path: Path) -> None:
+    from condconv_surgery.models.artifact import save
+
+    save(conversion.model, path)
+
+
+def _show_plan(model: nn.Module, selection: Selection, variant: Variant, as_json: bool) -> None:
+    from condconv_surgery.surgery import example_arguments, make_plan
+
+    plan = make_plan(model, selection, example_arguments(model))
+    if as_json:
+        print_json(
+            {
+                "variant": variant.kind,
+                "experts": variant.experts,
+                "kept": [{"name": site.name, "calls": site.calls, "input": site.input} for site in plan.kept],
+                "skipped": _skipped(plan),
+                "notes": list(plan.notes),
+            }
+        )
+        return
+    _print_plan(plan)
+    say(f"{len(plan.kept)} layers would be converted, {len(plan.skipped)} left. Nothing was changed (--dry-run).")
+
+
+def _print_plan(plan: Plan) -> None:
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD)
+    table.add_column("layer", overflow="fold")
+    table.add_column("input", no_wrap=True)
+    table.add_column("plan", overflow="fold")
+    for site in plan.kept:
+        shape = "x".join(map(str, site.input[1:])) if site.input else ""
+        table.add_row(site.name, shape, "convert" + (f", called {site.calls} times" if site.calls > 1 else ""))
+    for skip in plan.skipped:
+        table.add_row(skip.name, "", f"leave: {skip.reason}")
+    Console().print(table)
+    for note in plan.notes:
+        say(f"Note: {note}")
+
+
+def _summary(source: str, path: Path, variant: Variant, conversion: Conversion) -> dict[str, Any]:
+    from condconv_surgery.recipe import recipe_of
+    from condconv_surgery.reporting import report
+
+    totals = report(conversion.model).to_dict()
+    recipe, difference = recipe_of(conversion.model), conversion.difference
+    assert difference is not None
+    return {
+        "output": str(path),
+        "source": recipe.source.name if recipe and recipe.source.name else source,
+        "variant": variant.kind,
+        "experts": variant.experts,
+        "converted": len(conversion.plan.kept),
+        "skipped": _skipped(conversion.plan),
+        "parameters": {name: totals["parameters"][name] for name in ("before", "after")},
+        "macs": {name: totals["macs"][name] for name in ("before", "after")},
+        "difference": {
+            "eval": difference.eval and difference.eval.absolute,
+            "train": difference.train and difference.train.absolute,
+        },
+    }
+
+
+def _skipped(plan: Plan) -> list[dict[str, str]]:
+    return [{"name": skip.name, "reason": skip.reason} for skip in plan.skipped]
+
+
+def _say_summary(summary: dict[str, Any], conversion: Conversion) -> None:
+    def change(name: str, unit: float, suffix: str) -> str:
+        before, after = summary[name]["before"], summary[name]["after"]
+        return f"{before / unit:.2f}{suffix} -> {after / unit:.2f}{suffix} ({after / before - 1:+.1%})"
+
+    kept, skipped = summary["converted"], summary["skipped"]
+    say(f"Source      {summary['source']}")
+    say(
+        f"Converted   {kept} of {kept + len(skipped)} layers to {summary['variant']}, {summary['experts']} experts each"
+    )
+    for reason in dict.fromkeys(row["reason"] for row in skipped):
+        names = [row["name"] for row in skipped if row["reason"] == reason]
+        say(f"Left        {', '.join(names[:3])}{f' and {len(names) - 3} more' if len(names) > 3 else ''}: {reason}")
+    for note in conversion.plan.notes:
+        say(f"Note        {note}")
+    say(f"Parameters  {change('parameters', 1e6, 'M')}")
+    say(f"MACs        {change('macs', 1e6, 'M')} per picture")
+    for mode, gap in summary["difference"].items():
+        text = "not run (see the note)" if gap is None else f"{gap:.2g} at most between original and converted"
+        say(f"Difference  {mode}: {text}")
+    say(f"Wrote       {summary['output']}")
+    say(f"Next        condconv finetune {summary['output']} --data FOLDER -o RUN")

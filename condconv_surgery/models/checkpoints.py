@@ -1,7 +1,7 @@
 """What kind of file is this, and reading its tensors without running it.
 
-``torch.load`` answers many a wrong file with a misleading message (one advises ``weights_only=False``), so the bytes are
-looked at first and every kind is answered with what it is and what to do.
+``torch.load`` answers many a wrong file with a misleading message (one advises ``weights_only=False``), so the bytes
+are looked at first and every kind is answered with what it is and what to do.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def sniff(path: Path) -> str:
     if head[:1] == b"\x80" or head.startswith(b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19"):
         return "a torch file"
     if head.lstrip()[:1] == b"<":
-        return "an HTML or XML page, perhaps an error page saved under a model's name"
+        return AN_HTML_PAGE
     if b"\x00" not in head and _is_text(head):
         return "a text file"
     if path.suffix in (".pb", ".tflite") or b"saved_model" in head or b"TFL3" in head[:16]:
@@ -89,9 +89,7 @@ def _sniff_zip(path: Path) -> str:
     leaves = {name.partition("/")[2] for name in names}
     if "constants.pkl" in leaves or any(name.startswith("code/") for name in leaves):
         return "a TorchScript archive"
-    if any(
-        name.endswith(("archive_format", "models/model.json", "serialized_exported_program.json")) for name in names
-    ):
+    if any(name.endswith(_PROGRAM) for name in names):
         return "an exported program (.pt2)"
     if "data.pkl" in leaves:
         return "a torch file"
@@ -100,6 +98,8 @@ def _sniff_zip(path: Path) -> str:
     return "a zip archive that is no checkpoint"
 
 
+AN_HTML_PAGE = "an HTML or XML page, perhaps an error page saved under a model's name"
+_PROGRAM = ("archive_format", "models/model.json", "serialized_exported_program.json")
 _MAGIC = (
     (b"\x89HDF\r\n\x1a\n", "an HDF5 file (Keras)"),
     (b"version https://git-lfs", "a Git LFS pointer, not the file itself"),
@@ -114,7 +114,7 @@ _MAGIC = (
 _WANTED = "A state dict (.pt, .pth, .safetensors) of a torchvision, timm or your own model is needed."
 _REFUSALS = {
     "an empty file": (_WANTED, "copy or download it again"),
-    "an HTML or XML page, perhaps an error page saved under a model's name": (
+    AN_HTML_PAGE: (
         _WANTED,
         "download it again: less {path}",
     ),
@@ -199,11 +199,12 @@ def _find_state(content: Any, path: Path) -> dict[str, Tensor]:
         tensors = {str(name): value for name, value in content.items() if isinstance(value, Tensor)}
         if len(tensors) > len(content) / 2:
             return tensors
-    what = (
-        f"keys {', '.join(map(str, list(content)[:6]))}" if isinstance(content, dict) else f"a {type(content).__name__}"
-    )
+    if isinstance(content, dict):
+        what = f"keys {', '.join(map(str, list(content)[:6]))}" if content else "an empty dict"
+    else:
+        what = f"a {type(content).__name__}"
     raise InputError(
-        f"{path} holds no state dict: {what or 'nothing'}.",
+        f"{path} holds no state dict: {what}.",
         f"The weights must be the whole file, or under one of: {', '.join(NESTS)}.",
         "torch.save(model.state_dict(), 'model.pt')",
     )

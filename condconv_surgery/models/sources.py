@@ -1,4 +1,4 @@
-"""``"torchvision:resnet18"``, ``"timm:..."``, ``"file.pt"``, ``"package.module:factory"`` -> a model with its recipe."""
+"""From a name, a file or a factory to a model that carries its recipe."""
 
 from __future__ import annotations
 
