@@ -8,10 +8,12 @@ import pytest
 import torch
 
 from condconv_surgery.errors import InputError
-from condconv_surgery.layers import ConvGeometry, Mixture
+from condconv_surgery.layers import ConvGeometry, Mixture, blocks, conditional_like
 from condconv_surgery.layers.execution import WAYS, execute, legal_ways
+from condconv_surgery.recipe import CondConv, ODConv, Variant
 from tests.geometries import GEOMETRIES, without_bias
 from tests.reference import per_sample_loop
+from tests.variants import scramble
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding=.same. with even kernel")  # the reference loop
 
@@ -106,7 +108,9 @@ def test_channels_last_input_gives_the_same(name: str, way: str) -> None:
 def test_an_illegal_way_says_which_are_legal() -> None:
     geometry = ConvGeometry.make(8, 12, 3)
     x, experts, bias, mixture = make_case(geometry, ("gate",), 3, True, torch.float32)
-    with pytest.raises(InputError, match=r"execution='bmm' cannot .* batch of 3(.|\n)*grouped, outputs"):
+    with pytest.raises(
+        InputError, match=r"execution='bmm' cannot .* batch of 3(.|\n)*blocks, grouped, loop, unfold, outputs"
+    ):
         execute(x, experts, bias, mixture, geometry, "bmm")
 
 
@@ -123,3 +127,121 @@ def test_an_illegal_way_says_which_are_legal() -> None:
 def test_a_geometry_that_cannot_be(arguments: dict, message: str) -> None:
     with pytest.raises(InputError, match=message):
         ConvGeometry.make(8, 12, 3, **arguments)
+
+
+def layer_case(kernel: int, groups: int, size: int, batch: int, parts: str, dtype: torch.dtype = torch.float64):
+    geometry = ConvGeometry.make(8, 16, kernel, padding=kernel // 2, groups=groups)
+    torch.manual_seed(0)
+    x, experts, _, mixture = make_case(geometry, MIXTURES[parts], batch, False, dtype)
+    x = torch.randn(batch, 8, size, size, dtype=dtype, requires_grad=True)
+    return geometry, x, experts, mixture, [t for t in (x, experts, *mixture) if t is not None]
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize("size", [3, 12], ids=["scales on activations", "scales in kernels"])
+@pytest.mark.parametrize(("kernel", "groups"), [(1, 1), (1, 4), (3, 1), (3, 8)])
+@pytest.mark.parametrize("parts", ["gate", "everything", "scales", "spatial"])
+def test_blocks_of_two_samples_equal_the_loop(
+    parts: str, kernel: int, groups: int, size: int, memory_format: torch.memory_format, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    geometry, x, experts, mixture, leaves = layer_case(kernel, groups, size, 5, parts)
+    monkeypatch.setattr(blocks, "MOST_KERNEL_BYTES", 2 * geometry.weight_numel * 8)
+    y = execute(x.to(memory_format=memory_format), experts, None, mixture, geometry, "blocks")
+    assert y.is_contiguous(memory_format=memory_format)
+    expected = values_and_gradients(per_sample_loop(x, experts, None, mixture, geometry), leaves)
+    for a, e in zip(values_and_gradients(y, leaves), expected, strict=True):
+        torch.testing.assert_close(a, e, rtol=0, atol=1e-11)
+
+
+@pytest.mark.parametrize("wanted", range(6))
+@pytest.mark.parametrize("kernel", [1, 3])
+def test_blocks_give_each_gradient_alone(kernel: int, wanted: int) -> None:
+    geometry, x, experts, mixture, leaves = layer_case(kernel, 1, 12, 3, "everything")
+    expected = values_and_gradients(execute(x, experts, None, mixture, geometry, "grouped"), [leaves[wanted]])[1]
+    for leaf in leaves:
+        leaf.requires_grad_(leaf is leaves[wanted])
+    y = execute(x, experts, None, mixture, geometry, "blocks")
+    torch.testing.assert_close(values_and_gradients(y, [leaves[wanted]])[1], expected, rtol=0, atol=1e-11)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # read by the compiler while it traces
+def test_blocks_pass_the_checks_of_an_operator() -> None:
+    for kernel in (1, 3):
+        geometry, x, experts, mixture, _ = layer_case(kernel, 1, 5, 3, "everything")
+        padding = kernel // 2
+        arguments = (x, experts, *mixture, [1, 1], [padding, padding], [1, 1], geometry.groups)
+        torch.library.opcheck(blocks._forward, arguments)
+
+
+def test_blocks_keep_no_kernel_for_backward() -> None:
+    geometry, x, experts, mixture, leaves = layer_case(3, 1, 12, 64, "everything")
+    kept: list[torch.Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        execute(x, experts, None, mixture, geometry, "blocks")
+    assert {t.data_ptr() for t in kept} == {t.data_ptr() for t in leaves}
+    kept.clear()
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        execute(x, experts, None, mixture, geometry, "grouped")
+    assert max(t.numel() for t in kept) >= 64 * geometry.weight_numel
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("parts", ["gate", "everything"])
+@pytest.mark.parametrize("kernel", [1, 3])
+def test_autocast_gives_its_dtype_and_exact_enough_gradients(kernel: int, parts: str, dtype: torch.dtype) -> None:
+    geometry, x, experts, mixture, leaves = layer_case(kernel, 1, 12, 3, parts, torch.float32)
+    expected = values_and_gradients(execute(x, experts, None, mixture, geometry), leaves)
+    with torch.autocast("cpu", dtype):
+        y = execute(x, experts, None, mixture, geometry)
+    assert y.dtype == dtype
+    for a, e in zip(values_and_gradients(y, leaves)[1:], expected[1:], strict=True):
+        assert a.dtype == torch.float32
+        assert (a - e).abs().max() <= 0.05 * e.abs().max()
+
+
+class Two(torch.nn.Module):
+    """A dense and a 1x1 layer, as a model for the compiler."""
+
+    def __init__(self, variant: Variant) -> None:
+        super().__init__()
+        self.first = conditional_like(torch.nn.Conv2d(6, 12, 3, padding=1), variant)
+        self.second = conditional_like(torch.nn.Conv2d(12, 6, 1), variant)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.second(torch.relu(self.first(x)))
+
+
+@pytest.mark.parametrize("variant", [CondConv(experts=4), ODConv(experts=4), ODConv(experts=1)], ids=str)
+def test_one_compiled_graph_serves_every_batch(variant: Variant) -> None:
+    model = Two(variant)
+    scramble(model)
+    graphs: list[torch.fx.GraphModule] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]):
+        graphs.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    compiled = torch.compile(model.eval(), fullgraph=True, dynamic=True, backend=backend)
+    for batch in (8, 16, 32):
+        x = torch.randn(batch, 6, 9, 9)  # no two dimensions alike: the compiler takes equal ones for one symbol
+        torch.testing.assert_close(compiled(x), model(x), rtol=0, atol=1e-5)
+    assert len(graphs) == 1
+
+
+@pytest.mark.parametrize("device", ["cuda", "mps"])
+@pytest.mark.parametrize("name", GEOMETRIES)
+def test_other_devices_equal_the_loop(name: str, device: str) -> None:
+    present = torch.cuda.is_available() if device == "cuda" else torch.backends.mps.is_available()
+    if not present:
+        pytest.skip(f"no {device} device here")
+    geometry = ConvGeometry.make(**without_bias(GEOMETRIES[name]))
+    x, experts, _, mixture = make_case(geometry, MIXTURES["everything"], 3, False, torch.float32)
+    leaves = [x, experts, *mixture]
+    expected = values_and_gradients(per_sample_loop(x, experts, None, mixture, geometry), leaves)
+    moved = [t.detach().to(device).requires_grad_() for t in leaves]
+    for way in ["auto", *legal_ways(3, mixture, geometry)]:
+        y = execute(moved[0], moved[1], None, Mixture(*moved[2:]), geometry, way)
+        direction = torch.linspace(-1, 1, y.numel()).view(y.shape).to(device)
+        for a, e in zip([y, *torch.autograd.grad(y, moved, direction)], expected, strict=True):
+            assert (a.cpu() - e).abs().max() <= 1e-3 * max(1.0, e.abs().max().item()), way

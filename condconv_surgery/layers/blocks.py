@@ -1,0 +1,172 @@
+"""The way ``blocks``: a few samples at a time, their kernels made, used and dropped, and made again for backward.
+
+    y_b = conv(x_b, K_b),    K_b = out_scale_b * in_scale_b * spatial_b * sum_e gate[b,e] * experts[e]
+
+Kernels of a whole batch are B * |W| numbers (1.4 GB for ResNet-18 at batch 32), written to fresh memory, read back
+once, and kept for backward. Here at most ``MOST_KERNEL_BYTES`` of them exist at a time, in a buffer that stays warm.
+It is one operator with its own backward formula, so that a compiler sees one node for any batch size. Its backward
+cannot be differentiated again; the other ways can.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from condconv_surgery.layers.kernel_convolution import convolve, convolve_backward, format_of
+from condconv_surgery.layers.kernels import mix_kernels, unmix_kernels
+from condconv_surgery.layers.mixture import ConvGeometry, Mixture
+
+MOST_KERNEL_BYTES = 24 << 20
+"""The kernels of one block. glibc serves an allocation of 32 MiB or more with fresh pages each time; those were written
+at 1.6 GB/s where warm ones took 13 GB/s (docs/execution.md). Below it more is better: experts are read once a block."""
+
+MOST_STACKED_BYTES = 4 << 20
+"""The input of one block of a grouped convolution, which is read once and copied once by the backend: it should stay
+in the second and third level of cache."""
+
+
+def convolve_in_blocks(x: Tensor, experts: Tensor, mixture: Mixture, geometry: ConvGeometry) -> Tensor:
+    """``conv(x_b, K_b)`` with every part of ``mixture`` in the kernel: [B, I, H, W] -> [B, O, H', W']."""
+    x, padding = geometry.pad(x)
+    y: Tensor = _forward(
+        x, experts, *mixture, list(geometry.stride), list(padding), list(geometry.dilation), geometry.groups
+    )
+    return y
+
+
+@torch.library.custom_op("condconv_surgery::convolve_in_blocks", mutates_args=())
+def _forward(
+    x: Tensor,
+    experts: Tensor,
+    gate: Tensor | None,
+    spatial: Tensor | None,
+    in_scale: Tensor | None,
+    out_scale: Tensor | None,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+) -> Tensor:
+    y = _empty_output(x, experts, stride, padding, dilation)
+    mixture = Mixture(gate, spatial, in_scale, out_scale)
+    for start, stop in _blocks(x, experts, groups):
+        kernels = _kernels(experts, _part(mixture, start, stop), groups, stop - start).to(x.dtype)
+        convolve(x[start:stop], kernels, y[start:stop], stride, padding, dilation, groups)
+    return y
+
+
+@_forward.register_fake
+def _(
+    x: Tensor,
+    experts: Tensor,
+    gate: Tensor | None,
+    spatial: Tensor | None,
+    in_scale: Tensor | None,
+    out_scale: Tensor | None,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+) -> Tensor:
+    return _empty_output(x, experts, stride, padding, dilation)
+
+
+@torch.library.custom_op("condconv_surgery::convolve_in_blocks_backward", mutates_args=())
+def _backward(
+    grad: Tensor,
+    x: Tensor,
+    experts: Tensor,
+    gate: Tensor | None,
+    spatial: Tensor | None,
+    in_scale: Tensor | None,
+    out_scale: Tensor | None,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+    needs: list[bool],
+) -> list[Tensor]:
+    mixture = Mixture(gate, spatial, in_scale, out_scale)
+    grads = _empty_gradients(x, experts, mixture)
+    grads[1].zero_()
+    grad = grad.contiguous(memory_format=format_of(x))
+    for start, stop in _blocks(x, experts, groups):
+        part = _part(mixture, start, stop)
+        kernels = _kernels(experts, part, groups, stop - start).to(x.dtype)
+        grad_kernels = convolve_backward(
+            grad[start:stop], x[start:stop], kernels, grads[0][start:stop], stride, padding, dilation, groups, needs
+        )
+        if grad_kernels is None:
+            continue
+        to_experts = grads[1] if needs[1] else None
+        found = unmix_kernels(grad_kernels.to(experts.dtype), experts, part, groups, to_experts)
+        for target, value in zip(grads[2:], found, strict=True):
+            if value is not None:
+                target[start:stop] = value
+    return grads
+
+
+@_backward.register_fake
+def _(
+    grad: Tensor,
+    x: Tensor,
+    experts: Tensor,
+    gate: Tensor | None,
+    spatial: Tensor | None,
+    in_scale: Tensor | None,
+    out_scale: Tensor | None,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+    needs: list[bool],
+) -> list[Tensor]:
+    return _empty_gradients(x, experts, Mixture(gate, spatial, in_scale, out_scale))
+
+
+def _save_for_backward(ctx: torch.autograd.function.FunctionCtx, inputs: tuple[object, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[:6])  # type: ignore[arg-type]
+    ctx.rest = inputs[6:]  # type: ignore[attr-defined]
+
+
+def _differentiate(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
+    tensors = ctx.saved_tensors  # type: ignore[attr-defined]
+    needs = list(ctx.needs_input_grad[:6])  # type: ignore[attr-defined]
+    grads = _backward(grad, *tensors, *ctx.rest, needs)  # type: ignore[attr-defined]
+    wanted = [g if n and t is not None else None for g, n, t in zip(grads, needs, tensors, strict=True)]
+    return (*wanted, None, None, None, None)
+
+
+_forward.register_autograd(_differentiate, setup_context=_save_for_backward)
+
+
+def _blocks(x: Tensor, experts: Tensor, groups: int) -> list[tuple[int, int]]:
+    """Where each block starts and stops."""
+    batch = x.shape[0]
+    block = MOST_KERNEL_BYTES // max(1, experts[0].numel() * experts.element_size())
+    if groups > 1:
+        block = min(block, MOST_STACKED_BYTES // max(1, x[0].numel() * x.element_size()))
+    block = max(1, block)
+    return [(start, min(start + block, batch)) for start in range(0, batch, block)]
+
+
+def _part(mixture: Mixture, start: int, stop: int) -> Mixture:
+    return Mixture(*(None if part is None else part[start:stop] for part in mixture))
+
+
+def _kernels(experts: Tensor, mixture: Mixture, groups: int, batch: int) -> Tensor:
+    return mix_kernels(experts, mixture, groups).expand(batch, -1, -1, -1, -1)
+
+
+def _empty_output(x: Tensor, experts: Tensor, stride: list[int], padding: list[int], dilation: list[int]) -> Tensor:
+    kernel = experts.shape[3:]
+    size = [(x.shape[2 + d] + 2 * padding[d] - dilation[d] * (kernel[d] - 1) - 1) // stride[d] + 1 for d in range(2)]
+    return torch.empty(
+        (x.shape[0], experts.shape[1], *size), dtype=x.dtype, device=x.device, memory_format=format_of(x)
+    )
+
+
+def _empty_gradients(x: Tensor, experts: Tensor, mixture: Mixture) -> list[Tensor]:
+    parts = [x.new_empty(0) if part is None else torch.empty_like(part) for part in mixture]
+    return [torch.empty_like(x, memory_format=format_of(x)), torch.empty_like(experts), *parts]

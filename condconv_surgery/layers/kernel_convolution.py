@@ -1,0 +1,131 @@
+"""Given one kernel for each sample: the convolution and its two gradients, without autograd, into given memory.
+
+Three forms, by what is fastest: a batched matrix product for 1x1, a convolution for each sample for dense kernels on a
+CPU, the batch stacked into the channels for the rest.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def format_of(x: Tensor) -> torch.memory_format:
+    """The memory format of the output, as ``nn.Conv2d`` takes it from its input."""
+    last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+    return torch.channels_last if last else torch.contiguous_format
+
+
+def convolve(
+    x: Tensor, kernels: Tensor, y: Tensor, stride: list[int], padding: list[int], dilation: list[int], groups: int
+) -> None:
+    """``y[b] = conv(x[b], kernels[b])`` in place. x: [n, I, H, W]. kernels: [n, O, I/G, kh, kw]. y: [n, O, H', W']."""
+    batch, out = kernels.shape[:2]
+    if _by_matrix(x, kernels.shape, padding, groups):
+        x = x[:, :, :: stride[0], :: stride[1]]
+        matrices = kernels.reshape(batch * groups, out // groups, -1)
+        if format_of(y) == torch.channels_last:  # the positions are the rows
+            torch.bmm(_rows(x), matrices.transpose(1, 2), out=_rows(y))
+        else:
+            torch.bmm(matrices, _columns(x, groups), out=_columns(y, groups))
+    elif _one_by_one(x, groups):
+        for b in range(batch):
+            y[b : b + 1] = F.conv2d(x[b : b + 1], kernels[b], None, stride, padding, dilation, groups)
+    else:
+        stacked, filters = x.reshape(1, -1, *x.shape[2:]), kernels.reshape(-1, *kernels.shape[2:])
+        y[:] = F.conv2d(stacked, filters, None, stride, padding, dilation, batch * groups).view(y.shape)
+
+
+def convolve_backward(
+    grad: Tensor,
+    x: Tensor,
+    kernels: Tensor,
+    grad_x: Tensor,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+    needs: list[bool],
+) -> Tensor | None:
+    """The gradient of ``x`` in place in ``grad_x``, that of the kernels returned; each where ``needs`` asks for it."""
+    batch = kernels.shape[0]
+    to_x, to_kernels = needs[0], any(needs[1:])
+    if _by_matrix(x, kernels.shape, padding, groups):
+        return _by_matrix_backward(grad, x, kernels, grad_x, stride, groups, to_x, to_kernels)
+    backward = torch.ops.aten.convolution_backward
+    mask = [to_x, to_kernels, False]
+    if not _one_by_one(x, groups):
+        stacked = [t.reshape(1, -1, *t.shape[2:]) for t in (grad, x)]
+        filters = kernels.reshape(-1, *kernels.shape[2:])
+        found = backward(*stacked, filters, None, stride, padding, dilation, False, [0, 0], batch * groups, mask)
+        if to_x:
+            grad_x[:] = found[0].view(x.shape)
+        return found[1].view(kernels.shape).contiguous() if to_kernels else None
+    grad_kernels = kernels.new_empty(kernels.shape) if to_kernels else None
+    for b in range(batch):
+        one = slice(b, b + 1)
+        found = backward(grad[one], x[one], kernels[b], None, stride, padding, dilation, False, [0, 0], groups, mask)
+        if to_x:
+            grad_x[one] = found[0]
+        if grad_kernels is not None:
+            grad_kernels[b] = found[1]
+    return grad_kernels
+
+
+def _by_matrix(x: Tensor, experts_shape: torch.Size, padding: list[int], groups: int) -> bool:
+    """1x1 convolutions that are matrix products of views."""
+    if experts_shape[-2:] != (1, 1) or padding != [0, 0]:
+        return False
+    return groups == 1 or format_of(x) == torch.contiguous_format
+
+
+def _one_by_one(x: Tensor, groups: int) -> bool:
+    """A convolution for each sample, instead of one with n*G groups: faster on a CPU for dense kernels.
+
+    Channels last keeps its layout that way; stacking the batch into the channels would not.
+    """
+    return x.device.type == "cpu" and (groups == 1 or format_of(x) == torch.channels_last)
+
+
+def _by_matrix_backward(
+    grad: Tensor,
+    x: Tensor,
+    kernels: Tensor,
+    grad_x: Tensor,
+    stride: list[int],
+    groups: int,
+    to_x: bool,
+    to_kernels: bool,
+) -> Tensor | None:
+    batch, out = kernels.shape[:2]
+    steps = (slice(None), slice(None), slice(None, None, stride[0]), slice(None, None, stride[1]))
+    matrices = kernels.reshape(batch * groups, out // groups, -1)
+    last = format_of(x) == torch.channels_last
+    seen = x[steps]
+    if to_x:
+        strided = stride != [1, 1]
+        target = torch.empty_like(seen, memory_format=format_of(x)) if strided else grad_x
+        if last:
+            torch.bmm(_rows(grad), matrices, out=_rows(target))
+        else:
+            torch.bmm(matrices.transpose(1, 2), _columns(grad, groups), out=_columns(target, groups))
+        if strided:
+            grad_x.zero_()[steps] = target
+    if not to_kernels:
+        return None
+    if last:
+        found = torch.bmm(_rows(grad).transpose(1, 2), _rows(seen))
+    else:
+        found = torch.bmm(_columns(grad, groups), _columns(seen, groups).transpose(1, 2))
+    return found.view(kernels.shape)
+
+
+def _rows(x: Tensor) -> Tensor:
+    """[n, C, H, W], channels last -> [n, H*W, C], a view where the layout allows it."""
+    return x.permute(0, 2, 3, 1).reshape(x.shape[0], -1, x.shape[1])
+
+
+def _columns(x: Tensor, groups: int) -> Tensor:
+    """[n, C, H, W] -> [n*G, C/G, H*W], a view where the layout allows it."""
+    return x.reshape(x.shape[0] * groups, x.shape[1] // groups, -1)
