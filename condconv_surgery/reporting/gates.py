@@ -1,0 +1,139 @@
+"""The gates that a model gave to some pictures, and what the model answered."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from condconv_surgery.layers import conditional_layers
+from condconv_surgery.layers.mixture import Mixture
+from condconv_surgery.reporting.counting import device_of, evaluating
+
+
+@dataclass(frozen=True)
+class Observed:
+    """What one pass over labelled pictures showed.
+
+    gates: for each layer with more than one expert [N, E], each row scaled to sum 1 (a sigmoid's need not); of a layer
+        that is called several times, the mean of its calls.
+    means: for each conditional layer the mean mixture, batch 1.
+    spreads: for each layer with attention, how much its scales differ between pictures (mean standard deviation).
+    labels: [N]. right: whether the answer is the label, [N]. width: how many logits there are.
+    """
+
+    gates: dict[str, Tensor]
+    means: dict[str, Mixture]
+    spreads: dict[str, float]
+    labels: Tensor
+    right: Tensor
+    width: int
+
+    @property
+    def accuracy(self) -> float:
+        """Top-1, 0 to 1."""
+        return float(self.right.float().mean())
+
+
+def observe(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], answers: Tensor | None = None) -> Observed:
+    """Run labelled pictures through ``model`` in eval mode and keep every mixture.
+
+    answers: [classes of the folder], the logit that stands for each; by default the label is the logit.
+    """
+    kept: dict[str, list[Mixture]] = {}
+    with evaluating(model), torch.inference_mode(), _listening(model, kept):
+        labels, right, width = _answers(model, batches, answers)
+    joined = {name: _joined(mixtures, len(labels)) for name, mixtures in kept.items()}
+    gates = {n: _shares(m.gate) for n, m in joined.items() if m.gate is not None and m.gate.shape[1] > 1}
+    means = {name: _mean(mixture) for name, mixture in joined.items()}
+    spreads = {name: _spread(mixture) for name, mixture in joined.items() if any(p is not None for p in mixture[1:])}
+    return Observed(gates, means, spreads, labels, right, width)
+
+
+def frozen_accuracy(
+    model: nn.Module,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    means: dict[str, Mixture],
+    answers: Tensor | None = None,
+) -> float:
+    """Top-1 with every mixture fixed at its mean: the same network without conditioning."""
+    with evaluating(model), torch.inference_mode(), _frozen(model, means):
+        return float(_answers(model, batches, answers)[1].float().mean())
+
+
+def _answers(
+    model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], answers: Tensor | None
+) -> tuple[Tensor, Tensor, int]:
+    labels, right, width = [], [], 0
+    device = device_of(model)
+    for images, wanted in batches:
+        output = model(images.to(device, next(model.parameters()).dtype))
+        logits = output if isinstance(output, Tensor) else output[0]
+        width = logits.shape[1]
+        labels.append(wanted)
+        right.append(logits.argmax(dim=1).cpu() == (wanted if answers is None else answers[wanted]))
+    return torch.cat(labels), torch.cat(right), width
+
+
+@contextmanager
+def _listening(model: nn.Module, kept: dict[str, list[Mixture]]) -> Iterator[None]:
+    def listener(name: str) -> Any:
+        def hear(module: nn.Module, inputs: Any, output: Mixture) -> None:
+            kept.setdefault(name, []).append(Mixture(*(None if t is None else t.float().cpu() for t in output)))
+
+        return hear
+
+    layers = conditional_layers(model).items()
+    hooks = [layer.router.register_forward_hook(listener(name)) for name, layer in layers]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@contextmanager
+def _frozen(model: nn.Module, means: dict[str, Mixture]) -> Iterator[None]:
+    def replacer(mean: Mixture) -> Any:
+        def replace(module: nn.Module, inputs: tuple[Tensor, ...], output: Mixture) -> Mixture:
+            fixed = (m if t is None or m is None else m.to(t).expand_as(t) for m, t in zip(mean, output, strict=True))
+            return Mixture(*fixed)
+
+        return replace
+
+    layers = conditional_layers(model).items()
+    hooks = [layer.router.register_forward_hook(replacer(means[name])) for name, layer in layers if name in means]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _joined(mixtures: list[Mixture], pictures: int) -> Mixture:
+    """One row a picture. A layer called several times has several rows in turn for each batch: their mean."""
+    calls = sum(next(p for p in m if p is not None).shape[0] for m in mixtures) // pictures
+    per_batch = [mixtures[i : i + calls] for i in range(0, len(mixtures), calls)]
+
+    def join(part: int) -> Tensor | None:
+        rows = [[m[part] for m in batch] for batch in per_batch]
+        return None if rows[0][0] is None else torch.cat([torch.stack(list(row)).mean(dim=0) for row in rows])  # type: ignore[arg-type]
+
+    return Mixture(join(0), join(1), join(2), join(3))
+
+
+def _mean(mixture: Mixture) -> Mixture:
+    return Mixture(*(None if part is None else part.mean(dim=0, keepdim=True) for part in mixture))
+
+
+def _spread(mixture: Mixture) -> float:
+    parts = [part.flatten(1) for part in mixture[1:] if part is not None]
+    return float(torch.cat(parts, dim=1).std(dim=0, correction=0).mean())
+
+
+def _shares(gate: Tensor) -> Tensor:
+    return gate / gate.sum(dim=1, keepdim=True).clamp_min(1e-12)

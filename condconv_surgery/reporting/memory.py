@@ -1,0 +1,64 @@
+"""Peak memory of a forward pass, from the lifetimes of its tensors; no memory is needed to find it out."""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from condconv_surgery.meta import META, meta_state, on_device
+from condconv_surgery.reporting.counting import device_of, evaluating
+from condconv_surgery.reporting.inputs import materialized
+
+
+def peak_activations(model: nn.Module, arguments: tuple[Any, ...]) -> int:
+    """The most bytes that tensors made in an eval-mode forward pass have at one time, beside weights and input.
+
+    The mixed kernels of one image are among them. What an operator takes inside itself is not: a library's workspace,
+    and the bounded block of kernels that ``layers.blocks`` keeps for a batch.
+    """
+    with evaluating(model), torch.no_grad():
+        try:
+            inputs = on_device(arguments, META)
+            with meta_state(model), _Lifetimes() as lifetimes:
+                model(*inputs)
+        except Exception:  # code that needs values
+            inputs = materialized(arguments, device_of(model))
+            with _Lifetimes() as lifetimes:
+                model(*inputs)
+    return int(lifetimes.peak)
+
+
+class _Lifetimes(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Adds a storage when an operator returns it for the first time, takes it off when it is freed."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.live = 0
+        self.peak = 0
+        self._known: weakref.WeakSet[Any] = weakref.WeakSet()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        for leaf in pytree.tree_leaves((args, kwargs)):
+            if isinstance(leaf, Tensor):
+                self._known.add(leaf.untyped_storage())  # a weight, an input, or already counted
+        result = func(*args, **(kwargs or {}))
+        for leaf in pytree.tree_leaves(result):
+            if isinstance(leaf, Tensor):
+                self._born(leaf.untyped_storage())
+        return result
+
+    def _born(self, storage: torch.UntypedStorage) -> None:
+        if storage in self._known:
+            return
+        self._known.add(storage)
+        self.live += storage.nbytes()
+        self.peak = max(self.peak, self.live)
+        weakref.finalize(storage, self._freed, storage.nbytes())
+
+    def _freed(self, size: int) -> None:
+        self.live -= size

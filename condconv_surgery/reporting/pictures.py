@@ -1,0 +1,79 @@
+"""The labelled pictures that routing is looked at with: a folder, in the order of its names."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+from torchvision.datasets import ImageFolder
+
+from condconv_surgery.errors import InputError
+from condconv_surgery.models.preprocess import evaluation_transform
+from condconv_surgery.recipe import InputSpec
+
+LAYOUT = "A data folder holds FOLDER/CLASS/*.png, or FOLDER/val/CLASS/*.png."
+VAL_NAMES = ("val", "valid", "validation", "test")
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """Picture files and their labels, indices into ``classes``."""
+
+    files: tuple[str, ...]
+    labels: tuple[int, ...]
+    classes: tuple[str, ...]
+
+    def batches(self, spec: InputSpec, size: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """``images`` [B, C, H, W] as the model was made to see them, and ``labels`` [B]."""
+        transform = evaluation_transform(spec)
+        for start in range(0, len(self.files), size):
+            files = self.files[start : start + size]
+            images = torch.stack([transform(open_picture(file)) for file in files])
+            yield images, torch.tensor(self.labels[start : start + size])
+
+
+def find_pictures(folder: str | Path, limit: int = 1000) -> Pictures:
+    """The validation pictures of a folder, or all of them; of more than ``limit``, evenly many of each class.
+
+    Raises ``InputError`` for a folder without labelled pictures.
+    """
+    root = Path(folder)
+    if not root.is_dir():
+        what = f"{root} is a file, not a folder." if root.exists() else f"There is no {root}."
+        raise InputError(what, LAYOUT, "--data FOLDER")
+    root = next((root / name for name in VAL_NAMES if (root / name).is_dir()), root)
+    try:
+        found = ImageFolder(str(root))
+    except (FileNotFoundError, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f"{root} has no labelled pictures: {reason}", LAYOUT, "--data FOLDER") from error
+    by_class: dict[int, list[str]] = {}
+    for file, label in found.samples:
+        by_class.setdefault(label, []).append(file)
+    kept = _evenly(by_class, limit)
+    return Pictures(tuple(file for file, _ in kept), tuple(label for _, label in kept), tuple(found.classes))
+
+
+def open_picture(file: str | Path) -> Image.Image:
+    """The picture, read whole. Raises ``InputError`` for a damaged one."""
+    try:
+        with Image.open(file) as picture:
+            picture.load()
+            return picture.copy()
+    except (OSError, ValueError, SyntaxError, UnidentifiedImageError, Image.DecompressionBombError) as error:
+        raise InputError(
+            f"{file} is not a readable picture: {error}", "Every picture of the folder is looked at.", "remove it"
+        ) from error
+
+
+def _evenly(by_class: dict[int, list[str]], limit: int) -> list[tuple[str, int]]:
+    """The first of each class, then the second of each, ...; in the folder's order again."""
+    turns = [
+        (place, label, file) for label, files in sorted(by_class.items()) for place, file in enumerate(sorted(files))
+    ]
+    kept = sorted(turns)[:limit]
+    return [(file, label) for _, label, file in sorted(kept, key=lambda turn: (turn[1], turn[0]))]

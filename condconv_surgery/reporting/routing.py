@@ -1,0 +1,185 @@
+"""Does the routing do anything? Statistics of the gates of each layer over labelled pictures."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from condconv_surgery.recipe import InputSpec
+from condconv_surgery.reporting.gates import frozen_accuracy, observe
+from condconv_surgery.reporting.inputs import input_spec_of
+from condconv_surgery.reporting.pictures import Pictures
+
+DEAD = 0.1
+"""An expert is dead when no picture gives it more than this part of an equal share, 1/E."""
+
+SATURATED = 0.9
+"""An expert is saturated when it has more than this share on more than this part of the pictures."""
+
+TOP_PICTURES = 4
+
+
+@dataclass(frozen=True)
+class LayerRouting:
+    """The gates ``g`` [N, E] of one layer, rows of sum 1, over N pictures of C classes. Entropies in nats.
+
+    mean: share of each expert over all pictures, [E]. by_class: the same for each class, [C][E].
+    entropy: mean over pictures of H(g_n). used: exp H(mean), the effective number of experts, 1 to E.
+    per_picture: exp(entropy), how many experts one picture has.
+    variation: mean distance of a picture's gates from the mean, half of sum |g - mean|, 0 (static) to 1.
+    information: mutual information of expert and class, H(mean) - sum_c p_c H(mean_c); at most ``log min(E, C)``.
+    between: share of the gates' variance that lies between classes, 0 to 1; the rest is within them.
+    dead, saturated: indices of experts. top: for each expert, indices of the pictures that give it most.
+    """
+
+    name: str
+    experts: int
+    mean: tuple[float, ...]
+    by_class: tuple[tuple[float, ...], ...]
+    entropy: float
+    used: float
+    per_picture: float
+    variation: float
+    information: float
+    between: float
+    dead: tuple[int, ...]
+    saturated: tuple[int, ...]
+    top: tuple[tuple[int, ...], ...]
+
+    @property
+    def verdict(self) -> str:
+        """What it means, in words."""
+        n = self.experts
+        if self.used < 1.2:
+            return f"uses {self.used:.1f} of {n} experts: static would do"
+        if self.variation < 0.01:
+            return "same gates for every picture: static would do"
+        if self.dead:
+            return f"{len(self.dead)} of {n} experts never used: {n - len(self.dead)} would do"
+        if self.between > 0.5:
+            return f"uses {self.used:.1f} of {n} experts, chosen by class"
+        return f"uses {self.used:.1f} of {n} experts, chosen by picture"
+
+    @property
+    def static(self) -> bool:
+        """A plain convolution would do."""
+        return self.used < 1.2 or self.variation < 0.01
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "verdict": self.verdict}
+
+
+@dataclass(frozen=True)
+class Routing:
+    """All layers with gates, and what conditioning is worth.
+
+    accuracy, frozen: top-1 with live gates, and with every mixture fixed at its mean over these pictures; ``None``
+        where the classes of the folder are not those of the model.
+    attention: for layers with attention, how much the scales differ between pictures (mean standard deviation).
+    """
+
+    layers: tuple[LayerRouting, ...]
+    classes: tuple[str, ...]
+    pictures: int
+    accuracy: float | None
+    frozen: float | None
+    attention: tuple[tuple[str, float], ...]
+    files: tuple[str, ...] = ()
+
+    @property
+    def verdict(self) -> str:
+        """What it means for the whole network, in words."""
+        static = sum(layer.static for layer in self.layers)
+        text = f"{static} of {len(self.layers)} layers would do as plain convolutions." if self.layers else ""
+        if self.accuracy is None or self.frozen is None:
+            return f"{text} Its classes are not those of the folder, so accuracy is unknown.".strip()
+        worth = 100 * (self.accuracy - self.frozen)
+        frozen = f"top-1 {self.accuracy:.1%}, with every gate frozen at its mean {self.frozen:.1%}"
+        return f"{text} Conditioning is worth {worth:+.1f} points ({frozen}, {self.pictures} pictures).".strip()
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "pictures": self.pictures,
+            "classes": list(self.classes),
+            "accuracy": self.accuracy,
+            "frozen_accuracy": self.frozen,
+            "verdict": self.verdict,
+            "layers": [layer.to_dict() for layer in self.layers],
+            "attention_spread": dict(self.attention),
+        }
+
+
+def measure_routing(
+    model: nn.Module,
+    pictures: Pictures,
+    *,
+    classes: tuple[str, ...] = (),
+    spec: InputSpec | None = None,
+    batch: int = 32,
+) -> Routing:
+    """Two passes over ``pictures``: one with the gates as they are, one with them frozen at their means.
+
+    classes: of the model's logits in order, to find the folder's classes by name; without them the folder's own order
+        is taken, when there are as many.
+    """
+    spec = spec or input_spec_of(model)
+    answers = _answers(pictures.classes, classes)
+    seen = observe(model, pictures.batches(spec, batch), answers)
+    known = answers is not None or (not classes and seen.width == len(pictures.classes))
+    frozen = frozen_accuracy(model, pictures.batches(spec, batch), seen.means, answers) if known else None
+    return Routing(
+        tuple(layer_routing(name, gates, seen.labels, len(pictures.classes)) for name, gates in seen.gates.items()),
+        pictures.classes,
+        len(pictures.files),
+        seen.accuracy if known else None,
+        frozen,
+        tuple(seen.spreads.items()),
+        pictures.files,
+    )
+
+
+def layer_routing(name: str, gates: Tensor, labels: Tensor, classes: int) -> LayerRouting:
+    """The statistics of ``gates`` [N, E] of pictures with ``labels`` [N]."""
+    gates = gates.double()
+    mean = gates.mean(dim=0)
+    by_class = torch.stack([_mean_or(gates[labels == c], mean) for c in range(classes)])  # [C, E]
+    weights = torch.bincount(labels, minlength=classes).double() / len(labels)
+    entropy = float(_entropy(gates).mean())
+    total = float(((gates - mean) ** 2).sum(dim=1).mean())
+    between = float((weights[:, None] * (by_class - mean) ** 2).sum())
+    experts = gates.shape[1]
+    return LayerRouting(
+        name=name,
+        experts=experts,
+        mean=tuple(mean.tolist()),
+        by_class=tuple(tuple(row) for row in by_class.tolist()),
+        entropy=entropy,
+        used=math.exp(float(_entropy(mean))),
+        per_picture=math.exp(entropy),
+        variation=float(0.5 * (gates - mean).abs().sum(dim=1).mean()),
+        information=max(0.0, float(_entropy(mean) - (weights * _entropy(by_class)).sum())),
+        between=between / total if total > 1e-12 else 0.0,
+        dead=tuple(i for i in range(experts) if float(gates[:, i].max()) < DEAD / experts),
+        saturated=tuple(i for i in range(experts) if float((gates[:, i] > SATURATED).double().mean()) > SATURATED),
+        top=tuple(tuple(gates[:, i].topk(min(TOP_PICTURES, len(gates))).indices.tolist()) for i in range(experts)),
+    )
+
+
+def _entropy(shares: Tensor) -> Tensor:
+    """``-sum p log p`` over the last dimension, nats."""
+    return -torch.xlogy(shares, shares).sum(dim=-1)
+
+
+def _mean_or(rows: Tensor, otherwise: Tensor) -> Tensor:
+    return rows.mean(dim=0) if len(rows) else otherwise
+
+
+def _answers(folder: tuple[str, ...], model: tuple[str, ...]) -> Tensor | None:
+    """The logit of each class of the folder, where the model knows them all by name."""
+    if not model or not set(folder) <= set(model):
+        return None
+    return torch.tensor([model.index(name) for name in folder])
