@@ -21,7 +21,7 @@ def choose(x: Tensor, experts: Tensor, mixture: Mixture, geometry: ConvGeometry)
     if batch == 0:
         return "static"
     if batch == 1:
-        return "static" if one_kernel_for_all(mixture) else "plain"
+        return "static" if one_kernel_for_all(mixture) and not scales_belong_in_the_kernel(x, geometry) else "plain"
     if torch.compiler.is_exporting():
         return _exportable(x, experts, mixture, geometry)
     if one_kernel_for_all(mixture) and not _cheaper_as_a_matrix(x, geometry):

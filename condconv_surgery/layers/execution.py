@@ -10,6 +10,9 @@ from condconv_surgery.layers.choice import choose, scales_belong_in_the_kernel
 from condconv_surgery.layers.mixture import ConvGeometry, Mixture
 from condconv_surgery.layers.ways import WAYS, legal_ways
 
+SCALES_ITS_KERNELS = ("blocks", "plain")
+"""Ways that can take ``in_scale`` and ``out_scale`` into the kernels."""
+
 __all__ = ["WAYS", "choose", "execute", "legal_ways"]
 
 
@@ -24,7 +27,7 @@ def execute(
     if torch.is_autocast_enabled(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type))  # the operators of ``blocks`` are unknown to autocast
     name = choose(x, experts, mixture, geometry) if way == "auto" else _legal(way, x, mixture, geometry)
-    in_kernel = name == "blocks" and scales_belong_in_the_kernel(x, geometry)
+    in_kernel = name in SCALES_ITS_KERNELS and scales_belong_in_the_kernel(x, geometry)
     inner = mixture if in_kernel else mixture._replace(in_scale=None, out_scale=None)
     if mixture.in_scale is not None and not in_kernel:
         x = x * mixture.in_scale[:, :, None, None].to(x.dtype)

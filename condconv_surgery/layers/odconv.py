@@ -59,12 +59,17 @@ class ODConvRouter(Router):
         self.weight_factor = 2.0 ** sum(part is not None for part in (self.channel, self.filter, self.spatial))
 
     def forward(self, pooled: Tensor) -> Mixture:
-        h = self._hidden(pooled)  # [B, hidden]
+        heads = [head for head in (self.channel, self.filter, self.spatial, self.kernel) if head is not None]
+        # one matrix for all heads: at batch 1 a small operator costs more than the copy of its weights
+        weight, bias = torch.cat([head.weight for head in heads]), torch.cat([head.bias for head in heads])
+        z = F.linear(self._hidden(pooled), weight, bias) / self.temperature  # [B, I + O + kh*kw + E]
+        gate = None if self.kernel is None else torch.softmax(z[:, -self.kernel.out_features :], dim=1)
+        scales = list((2.0 * torch.sigmoid(z)).split_with_sizes([head.out_features for head in heads], 1))
         return Mixture(
-            gate=None if self.kernel is None else torch.softmax(self.kernel(h) / self.temperature, dim=1),
-            spatial=None if self.spatial is None else self._doubled(self.spatial, h).view(-1, *self.kernel_size),
-            in_scale=self._doubled(self.channel, h),
-            out_scale=None if self.filter is None else self._doubled(self.filter, h),
+            in_scale=scales.pop(0),
+            out_scale=None if self.filter is None else scales.pop(0),
+            spatial=None if self.spatial is None else scales.pop(0).reshape(-1, *self.kernel_size),
+            gate=gate,
         )
 
     def zero_(self) -> ODConvRouter:
@@ -78,9 +83,6 @@ class ODConvRouter(Router):
         if self.norm is not None:
             h = _norm_any_batch(self.norm, h)
         return F.relu(h) if self.activation == "relu" else h
-
-    def _doubled(self, part: nn.Linear, h: Tensor) -> Tensor:
-        return 2.0 * torch.sigmoid(part(h) / self.temperature)
 
 
 class ODConv2d(ConditionalConv2d[ODConv]):

@@ -33,7 +33,7 @@ def legal_ways(batch: int, mixture: Mixture, geometry: ConvGeometry) -> list[str
     if batch == 0:
         return ["static"]
     if one_kernel_for_all(mixture):
-        return ["static", "blocks"]
+        return ["static", "blocks"] if batch > 1 else ["static", "blocks", "plain"]
     ways = ["blocks", "grouped", "loop", "unfold"]
     if batch == 1:
         ways.append("plain")
@@ -56,7 +56,7 @@ def _static(x: Tensor, experts: Tensor, mixture: Mixture, geometry: ConvGeometry
 
 def _plain(x: Tensor, experts: Tensor, mixture: Mixture, geometry: ConvGeometry) -> Tensor:
     x, padding = geometry.pad(x)
-    kernel = mix_kernels(experts, mixture)[0].to(x.dtype)  # [O, I/G, kh, kw]
+    kernel = mix_kernels(experts, mixture, geometry.groups)[0].to(x.dtype)  # [O, I/G, kh, kw]
     return F.conv2d(x, kernel, None, geometry.stride, padding, geometry.dilation, geometry.groups)
 
 
