@@ -11,9 +11,9 @@ from condconv_surgery.recipe import CondConv, DynamicConv, ODConv
 from condconv_surgery.recipe.sections import OptimizerOptions, ScheduleOptions
 from condconv_surgery.training import apply_schedule, lr_factor, parameter_groups, temperature_at
 from condconv_surgery.training.evaluation import evaluate
+from condconv_surgery.training.objective import classification_loss
 from condconv_surgery.training.outputs import Logits
 from condconv_surgery.training.pictures import Batch
-from condconv_surgery.training.objective import classification_loss
 from condconv_surgery.training.step import NonFiniteError, train_step
 from tests.small_networks import small_net
 

@@ -4,8 +4,8 @@ import pytest
 
 from condconv_surgery.errors import InputError
 from condconv_surgery.recipe.options import rules
-from condconv_surgery.recipe.toml_text import from_toml, parse_setting, to_toml
 from condconv_surgery.recipe.sections import DataOptions, OptimizerOptions
+from condconv_surgery.recipe.toml_text import from_toml, parse_setting, to_toml
 from condconv_surgery.recipe.training import TrainingOptions
 
 

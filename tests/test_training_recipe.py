@@ -139,9 +139,10 @@ def test_loss_scaling_skips_an_overflow_and_its_statistics() -> None:
     assert tally.count == 0
     assert [n for n, t in model.state_dict().items() if not torch.equal(t, before[n])] == []
     assert it.scaler.get_scale() < scale  # type: ignore[union-attr]
+    for step in range(1, 100):
+        it.step([Batch(X * 1e6, BATCH.labels)], step, 200)
     with pytest.raises(TrainingError, match=r"skipped 101 steps in a row.*\n.*\n.*--precision bf16"):
-        for step in range(101):
-            it.step([Batch(X * 1e6, BATCH.labels)], step, 200)
+        it.step([Batch(X * 1e6, BATCH.labels)], 100, 200)
 
 
 def test_checkpointing_gives_the_same_gradients_and_statistics() -> None:
@@ -250,5 +251,5 @@ def test_a_teacher_of_other_classes_or_layers_is_refused() -> None:
     it.model.head = nn.Linear(8, 3)  # type: ignore[assignment]
     with pytest.raises(InputError, match=r"tells 5 classes apart, the pictures have 3.*\n.*\n.*--distill"):
         it.step([Batch(X, BATCH.labels % 3)], 0, 1)
-    with pytest.raises(InputError, match="Unknown layer in distill.features 'steam'"):
+    with pytest.raises(InputError, match=r"Unknown layer in distill\.features 'steam'"):
         learner(small_net(), distill={"teacher": "start", "features": ["steam"]})

@@ -261,7 +261,7 @@ def test_a_full_disk_ends_in_words_with_the_last_state_whole(folder: Path, monke
     with pytest.raises(TrainingError, match=r"No space left on device.*\n.*last good state.*\n.*--resume"):
         run(options.updated({"schedule": {"epochs": 4}}), resume=True, watcher=StopAt(13, signal.SIGTERM))
     assert (Path(options.output) / LAST).read_bytes() == state
-    assert not list(Path(options.output).glob("*.tmp"))
+    assert not list(Path(options.output).glob(".*.tmp"))
 
 
 def test_bf16_trains(folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""Writing a file so that a reader sees the old one or the new one, never a part."""
+"""The files of a run, each written whole or not at all."""
 
 from __future__ import annotations
 
@@ -9,37 +9,26 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-
 from condconv_surgery.errors import InputError, TrainingError
+from condconv_surgery.models.files import replacing
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A temporary path beside ``path``, which takes its name when the block ends well, on disk before that.
-
-    Raises ``TrainingError`` when the disk is full or the folder cannot be written; ``path`` is then as it was.
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+def keeping(path: Path) -> Iterator[None]:
+    """Turn a failure to write ``path`` into the failure of a run that can go on: ``TrainingError``."""
     try:
-        try:
-            yield temporary
-            with temporary.open("rb+") as file:
-                os.fsync(file.fileno())
-            temporary.replace(path)
-        except (OSError, SafetensorError) as error:
-            raise TrainingError(
-                f"{path} could not be written: {error}.",
-                "What was there before is unchanged, and the last good state is kept.",
-                "free space or change the rights, then run the same command with --resume",
-            ) from error
-    finally:
-        temporary.unlink(missing_ok=True)
+        yield
+    except InputError as error:
+        raise TrainingError(
+            error.given,
+            "What was there before is unchanged, and the last good state is kept.",
+            "free space or change the rights, then run the same command with --resume",
+        ) from error
 
 
 def write_text(path: Path, text: str) -> None:
     """``text`` as a whole file."""
-    with replacing(path) as temporary:
+    with keeping(path), replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 

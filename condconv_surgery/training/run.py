@@ -16,7 +16,7 @@ from condconv_surgery.recipe.training import TrainingOptions
 from condconv_surgery.training.determinism import deterministic
 from condconv_surgery.training.distributed import World, open_world
 from condconv_surgery.training.evaluation import Tally, evaluate
-from condconv_surgery.training.files import make_folder, read_rows, write_rows, write_text
+from condconv_surgery.training.files import keeping, make_folder, read_rows, write_rows, write_text
 from condconv_surgery.training.heads import fit_heads
 from condconv_surgery.training.learner import Learner
 from condconv_surgery.training.loading import Data, open_data
@@ -146,9 +146,10 @@ class Run:
         row = self.meter.row(progress, self.learner.lr, temperature_of(model), scores, best)
         progress.tally = Tally()
         if self.world.speaks:
-            save(model, self.folder / "last.safetensors")
-            if best:
-                save(model, self.folder / "best.safetensors")
+            for name in ("last", "best") if best else ("last",):
+                path = self.folder / f"{name}.safetensors"
+                with keeping(path):
+                    save(model, path)
             write_rows(self.folder / METRICS, [*read_rows(self.folder / METRICS), row.to_dict()])
         self.save()
         self.watcher.epoch(row)

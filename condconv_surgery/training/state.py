@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from condconv_surgery.errors import DamagedFileError, TrainingError
-from condconv_surgery.training.files import replacing
+from condconv_surgery.models.files import replacing
+from condconv_surgery.training.files import keeping
 
 FORMAT = 1
 LAST = "state.safetensors"
@@ -45,7 +46,7 @@ def save_state(folder: Path, state: State) -> None:
     facts = json.dumps(state.facts)
     metadata = {"format": str(FORMAT), "facts": facts, "sha256": _digest(tensors, facts)}
     last = folder / LAST
-    with replacing(last) as temporary:
+    with keeping(last), replacing(last) as temporary:
         save_file(tensors, temporary, metadata)
         if last.exists():
             last.replace(folder / BEFORE)

@@ -1,0 +1,117 @@
+"""Runs in processes of their own: several at once, and killed."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from condconv_surgery.recipe import TrainingOptions
+from tests.pictures import write_pictures
+
+ROOT = Path(__file__).parent.parent
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "default"}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return write_pictures(tmp_path / "data", each=11)  # 27 to train on, 6 to validate on
+
+
+def options_for(folder: Path, name: str, epochs: int = 2, **sections: object) -> TrainingOptions:
+    return TrainingOptions().updated(
+        {
+            "output": str(folder.parent / name),
+            "data": {"folder": str(folder), "image_size": 16, "batch_size": 8, "workers": 0},
+            "optimizer": {"lr": 0.01},
+            "schedule": {"epochs": epochs},
+            **sections,
+        }
+    )
+
+
+def launch(options: TrainingOptions, *arguments: str, processes: int = 1, restarts: int = 0) -> subprocess.Popen[bytes]:
+    file = Path(options.output).with_suffix(".json")
+    file.write_text(json.dumps(options.to_dict()))
+    torchrun = [
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        f"--nproc-per-node={processes}",
+        f"--max-restarts={restarts}",
+    ]
+    command = [sys.executable, *(torchrun if processes > 1 else []), "-m", "tests.small_run", str(file), *arguments]
+    return subprocess.Popen(command, cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+
+
+def finish(process: subprocess.Popen[bytes]) -> str:
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output.decode()
+    return output.decode()
+
+
+def rows(options: TrainingOptions) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (Path(options.output) / "metrics.jsonl").read_text().splitlines()]
+
+
+def weights(options: TrainingOptions) -> dict[str, torch.Tensor]:
+    return load_file(Path(options.output) / "last.safetensors")
+
+
+def assert_same(one: TrainingOptions, other: TrainingOptions) -> None:
+    a, b = weights(one), weights(other)
+    assert a.keys() == b.keys()
+    assert [name for name in a if not torch.equal(a[name], b[name])] == []
+
+
+@pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_processes_train_as_one(folder: Path, processes: int) -> None:
+    alone, together = options_for(folder, "alone"), options_for(folder, "together")
+    finish(launch(alone))
+    finish(launch(together, processes=processes))
+    for one, other in zip(rows(alone), rows(together), strict=True):
+        for name in ("train_loss", "train_top1", "val_loss", "val_top1"):
+            assert one[name] == pytest.approx(other[name], abs=1e-5), name
+    for name, tensor in weights(alone).items():
+        torch.testing.assert_close(tensor, weights(together)[name], atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.slow
+def test_a_killed_process_is_restarted_to_the_same_weights(folder: Path) -> None:
+    whole = options_for(folder, "whole", engine={"save_every": 2})
+    cut = options_for(folder, "cut", engine={"save_every": 2})
+    finish(launch(whole, processes=2))
+    finish(launch(cut, "resume", "kill:1:5", processes=2, restarts=1))
+    assert_same(whole, cut)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_twenty_stops_at_random_moments_change_nothing(folder: Path, number: int) -> None:
+    whole = options_for(folder, "whole", epochs=60, engine={"save_every": 3})
+    began = time.monotonic()
+    finish(launch(whole))
+    duration = time.monotonic() - began
+    rng, stopped = random.Random(number), 0
+    for i in range(20):
+        cut = options_for(folder, f"cut{i}", epochs=60, engine={"save_every": 3})
+        process = launch(cut, "resume")
+        try:
+            process.wait(timeout=rng.uniform(0.3, 1.0) * duration)
+        except subprocess.TimeoutExpired:
+            process.send_signal(number)
+            process.communicate()
+            stopped += 1
+            finish(launch(cut, "resume"))
+        assert_same(whole, cut)
+        assert rows(whole)[-1]["val_loss"] == rows(cut)[-1]["val_loss"]
+    assert stopped >= 15, "most runs were stopped before their end"
