@@ -1,32 +1,61 @@
-"""``condconv report``: what a model consists of, computes and costs."""
+"""``condconv report``: what a model consists of, computes and costs, and whether its routing does anything."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from condconv_surgery.errors import InputError
+from condconv_surgery.errors import InputError, unknown_name
 
 from .output import print_json, say
 
 if TYPE_CHECKING:
-    from condconv_surgery.reporting import Report
+    from torch import nn
+
+    from condconv_surgery.reporting import Comparison, Report
+
+DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
 def report(
-    model: Annotated[str, typer.Argument(help="A converted or plain model: a file, torchvision:NAME, timm:NAME.")],
+    models: Annotated[
+        list[str],
+        typer.Argument(help="A file, torchvision:NAME, timm:NAME, pkg.mod:factory. Several: side by side."),
+    ],
+    data: Annotated[Path | None, typer.Option(help="Pictures, FOLDER/CLASS/*: what do the gates do?")] = None,
+    limit: Annotated[int, typer.Option(help="At most so many pictures, evenly of each class.")] = 1000,
+    latency: Annotated[bool, typer.Option("--latency", help="Also time it, by turns with the original.")] = False,
+    batch: Annotated[int, typer.Option(help="Second batch size for memory and latency, beside 1.")] = 8,
+    device: Annotated[str, typer.Option(help="Where to run: cpu, cuda, cuda:1.")] = "cpu",
+    dtype: Annotated[str, typer.Option(help=f"Of weights and input: {', '.join(DTYPES)}.")] = "float32",
+    original: Annotated[
+        str | None, typer.Option(help="The model before conversion: how far have the experts moved?")
+    ] = None,
     arch: Annotated[str | None, typer.Option(help="Architecture of a bare state_dict: torchvision:NAME.")] = None,
     weights: Annotated[str, typer.Option(help="default, none, or a FILE, for a model by name.")] = "default",
     input_size: Annotated[int | None, typer.Option(help="Side of the picture in pixels; else the model's own.")] = None,
+    html: Annotated[Path | None, typer.Option(help="Write one self-contained page.")] = None,
+    plots: Annotated[Path | None, typer.Option(help="Write the plots into this folder, as PNG and SVG.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
-    as_csv: Annotated[bool, typer.Option("--csv", help="Print one line a layer.")] = False,
+    as_csv: Annotated[bool, typer.Option("--csv", help="Print one line a layer (or a model).")] = False,
     as_markdown: Annotated[bool, typer.Option("--markdown", help="Print Markdown.")] = False,
 ) -> None:
-    """Parameters and MACs, layer by layer, before and after conversion."""
+    """What conversion added, where, what it costs to run, and whether the routing does anything."""
     if as_json + as_csv + as_markdown > 1:
         raise InputError("Several of --json, --csv and --markdown.", "stdout has one form.", "one of them")
-    found = _measure(model, arch, weights, input_size)
+    if batch < 1 or limit < 1:
+        raise InputError(f"--batch {batch}, --limit {limit}.", "Both must be at least 1.", "--batch 8 --limit 1000")
+    if dtype not in DTYPES:
+        raise unknown_name("dtype", dtype, DTYPES, "--dtype bfloat16")
+
+    def load(spec: str) -> nn.Module:
+        return _load(spec, arch, weights, input_size, device, dtype)
+
+    before = load(original) if original is not None else None
+    found = _measure(models, load, before, data, limit, batch, latency)
     if as_json:
         print_json(found.to_dict())
     elif as_csv:
@@ -35,11 +64,62 @@ def report(
         print(found.to_markdown(), end="")
     else:
         found.print()
+    _write(found, html, plots)
 
 
-def _measure(model: str, arch: str | None, weights: str, input_size: int | None) -> Report:
+def _load(spec: str, arch: str | None, weights: str, input_size: int | None, device: str, dtype: str) -> nn.Module:
+    import torch
+
     from condconv_surgery.models.sources import load_model
+
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise InputError(f"--device {device}, but torch sees no GPU.", "cpu always works.", "--device cpu")
+    say(f"Loading {spec}")
+    model = load_model(spec, arch=arch, weights=weights, input_size=input_size)
+    try:
+        return model.to(device=device, dtype=getattr(torch, dtype))
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f"--device {device}: {reason}", "A device that torch knows.", "--device cpu") from error
+
+
+def _measure(
+    models: list[str],
+    load: Callable[[str], nn.Module],
+    original: nn.Module | None,
+    data: Path | None,
+    limit: int,
+    batch: int,
+    latency: bool,
+) -> Report | Comparison:
+    from dataclasses import replace
+
+    from condconv_surgery.reporting import Comparison, recorded_accuracy
     from condconv_surgery.reporting import report as measure
 
-    say(f"Loading {model}")
-    return measure(load_model(model, arch=arch, weights=weights, input_size=input_size))
+    reports = []
+    for spec in models:
+        model = load(spec)
+        say(f"Measuring {spec}")
+        found = measure(
+            model,
+            data=data,
+            limit=limit,
+            batch=batch,
+            latency=latency,
+            original=original,
+            recorded=recorded_accuracy(spec),
+        )
+        reports.append(found if len(models) == 1 else replace(found, title=spec))
+    return reports[0] if len(reports) == 1 else Comparison(tuple(reports))
+
+
+def _write(found: Report | Comparison, html: Path | None, plots: Path | None) -> None:
+    from condconv_surgery.reporting import write_page
+
+    if html is not None:
+        write_page(found.to_html(), html)
+        say(f"Wrote {html}")
+    if plots is not None:
+        for path in found.write_plots(plots):
+            say(f"Wrote {path}")

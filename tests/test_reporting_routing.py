@@ -51,7 +51,7 @@ def test_information_equals_scikit_learn() -> None:
 @pytest.mark.parametrize(
     ("gates", "verdict", "static"),
     [
-        (torch.full((8, 4), 0.25), "same gates for every picture: static would do", True),
+        (torch.full((8, 4), 0.25), "gates never vary: static would do", True),
         (one_hot([2] * 8), "uses 1.0 of 4 experts: static would do", True),
         (one_hot([0, 1, 0, 1, 1, 0, 1, 0]), "2 of 4 experts never used: 2 would do", False),
         (one_hot([0, 1, 2, 3, 0, 1, 2, 3]), "uses 4.0 of 4 experts, chosen by picture", False),

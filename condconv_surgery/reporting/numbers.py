@@ -35,13 +35,13 @@ def human_time(seconds: float) -> str:
 def percent(before: float, after: float) -> str:
     """The change from ``before`` to ``after``.
 
-    >>> percent(100, 102.6), percent(100, 100), percent(50, 200), percent(0, 5)
-    ('+2.6%', '+0.0%', '+300%', 'new')
+    >>> percent(100, 102.6), percent(100, 100), percent(50, 200), percent(0, 5), percent(1e6, 999_999)
+    ('+2.6%', '+0.0%', '+300%', 'new', '+0.0%')
     """
     if before == 0:
         return "+0.0%" if after == 0 else "new"
     change = 100.0 * (after - before) / before
-    return f"{change:+.0f}%" if abs(change) >= 100 else f"{change:+.1f}%"
+    return f"{change:+.0f}%" if abs(change) >= 100 else f"{round(change, 1) or 0.0:+.1f}%"  # never -0.0%
 
 
 def _scaled(count: float, step: float, units: tuple[str, ...]) -> str:

@@ -57,7 +57,7 @@ class LayerRouting:
         if self.used < 1.2:
             return f"uses {self.used:.1f} of {n} experts: static would do"
         if self.variation < 0.01:
-            return "same gates for every picture: static would do"
+            return "gates never vary: static would do"
         if self.dead:
             return f"{len(self.dead)} of {n} experts never used: {n - len(self.dead)} would do"
         if self.between > 0.5:
@@ -108,6 +108,7 @@ class Routing:
             "accuracy": self.accuracy,
             "frozen_accuracy": self.frozen,
             "verdict": self.verdict,
+            "files": list(self.files),
             "layers": [layer.to_dict() for layer in self.layers],
             "attention_spread": dict(self.attention),
         }

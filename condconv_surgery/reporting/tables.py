@@ -4,9 +4,15 @@ from __future__ import annotations
 
 import csv
 import io
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from condconv_surgery.reporting.model_profile import CONVENTION, Layer, Profile
-from condconv_surgery.reporting.numbers import human, human_bytes, percent
+from condconv_surgery.reporting.numbers import human, human_bytes, human_time, percent
+
+if TYPE_CHECKING:
+    from condconv_surgery.reporting.cost import Cost
+    from condconv_surgery.reporting.routing import Routing
 
 COLUMNS = (
     "name",
@@ -42,8 +48,9 @@ def to_csv(profile: Profile) -> str:
     return out.getvalue()
 
 
-def to_markdown(profile: Profile, title: str) -> str:
-    """A summary, a table of the layers that multiply, and the convention."""
+def to_markdown(profile: Profile, title: str, cost: Cost | None = None, routing: Routing | None = None) -> str:
+    """A summary, what it costs to run, a table of the layers that multiply, the routing and the convention."""
+    totals = [*summary_rows(profile), *(cost_rows(cost) if cost else [])]
     lines = [
         f"# {title}",
         "",
@@ -51,7 +58,7 @@ def to_markdown(profile: Profile, title: str) -> str:
         "",
         "| | before | after | change |",
         "|---|---:|---:|---:|",
-        *(f"| {name} | {before} | {after} | {change} |" for name, before, after, change in summary_rows(profile)),
+        *(f"| {name} | {before} | {after} | {change} |" for name, before, after, change in totals),
         "",
         "| layer | kind | shape | experts | parameters | MACs | convolution | mixing | routing | attention |",
         "|---|---|---|---:|---:|---:|---:|---:|---:|---:|",
@@ -59,26 +66,51 @@ def to_markdown(profile: Profile, title: str) -> str:
         "",
         *(f"{text}." for text in remainder(profile)),
         "",
+        *(_routing_lines(routing) if routing else []),
         CONVENTION,
     ]
     return "\n".join(lines) + "\n"
 
 
 def summary_rows(profile: Profile) -> list[tuple[str, str, str, str]]:
-    """(what, before, after, change) of the totals, in words."""
+    """(what, before, after, change) of the totals, in words; a part's change is of the whole."""
     macs, before = profile.macs, profile.macs_before
-    pairs: list[tuple[str, float, float]] = [
-        ("parameters", profile.parameters_before, profile.parameters),
-        ("MACs per image", before, macs.total),
-        ("FLOPs per image", 2 * before, 2 * macs.total),
+
+    def row(name: str, a: int, b: int, form: Callable[[float], str] = human) -> tuple[str, str, str, str]:
+        return (name, form(a), form(b), percent(a, b))
+
+    rows = [row("parameters", profile.parameters_before, profile.parameters), row("MACs per image", before, macs.total)]
+    for name in ("convolution", "mixing", "routing", "attention") if profile.converted else ():
+        own = getattr(macs, name)
+        added = 0 if name == "convolution" else own
+        if own:
+            rows.append((f"  {name}", human(own - added), human(own), f"{100 * added / max(before, 1):+.2f}%"))
+    rows.append(row("FLOPs per image", 2 * before, 2 * macs.total))
+    return [*rows, row("weights", profile.weight_bytes_before, profile.weight_bytes, human_bytes)]
+
+
+def cost_rows(cost: Cost) -> list[tuple[str, str, str, str]]:
+    """(what, before, after, change) of memory and time, in words."""
+    rows = [
+        (f"peak activations, batch {p.batch}", human_bytes(p.before), human_bytes(p.after), percent(p.before, p.after))
+        for p in cost.peaks
     ]
-    rows = [(name, human(a), human(b), percent(a, b)) for name, a, b in pairs]
-    parts = (("convolution", before, macs.convolution), ("mixing", 0, macs.mixing), ("routing", 0, macs.routing))
-    for name, a, b in (*parts, ("attention", 0, macs.attention)):
-        if b and profile.converted:
-            rows.append((f"  {name}", human(a), human(b), f"{100 * (b - a) / before:+.2f}%" if before else ""))
-    a, b = profile.weight_bytes_before, profile.weight_bytes
-    return [*rows, ("weights", human_bytes(a), human_bytes(b), percent(a, b))]
+    for time in cost.latency:
+        spread = f"{human_time(time.median)} ± {human_time(time.spread / 2)}"
+        rows.append((f"latency, batch {time.batch}", human_time(time.original), spread, f"x{time.ratio:.2f}"))
+    return rows
+
+
+def module_counters(profile: Profile) -> str:
+    """Why other counters print other numbers, and which, in one sentence or two."""
+    others = "fvcore adds batch norm and pooling."
+    if not profile.converted:
+        return f"Other counters agree within about 1%; {others}"
+    hidden = sum(layer.macs.convolution + layer.macs.mixing for layer in profile.layers if layer.conditional)
+    return (
+        "Counters that go by the class of a module (thop, torchinfo, ptflops unless backend='aten') see nothing of a "
+        f"conditional layer but its router: about {human(profile.macs.total - hidden)} MACs here. {others}"
+    )
 
 
 def multiplying(profile: Profile) -> list[Layer]:
@@ -96,6 +128,22 @@ def remainder(profile: Profile) -> list[str]:
     return [
         f"{len(rows)} {kind} with {human(sum(row.parameters for row in rows))} parameters"
         for kind, rows in kinds.items()
+    ]
+
+
+def _routing_lines(routing: Routing) -> list[str]:
+    return [
+        "## Routing",
+        "",
+        "| layer | used | variation | between classes | verdict |",
+        "|---|---:|---:|---:|---|",
+        *(
+            f"| `{r.name}` | {r.used:.2f} of {r.experts} | {r.variation:.3f} | {r.between:.0%} | {r.verdict} |"
+            for r in routing.layers
+        ),
+        "",
+        routing.verdict,
+        "",
     ]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from rich import box
 from rich.console import Console, Group, RenderableType
@@ -11,7 +12,12 @@ from rich.text import Text
 
 from condconv_surgery.reporting.model_profile import CONVENTION, Layer, Macs, Profile
 from condconv_surgery.reporting.numbers import human
-from condconv_surgery.reporting.tables import multiplying, remainder, summary_rows
+from condconv_surgery.reporting.tables import cost_rows, multiplying, remainder, summary_rows
+
+if TYPE_CHECKING:
+    from condconv_surgery.reporting.cost import Cost
+    from condconv_surgery.reporting.routing import Routing
+    from condconv_surgery.reporting.similarity import Experts
 
 WIDTH = 80
 """Columns of a terminal that is not told to be wider."""
@@ -32,15 +38,64 @@ def render_profile(profile: Profile, title: str, width: int = WIDTH) -> Renderab
     )
 
 
+def render_cost(cost: Cost) -> RenderableType:
+    """Memory and time."""
+    rows = cost_rows(cost)
+    table = simple_table([("", False), ("before", True), ("after", True), ("change", True)], rows)
+    words = ", ".join(f"{name} {value}" for name, value in cost.environment)
+    return Group("", table, Text(f"Latency: medians, by turns in one run; {words}." if words else "", style="dim"))
+
+
+def render_routing(routing: Routing, experts: Sequence[Experts] = (), width: int = WIDTH) -> RenderableType:
+    """A line a layer: how many experts it uses, how much gates vary, and what that means."""
+    cosines = {row.name: f"{row.cosine:.2f}" for row in experts}
+    headers = [("layer", False), ("used", True), ("vary", True), ("class", True), ("cos", True), ("verdict", False)]
+    verdict = max([len(layer.verdict) for layer in routing.layers], default=0)
+    name = max(12, width - verdict - 28)
+    rows = [
+        [
+            shortened(layer.name, name),
+            f"{layer.used:.1f}/{layer.experts}",
+            f"{layer.variation:.2f}",
+            f"{layer.between:.0%}",
+            cosines.get(layer.name, ""),
+            layer.verdict,
+        ]
+        for layer in routing.layers
+    ]
+    key = "vary: mean distance of a picture's gates from their mean. class: variance that the class explains. "
+    key += "cos: mean cosine between experts."
+    verdict_line = Text(routing.verdict, style="bold")
+    return (
+        Group("", simple_table(headers, rows, tight=True), Text(key, style="dim"), verdict_line)
+        if rows
+        else Group(verdict_line)
+    )
+
+
+def render_comparison(headers: Sequence[str], rows: Sequence[Sequence[str]], width: int = WIDTH) -> RenderableType:
+    """Models side by side; columns in which nothing was measured are left out."""
+    kept = [i for i in range(len(headers)) if i == 0 or any(row[i] != "-" for row in rows)]
+    widths = [max(len(headers[i]), *(len(row[i]) for row in rows)) for i in kept[1:]]
+    first = max(16, width - sum(widths) - 2 * len(widths))
+    cells = [[shortened(row[0], first), *(row[i] for i in kept[1:])] for row in rows]
+    return simple_table([(headers[i], i != 0) for i in kept], cells)
+
+
 def make_console(width: int | None = None) -> Console:
     """A console on stdout, as wide as the terminal; 80 columns in a pipe."""
     console = Console(width=width, highlight=False)
     return console if width is not None or console.is_terminal else Console(width=WIDTH, highlight=False)
 
 
-def simple_table(headers: Sequence[tuple[str, bool]], rows: Sequence[Sequence[str | Text]]) -> Table:
-    """A table without vertical lines; a header's flag says whether its column is of numbers."""
-    table = Table(box=box.SIMPLE_HEAD, padding=0, pad_edge=False, show_edge=False)
+def simple_table(
+    headers: Sequence[tuple[str, bool]], rows: Sequence[Sequence[str | Text]], tight: bool = False
+) -> Table:
+    """A table without vertical lines; a header's flag says whether its column is of numbers.
+
+    tight: one space between columns instead of two.
+    """
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 0 if tight else 1, 0, 0), pad_edge=False, show_edge=False)
     for header, numeric in headers:
         table.add_column(header, justify="right" if numeric else "left", no_wrap=True)
     for row in rows:
@@ -71,12 +126,13 @@ def _layers(profile: Profile, width: int) -> Table:
     layers = multiplying(profile)
     rows = [_layer_row(layer, macs) for layer in layers]
     widths = [max([len(header), *(len(row[i]) for row in rows)]) for i, (header, _) in enumerate(columns)]
-    name_width = max(12, width - sum(widths) - len(widths))
+    tight = max(len(layer.name) for layer in layers) + sum(widths) + 2 * len(widths) > width if layers else False
+    name_width = max(12, width - sum(widths) - len(widths) * (1 if tight else 2))
     named: list[list[str | Text]] = [
         [Text(shortened(layer.name, name_width), style="bold cyan" if layer.conditional else ""), *row]
         for layer, row in zip(layers, rows, strict=True)
     ]
-    return simple_table([("layer", False), *columns], named)
+    return simple_table([("layer", False), *columns], named, tight)
 
 
 def _layer_row(layer: Layer, shown: Macs) -> list[str]:

@@ -1,0 +1,107 @@
+"""A report as one HTML page that needs nothing beside it: no network, no other file."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Sequence
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+from condconv_surgery.models.preprocess import flat
+from condconv_surgery.reporting import numbers
+from condconv_surgery.reporting.model_profile import CONVENTION
+from condconv_surgery.reporting.pictures import open_picture
+from condconv_surgery.reporting.plots import PARTS
+from condconv_surgery.reporting.tables import cost_rows, module_counters, multiplying, remainder, summary_rows
+
+if TYPE_CHECKING:
+    import jinja2
+
+    from condconv_surgery.reporting.reports import Report
+    from condconv_surgery.reporting.routing import Routing
+
+THUMBNAIL = 56
+"""Pixels of a picture's side on the page."""
+
+MOST_THUMBNAILS = 600
+"""Pictures on one page: about 1.5 MB. The layers that differ most between pictures come first."""
+
+
+def report_page(report: Report) -> str:
+    """The page of one model."""
+    routing = report.routing
+    return _environment().get_template("report.html.j2").render(_context(report), routing=routing, **_seen(routing))
+
+
+def report_fragment(report: Report) -> str:
+    """The totals and the layers alone, for a notebook's cell."""
+    return _environment().get_template("fragment.html.j2").render(_context(report))
+
+
+def comparison_page(reports: Sequence[Report], headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """The page of several models side by side; the plot where an accuracy is known."""
+    plot = ""
+    if any(report.accuracy is not None for report in reports):
+        from condconv_surgery.reporting import plots
+
+        plot = plots.to_svg(plots.accuracy_against_cost(reports))
+    template = _environment().get_template("comparison.html.j2")
+    return template.render(title="Comparison", headers=headers, rows=rows, plot=plot, convention=CONVENTION)
+
+
+def _context(report: Report) -> dict[str, Any]:
+    layers = multiplying(report.profile)
+    return {
+        "title": report.title,
+        "profile": report.profile,
+        "summary": summary_rows(report.profile),
+        "costs": cost_rows(report.cost) if report.cost else [],
+        "environment": dict(report.cost.environment) if report.cost else {},
+        "layers": layers,
+        "largest": max((layer.macs.total for layer in layers), default=1) or 1,
+        "remainder": remainder(report.profile),
+        "experts": {row.name: row for row in report.experts},
+        "convention": CONVENTION,
+        "counters": module_counters(report.profile),
+        "parts": PARTS,
+        "accuracy": report.accuracy,
+    }
+
+
+def _seen(routing: Routing | None) -> dict[str, Any]:
+    """The pictures on the page: for each layer that has room, and once each however many experts like them."""
+    if routing is None:
+        return {"thumbnails": {}, "pictured": ()}
+    pictured, indices = [], set[int]()
+    for layer in sorted(routing.layers, key=lambda layer: -layer.variation):
+        wanted = {i for expert in layer.top for i in expert}
+        if len(indices | wanted) <= MOST_THUMBNAILS:
+            indices |= wanted
+            pictured.append(layer.name)
+    return {"thumbnails": {i: _thumbnail(routing.files[i]) for i in sorted(indices)}, "pictured": tuple(pictured)}
+
+
+def _thumbnail(file: str) -> str:
+    """A JPEG as a data URI."""
+    picture = flat(open_picture(file))
+    picture.thumbnail((THUMBNAIL, THUMBNAIL))
+    out = io.BytesIO()
+    picture.save(out, "JPEG", quality=80)
+    return "data:image/jpeg;base64," + base64.b64encode(out.getvalue()).decode()
+
+
+@cache
+def _environment() -> jinja2.Environment:
+    import jinja2
+
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("condconv_surgery.reporting"),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    for name in ("human", "human_bytes", "human_time", "percent"):
+        environment.filters[name] = getattr(numbers, name)
+    return environment
