@@ -35,8 +35,20 @@ def finetune(
     precision: Annotated[str | None, typer.Option(help="fp32 or bf16 (autocast).")] = None,
     save_every: Annotated[int | None, typer.Option(help="Steps between saved states.")] = None,
     max_bad: Annotated[int | None, typer.Option(help="Unreadable pictures to pass over.")] = None,
+    optimizer: Annotated[str | None, typer.Option(help="Any of torch.optim by name: adamw, sgd, ...")] = None,
+    accumulate: Annotated[
+        int | None, typer.Option(help="Parts that a process splits its share of a batch into.")
+    ] = None,
+    ema: Annotated[
+        float | None, typer.Option(help="Decay of averaged weights, which are then scored and saved.")
+    ] = None,
+    warm_routers: Annotated[int | None, typer.Option(help="First epochs in which only routers learn.")] = None,
+    freeze: Annotated[list[str] | None, typer.Option(help="Layers that do not learn: a glob. Repeatable.")] = None,
+    batch_norm: Annotated[str | None, typer.Option(help="Statistics: train, freeze or recalibrate.")] = None,
+    distill: Annotated[str | None, typer.Option(help="Teacher: start (the model as it begins) or any model.")] = None,
+    trust: Annotated[list[str] | None, typer.Option(help="A package whose code may build it; repeatable.")] = None,
     arch: Annotated[str | None, typer.Option(help="Architecture of a bare state_dict: torchvision:NAME.")] = None,
-    weights: Annotated[str, typer.Option(help="default, none, or a FILE, for a model by name.")] = "default",
+    weights: Annotated[str | None, typer.Option(help="Of a model by name: default, none or a file.")] = None,
     settings: Annotated[
         list[str] | None, typer.Option("--set", help="Any option of the recipe: SECTION.NAME=VALUE. Repeatable.")
     ] = None,
@@ -47,7 +59,14 @@ def finetune(
 ) -> None:
     """Train a converted (or plain) model on a folder of pictures."""
     flags: dict[str, dict[str, Any]] = {
-        "": {"model": model or None, "output": output, "seed": seed},
+        "": {
+            "model": model or None,
+            "arch": arch,
+            "weights": weights,
+            "trust": trust or None,
+            "output": output,
+            "seed": seed,
+        },
         "data": {
             "folder": data,
             "batch_size": batch_size,
@@ -55,9 +74,17 @@ def finetune(
             "workers": workers,
             "max_bad": max_bad,
         },
-        "optimizer": {"lr": lr, "weight_decay": weight_decay, "label_smoothing": label_smoothing},
+        "optimizer": {
+            "name": optimizer,
+            "lr": lr,
+            "weight_decay": weight_decay,
+            "label_smoothing": label_smoothing,
+            "accumulate": accumulate,
+        },
         "schedule": {"epochs": epochs, "warmup": warmup, "temperature": temperature},
-        "engine": {"precision": precision, "save_every": save_every},
+        "layers": {"warm_routers": warm_routers, "freeze": freeze or None, "batch_norm": batch_norm},
+        "distill": {"teacher": distill},
+        "engine": {"precision": precision, "save_every": save_every, "ema": ema},
     }
     options = effective_options(flags, settings or [], recipe, resume)
     if print_recipe:
@@ -66,7 +93,7 @@ def finetune(
         print(to_toml(options), end="")
         return
     require_complete(options)
-    result = _train(options, arch, weights, resume)
+    result = _train(options, resume)
     if result is None:
         return
     if as_json:
@@ -112,7 +139,7 @@ def require_complete(options: TrainingOptions) -> None:
             raise InputError(what, "finetune needs a model, a folder of pictures and a folder to write.", fix)
 
 
-def _train(options: TrainingOptions, arch: str | None, weights: str, resume: bool) -> TrainingResult | None:
+def _train(options: TrainingOptions, resume: bool) -> TrainingResult | None:
     """The run; ``None`` in every process but the first."""
     import os
 
@@ -120,13 +147,15 @@ def _train(options: TrainingOptions, arch: str | None, weights: str, resume: boo
 
     require_folder(Path(options.data.folder))  # before the model: a wrong path answers at once
 
-    from condconv_surgery.models.sources import load_model
+    import torch
 
+    from condconv_surgery.models.sources import load_model
     from condconv_surgery.training import finetune as train
     from condconv_surgery.training.watching import console_watcher
 
     say(f"Loading {options.model}")
-    loaded = load_model(options.model, arch=arch, weights=weights)
+    torch.manual_seed(options.seed)  # of weights that start at random
+    loaded = load_model(options.model, arch=options.arch, weights=options.weights, trust=options.trust)
     result = train(loaded, options, resume=resume, watcher=console_watcher())
     return result if os.environ.get("RANK", "0") == "0" else None
 

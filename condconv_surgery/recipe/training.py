@@ -23,6 +23,9 @@ class TrainingOptions(Section):
     """The whole recipe of a training run."""
 
     model: str = option("", "what to train: a file, torchvision:NAME, timm:NAME, package.module:factory")
+    arch: str | None = option(None, "architecture of a file of weights that is not recognised", kind=str, flag="--arch")
+    weights: str = option("default", "of a model by name: default, none or a file", flag="--weights")
+    trust: tuple[str, ...] = option((), "packages whose code may build the model", kind=str, flag="--trust")
     output: str = option("", "the folder that the run writes", flag="-o")
     seed: int = option(0, "of the split, the order, the transforms and a new head", low=0, flag="--seed")
     data: DataOptions = field(default_factory=DataOptions)

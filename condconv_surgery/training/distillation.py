@@ -92,13 +92,20 @@ class Teacher:
         return distillation_loss(student, teacher, self.options.temperature)
 
 
-def teacher_model(options: DistillOptions, start: nn.Module) -> nn.Module | None:
+def teacher_model(options: DistillOptions, start: nn.Module, heads: dict[str, int]) -> nn.Module | None:
     """The teacher that the options name: a copy of the model as it starts, a model by name or file, or none.
 
-    A converted model starts as the function of the original one, so its copy is the unconverted teacher.
+    A converted model starts as the function of the original one, so its copy is the unconverted teacher. With a new
+    head (``heads``) it knows nothing of the classes: ``InputError``, unless only features are compared.
     """
     if not options.teacher:
         return None
+    if options.teacher == "start" and heads and options.weight:
+        raise InputError(
+            f"The teacher is the model as it starts, but its head {next(iter(heads))} is new and untrained.",
+            "It can teach classes that it knows.",
+            "fine-tune the unconverted model first and convert that, or --distill OTHER/best.safetensors",
+        )
     if options.teacher == "start":
         return copy.deepcopy(start)
     teacher: nn.Module = load_model(options.teacher)

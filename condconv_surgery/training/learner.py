@@ -55,7 +55,7 @@ class Learner:
         self.only = routing_parameters(model, heads) if layers.warm_routers else None
         self.optimizer = make_optimizer(model, options.optimizer, layers)
         self.average = averaged(model, engine.ema)
-        teacher = teacher_model(options.distill, model)
+        teacher = teacher_model(options.distill, model, heads)
         self.teacher = None if teacher is None else Teacher(teacher.to(world.device), model, options.distill)
         weights = balanced_weights(counts).to(world.device) if options.optimizer.class_weights else None
         self.objective = Objective(model, options, weights, self.teacher)
