@@ -111,6 +111,20 @@ def test_the_cost_rule(experts: int) -> None:
     assert found.parameters - found.parameters_before == sum((experts - 1) * size for size, _ in sizes) + routers
 
 
+def test_attention_is_the_heads_of_odconv_and_routing_the_rest_of_its_router() -> None:
+    conversion = convert(build("resnet18"), ODConv(4), prove=False)
+    routing = attention = 0
+    for site in conversion.plan.kept:
+        conv = site.module
+        assert isinstance(conv, nn.Conv2d)
+        hidden = max(conv.in_channels // 16, 16)
+        positions = conv.kernel_size[0] ** 2 if conv.kernel_size[0] > 1 else 0
+        attention += hidden * (conv.in_channels + conv.out_channels + positions)
+        routing += conv.in_channels * hidden + hidden * 4
+    found = profile(conversion.model).macs
+    assert (found.routing, found.attention) == (routing, attention)
+
+
 def test_odconv_without_experts_mixes_nothing() -> None:
     found = profile(convert(build("resnet18"), ODConv(1), prove=False).model)
     assert found.macs.mixing == 0

@@ -33,7 +33,7 @@ class Comparison:
     def to_csv(self) -> str:
         """One line a model, plain numbers; empty where nothing was measured."""
         out = io.StringIO()
-        writer = csv.writer(out)
+        writer = csv.writer(out, lineterminator="\n")
         writer.writerow(["model", "parameters", "macs", "weight_bytes", "latency_seconds", "accuracy"])
         for report in self.reports:
             profile, latency = report.profile, report.latency

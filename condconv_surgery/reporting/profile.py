@@ -132,12 +132,14 @@ def _conditional_macs(layer: ConditionalConv2d[Any], seen: ModuleCount, counts: 
     mixture = routed.result if routed else None
     gated = isinstance(mixture, Mixture) and mixture.gate is not None
     mixed = layer.experts * (layer.geometry.weight_numel + (width if layer.bias is not None else 0))
-    parts = {name: counts.modules.get(part, ModuleCount()).macs for name, part in layer.router.named_modules()}
-    attention = sum(macs for name, macs in parts.items() if name in ATTENTION_HEADS)
+    router = sum(counts.modules.get(part, ModuleCount()).macs for part in layer.router.modules())
+    heads = [part for name, part in layer.router.named_modules() if name in ATTENTION_HEADS]
+    # From the weights: a router may compute all its heads in one product, which no hook on a head would see.
+    attention = samples * sum(head.weight.numel() for head in heads if isinstance(head, nn.Linear))
     return Macs(
         convolution=positions * layer.geometry.weight_numel,
         mixing=samples * mixed if gated else 0,
-        routing=sum(parts.values()) - attention,
+        routing=router - attention,
         attention=attention,
     )
 

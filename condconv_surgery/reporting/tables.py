@@ -34,9 +34,9 @@ COLUMNS = (
 
 
 def to_csv(profile: Profile) -> str:
-    """One line a layer under a header, and a last line ``total``. Plain numbers, RFC 4180."""
+    """One line a layer under a header, and a last line ``total``. Plain numbers."""
     out = io.StringIO()
-    writer = csv.writer(out)
+    writer = csv.writer(out, lineterminator="\n")
     writer.writerow(COLUMNS)
     for layer in profile.layers:
         writer.writerow(_csv_row(layer))
