@@ -68,18 +68,47 @@ def compare(before: Outputs, after: Outputs) -> Difference:
     return Difference(_gap(before.eval, after.eval), _gap(before.train, after.train))
 
 
-def require(difference: Difference, before: Outputs, tolerance: float | None) -> None:
-    """Raise ``ProofError`` when a difference is past the tolerance (absolute; see ``allowed``)."""
-    for name, gap, outputs in (("eval", difference.eval, before.eval), ("train", difference.train, before.train)):
-        if gap is None or outputs is None:
+def exceeds(difference: Difference, before: Outputs, tolerance: float | None) -> bool:
+    """A difference is past the tolerance in some mode."""
+    return any(not gap.absolute <= limit for _, gap, limit, _ in _limits(difference, before, tolerance))
+
+
+def require(
+    difference: Difference, before: Outputs, tolerance: float | None, otherwise: Difference | None = None
+) -> None:
+    """Raise ``ProofError`` when a difference is past the tolerance (absolute; see ``allowed``).
+
+    otherwise: the difference to name in the error, when this one stands for another (the same in float64).
+    """
+    for name, gap, limit, outputs in _limits(difference, before, tolerance):
+        if gap.absolute <= limit:
             continue
-        limit = allowed(outputs, tolerance) * (TRAIN_FACTOR if name == "train" else 1.0)
-        if not gap.absolute <= limit:
-            raise ProofError(
-                f"The converted model differs from the original by {gap.absolute:.3g} in {name} mode.",
-                f"At most {limit:.3g} is allowed (outputs reach {_magnitude(outputs):.3g}).",
-                f"--tolerance {gap.absolute * 2:.1g} if that is rounding, or --exclude the layers at fault",
-            )
+        shown = getattr(otherwise, name, None) or gap
+        raise ProofError(
+            f"The converted model differs from the original by {shown.absolute:.3g} in {name} mode.",
+            f"At most {limit:.3g} is allowed (outputs reach {_magnitude(outputs):.3g}).",
+            f"--tolerance {shown.absolute * 2:.1g} if that is rounding, or --exclude the layers at fault",
+        )
+
+
+def _limits(
+    difference: Difference, before: Outputs, tolerance: float | None
+) -> list[tuple[str, Gap, float, list[Tensor]]]:
+    rows = []
+    for name, gap, outputs in (("eval", difference.eval, before.eval), ("train", difference.train, before.train)):
+        if gap is not None and outputs is not None:
+            limit = allowed(outputs, tolerance) * (TRAIN_FACTOR if name == "train" else 1.0)
+            rows.append((name, gap, limit, outputs))
+    return rows
+
+
+def in_double(nested: Any) -> Any:
+    """Every floating-point tensor of nested arguments as float64."""
+
+    def double(leaf: Any) -> Any:
+        return leaf.double() if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf
+
+    return pytree.tree_map(double, nested)
 
 
 def allowed(outputs: Sequence[Tensor], tolerance: float | None) -> float:

@@ -29,7 +29,7 @@ def upcycle(
     layer = conditional_like(module, variant)
     weight = module.weight.detach().view(layer.geometry.weight_shape)
     noise = _zero_sum_noise(weight, variant.experts, upcycling.seed ^ zlib.crc32(name.encode()))
-    layer.weight.copy_(weight.float() + upcycling.diversity * _scale(weight) * noise)  # [E, O, I/G, kh, kw]
+    layer.weight.copy_(weight.double() + upcycling.diversity * _scale(weight) * noise)  # [E, O, I/G, kh, kw]
     if layer.bias is not None and module.bias is not None:
         layer.bias.copy_(module.bias.detach().expand_as(layer.bias))
     _move_hooks(module, layer)
@@ -39,7 +39,7 @@ def upcycle(
 def _zero_sum_noise(weight: Tensor, experts: int, seed: int) -> Tensor:
     """[E, *weight.shape], standard normal minus its mean over the experts; drawn on the CPU, so equal on any device."""
     generator = torch.Generator().manual_seed(seed)
-    noise = torch.randn(experts, *weight.shape, generator=generator)
+    noise = torch.randn(experts, *weight.shape, generator=generator).double()
     return (noise - noise.mean(dim=0)).to(weight.device)
 
 

@@ -1,0 +1,83 @@
+"""The house itself: which room may import which, a wheel that works, a README that runs."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+import venv
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+ROOMS = ["errors", "recipe", "meta", "layers", "surgery", "models", "training", "reporting", "cli"]
+FORBIDDEN = {("training", "surgery"), ("reporting", "surgery"), ("training", "reporting"), ("reporting", "training")}
+
+
+def imports(path: Path) -> set[str]:
+    """The rooms of this package that a file imports, at any depth of its code, types alone left aside."""
+    found = set()
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    for node in ast.walk(tree):
+        names = []
+        if isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            names = [node.module]
+        elif isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        for name in names:
+            if name.startswith("condconv_surgery."):
+                found.add(name.split(".")[1])
+    return found
+
+
+def test_a_room_imports_only_rooms_above_it() -> None:
+    wrong = []
+    for path in (ROOT / "condconv_surgery").rglob("*.py"):
+        room = path.relative_to(ROOT / "condconv_surgery").parts[0].removesuffix(".py")
+        if room not in ROOMS:
+            continue
+        for other in imports(path) & set(ROOMS):
+            if ROOMS.index(other) > ROOMS.index(room) or (room, other) in FORBIDDEN:
+                wrong.append(f"{path.name} of {room} imports {other}")
+    assert not wrong
+
+
+def test_errors_and_recipe_need_no_torch() -> None:
+    code = "import sys, condconv_surgery, condconv_surgery.recipe; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"
+
+
+@pytest.mark.slow
+def test_a_built_wheel_works_from_another_folder(tmp_path: Path) -> None:
+    build = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(tmp_path), str(ROOT)]
+    subprocess.run(build, check=True, capture_output=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    venv.create(tmp_path / "env", with_pip=True, system_site_packages=False)
+    python = tmp_path / "env" / "bin" / "python"
+    install = [str(python), "-m", "pip", "install", "--quiet", "--no-deps", str(wheel)]
+    subprocess.run(install, check=True, capture_output=True)
+    site = next((tmp_path / "env" / "lib").glob("python*/site-packages"))
+    assert not (site / "cli").exists()
+    assert (site / "condconv_surgery" / "cli" / "main.py").exists()
+    (site / "dependencies.pth").write_text(next(p for p in sys.path if p.endswith("site-packages")) + "\n")
+    for command in ([str(tmp_path / "env" / "bin" / "condconv")], [str(python), "-m", "condconv_surgery"]):
+        done = subprocess.run([*command, "--help"], cwd=tmp_path, capture_output=True, text=True, check=True)
+        assert all(name in done.stdout for name in ("convert", "finetune", "report"))
+
+
+def test_no_top_level_cli_is_installed() -> None:
+    code = "import importlib.util; print(importlib.util.find_spec('cli'))"
+    done = subprocess.run([sys.executable, "-c", code], cwd="/", capture_output=True, text=True, check=True)
+    assert done.stdout == "None\n"
+
+
+def test_the_python_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    assert blocks
+    monkeypatch.chdir(tmp_path)
+    for block in blocks:
+        exec(compile(block, "README.md", "exec"), {})
+    assert (tmp_path / "resnet18.condconv.safetensors").exists()

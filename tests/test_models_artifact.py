@@ -1,0 +1,201 @@
+"""A saved model comes back with bit-identical outputs, or is refused in words."""
+
+from __future__ import annotations
+
+import json
+import struct
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torchvision
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+import condconv_surgery as cs
+from condconv_surgery.errors import DamagedFileError, InputError
+from condconv_surgery.layers import conditional_layers
+from condconv_surgery.models.artifact import read_recipe
+from condconv_surgery.models.sources import load_model
+from condconv_surgery.recipe import VARIANTS, CondConv, ODConv, Recipe, recipe_of
+from tests.test_surgery_convert import Net
+from tests.variants import scramble
+
+EXAMPLE = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> tuple[Path, nn.Module]:
+    torch.manual_seed(0)
+    plain = torchvision.models.shufflenet_v2_x0_5(weights=None, num_classes=7)
+    model = cs.convert(plain, CondConv(experts=2), example=EXAMPLE).model.eval()
+    scramble(model)
+    path = tmp_path / "m.safetensors"
+    cs.save(model, path)
+    return path, model
+
+
+@pytest.mark.parametrize("kind", VARIANTS)
+def test_outputs_are_bit_identical(kind: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    plain = torchvision.models.mobilenet_v2(weights=None, width_mult=1.0)
+    model = cs.convert(plain, VARIANTS[kind](experts=2), example=EXAMPLE, classifier=True).model.eval()
+    scramble(model)
+    cs.save(model, tmp_path / "m.safetensors")
+    loaded = cs.load(tmp_path / "m.safetensors")
+    assert torch.equal(loaded(EXAMPLE), model(EXAMPLE))
+    assert type(loaded) is type(model)
+    assert recipe_of(loaded).source.name == "torchvision:mobilenet_v2"
+    assert len(recipe_of(loaded).weights_sha256) == 64
+
+
+def test_a_fresh_process_needs_no_other_argument(saved: tuple[Path, nn.Module], tmp_path: Path) -> None:
+    path, model = saved
+    torch.save(EXAMPLE, tmp_path / "x.pt")
+    code = (
+        "import sys, torch, condconv_surgery as cs;"
+        "x = torch.load(sys.argv[2], weights_only=True);"
+        "torch.save(cs.load(sys.argv[1])(x).detach(), sys.argv[3])"
+    )
+    arguments = [str(path), str(tmp_path / "x.pt"), str(tmp_path / "y.pt")]
+    subprocess.run([sys.executable, "-c", code, *arguments], check=True, cwd=tmp_path)
+    torch.testing.assert_close(torch.load(tmp_path / "y.pt"), model(EXAMPLE), rtol=0, atol=1e-6)
+
+
+def test_the_recipe_is_json_that_round_trips(saved: tuple[Path, nn.Module]) -> None:
+    recipe = read_recipe(saved[0])
+    assert Recipe.from_dict(json.loads(json.dumps(recipe.to_dict()))) == recipe
+    assert recipe.source.options == {"num_classes": 7}
+    assert [row.names[0] for row in recipe.layers] == list(conditional_layers(saved[1]))
+
+
+def test_shared_layers_stay_shared_and_a_home_made_class_needs_its_skeleton(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = cs.convert(Net(), ODConv(experts=2), example=EXAMPLE).model.eval()
+    scramble(model)
+    path = tmp_path / "net.safetensors"
+    cs.save(model, path)
+    with pytest.raises(InputError, match=r"does not say how its model is built(.|\n)*model=MyNet"):
+        cs.load(path)
+    loaded = cs.load(path, model=Net())
+    assert loaded.twice is loaded.alias
+    assert torch.equal(loaded(EXAMPLE), model(EXAMPLE))
+    assert "alias.weight" not in load_file(path)  # one tensor, once in the file
+
+
+def test_tied_parameters_are_stored_once(tmp_path: Path) -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Conv2d(3, 3, 1), nn.Conv2d(3, 3, 1)
+            self.b.weight = self.a.weight
+
+    cs.save(Tied(), tmp_path / "t.safetensors")
+    loaded = cs.load(tmp_path / "t.safetensors", model=Tied())
+    assert loaded.a.weight is loaded.b.weight
+
+
+def test_half_precision_survives(tmp_path: Path) -> None:
+    model = torchvision.models.shufflenet_v2_x0_5(weights=None).bfloat16().eval()
+    cs.save(model, tmp_path / "m.safetensors")
+    loaded = cs.load(tmp_path / "m.safetensors")
+    assert torch.equal(loaded(EXAMPLE.bfloat16()), model(EXAMPLE.bfloat16()))
+
+
+def test_a_failed_write_leaves_the_old_file_and_nothing_else(
+    saved: tuple[Path, nn.Module], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, _ = saved
+    before = path.read_bytes()
+    model = nn.Conv2d(3, 3, 1)
+    monkeypatch.setattr(nn.Conv2d, "get_extra_state", lambda self: object())  # not a tensor
+    with pytest.raises(InputError, match="Only tensors can be saved"):
+        cs.save(model, path)
+    assert path.read_bytes() == before
+    assert list(path.parent.iterdir()) == [path]
+    monkeypatch.undo()
+    with pytest.raises(InputError, match="could not be written"):
+        cs.save(nn.Conv2d(3, 3, 1), path.parent / "nowhere" / "m.safetensors")
+
+
+def rewrite(path: Path, **changes: object) -> None:
+    """Change the metadata; ``recipe`` is a function of the old one."""
+    tensors = load_file(path)
+    with path.open("rb") as file:
+        header = json.loads(file.read(struct.unpack("<Q", file.read(8))[0]))
+    metadata = header["__metadata__"]
+    for name, change in changes.items():
+        metadata[name] = json.dumps(change(json.loads(metadata[name]))) if callable(change) else change
+    save_file(tensors, path, metadata)
+
+
+def test_a_truncated_file(saved: tuple[Path, nn.Module]) -> None:
+    path, _ = saved
+    path.write_bytes(path.read_bytes()[:-1000])
+    with pytest.raises(DamagedFileError, match="cannot be read as safetensors"):
+        cs.load(path)
+
+
+@pytest.mark.parametrize(
+    "header", [struct.pack("<Q", 2**62), struct.pack("<q", -1), b"\x10\0\0\0\0\0\0\0not json at all!"]
+)
+def test_a_hostile_header(tmp_path: Path, header: bytes) -> None:
+    path = tmp_path / "m.safetensors"
+    path.write_bytes(header)
+    with pytest.raises(DamagedFileError, match="cannot be read as safetensors"):
+        cs.load(path)
+
+
+def test_a_newer_file(saved: tuple[Path, nn.Module]) -> None:
+    rewrite(saved[0], recipe=lambda recipe: {**recipe, "format": 99})
+    with pytest.raises(DamagedFileError, match=r"format 99(.|\n)*pip install --upgrade"):
+        cs.load(saved[0])
+
+
+def test_a_recipe_that_is_not_one(saved: tuple[Path, nn.Module]) -> None:
+    rewrite(saved[0], recipe="{{{")
+    with pytest.raises(DamagedFileError, match="its recipe is not JSON"):
+        cs.load(saved[0])
+    rewrite(saved[0], recipe='{"format": 1}')
+    with pytest.raises(DamagedFileError, match="recipe cannot be read"):
+        cs.load(saved[0])
+
+
+@pytest.mark.parametrize("factory", ["os:system", "subprocess:run", "builtins:eval", "../evil:run"])
+def test_a_recipe_never_makes_us_import(saved: tuple[Path, nn.Module], factory: str) -> None:
+    rewrite(saved[0], recipe=lambda r: {**r, "source": {"name": factory, "options": {"command": "touch x"}}})
+    with pytest.raises(InputError, match="Only torchvision and timm are imported unasked"):
+        cs.load(saved[0])
+
+
+def test_a_recipe_that_names_what_is_not_there(saved: tuple[Path, nn.Module]) -> None:
+    rewrite(saved[0], recipe=lambda r: {**r, "layers": [{**r["layers"][0], "names": ["conv5.nowhere"]}]})
+    with pytest.raises(DamagedFileError, match="does not fit its own source"):
+        cs.load(saved[0])
+
+
+def test_tensors_that_do_not_fit(saved: tuple[Path, nn.Module]) -> None:
+    path, _ = saved
+    tensors = load_file(path)
+    name = next(name for name, tensor in tensors.items() if tensor.dim() == 4)
+    with path.open("rb") as file:
+        metadata = json.loads(file.read(struct.unpack("<Q", file.read(8))[0]))["__metadata__"]
+    save_file({**tensors, name: tensors[name][:1].contiguous()}, path, metadata)
+    with pytest.raises(DamagedFileError, match="has shape"):
+        cs.load(path)
+    save_file({key: tensor for key, tensor in tensors.items() if key != name}, path, metadata)
+    with pytest.raises(DamagedFileError, match="it lacks"):
+        cs.load(path)
+
+
+def test_a_foreign_safetensors_file(tmp_path: Path) -> None:
+    save_file({"a": torch.zeros(1)}, tmp_path / "m.safetensors")
+    with pytest.raises(InputError, match="not one that condconv wrote"):
+        cs.load(tmp_path / "m.safetensors")
+
+
+def test_a_fine_tuned_artifact_is_a_source(saved: tuple[Path, nn.Module]) -> None:
+    model = load_model(str(saved[0]))
+    assert torch.equal(model(EXAMPLE), saved[1](EXAMPLE))
