@@ -1,0 +1,1 @@
+"""What conditional layers cost, as ratios from one run: ``python -m benchmarks --help``."""

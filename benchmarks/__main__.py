@@ -1,0 +1,101 @@
+"""The command: ``python -m benchmarks layers|models|experts|memory``: tables on stdout, progress on stderr."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import torch
+
+from benchmarks.geometries import MODELS, QUICK, sites
+from benchmarks.layers import VARIANTS, measure_layers
+from benchmarks.models import measure_model, peak_training_bytes
+from benchmarks.presenting import environment, layer_table, model_table, plot_experts, write_json
+from condconv_surgery.recipe import CondConv, Variant
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Parse, measure, print, write."""
+    options = _parser().parse_args(arguments)
+    torch.set_num_threads(options.threads)
+    options.out.mkdir(parents=True, exist_ok=True)
+    {"layers": _layers, "models": _models, "experts": _experts, "memory": _memory}[options.what](options)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser.add_argument("what", choices=["layers", "models", "experts", "memory"])
+    parser.add_argument("--quick", action="store_true", help="few geometries, models and repeats: minutes")
+    parser.add_argument("--models", nargs="+", metavar="NAME", help=f"of torchvision; {', '.join(MODELS)}")
+    parser.add_argument("--variants", nargs="+", choices=[*VARIANTS, "condconv8"], metavar="NAME")
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--repeats", type=int, default=None, help="5, or 3 with --quick")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"), help="folder for JSON and the plot")
+    return parser
+
+
+def _layers(options: argparse.Namespace) -> None:
+    chosen = sites(tuple(options.models or MODELS))
+    if options.quick and not options.models:
+        chosen = [site for site in chosen if str(site) in QUICK]
+    results = measure_layers(chosen, _variants(options), options.batch, _repeats(options), 0.05)
+    print(layer_table(results))
+    _write(options, "layers", [r.as_json() for r in results])
+
+
+def _models(options: argparse.Namespace) -> None:
+    names = options.models or (("mobilenet_v2", "resnet18") if options.quick else MODELS)
+    results = []
+    for name in names:
+        for batch, mode in ((1, "eval"), (options.batch, "eval"), (options.batch, "train")):
+            repeats = 15 if batch == 1 else _repeats(options)
+            result = measure_model(name, _variants(options), batch, mode, repeats, others=not options.quick)
+            print(model_table([result]), flush=True)
+            results.append(result)
+    _write(options, "models", [r.as_json() for r in results])
+
+
+def _experts(options: argparse.Namespace) -> None:
+    site = next(s for s in sites(("resnet18",)) if str(s) == "resnet18 3x3 128->128 @28")
+    lines: dict[str, dict[int, float]] = {}
+    for count in (1, 2, 4, 8, 16, 32):
+        variants: dict[str, Variant] = {f"condconv{count}": CondConv(experts=count)}
+        results = measure_layers([site], variants, options.batch, _repeats(options), 0.05)
+        for result in results:
+            for who, value in result.milliseconds.items():
+                if who != "static":
+                    line = lines.setdefault(f"{who} ({result.mode})", {})
+                    line[count] = value / result.milliseconds["static"]
+    for name, line in lines.items():
+        print(f"{name:16}", "  ".join(f"{n}: {value:.2f}" for n, value in line.items()))
+    plot_experts(options.out / "experts.png", f"{site}, batch {options.batch}", lines)
+    _write(options, "experts", lines)
+
+
+def _memory(options: argparse.Namespace) -> None:
+    found = {}
+    for name in options.models or ("resnet18", "mobilenet_v2"):
+        which = ("static", *_variants(options))
+        peaks = {variant: peak_training_bytes(name, variant, options.batch) for variant in which}
+        found[name] = peaks
+        print(f"{name:16}", "  ".join(f"{who} {value / 2**20:.0f} MiB" for who, value in peaks.items()), flush=True)
+    _write(options, "memory", found)
+
+
+def _variants(options: argparse.Namespace) -> dict[str, Variant]:
+    known: dict[str, Variant] = {**VARIANTS, "condconv8": CondConv(experts=8)}
+    return {name: known[name] for name in options.variants or VARIANTS}
+
+
+def _repeats(options: argparse.Namespace) -> int:
+    return options.repeats or (3 if options.quick else 5)
+
+
+def _write(options: argparse.Namespace, name: str, results: object) -> None:
+    content = {"environment": environment(options.threads), "batch": options.batch, "results": results}
+    write_json(options.out / f"{name}.json", content)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,107 @@
+"""Other people's ways to compute a conditional layer, over the experts and the router of one of ours.
+
+All share our router's answer, so their outputs can be compared and a difference in time is one of execution.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from condconv_surgery.layers import ConditionalConv2d
+from condconv_surgery.recipe import Variant
+
+Layer = ConditionalConv2d[Variant]
+
+
+def contenders(layer: Layer) -> dict[str, Callable[[Tensor], Tensor]]:
+    """``ours`` and every other implementation that can compute ``layer``, by name."""
+    others: dict[str, Callable[[Tensor], Tensor]] = {"ours": layer, "loop": SampleLoop(layer)}
+    if type(layer.variant).__name__ == "ODConv":
+        others["authors"] = AuthorsODConv(layer)
+    else:
+        others["timm"] = TimmCondConv(layer)
+    return others
+
+
+class SampleLoop(nn.Module):
+    """The loop over the batch that this project started from: one kernel, one convolution, one sample."""
+
+    def __init__(self, layer: Layer) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        g, mixture, results = self.layer.geometry, self.layer.route(x), []
+        for b, sample in enumerate(x):
+            kernel: Tensor = self.layer.weight
+            if mixture.gate is not None:
+                kernel = mixture.gate[b][:, None, None, None, None] * kernel
+            if mixture.spatial is not None:
+                kernel = mixture.spatial[b] * kernel
+            if mixture.out_scale is not None:
+                kernel = mixture.out_scale[b][:, None, None, None] * kernel
+            if mixture.in_scale is not None:
+                sample = mixture.in_scale[b][:, None, None] * sample
+            y = F.conv2d(sample[None], kernel.sum(0), None, g.stride, g.padding, g.dilation, g.groups)
+            results.append(y)
+        return torch.cat(results)
+
+
+class AuthorsODConv(nn.Module):
+    """``ODConv2d._forward_impl_common`` and ``_forward_impl_pw1x` of the authors' code (github.com/OSVAI/ODConv)."""
+
+    def __init__(self, layer: Layer) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        g, mixture = self.layer.geometry, self.layer.route(x)
+        assert mixture.in_scale is not None
+        x = x * mixture.in_scale[:, :, None, None]
+        if mixture.gate is None and mixture.spatial is None:
+            y = F.conv2d(x, self.layer.weight.squeeze(0), None, g.stride, g.padding, g.dilation, g.groups)
+        else:
+            batch, _, height, width = x.shape
+            kernels = self._attend(batch, mixture.gate, mixture.spatial).view(-1, *g.weight_shape[1:])
+            stacked = x.reshape(1, -1, height, width)
+            y = F.conv2d(stacked, kernels, None, g.stride, g.padding, g.dilation, g.groups * batch)
+            y = y.view(batch, g.out_channels, y.shape[-2], y.shape[-1])
+        return y if mixture.out_scale is None else y * mixture.out_scale[:, :, None, None]
+
+    def _attend(self, batch: int, gate: Tensor | None, spatial: Tensor | None) -> Tensor:
+        weights = self.layer.weight.unsqueeze(0)  # [1, E, O, I/G, kh, kw]
+        if spatial is not None:
+            weights = spatial[:, None, None, None] * weights
+        if gate is not None:
+            weights = gate[:, :, None, None, None, None] * weights
+        return weights.expand(batch, -1, -1, -1, -1, -1).sum(1)
+
+
+class TimmCondConv(nn.Module):
+    """``timm.layers.CondConv2d``, given our gates as its routing weights."""
+
+    def __init__(self, layer: Layer) -> None:
+        super().__init__()
+        from timm.layers.cond_conv2d import CondConv2d
+
+        g = layer.geometry
+        self.layer = layer
+        self.conv = CondConv2d(
+            g.in_channels,
+            g.out_channels,
+            g.kernel_size,
+            g.stride,
+            g.padding,
+            g.dilation,
+            g.groups,
+            num_experts=layer.experts,
+        )
+        self.conv.weight.data.copy_(layer.weight.detach().flatten(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.conv(x, self.layer.route(x).gate)
+        return y

@@ -1,0 +1,67 @@
+"""The distinct convolutions of a torchvision model, with the size of their input and how often they occur."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torchvision
+from torch import nn
+
+from condconv_surgery.layers import ConvGeometry
+
+MODELS = ("resnet18", "resnet50", "mobilenet_v2", "efficientnet_b0")
+QUICK = (  # one of each kind: dense at a large and a small map, 1x1 at both, depthwise at both
+    "resnet18 3x3 64->64 @56",
+    "resnet18 3x3 256->256 @14",
+    "resnet18 1x1/2 128->256 @28",
+    "mobilenet_v2 1x1 24->144 @56",
+    "mobilenet_v2 1x1 160->960 @7",
+    "mobilenet_v2 3x3 dw 192->192 @28",
+    "mobilenet_v2 3x3 dw 960->960 @7",
+)
+
+
+@dataclass(frozen=True)
+class Site:
+    """One convolution of a model: its geometry, its input's height and width, how many the model has."""
+
+    model: str
+    geometry: ConvGeometry
+    size: tuple[int, int]
+    count: int
+
+    def __str__(self) -> str:
+        g = self.geometry
+        stride = "" if g.stride == (1, 1) else f"/{g.stride[0]}"
+        kind = " dw" if g.depthwise else ""
+        kernel = f"{g.kernel_size[0]}x{g.kernel_size[1]}{stride}{kind}"
+        return f"{self.model} {kernel} {g.in_channels}->{g.out_channels} @{self.size[0]}"
+
+    def conv(self) -> nn.Conv2d:
+        """A plain convolution of this geometry, without bias."""
+        g = self.geometry
+        return nn.Conv2d(
+            g.in_channels, g.out_channels, g.kernel_size, g.stride, g.padding, g.dilation, g.groups, bias=False
+        )
+
+
+def sites(models: tuple[str, ...] = MODELS, pixels: int = 224) -> list[Site]:
+    """Every distinct convolution but the stem and those on pooled features, which conversion leaves alone too."""
+    found: dict[tuple[str, ConvGeometry, tuple[int, int]], int] = {}
+
+    def note(name: str, module: nn.Module, arguments: tuple[torch.Tensor, ...]) -> None:
+        if not isinstance(module, nn.Conv2d) or module.in_channels == 3:
+            return
+        height, width = arguments[0].shape[2:]
+        if (height, width) != (1, 1):
+            key = (name, ConvGeometry.of(module), (height, width))
+            found[key] = found.get(key, 0) + 1
+
+    for name in models:
+        with torch.device("meta"):
+            model = torchvision.models.get_model(name, weights=None).eval()
+            for module in model.modules():
+                module.register_forward_pre_hook(lambda m, a, name=name: note(name, m, a))
+            model(torch.empty(1, 3, pixels, pixels))
+    return [Site(*key, count) for key, count in found.items()]

@@ -1,0 +1,137 @@
+"""Each layer geometry: ours against the static convolution and against every other implementation."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.contenders import Layer, contenders
+from benchmarks.geometries import Site
+from benchmarks.timing import interleaved, ratio
+from condconv_surgery.layers import conditional_like
+from condconv_surgery.recipe import CondConv, ODConv, Variant
+
+VARIANTS: dict[str, Variant] = {
+    "condconv4": CondConv(experts=4),
+    "odconv4": ODConv(experts=4),
+    "odconv1": ODConv(experts=1),
+}
+TOLERANCE = 1e-3  # float32, relative to the largest value
+
+
+@dataclass(frozen=True)
+class LayerResult:
+    """Times of one geometry, variant and mode.
+
+    milliseconds: the median of each contender. against_static: ours / static. speedup: the best other / ours.
+    """
+
+    site: str
+    count: int
+    variant: str
+    mode: str
+    milliseconds: dict[str, float]
+    against_static: float
+    best_other: str
+    speedup: float
+
+    def as_json(self) -> dict[str, object]:
+        """Plain values for JSON."""
+        return asdict(self)
+
+
+def measure_layers(
+    sites: Iterable[Site], variants: dict[str, Variant], batch: int, repeats: int, seconds: float
+) -> list[LayerResult]:
+    """Check each contender against ours, then time them all, in eval and in training."""
+    results = []
+    for site in sites:
+        for name, variant in variants.items():
+            for mode in ("eval", "train"):
+                result = _measure(site, name, variant, mode, batch, repeats, seconds)
+                print(_line(result), file=sys.stderr, flush=True)
+                results.append(result)
+    return results
+
+
+def check_layer(site: Site, variant: Variant, batch: int) -> dict[str, float]:
+    """The largest difference of each contender from ours, in output and in the gradient of the input, relative."""
+    layer, x = _layer(site, variant), _input(site, batch)
+    found, expected = {}, None
+    for name, run in contenders(layer).items():
+        y = run(x)
+        (grad,) = torch.autograd.grad(y.square().sum(), x)
+        if expected is None:
+            expected = (y.detach(), grad)
+        pairs = zip((y, grad), expected, strict=True)
+        found[name] = max(((a - e).abs().max() / e.abs().max()).item() for a, e in pairs)
+    return found
+
+
+def _measure(
+    site: Site, name: str, variant: Variant, mode: str, batch: int, repeats: int, seconds: float
+) -> LayerResult:
+    if mode == "eval":
+        differences = check_layer(site, variant, min(batch, 4))
+        wrong = {who: value for who, value in differences.items() if not value <= TOLERANCE}
+        if wrong:
+            raise AssertionError(f"{site} {name}: not the same function: {wrong}")
+    layer, x = _layer(site, variant), _input(site, batch)
+    runs: dict[str, Callable[[Tensor], Tensor]] = {"static": site.conv(), **contenders(layer)}
+    make = _evaluation if mode == "eval" else _training
+    times = interleaved({who: make(run, x) for who, run in runs.items()}, repeats, seconds)
+    ratios = {who: ratio(times, who, "ours") for who in runs if who not in ("static", "ours")}
+    best = min(ratios, key=lambda who: ratios[who])
+    return LayerResult(
+        str(site),
+        site.count,
+        name,
+        mode,
+        {who: 1e3 * sorted(found)[len(found) // 2] for who, found in times.items()},
+        ratio(times, "ours", "static"),
+        best,
+        ratios[best],
+    )
+
+
+def _layer(site: Site, variant: Variant) -> Layer:
+    torch.manual_seed(0)
+    layer = conditional_like(site.conv(), variant)
+    for parameter in layer.router.parameters():
+        nn.init.normal_(parameter, std=0.1)
+    return layer.eval()
+
+
+def _input(site: Site, batch: int) -> Tensor:
+    torch.manual_seed(1)
+    return torch.randn(batch, site.geometry.in_channels, *site.size, requires_grad=True)
+
+
+def _evaluation(run: Callable[[Tensor], Tensor], x: Tensor) -> Callable[[], object]:
+    def step() -> None:
+        with torch.no_grad():
+            run(x)
+
+    return step
+
+
+def _training(run: Callable[[Tensor], Tensor], x: Tensor) -> Callable[[], object]:
+    with torch.no_grad():
+        direction = torch.randn_like(run(x))
+    leaves = [x, *(p for p in run.parameters())] if isinstance(run, nn.Module) else [x]
+
+    def step() -> None:
+        torch.autograd.grad(run(x), leaves, direction, allow_unused=True)
+
+    return step
+
+
+def _line(result: LayerResult) -> str:
+    return (
+        f"{result.site:36} {result.variant:10} {result.mode:5}  {result.against_static:5.2f} x static"
+        f"  {result.speedup:6.2f} x faster than {result.best_other}"
+    )

@@ -1,0 +1,98 @@
+"""The results as a table, as JSON and as a plot."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+import torchvision
+
+from benchmarks.layers import LayerResult
+from benchmarks.models import ModelResult
+
+
+def environment(threads: int) -> dict[str, object]:
+    """The hardware and the versions that the numbers belong to."""
+    return {
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "threads": threads,
+        "capability": torch.backends.cpu.get_cpu_capability(),
+        "torch": torch.__version__,
+        "torchvision": torchvision.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def layer_table(results: Sequence[LayerResult]) -> str:
+    """One line for each geometry, then the geometric means."""
+    lines = [f"{'layer':36} {'variant':10} {'mode':5} {'static ms':>9} {'ours/static':>11} {'speed-up':>9}  over"]
+    for r in results:
+        lines.append(
+            f"{r.site:36} {r.variant:10} {r.mode:5} {r.milliseconds['static']:9.2f} {r.against_static:11.2f}"
+            f" {r.speedup:9.2f}  {r.best_other}"
+        )
+    for variant, mode in dict.fromkeys((r.variant, r.mode) for r in results):
+        chosen = [r.speedup for r in results if (r.variant, r.mode) == (variant, mode)]
+        lines.append(
+            f"{'geometric mean of ' + str(len(chosen)):36} {variant:10} {mode:5} {'':21} {geometric_mean(chosen):9.2f}"
+            f"  worst {min(chosen):.2f}"
+        )
+    return "\n".join(lines)
+
+
+def model_table(results: Sequence[ModelResult]) -> str:
+    """One line for each model, batch and mode, a column for each contender, the floor in brackets."""
+    lines = []
+    for r in results:
+        floors = {who: f" [{value:.2f}]" for who, value in r.floor.items()}
+        cells = [f"{who} {value:.2f}{floors.get(who, '')}" for who, value in r.ratios.items()]
+        lines.append(f"{r.model:16} batch {r.batch:3} {r.mode:5} {r.static_milliseconds:9.1f} ms   " + "  ".join(cells))
+    return "\n".join(lines)
+
+
+def geometric_mean(values: Sequence[float]) -> float:
+    """``exp(mean(log v))``."""
+    return math.exp(sum(map(math.log, values)) / len(values))
+
+
+def write_json(path: Path, content: object) -> None:
+    """Through a temporary name in the same folder."""
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("w") as stream:
+        json.dump(content, stream, indent=1)
+        stream.write("\n")
+        stream.flush()
+        os.fsync(stream.fileno())
+    temporary.replace(path)
+
+
+def plot_experts(path: Path, title: str, times: dict[str, dict[int, float]]) -> None:
+    """Time against the number of experts, one line for each contender, 1.0 being the static layer."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(6, 4))
+    for name, by_experts in times.items():
+        axes.plot(list(by_experts), list(by_experts.values()), marker="o", label=name)
+    axes.set(xscale="log", yscale="log", xlabel="experts", ylabel="time / static", title=title)
+    axes.set_xticks(counts := sorted({n for line in times.values() for n in line}), [str(n) for n in counts])
+    axes.axhline(1.0, color="grey", linewidth=0.8)
+    axes.legend()
+    figure.tight_layout()
+    figure.savefig(path)
+    plt.close(figure)
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()

@@ -1,0 +1,37 @@
+"""Interleaved timing: in each repeat every contender runs once, so that a busy machine slows all of them alike."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+
+
+def interleaved(
+    contenders: Mapping[str, Callable[[], object]], repeats: int, at_least: float = 0.0
+) -> dict[str, list[float]]:
+    """Seconds of each contender in each repeat, after one run that is not counted.
+
+    at_least: within a repeat a contender runs as often as it takes to fill this many seconds; the mean counts.
+    """
+    counts = {}
+    for name, run in contenders.items():
+        run()
+        counts[name] = max(1, round(at_least / max(1e-9, _seconds(run, 1))))
+    times: dict[str, list[float]] = {name: [] for name in contenders}
+    for _ in range(repeats):
+        for name, run in contenders.items():
+            times[name].append(_seconds(run, counts[name]))
+    return times
+
+
+def ratio(times: Mapping[str, list[float]], name: str, base: str) -> float:
+    """The median over repeats of ``name`` / ``base``, each taken within one repeat."""
+    return statistics.median(a / b for a, b in zip(times[name], times[base], strict=True))
+
+
+def _seconds(run: Callable[[], object], count: int) -> float:
+    start = time.perf_counter()
+    for _ in range(count):
+        run()
+    return (time.perf_counter() - start) / count
