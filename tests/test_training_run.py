@@ -84,6 +84,7 @@ def test_a_run_learns_and_leaves_its_files(folder: Path, variant: Variant | None
         "best.safetensors",
         "metrics.jsonl",
         "recipe.toml",
+        "curves.png",
         LAST,
         BEFORE,
     }
@@ -287,3 +288,47 @@ def test_the_watcher_is_told_every_step_and_epoch(folder: Path) -> None:
     assert [view.step for view in watcher.steps] == list(range(1, 13))
     assert [row.to_dict() for row in watcher.rows] == _rows(options_for(folder))
     assert watcher.rows[0].images_per_second > 0
+
+
+def test_tensorboard_has_scores_and_the_use_of_experts(folder: Path) -> None:
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    options = options_for(folder).updated({"engine": {"tensorboard": True}})
+    run(options, CondConv(experts=2))
+    events = EventAccumulator(str(Path(options.output) / "tensorboard"))
+    events.Reload()
+    top1 = [event.value for event in events.Scalars("epoch/val_top1")]
+    assert top1 == pytest.approx([row["val_top1"] for row in _rows(options)])
+    shares = [events.Scalars(f"expert use/inner/{expert}")[-1].value for expert in range(2)]
+    assert sum(shares) == pytest.approx(1.0)
+    assert 0 <= events.Scalars("gate entropy/inner")[-1].value <= 1 + 1e-6
+
+
+def test_the_curves_are_a_picture_of_every_epoch(folder: Path) -> None:
+    from PIL import Image
+
+    options = options_for(folder)
+    run(options)
+    with Image.open(Path(options.output) / "curves.png") as picture:
+        assert picture.size == (1080, 420)
+        assert len(picture.convert("L").getcolors() or []) > 10
+
+
+def test_early_stop_ends_the_run(folder: Path) -> None:
+    result = run(options_for(folder, epochs=40, early_stop=2))
+    assert result.epochs == result.best_epoch + 2 < 40
+
+
+def test_recalibrated_statistics_are_in_the_last_model(folder: Path) -> None:
+    plain, measured = options_for(folder, "plain"), options_for(folder, "measured")
+    run(plain)
+    run(measured.updated({"layers": {"batch_norm": "recalibrate"}}))
+    one, other = weights(plain), weights(measured)
+    differing = {name for name in one if not torch.equal(one[name], other[name])}
+    assert differing == {"norm.running_mean", "norm.running_var"}
+
+
+def test_a_deterministic_run_sets_torch_back(folder: Path) -> None:
+    run(options_for(folder, epochs=1).updated({"engine": {"deterministic": True}}))
+    assert not torch.are_deterministic_algorithms_enabled()

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -111,3 +112,23 @@ class GateUse:
     def entropy(self) -> float:
         """Mean entropy of a picture's shares, as a fraction of log E."""
         return self.entropy_sum / self.count / math.log(len(self.share_sum))
+
+
+@contextmanager
+def measuring_gates(model: nn.Module) -> Iterator[dict[str, GateUse]]:
+    """The use of experts by conditional layer, counted while the model runs inside the block."""
+    uses: dict[str, GateUse] = {}
+
+    def counting(name: str) -> Callable[[nn.Module, object, Mixture], None]:
+        def count(router: nn.Module, args: object, mixture: Mixture) -> None:
+            if mixture.gate is not None:
+                uses.setdefault(name, GateUse(torch.zeros(mixture.gate.shape[1]))).add(mixture.gate)
+
+        return count
+
+    handles = [layer.router.register_forward_hook(counting(name)) for name, layer in conditional_layers(model).items()]
+    try:
+        yield uses
+    finally:
+        for handle in handles:
+            handle.remove()

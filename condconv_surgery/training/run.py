@@ -13,10 +13,12 @@ from condconv_surgery.models.artifact import recipe_of, save
 from condconv_surgery.recipe import InputSpec, Recipe
 from condconv_surgery.recipe.toml_text import to_toml
 from condconv_surgery.recipe.training import TrainingOptions
+from condconv_surgery.training.curves import draw_curves
 from condconv_surgery.training.determinism import deterministic
 from condconv_surgery.training.distributed import World, open_world
 from condconv_surgery.training.evaluation import Tally, evaluate
 from condconv_surgery.training.files import keeping, make_folder, read_rows, write_rows, write_text
+from condconv_surgery.training.gates import measuring_gates
 from condconv_surgery.training.heads import fit_heads
 from condconv_surgery.training.learner import Learner
 from condconv_surgery.training.loading import Data, open_data
@@ -28,8 +30,10 @@ from condconv_surgery.training.seeding import seeded
 from condconv_surgery.training.state import load_state, save_state
 from condconv_surgery.training.statistics import recalibrate
 from condconv_surgery.training.stopping import StopWish, watching_signals
-from condconv_surgery.training.watching import Silent, Watcher
+from condconv_surgery.training.tensorboard import TensorBoard
+from condconv_surgery.training.watching import Both, Silent, Watcher
 
+CURVES = "curves.png"
 RECALIBRATION_BATCHES = 100
 
 
@@ -39,7 +43,7 @@ def finetune(
     """Train ``model``, in place, as ``options`` say; writes into the folder ``options.output``:
 
     ``last.safetensors`` and ``best.safetensors`` (artifacts), ``metrics.jsonl`` (a row per epoch), ``recipe.toml`` (the
-    effective options), ``state.safetensors`` (to go on from).
+    effective options), ``state.safetensors`` (to go on from), and at the end ``curves.png``.
 
     resume: go on from the state in the folder; the final weights are those of a run that was never stopped. ``model``
     is then the model that the run began with.
@@ -49,7 +53,7 @@ def finetune(
     go on, ``DamagedFileError`` when no whole state is left.
     """
     with open_world() as world, watching_signals() as wish, deterministic(options.engine.deterministic):
-        run = Run(model, options, world, wish, watcher if watcher and world.speaks else Silent())
+        run = Run(model, options, world, wish, watcher_of(options, watcher, world))
         try:
             run.begin(resume)
             return run.train()
@@ -113,6 +117,8 @@ class Run:
             if scores is None:
                 return self.stopped()
             self.end_epoch(scores)
+        if self.world.speaks:
+            draw_curves(read_rows(self.folder / METRICS), self.folder / CURVES)
         return self.result()
 
     def step(self, batches: Iterator[Batch]) -> None:
@@ -157,14 +163,19 @@ class Run:
 
     def evaluate(self) -> Tally | None:
         """Score the validation pictures; ``None`` when the run is to stop."""
-        return evaluate(
-            self.learner.scored,
-            self.data.val_loader,
-            world=self.world,
-            cast=self.learner.cast,
-            interrupted=lambda: bool(self.wish),
-            unreadable=self.note_unreadable,
-        )
+        model = self.learner.scored
+        with measuring_gates(model) as uses:
+            scores = evaluate(
+                model,
+                self.data.val_loader,
+                world=self.world,
+                cast=self.learner.cast,
+                interrupted=lambda: bool(self.wish),
+                unreadable=self.note_unreadable,
+            )
+        if scores is not None:
+            self.watcher.gates(self.progress.epochs_done + 1, uses)
+        return scores
 
     def save(self) -> None:
         """Write the state, from rank 0; every process has the same weights."""
@@ -221,6 +232,16 @@ class Run:
             unreadable=tuple(self.unreadable.names),
             stopped_by=int(self.wish.signal),
         )
+
+
+def watcher_of(options: TrainingOptions, watcher: Watcher | None, world: World) -> Watcher:
+    """The caller's watcher, and TensorBoard where the options ask for it; silent in every process but the first."""
+    if not world.speaks:
+        return Silent()
+    watcher = watcher or Silent()
+    if options.engine.tensorboard:
+        return Both(watcher, TensorBoard(Path(options.output) / "tensorboard"))
+    return watcher
 
 
 def input_spec(model: nn.Module, options: TrainingOptions) -> InputSpec:

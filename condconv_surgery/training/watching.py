@@ -10,6 +10,8 @@ from typing import Any, Protocol
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from condconv_surgery.training.gates import GateUse
+
 PLAIN_SECONDS = 15.0
 """Seconds between two plain lines within an epoch."""
 
@@ -62,6 +64,9 @@ class Watcher(Protocol):
     def epoch(self, row: EpochRow) -> None:
         """An epoch is done and scored."""
 
+    def gates(self, epoch: int, uses: dict[str, GateUse]) -> None:
+        """How the validation pictures of this process used the experts of each conditional layer."""
+
     def close(self) -> None:
         """No more is to come."""
 
@@ -78,8 +83,38 @@ class Silent:
     def epoch(self, row: EpochRow) -> None:
         pass
 
+    def gates(self, epoch: int, uses: dict[str, GateUse]) -> None:
+        pass
+
     def close(self) -> None:
         pass
+
+
+class Both:
+    """Tells two watchers."""
+
+    def __init__(self, one: Watcher, other: Watcher) -> None:
+        self.watchers = (one, other)
+
+    def note(self, line: str) -> None:
+        for watcher in self.watchers:
+            watcher.note(line)
+
+    def step(self, view: StepView) -> None:
+        for watcher in self.watchers:
+            watcher.step(view)
+
+    def epoch(self, row: EpochRow) -> None:
+        for watcher in self.watchers:
+            watcher.epoch(row)
+
+    def gates(self, epoch: int, uses: dict[str, GateUse]) -> None:
+        for watcher in self.watchers:
+            watcher.gates(epoch, uses)
+
+    def close(self) -> None:
+        for watcher in self.watchers:
+            watcher.close()
 
 
 class PlainLines(Silent):
