@@ -172,7 +172,9 @@ def test_a_missing_model_a_corrupt_picture_and_a_used_folder(condconv: Run, data
     assert code == 2
     assert str(bad) in err
     assert "--max-bad" in err
-    code, _, err = condconv("finetune", *PLAIN, "--data", data, "-o", tmp_path / "run", *QUICK, "--max-bad", 1, "--resume")
+    code, _, err = condconv(
+        "finetune", *PLAIN, "--data", data, "-o", tmp_path / "run", *QUICK, "--max-bad", 1, "--resume"
+    )
     assert code == 0, err
     assert f"Unreadable, passed over: {bad}" in err
     code, _, err = condconv("finetune", *PLAIN, "--data", data, "-o", tmp_path / "run", *QUICK)
@@ -193,30 +195,26 @@ def test_help_and_print_recipe_import_no_torch() -> None:
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
-def test_a_signal_saves_and_ends_as_documented(data: Path, tmp_path: Path, number: int, code: int) -> None:
+def test_a_signal_to_the_whole_group_saves_and_ends_as_documented(
+    data: Path, tmp_path: Path, number: int, code: int
+) -> None:
+    """As a terminal sends Ctrl-C and a cluster SIGTERM: to the reading processes too."""
     run = tmp_path / "run"
-    command = [
-        sys.executable,
-        "-m",
-        "condconv_surgery",
-        "finetune",
-        *PLAIN,
-        "--data",
-        data,
-        "-o",
-        run,
-        *QUICK[:-1],
-        5000,
-    ]
+    settings = ["--image-size", 32, "--batch-size", 6, "--workers", 2, "--epochs", 5000]
+    command = [sys.executable, "-m", "condconv_surgery", "finetune", *PLAIN, "--data", data, "-o", run, *settings]
     process = subprocess.Popen(
-        [*map(str, command)], stderr=subprocess.PIPE, stdout=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"}
+        [*map(str, command)],
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        start_new_session=True,
     )
     for _ in range(600):
         if (run / "metrics.jsonl").exists() or process.poll() is not None:
             break
         time.sleep(0.1)
-    process.send_signal(number)
-    _, err = process.communicate(timeout=60)
+    os.killpg(process.pid, number)
+    _, err = process.communicate(timeout=120)
     assert process.returncode == code, err.decode()
     assert "state saved" in err.decode()
     assert (run / "state.safetensors").exists()
