@@ -15,6 +15,7 @@ from condconv_surgery.training.distributed import World
 from condconv_surgery.training.folders import Pictures, find_pictures
 from condconv_surgery.training.pictures import Batch, PictureDataset, Transform, collate
 from condconv_surgery.training.sampling import EvaluationBatches, TrainingBatches
+from condconv_surgery.training.stopping import ignore_signals
 from condconv_surgery.training.transforms import training_transform
 
 
@@ -55,6 +56,7 @@ def open_data(options: TrainingOptions, spec: InputSpec, world: World) -> Data:
             PictureDataset(pictures, transform, channels=spec.channels, seed=options.seed, replace=replace),  # type: ignore[arg-type]
             batch_sampler=sampler,
             num_workers=options.data.workers,
+            worker_init_fn=ignore_signals,
             collate_fn=collate,
             pin_memory=world.device.type == "cuda",
             persistent_workers=options.data.workers > 0,

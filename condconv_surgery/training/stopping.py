@@ -27,6 +27,13 @@ class StopWish:
         self.signal = self.signal or number
 
 
+def ignore_signals(worker: int = 0) -> None:
+    """Let a process that reads pictures live on: a terminal or a cluster signals the whole group, and only the training
+    process knows when the batches may end."""
+    for number in WATCHED:
+        signal.signal(number, signal.SIG_IGN)
+
+
 @contextmanager
 def watching_signals() -> Iterator[StopWish]:
     """Note SIGTERM and SIGINT inside the block; the handlers of before are put back after it.
