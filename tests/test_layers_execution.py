@@ -245,3 +245,13 @@ def test_other_devices_equal_the_loop(name: str, device: str) -> None:
         direction = torch.linspace(-1, 1, y.numel()).view(y.shape).to(device)
         for a, e in zip([y, *torch.autograd.grad(y, moved, direction)], expected, strict=True):
             assert (a.cpu() - e).abs().max() <= 1e-3 * max(1.0, e.abs().max().item()), way
+
+
+def test_a_scale_alone_is_differentiated_in_every_way() -> None:
+    geometry, x, experts, mixture, leaves = layer_case(3, 1, 12, 3, "everything")
+    for leaf in leaves:
+        leaf.requires_grad_(leaf is mixture.spatial)
+    expected = values_and_gradients(per_sample_loop(x, experts, None, mixture, geometry), [mixture.spatial])
+    for way in legal_ways(3, mixture, geometry):
+        found = values_and_gradients(execute(x, experts, None, mixture, geometry, way), [mixture.spatial])
+        torch.testing.assert_close(found[1], expected[1], rtol=0, atol=1e-11)

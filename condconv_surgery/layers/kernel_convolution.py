@@ -33,8 +33,22 @@ def convolve(
         for b in range(batch):
             y[b : b + 1] = F.conv2d(x[b : b + 1], kernels[b], None, stride, padding, dilation, groups)
     else:
-        stacked, filters = x.reshape(1, -1, *x.shape[2:]), kernels.reshape(-1, *kernels.shape[2:])
-        y[:] = F.conv2d(stacked, filters, None, stride, padding, dilation, batch * groups).view(y.shape)
+        y[:] = convolve_stacked(x, kernels, stride, padding, dilation, groups)
+
+
+def convolve_stacked(
+    x: Tensor, kernels: Tensor, stride: list[int], padding: list[int], dilation: list[int], groups: int
+) -> Tensor:
+    """The same as a new tensor, by one convolution with n*G groups."""
+    batch, out = kernels.shape[:2]
+    stacked, filters = x.reshape(1, -1, *x.shape[2:]), kernels.reshape(-1, *kernels.shape[2:])
+    y = F.conv2d(stacked, filters, None, stride, padding, dilation, batch * groups)
+    return y.view(batch, out, *y.shape[2:])
+
+
+def is_stacked(x: Tensor, shape: torch.Size, padding: list[int], groups: int) -> bool:
+    """Whether the third form is taken, for experts or kernels of this shape."""
+    return not _by_matrix(x, shape, padding, groups) and not _one_by_one(x, groups)
 
 
 def convolve_backward(

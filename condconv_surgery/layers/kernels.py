@@ -6,6 +6,7 @@ the kernels where it can be: at a small map the kernels are larger than the acti
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from condconv_surgery.layers.mixture import Mixture
@@ -20,14 +21,24 @@ def mix_kernels(experts: Tensor, mixture: Mixture, groups: int = 1) -> Tensor:
     kernels = experts
     if mixture.gate is not None:
         kernels = (mixture.gate.to(experts.dtype) @ experts.flatten(1)).view(-1, *shape)
-    if mixture.spatial is not None:
-        kernels = kernels * mixture.spatial[:, None, None].to(kernels.dtype)
-    if mixture.in_scale is not None:
-        scale = mixture.in_scale.to(kernels.dtype).view(-1, groups, 1, shape[1], 1, 1)
-        kernels = (kernels.view(kernels.shape[0], groups, -1, *shape[1:]) * scale).view(-1, *shape)
-    if mixture.out_scale is not None:
-        kernels = kernels * mixture.out_scale[:, :, None, None, None].to(kernels.dtype)
+    for scale in _scales(mixture, shape, groups, kernels.dtype):
+        # in place where nothing is recorded: the kernels are warm, and a second block of them would not be
+        in_place = kernels is not experts and not torch.is_grad_enabled()
+        by_group = kernels.view(-1, groups, shape[0] // groups, *shape[1:])
+        kernels = (by_group.mul_(scale) if in_place else by_group * scale).view(-1, *shape)
     return kernels
+
+
+def _scales(mixture: Mixture, shape: torch.Size, groups: int, dtype: torch.dtype) -> list[Tensor]:
+    """What multiplies the kernels, each to broadcast with [B, G, O/G, I/G, kh, kw]."""
+    scales = []
+    if mixture.spatial is not None:
+        scales.append(mixture.spatial.view(-1, 1, 1, 1, *shape[2:]))
+    if mixture.in_scale is not None:
+        scales.append(mixture.in_scale.view(-1, groups, 1, shape[1], 1, 1))
+    if mixture.out_scale is not None:
+        scales.append(mixture.out_scale.view(-1, groups, shape[0] // groups, 1, 1, 1))
+    return [scale.to(dtype) for scale in scales]
 
 
 def unmix_kernels(
