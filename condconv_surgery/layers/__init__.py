@@ -1,5 +1,6 @@
 """Conditional convolutions: a variant says which kernel each sample gets, one room says how to convolve."""
 
+from condconv_surgery.layers.autotune import autotune
 from condconv_surgery.layers.building import conditional_layers, conditional_like, set_temperature
 from condconv_surgery.layers.condconv import CondConv2d
 from condconv_surgery.layers.conditional import ConditionalConv2d
@@ -16,6 +17,7 @@ __all__ = [
     "DynamicConv2d",
     "Mixture",
     "ODConv2d",
+    "autotune",
     "conditional_layers",
     "conditional_like",
     "set_temperature",

@@ -46,6 +46,8 @@ def mix_bias(bias: Tensor, gate: Tensor | None) -> Tensor:
 
 def _legal(way: str, x: Tensor, mixture: Mixture, geometry: ConvGeometry) -> str:
     legal = legal_ways(x.shape[0], mixture, geometry)
+    if x.shape[0] == 0:
+        return legal[0]  # nothing to compute: no reason to refuse
     if way not in legal:
         raise InputError(
             f"execution={way!r} cannot compute this layer on a batch of {x.shape[0]}.",

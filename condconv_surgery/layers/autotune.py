@@ -1,0 +1,111 @@
+"""Measure once instead of estimating: the fastest way of each layer on its real shapes."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from condconv_surgery.layers.building import conditional_layers
+from condconv_surgery.layers.conditional import ConditionalConv2d
+from condconv_surgery.layers.execution import choose
+from condconv_surgery.layers.linear import ConditionalLinear
+from condconv_surgery.layers.ways import legal_ways
+from condconv_surgery.recipe import Variant
+
+Layer = ConditionalConv2d[Variant]
+
+WORTH_CHANGING = 0.9
+"""A way is kept when it takes less than this share of the chosen one's time: timings of one layer differ by a few
+percent from run to run."""
+
+
+def autotune(model: nn.Module, *arguments: Any, repeats: int = 3) -> dict[str, str]:
+    """Set ``execution`` of each conditional layer to its fastest way on these inputs; returns the layers changed.
+
+    arguments: what ``model`` is called with, at the batch size that matters. Training mode measures forward and
+    backward, eval mode the forward pass. The winners are attributes of the layers in memory; an artifact never holds
+    them, since they belong to one machine. ``layer.execution = "auto"`` undoes a choice.
+    """
+    inputs = _inputs(model, arguments)
+    changed = {}
+    for name, layer in conditional_layers(model).items():
+        if layer in inputs:
+            layer.execution = _fastest(layer, inputs[layer], repeats)
+            if layer.execution != "auto":
+                changed[name] = layer.execution
+    return changed
+
+
+def _inputs(model: nn.Module, arguments: tuple[Any, ...]) -> dict[Layer, Tensor]:
+    """The input of each layer's first call. The pass is made in eval mode: no running statistic moves."""
+    found: dict[Layer, Tensor] = {}
+
+    def note(layer: nn.Module, given: tuple[Tensor, ...]) -> None:
+        assert isinstance(layer, ConditionalConv2d)
+        found.setdefault(layer, given[0].detach())
+
+    handles = [layer.register_forward_pre_hook(note) for layer in conditional_layers(model).values()]
+    try:
+        with torch.no_grad(), _evaluating(model):
+            model(*arguments)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found
+
+
+def _fastest(layer: Layer, x: Tensor, repeats: int) -> str:
+    training = layer.training
+    with _evaluating(layer):
+        layer.execution = "auto"
+        with torch.no_grad():
+            images = _as_images(layer, x)
+            mixture = layer.route(images)
+        legal = legal_ways(len(images), mixture, layer.geometry)
+        # what is legal for a batch of one alone would fail on the next batch
+        candidates = [way for way in legal if way != "plain"]
+        chosen = choose(images, layer.weight, mixture, layer.geometry)
+        seconds = {"auto": _seconds(layer, x, "auto", training, repeats)}
+        seconds.update((way, _seconds(layer, x, way, training, repeats)) for way in candidates if way != chosen)
+        best = min(seconds, key=lambda way: seconds[way])
+        return best if seconds[best] < WORTH_CHANGING * seconds["auto"] else "auto"
+
+
+def _as_images(layer: Layer, x: Tensor) -> Tensor:
+    """A layer's input as [B, I, H, W]: a Linear's tokens are pixels, an unbatched picture is a batch of one."""
+    if isinstance(layer, ConditionalLinear):
+        return x.reshape(x.shape[0] if x.dim() > 1 else 1, -1, x.shape[-1]).transpose(1, 2).unsqueeze(-1)
+    return x if x.dim() == 4 else x.unsqueeze(0)
+
+
+def _seconds(layer: Layer, x: Tensor, way: str, training: bool, repeats: int) -> float:
+    """The shortest of several runs, after one that warms up."""
+    layer.execution = way
+    times = []
+    for _ in range(1 + repeats):
+        start = time.perf_counter()
+        with torch.set_grad_enabled(training):
+            y = layer(x.requires_grad_(training))
+            if training:
+                torch.autograd.grad(y.sum(), [x, layer.weight], allow_unused=True)
+        if x.is_cuda:
+            torch.cuda.synchronize(x.device)
+        times.append(time.perf_counter() - start)
+    layer.execution = "auto"
+    return min(times[1:])
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
