@@ -18,11 +18,13 @@ import condconv_surgery as cs
 from condconv_surgery.errors import DamagedFileError, InputError
 from condconv_surgery.layers import conditional_layers
 from condconv_surgery.models.artifact import read_recipe
+from condconv_surgery.models.container import digest
 from condconv_surgery.models.sources import load_model
-from condconv_surgery.recipe import VARIANTS, CondConv, ODConv, Recipe, recipe_of
+from condconv_surgery.recipe import VARIANTS, CondConv, ODConv, Recipe, Source, attach_recipe, recipe_of
 from tests.test_surgery_convert import Net
 from tests.variants import scramble
 
+SHUFFLE = "torchvision:shufflenet_v2_x0_5"
 EXAMPLE = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 
 
@@ -71,17 +73,17 @@ def test_the_recipe_is_json_that_round_trips(saved: tuple[Path, nn.Module]) -> N
     assert [row.names[0] for row in recipe.layers] == list(conditional_layers(saved[1]))
 
 
-def test_shared_layers_stay_shared_and_a_home_made_class_needs_its_skeleton(tmp_path: Path) -> None:
+def test_shared_layers_stay_shared_and_a_home_made_class_needs_trust(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = cs.convert(Net(), ODConv(experts=2), example=EXAMPLE).model.eval()
     scramble(model)
     path = tmp_path / "net.safetensors"
     cs.save(model, path)
-    with pytest.raises(InputError, match=r"does not say how its model is built(.|\n)*model=MyNet"):
+    with pytest.raises(InputError, match=r"names tests.test_surgery_convert.Net(.|\n)*--trust tests"):
         cs.load(path)
-    loaded = cs.load(path, model=Net())
-    assert loaded.twice is loaded.alias
-    assert torch.equal(loaded(EXAMPLE), model(EXAMPLE))
+    for loaded in (cs.load(path, trust=("tests",)), cs.load(path, model=Net())):
+        assert loaded.twice is loaded.alias
+        assert torch.equal(loaded(EXAMPLE), model(EXAMPLE))
     assert "alias.weight" not in load_file(path)  # one tensor, once in the file
 
 
@@ -93,6 +95,8 @@ def test_tied_parameters_are_stored_once(tmp_path: Path) -> None:
             self.b.weight = self.a.weight
 
     cs.save(Tied(), tmp_path / "t.safetensors")
+    with pytest.raises(InputError, match=r"does not say how its model is built(.|\n)*model=MyNet"):
+        cs.load(tmp_path / "t.safetensors")  # a local class has no name to be found by
     loaded = cs.load(tmp_path / "t.safetensors", model=Tied())
     assert loaded.a.weight is loaded.b.weight
 
@@ -120,14 +124,16 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(
         cs.save(nn.Conv2d(3, 3, 1), path.parent / "nowhere" / "m.safetensors")
 
 
-def rewrite(path: Path, **changes: object) -> None:
-    """Change the metadata; ``recipe`` is a function of the old one."""
-    tensors = load_file(path)
+def rewrite(path: Path, tensors: dict[str, torch.Tensor] | None = None, **changes: object) -> None:
+    """Change tensors or metadata, as someone who knows the format can; ``recipe`` is a function of the old one."""
+    old = load_file(path)
+    tensors = old if tensors is None else tensors
     with path.open("rb") as file:
         header = json.loads(file.read(struct.unpack("<Q", file.read(8))[0]))
     metadata = header["__metadata__"]
     for name, change in changes.items():
         metadata[name] = json.dumps(change(json.loads(metadata[name]))) if callable(change) else change
+    metadata["tensors_sha256"] = digest(tensors)
     save_file(tensors, path, metadata)
 
 
@@ -176,18 +182,55 @@ def test_a_recipe_that_names_what_is_not_there(saved: tuple[Path, nn.Module]) ->
         cs.load(saved[0])
 
 
+def test_one_altered_bit(saved: tuple[Path, nn.Module]) -> None:
+    data = bytearray(saved[0].read_bytes())
+    data[-1000] ^= 1
+    saved[0].write_bytes(data)
+    with pytest.raises(DamagedFileError, match="not the ones that were written"):
+        cs.load(saved[0])
+
+
 def test_tensors_that_do_not_fit(saved: tuple[Path, nn.Module]) -> None:
     path, _ = saved
     tensors = load_file(path)
     name = next(name for name, tensor in tensors.items() if tensor.dim() == 4)
-    with path.open("rb") as file:
-        metadata = json.loads(file.read(struct.unpack("<Q", file.read(8))[0]))["__metadata__"]
-    save_file({**tensors, name: tensors[name][:1].contiguous()}, path, metadata)
+    rewrite(path, {**tensors, name: tensors[name][:1].contiguous()})
     with pytest.raises(DamagedFileError, match="has shape"):
         cs.load(path)
-    save_file({key: tensor for key, tensor in tensors.items() if key != name}, path, metadata)
+    rewrite(path, {**tensors, name: tensors[name].long()})
+    with pytest.raises(DamagedFileError, match=r"has dtype torch.int64"):
+        cs.load(path)
+    rewrite(path, {key: tensor for key, tensor in tensors.items() if key != name})
     with pytest.raises(DamagedFileError, match="it lacks"):
         cs.load(path)
+
+
+def test_a_width_that_no_tensor_has_is_not_built(saved: tuple[Path, nn.Module]) -> None:
+    for change in ({"heads": {"fc": 10**12}}, {"source": {"name": SHUFFLE, "options": {"num_classes": 10**12}}}):
+        rewrite(saved[0], recipe=lambda recipe, change=change: {**recipe, **change})
+        with pytest.raises(DamagedFileError, match=r"a width of 1000000000000 that none of its tensors has"):
+            cs.load(saved[0])
+        rewrite(saved[0], recipe=lambda recipe: {**recipe, "heads": {}})
+
+
+def test_a_changed_activation_is_kept(tmp_path: Path) -> None:
+    """Names and shapes are those of the library's model, its function is not."""
+    model = torchvision.models.shufflenet_v2_x0_5(weights=None).eval()
+    attach_recipe(model, Recipe(source=Source(SHUFFLE)))
+    for name, module in list(model.named_modules()):
+        if isinstance(module, nn.ReLU):
+            model.set_submodule(name, nn.SiLU())
+    converted = cs.convert(model, CondConv(experts=2), example=EXAMPLE).model.eval()
+    cs.save(converted, tmp_path / "m.safetensors")
+    assert torch.equal(cs.load(tmp_path / "m.safetensors")(EXAMPLE), converted(EXAMPLE))
+
+
+def test_a_network_of_plain_layers_needs_no_code(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3, padding="same", padding_mode="circular"))
+    converted = cs.convert(model, ODConv(experts=2), example=EXAMPLE).model.eval()
+    scramble(converted)
+    cs.save(converted, tmp_path / "m.safetensors")
+    assert torch.equal(cs.load(tmp_path / "m.safetensors")(EXAMPLE), converted(EXAMPLE))
 
 
 def test_a_foreign_safetensors_file(tmp_path: Path) -> None:

@@ -28,16 +28,24 @@ def build(source: Source, trust: tuple[str, ...] = ()) -> nn.Module:
     return _call_factory(library, name, source.options, trust)
 
 
-def build_torchvision(name: str, options: dict[str, Any]) -> nn.Module:
-    """``torchvision.models.get_model`` without any weights, the backbone's included."""
+def exchange_heads(model: nn.Module, heads: dict[str, int]) -> None:
+    """Give the named final layers other widths, with fresh weights, in place.
+
+    Raises ``AttributeError`` for a name that is not there or not a head.
+    """
+    for name, width in heads.items():
+        model.set_submodule(name, _resized(model.get_submodule(name), width))
+
+
+def build_torchvision(name: str, options: dict[str, Any], weights: Any = None) -> nn.Module:
+    """The torchvision model, without any weights unless given: the backbone's are not fetched either."""
     if name not in torchvision.models.list_models():
         raise unknown_name("torchvision model", name, torchvision.models.list_models(), "torchvision:resnet18")
     builder = torchvision.models.get_model_builder(name)
-    parameters = inspect.signature(builder).parameters
-    fixed: dict[str, Any] = {"weights": None}
-    if "weights_backbone" in parameters:
+    fixed: dict[str, Any] = {"weights": weights}
+    if "weights_backbone" in inspect.signature(builder).parameters:
         fixed["weights_backbone"] = None  # the default downloads
-    if name in ("googlenet", "inception_v3"):
+    if name in ("googlenet", "inception_v3") and weights is None:
         fixed["init_weights"] = False  # truncated normals take seconds, and are filled at once
     return _checked(builder, {**options, **fixed}, f"torchvision:{name}")
 
@@ -84,8 +92,28 @@ def _checked(factory: Any, options: dict[str, Any], source: str) -> nn.Module:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torchvision and timm warn of their own defaults
             model = factory(**options)
-    except (TypeError, ValueError) as error:
+    except OSError:  # weights could not be fetched
+        raise
+    except Exception as error:  # options can come from a file, and each factory fails in its own way
         raise InputError(f"{source} cannot be built with {options}: {error}.", "Its factory says so.") from error
     if not isinstance(model, nn.Module):
         raise InputError(f"{source} gave a {type(model).__name__}.", "A factory must return an nn.Module.")
     return model.eval()
+
+
+def _resized(head: nn.Module, width: int) -> nn.Module:
+    weight_bias = getattr(head, "bias", None) is not None
+    if isinstance(head, nn.Linear):
+        return nn.Linear(head.in_features, width, weight_bias, dtype=head.weight.dtype)
+    if isinstance(head, nn.Conv2d):
+        return nn.Conv2d(
+            head.in_channels,
+            width,
+            head.kernel_size,  # type: ignore[arg-type]
+            head.stride,  # type: ignore[arg-type]
+            head.padding,  # type: ignore[arg-type]
+            head.dilation,  # type: ignore[arg-type]
+            bias=weight_bias,
+            dtype=head.weight.dtype,
+        )
+    raise AttributeError(f"the head to exchange is a {type(head).__name__}")

@@ -18,7 +18,8 @@ from torch import nn
 
 from condconv_surgery.errors import InputError
 from condconv_surgery.layers import ConditionalConv2d, ConditionalLinear
-from condconv_surgery.models.building import build
+from condconv_surgery.models.building import build, exchange_heads
+from condconv_surgery.models.skeleton import describe
 from condconv_surgery.recipe import Source
 
 Shapes = dict[str, tuple[int, ...]]
@@ -47,18 +48,43 @@ def recognise(shapes: Shapes) -> Source:
 
 
 def recognise_module(model: nn.Module) -> Source | None:
-    """The source of a model made by torchvision or timm, converted or not; ``None`` for any other class."""
+    """The source of a model made by torchvision or timm, converted or not; ``None`` for any other.
+
+    Equal names and shapes are not enough: the modules must be the same too, or rebuilding by name would give a network
+    with, say, another activation.
+    """
     shapes = _comparable(original_shapes(model))
     home = type(model).__module__
-    if home.startswith("torchvision.models."):
-        families = {key: names for key, names in _torchvision_families().items() if key == home}
-        matches = _matches(shapes, "torchvision", families)
-        return matches[0] if len(matches) == 1 else None
     config = getattr(model, "pretrained_cfg", None)
-    if home.startswith("timm.") and isinstance(config, dict) and config.get("architecture"):
+    if home.startswith("torchvision.models."):
+        matches = _matches(shapes, "torchvision", {home: _torchvision_families().get(home, [])})
+    elif home.startswith("timm.") and isinstance(config, dict) and config.get("architecture"):
         matches = _matches(shapes, "timm", {home: [config["architecture"]]})
-        return matches[0] if matches else None
-    return None
+    else:
+        return None
+    if len(matches) > 1:
+        return None
+    return matches[0] if matches and same_modules(model, matches[0]) else None
+
+
+def same_modules(model: nn.Module, source: Source, heads: dict[str, int] | None = None) -> bool:
+    """The model is what ``source`` builds, its conditional layers taken as the plain ones that they replaced.
+
+    heads: final layers exchanged after building, as in a recipe.
+    """
+    try:
+        with _parameters_on_meta():
+            twin = build(source)
+            exchange_heads(twin, heads or {})
+        ours, theirs = describe(model, without_hooks=True), describe(twin, without_hooks=True)
+    except (InputError, AttributeError):
+        return False
+    for row in (*ours, *theirs):
+        for key in ("parameters", "buffers"):  # compared already; dtypes may differ
+            del row[key]
+        for key in ("pretrained_cfg", "default_cfg"):  # timm's notes on where weights come from
+            row["state"].pop(key, None)
+    return ours == theirs
 
 
 def original_shapes(model: nn.Module) -> Shapes:
@@ -84,7 +110,7 @@ def _comparable(shapes: Shapes) -> Shapes:
 def _matches(shapes: Shapes, library: str, families: dict[str, list[str]]) -> list[Source]:
     tops = _tops(shapes)
     matches = []
-    for names in families.values():
+    for names in filter(None, families.values()):
         if not any(_tops(candidate) == tops for candidate in _variations(library, names[0])):
             continue
         for name in names:

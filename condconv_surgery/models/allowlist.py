@@ -1,0 +1,170 @@
+"""Which names a file may mention: classes that only build layers, and nothing that reads, writes, fetches or runs.
+
+A pickle and a skeleton name classes by text. Such a name is looked up here before anything is imported. A file may call
+what it names with arguments of its own choosing, so a name is allowed only if every call of it is harmless:
+
+- layer classes (``nn.Module``), enumerations and plain helper classes of the rooms of torch.nn, torchvision and timm
+  that hold layers. Not all of those packages: ``torchvision.datasets`` and a class in ``timm.task`` download when made.
+- functions of rooms that hold only arithmetic on tensors.
+- ``functools.partial`` and the containers of ``collections`` (not ``namedtuple``, which compiles text).
+- classes and functions that a package trusted by the user defines itself.
+"""
+
+from __future__ import annotations
+
+import enum
+import importlib
+import inspect
+import sys
+from collections.abc import Iterable
+from typing import Any
+
+from torch import nn
+
+from condconv_surgery.errors import InputError
+
+LAYER_ROOMS = (
+    "torch.nn",
+    "torchvision.models",
+    "torchvision.ops",
+    "torchvision.transforms",
+    "timm.layers",
+    "timm.models",
+)
+"""Where layer classes live."""
+
+HELPER_ROOMS = ("torch.nn.utils", "torchvision.models", "torchvision.ops", "timm.layers", "timm.models")
+"""Where the plain classes that layers hold live (box coders, matchers, weight normalisation)."""
+
+ARITHMETIC_ROOMS = (
+    "torch.nn.functional",
+    "torchvision.ops.boxes",
+    "torchvision.models.optical_flow.raft",
+    "timm.layers.activations",
+)
+"""Modules all of whose own functions compute on tensors and do nothing else."""
+
+PLAIN_NAMES = (
+    "collections.OrderedDict",
+    "collections.defaultdict",
+    "collections.deque",
+    "collections.Counter",
+    "functools.partial",
+)
+
+DATA_NAMES: dict[str, tuple[str, ...]] = {
+    "argparse": ("argparse.Namespace",),
+    "datetime": ("datetime.datetime", "datetime.date", "datetime.timedelta"),
+    "numpy": tuple(
+        f"numpy.{name}"
+        for name in (
+            "dtype",
+            "ndarray",
+            "core.multiarray.scalar",
+            "core.multiarray._reconstruct",
+            "_core.multiarray.scalar",
+            "_core.multiarray._reconstruct",
+            *(f"dtypes.{kind}DType" for kind in ("Bool", "Int32", "Int64", "Float32", "Float64")),
+        )
+    ),
+    "pathlib": ("pathlib.Path", "pathlib.PosixPath", "pathlib.PurePosixPath", "pathlib._local.PosixPath"),
+    "types": ("types.SimpleNamespace",),
+}
+"""Packages that hold commands beside data: trusting one allows these names and no more."""
+
+
+def resolve(name: str, trust: tuple[str, ...] = ()) -> Any:
+    """The object that ``package.module.Name`` stands for.
+
+    Raises ``InputError`` for a name that is not allowed, without importing its module; the error says which package to
+    trust, or that trusting it would not help.
+    """
+    module, _, leaf = name.rpartition(".")
+    package = module.partition(".")[0]
+    if package in trust and package not in DATA_NAMES and not _commands(package):
+        return _own(name, module, leaf, package)
+    if name in PLAIN_NAMES or (package in trust and name in DATA_NAMES.get(package, ())):
+        return _imported(name, module, leaf)
+    if any(_within(module, room) for room in (*LAYER_ROOMS, *ARITHMETIC_ROOMS)):
+        found = _imported(name, module, leaf)
+        if _is_harmless(found, module, leaf):
+            return found
+        raise _refused(name, "it is not a class of layers")
+    if _commands(package) and name not in DATA_NAMES.get(package, ()):
+        raise _refused(name, f"{package!r} holds commands, so it can't be trusted whole")
+    raise _asking(name, package)
+
+
+def check_trust(trust: Iterable[str]) -> None:
+    """Raise ``InputError`` for a package that cannot be trusted as a whole: it would allow a file to run anything."""
+    for package in trust:
+        if _commands(package) and package not in DATA_NAMES:
+            raise InputError(
+                f"--trust {package} would let a file run anything.",
+                "A package of your own, or one of: " + ", ".join(DATA_NAMES) + " (their data classes only).",
+                "--trust mypackage",
+            )
+
+
+def name_of(value: Any) -> str | None:
+    """The name by which ``resolve`` finds a class or function again, if its package is trusted; else ``None``."""
+    module, leaf = getattr(value, "__module__", None) or "", getattr(value, "__qualname__", "")
+    if not _commands(module.partition(".")[0]):
+        return f"{module}.{leaf}" if getattr(sys.modules.get(module), leaf, None) is value else None
+    try:
+        return f"{module}.{leaf}" if resolve(f"{module}.{leaf}") is value else None
+    except InputError:
+        return None
+
+
+def _commands(package: str) -> bool:
+    """The package can run commands or load code, and is on every machine."""
+    return package in sys.stdlib_module_names - {"__main__"} or package in ("", "torch", "torchvision", "timm", "numpy")
+
+
+def _within(module: str, room: str) -> bool:
+    return module == room or module.startswith(room + ".")
+
+
+def _is_harmless(found: Any, module: str, leaf: str) -> bool:
+    if getattr(found, "__module__", None) != module or getattr(found, "__qualname__", None) != leaf:
+        return False  # only passing through this module, from a place that was not looked at
+    if inspect.isclass(found):
+        known = issubclass(found, (nn.Module, enum.Enum))
+        return known or any(_within(module, room) for room in HELPER_ROOMS)
+    return inspect.isfunction(found) and module in ARITHMETIC_ROOMS
+
+
+def _own(name: str, module: str, leaf: str, package: str) -> Any:
+    found = _imported(name, module, leaf)
+    home = str(getattr(found, "__module__", "")).partition(".")[0]
+    if home != package or not (inspect.isclass(found) or inspect.isfunction(found)):
+        raise _refused(name, f"{package!r} only passes it on")
+    return found
+
+
+def _imported(name: str, module: str, leaf: str) -> Any:
+    try:
+        return getattr(importlib.import_module(module), leaf)
+    except (ImportError, AttributeError) as error:
+        raise InputError(
+            f"The file names {name}, which is not here: {error}.",
+            "The packages that made it must be installed, in a version that still has that name.",
+            f"pip install {module.partition('.')[0]}",
+        ) from error
+
+
+def _refused(name: str, reason: str) -> InputError:
+    return InputError(
+        f"The file names {name}: {reason}.",
+        "Only what builds layers may be named; nothing else in a file is run.",
+        "torch.save(model.state_dict(), 'model.pt') where the model was made",
+    )
+
+
+def _asking(name: str, package: str) -> InputError:
+    return InputError(
+        f"The file names {name}, code of the package {package!r}.",
+        "Only the layers of torch.nn, torchvision and timm are used unasked. If you trust that package, say so.",
+        f'--trust {package} (in Python: trust=("{package}",)), or give the weights alone: model.state_dict()',
+    )

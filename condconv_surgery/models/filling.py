@@ -1,0 +1,59 @@
+"""A foreign state dict into a model: the same names, the same shapes, or words about the first that differs."""
+
+from __future__ import annotations
+
+import difflib
+import re
+
+import torch
+from torch import Tensor, nn
+
+from condconv_surgery.errors import InputError
+from condconv_surgery.models.recognition import Shapes, original_shapes
+from condconv_surgery.recipe import Source
+
+_OLD_DENSENET = re.compile(
+    r"^(.*denselayer\d+\.(?:norm|relu|conv))\.((?:[12])\.(?:weight|bias|running_mean|running_var))$"
+)
+
+
+def modern_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """DenseNet's published files still have dots where module names may not have them any more."""
+    return {_OLD_DENSENET.sub(r"\1\2", name): tensor for name, tensor in state.items()}
+
+
+@torch.no_grad()
+def fill_foreign(model: nn.Module, state: dict[str, Tensor], what: str, source: Source) -> None:
+    """Copy a foreign state dict, strictly but for the counters that old files lack; its dtype is kept."""
+    wanted = model.state_dict(keep_vars=True)
+    required: Shapes = {k: s for k, s in original_shapes(model).items() if not k.endswith("num_batches_tracked")}
+    missing = [name for name in required if name not in state]
+    unexpected = [name for name in state if name not in wanted]
+    wrong = [name for name in state if name in wanted and state[name].shape != wanted[name].shape]
+    if missing or unexpected or wrong:
+        raise _misfit(what, source, missing, unexpected, [(n, state[n], wanted[n]) for n in wrong])
+    for name, tensor in state.items():
+        place = wanted[name]
+        if place.dtype != tensor.dtype and tensor.is_floating_point():
+            place.data = place.data.to(tensor.dtype)
+        place.copy_(tensor)
+
+
+def _misfit(
+    what: str, source: Source, missing: list[str], unexpected: list[str], wrong: list[tuple[str, Tensor, Tensor]]
+) -> InputError:
+    if wrong:
+        name, given, place = wrong[0]
+        detail = f"{name!r} has shape {tuple(given.shape)}, the model {tuple(place.shape)}"
+        fix = f"--num-classes {given.shape[0]}" if given.shape[1:] == place.shape[1:] and len(wrong) <= 4 else "--arch"
+    elif missing:
+        close = difflib.get_close_matches(missing[0], unexpected, 1)
+        detail = f"it lacks {missing[0]!r}" + (f" (it has {close[0]!r})" if close else "")
+        fix = "another --arch"
+    else:
+        detail, fix = f"it has {unexpected[0]!r}, which the model has not", "another --arch"
+    return InputError(
+        f"The weights in {what} do not fit {source.name}: {detail}.",
+        f"{len(missing)} missing, {len(unexpected)} unexpected, {len(wrong)} of another shape; all must fit.",
+        fix,
+    )

@@ -1,0 +1,96 @@
+"""Reading a pickle without running it: tensors always, whole modules when each name in the file is allowed.
+
+The file is first disassembled, not run, for the names that it mentions. Every name is looked up in ``allowlist``, and
+torch's own restricted unpickler (``weights_only=True``) then reads the file with exactly those names.
+"""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
+
+from condconv_surgery.errors import DamagedFileError, InputError, SurgeryError
+from condconv_surgery.models.allowlist import check_trust, resolve
+
+
+def load_pickle(path: Path, trust: tuple[str, ...] = ()) -> Any:
+    """What ``torch.save`` put into ``path``, on the CPU.
+
+    trust: packages whose classes and functions the file may name beside those of ``allowlist``.
+
+    Raises ``InputError`` for a name that is not allowed, saying which package to trust, and ``DamagedFileError`` for a
+    file that cannot be read.
+    """
+    check_trust(trust)
+    names = _names(path)
+    allowed = _allowed(names, trust, path)
+    try:
+        with safe_globals(allowed):  # type: ignore[arg-type]
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise _refused(path, names) from error
+    except Exception as error:  # the file's own arguments reach constructors: anything may go wrong there
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise DamagedFileError(
+            f"{path} is a torch file that cannot be read: {first}",
+            "It must be whole, written by torch.save, with versions of its packages like those installed here.",
+            "copy or download it again, or save model.state_dict() where the model was made",
+        ) from error
+
+
+def check_module(model: nn.Module, path: Path) -> nn.Module:
+    """``model``, after a look at what a file may have put where modules, parameters and buffers belong.
+
+    Raises ``DamagedFileError`` when something else is there, or a module contains itself.
+    """
+    try:
+        _check_tree(model, ())
+    except (AttributeError, TypeError, ValueError) as error:
+        raise DamagedFileError(
+            f"{path} holds a module that is not whole: {error}.",
+            "Modules, parameters and buffers must be what they say.",
+            "save model.state_dict() where the model was made",
+        ) from error
+    return model
+
+
+def _names(path: Path) -> list[str]:
+    """The names in the file beyond those of tensors; none for a file from before torch 1.6, which lists no names."""
+    try:
+        return sorted(get_unsafe_globals_in_checkpoint(path))
+    except Exception:  # not a zip of torch's own, or cut short: reading it says what is wrong
+        return []
+
+
+def _allowed(names: list[str], trust: tuple[str, ...], path: Path) -> list[tuple[Any, str]]:
+    try:
+        return [(resolve(name, trust), name) for name in names]
+    except InputError as error:
+        given = f"{path} is a pickle of more than tensors (a module, or a training state with its options)."
+        raise InputError(f"{given} {error.given}", error.allowed, error.fix) from error
+
+
+def _check_tree(module: nn.Module, above: tuple[int, ...]) -> None:
+    if id(module) in above:
+        raise ValueError("it contains itself")
+    for slots, kind in ((module._parameters, nn.Parameter), (module._buffers, Tensor), (module._modules, nn.Module)):
+        for name, value in slots.items():
+            if not isinstance(name, str) or not (value is None or isinstance(value, kind)):
+                raise TypeError(f"{name!r} is a {type(value).__name__}, not a {kind.__name__}")
+    for child in module._modules.values():
+        if child is not None:
+            _check_tree(child, (*above, id(module)))
+
+
+def _refused(path: Path, names: list[str]) -> SurgeryError:
+    shown = f" (it names {', '.join(names[:5])}{', ...' if len(names) > 5 else ''})" if names else ""
+    return InputError(
+        f"{path} is a pickle that would have to run code to be read{shown}, so it is not.",
+        "Only tensors, and modules made of known layers, are read from a pickle.",
+        "torch.save(model.state_dict(), 'model.pt') where you trust the file",
+    )
