@@ -29,6 +29,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--models", nargs="+", metavar="NAME", help=f"of torchvision; {', '.join(MODELS)}")
     parser.add_argument("--variants", nargs="+", choices=[*VARIANTS, "condconv8"], metavar="NAME")
     parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--pixels", type=int, default=224, help="side of the models' input pictures")
     parser.add_argument("--repeats", type=int, default=None, help="5, or 3 with --quick")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"), help="folder for JSON and the plot")
@@ -36,7 +37,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _layers(options: argparse.Namespace) -> None:
-    chosen = sites(tuple(options.models or MODELS))
+    chosen = sites(tuple(options.models or MODELS), options.pixels)
     if options.quick and not options.models:
         chosen = [site for site in chosen if str(site) in QUICK]
     results = measure_layers(chosen, _variants(options), options.batch, _repeats(options), 0.05)
@@ -50,7 +51,7 @@ def _models(options: argparse.Namespace) -> None:
     for name in names:
         for batch, mode in ((1, "eval"), (options.batch, "eval"), (options.batch, "train")):
             repeats = 15 if batch == 1 else _repeats(options)
-            result = measure_model(name, _variants(options), batch, mode, repeats, others=not options.quick)
+            result = measure_model(name, _variants(options), batch, mode, repeats, not options.quick, options.pixels)
             print(model_table([result]), flush=True)
             results.append(result)
     _write(options, "models", [r.as_json() for r in results])

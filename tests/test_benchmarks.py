@@ -1,0 +1,89 @@
+"""The benchmarks compare like with like: every contender computes the same function. Times are not tested."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("timm")
+
+from benchmarks.__main__ import main
+from benchmarks.contenders import contenders
+from benchmarks.geometries import MODELS, QUICK, Site, sites
+from benchmarks.layers import TOLERANCE, VARIANTS, LayerResult, check_layer
+from benchmarks.models import roofline
+from benchmarks.presenting import geometric_mean, layer_table
+from benchmarks.timing import interleaved, ratio
+from condconv_surgery.layers import ConvGeometry, conditional_like
+from condconv_surgery.recipe import CondConv
+from tests.geometries import GEOMETRIES, without_bias
+
+# what timm and the authors support: symmetric zero padding
+COMPARABLE = ["3x3", "1x1", "1x1 strided", "1x1 groups", "depthwise", "depthwise strided", "groups", "large kernel"]
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("name", COMPARABLE)
+def test_every_contender_computes_our_function(name: str, variant: str) -> None:
+    site = Site("table", ConvGeometry.make(**without_bias(GEOMETRIES[name])), (12, 12), 1)
+    differences = check_layer(site, VARIANTS[variant], batch=3)
+    assert set(differences) == {"ours", "loop", "timm" if variant == "condconv4" else "authors"}
+    assert all(value <= TOLERANCE for value in differences.values()), differences
+
+
+def test_a_wrong_contender_would_be_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    site = Site("table", ConvGeometry.make(**without_bias(GEOMETRIES["3x3"])), (12, 12), 1)
+    monkeypatch.setattr("benchmarks.contenders.SampleLoop.forward", lambda self, x: 1.01 * self.layer(x))
+    assert check_layer(site, CondConv(experts=4), batch=3)["loop"] > TOLERANCE
+
+
+def test_the_geometries_are_those_of_the_models() -> None:
+    found = sites()
+    assert {site.model for site in found} == set(MODELS)
+    counts = {name: sum(site.count for site in found if site.model == name) for name in MODELS}
+    # all convolutions but the stem; EfficientNet-B0's 32 squeeze-excitation ones see a single position
+    assert counts == {"resnet18": 19, "resnet50": 52, "mobilenet_v2": 51, "efficientnet_b0": 48}
+    assert set(QUICK) <= {str(site) for site in found}
+
+
+def test_ratios_are_taken_within_a_repeat() -> None:
+    times = {"a": [1.0, 10.0, 2.0], "b": [2.0, 20.0, 3.0]}  # a machine ten times slower for a while
+    assert ratio(times, "b", "a") == statistics.median([2.0, 2.0, 1.5])
+    order: list[str] = []
+    interleaved({name: lambda name=name: order.append(name) for name in "ab"}, repeats=2)
+    assert order[-4:] == ["a", "b", "a", "b"]
+
+
+def test_the_floor_counts_every_expert_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("benchmarks.models.copy_bandwidth", lambda: 1000.0)
+    model = conditional_like(torch.nn.Conv2d(5, 10, 1), CondConv(experts=4))  # 4 * 50 floats = 800 bytes
+    assert roofline(model, static_seconds=1.0) == pytest.approx(1.8)
+
+
+def test_the_table_ends_in_geometric_means() -> None:
+    milliseconds = {"static": 1.0, "ours": 1.0, "loop": 2.0}
+    results = [LayerResult(f"layer {s}", 1, "condconv4", "eval", milliseconds, 1.0, "loop", s) for s in (1.0, 4.0)]
+    assert geometric_mean([1.0, 4.0]) == pytest.approx(2.0)
+    assert layer_table(results).splitlines()[-1].split()[-3:] == ["2.00", "worst", "1.00"]
+
+
+def test_the_command_writes_its_environment(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    few = ["--models", "resnet18", "--variants", "condconv4", "--batch", "1", "--repeats", "1", "--pixels", "64"]
+    threads = torch.get_num_threads()
+    try:
+        main(["layers", *few, "--out", str(tmp_path)])
+    finally:
+        torch.set_num_threads(threads)
+    written = json.loads((tmp_path / "layers.json").read_text())
+    assert len(written["results"]) == 2 * len(sites(("resnet18",)))
+    assert written["environment"]["torch"] == torch.__version__
+    assert "geometric mean of 10" in capsys.readouterr().out
+
+
+def test_contenders_share_our_router() -> None:
+    layer = conditional_like(torch.nn.Conv2d(4, 4, 3), CondConv(experts=2))
+    assert all(getattr(other, "layer", layer) is layer for other in contenders(layer).values())
