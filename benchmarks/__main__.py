@@ -31,6 +31,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--pixels", type=int, default=224, help="side of the models' input pictures")
     parser.add_argument("--repeats", type=int, default=None, help="5, or 3 with --quick")
+    parser.add_argument("--seconds", type=float, default=0.05, help="run a layer for as long in each repeat")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"), help="folder for JSON and the plot")
     return parser
@@ -40,7 +41,7 @@ def _layers(options: argparse.Namespace) -> None:
     chosen = sites(tuple(options.models or MODELS), options.pixels)
     if options.quick and not options.models:
         chosen = [site for site in chosen if str(site) in QUICK]
-    results = measure_layers(chosen, _variants(options), options.batch, _repeats(options), 0.05)
+    results = measure_layers(chosen, _variants(options), options.batch, _repeats(options), options.seconds)
     print(layer_table(results))
     _write(options, "layers", [r.as_json() for r in results])
 
@@ -62,7 +63,7 @@ def _experts(options: argparse.Namespace) -> None:
     lines: dict[str, dict[int, float]] = {}
     for count in (1, 2, 4, 8, 16, 32):
         variants: dict[str, Variant] = {f"condconv{count}": CondConv(experts=count)}
-        results = measure_layers([site], variants, options.batch, _repeats(options), 0.05)
+        results = measure_layers([site], variants, options.batch, _repeats(options), options.seconds)
         for result in results:
             for who, value in result.milliseconds.items():
                 if who != "static":

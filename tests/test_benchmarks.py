@@ -72,10 +72,10 @@ def test_the_table_ends_in_geometric_means() -> None:
 
 
 def test_the_command_writes_its_environment(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    few = ["--models", "resnet18", "--variants", "condconv4", "--batch", "1", "--repeats", "1", "--pixels", "64"]
+    few = ["--models", "resnet18", "--variants", "condconv4", "--batch", "1", "--repeats", "1"]
     threads = torch.get_num_threads()
     try:
-        main(["layers", *few, "--out", str(tmp_path)])
+        main(["layers", *few, "--pixels", "64", "--seconds", "0", "--out", str(tmp_path)])
     finally:
         torch.set_num_threads(threads)
     written = json.loads((tmp_path / "layers.json").read_text())
