@@ -175,7 +175,7 @@ _CONTAINERS: dict[str, Callable[[Any], Any]] = {
 
 
 def name_in_file(value: Any) -> str:
-    """The name by which a class or function is found again; ``UndescribableError`` when there is none that may be read."""
+    """The name by which a class or function is found again. Raises ``UndescribableError`` when there is none."""
     name = name_of(value)
     if name is None:
         home = f"{getattr(value, '__module__', '?')}.{getattr(value, '__qualname__', value)}"
