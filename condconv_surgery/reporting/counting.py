@@ -18,8 +18,9 @@ from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import FlopCounterMode
 
 from condconv_surgery.errors import InputError
-from condconv_surgery.meta import META, meta_state, on_device
+from condconv_surgery.meta import META, on_device
 from condconv_surgery.reporting.inputs import materialized
+from condconv_surgery.reporting.shapes_only import shapes_only
 
 
 @dataclass
@@ -51,7 +52,7 @@ def count(model: nn.Module, arguments: tuple[Any, ...]) -> Counts:
     """
     with evaluating(model), torch.no_grad(), _products_visible():
         try:
-            with meta_state(model):
+            with shapes_only(model):
                 return _run(model, on_device(arguments, META))
         except Exception:  # boxes, topk, .item(): code that needs values
             pass

@@ -10,9 +10,10 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from condconv_surgery.meta import META, meta_state, on_device
+from condconv_surgery.meta import META, on_device
 from condconv_surgery.reporting.counting import device_of, evaluating
 from condconv_surgery.reporting.inputs import materialized
+from condconv_surgery.reporting.shapes_only import shapes_only
 
 
 def peak_activations(model: nn.Module, arguments: tuple[Any, ...]) -> int:
@@ -24,7 +25,7 @@ def peak_activations(model: nn.Module, arguments: tuple[Any, ...]) -> int:
     with evaluating(model), torch.no_grad():
         try:
             inputs = on_device(arguments, META)
-            with meta_state(model), _Lifetimes() as lifetimes:
+            with shapes_only(model), _Lifetimes() as lifetimes:
                 model(*inputs)
         except Exception:  # code that needs values
             inputs = materialized(arguments, device_of(model))

@@ -6,7 +6,6 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from condconv_surgery.layers import conditional_layers
@@ -32,25 +31,28 @@ class Experts:
 
 @torch.no_grad()
 def measure_experts(model: nn.Module, original: nn.Module | None = None) -> tuple[Experts, ...]:
-    """Similarity of experts of each layer that has several. original: the model before conversion, if at hand."""
+    """Similarity of experts of each layer that has several and has values. original: the model before conversion, if at hand."""
     plain = dict(original.named_modules()) if original is not None else {}
     found = []
     for name, layer in conditional_layers(model).items():
-        if layer.experts < 2:
+        if layer.experts < 2 or layer.weight.is_meta:
             continue
         kernels = layer.weight.detach().float().flatten(1)  # [E, |W|]
         weight = getattr(plain.get(name), "weight", None)
         start = weight.detach().float().flatten().to(kernels) if isinstance(weight, Tensor) else None
         moved = _distance(kernels, start) if start is not None and start.numel() == kernels.shape[1] else None
-        found.append(Experts(name, layer.experts, _cosine(kernels), _distance(kernels, kernels.mean(dim=0)), moved))
+        apart = _distance(kernels, kernels.mean(dim=0))
+        found.append(Experts(name, layer.experts, _cosine(kernels), apart, moved))
     return tuple(found)
 
 
 def _cosine(kernels: Tensor) -> float:
-    unit = F.normalize(kernels, dim=1)
+    products = kernels @ kernels.T  # [E, E]; no second copy of the kernels
+    lengths = products.diagonal().clamp_min(1e-24).sqrt()
     count = len(kernels)
-    return float(((unit @ unit.T).sum() - count) / (count * (count - 1)))
+    return float(((products / lengths / lengths[:, None]).sum() - count) / (count * (count - 1)))
 
 
 def _distance(kernels: Tensor, centre: Tensor) -> float:
-    return float((kernels - centre).norm(dim=1).mean() / centre.norm().clamp_min(1e-12))
+    distances = torch.stack([(kernel - centre).norm() for kernel in kernels])
+    return float(distances.mean() / centre.norm().clamp_min(1e-12))
