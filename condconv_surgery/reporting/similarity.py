@@ -31,7 +31,7 @@ class Experts:
 
 @torch.no_grad()
 def measure_experts(model: nn.Module, original: nn.Module | None = None) -> tuple[Experts, ...]:
-    """Similarity of experts of each layer that has several and has values. original: the model before conversion, if at hand."""
+    """Similarity of experts of each layer that has several. original: the model before conversion, if at hand."""
     plain = dict(original.named_modules()) if original is not None else {}
     found = []
     for name, layer in conditional_layers(model).items():
