@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.rendezvous import rendezvous
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,11 @@ def open_world() -> Iterator[World]:
     if size == 1:
         yield World(device=device)
         return
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    # A restart by torchrun may meet the store of the attempt before, with addresses of processes that are dead.
+    store, rank, size = next(rendezvous("env://"))  # type: ignore[no-untyped-call]
+    fresh = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)  # type: ignore[attr-defined]
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, store=fresh, rank=rank, world_size=size)
     try:
         yield World(dist.get_rank(), dist.get_world_size(), device)
     finally:
