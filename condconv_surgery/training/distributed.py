@@ -59,7 +59,7 @@ def open_world() -> Iterator[World]:
         yield World(device=device)
         return
     # A restart by torchrun may meet the store of the attempt before, with addresses of processes that are dead.
-    store, rank, size = next(rendezvous("env://"))  # type: ignore[no-untyped-call]
+    store, rank, size = next(rendezvous("env://"))
     fresh = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)  # type: ignore[attr-defined]
     backend = "nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, store=fresh, rank=rank, world_size=size)
