@@ -10,7 +10,6 @@ import functools
 import inspect
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torchvision
@@ -19,6 +18,7 @@ from torch import nn
 from condconv_surgery.errors import InputError
 from condconv_surgery.layers import ConditionalConv2d, ConditionalLinear
 from condconv_surgery.models.building import build, exchange_heads
+from condconv_surgery.models.hollow import without_memory
 from condconv_surgery.models.skeleton import describe
 from condconv_surgery.recipe import Source
 
@@ -73,7 +73,7 @@ def same_modules(model: nn.Module, source: Source, heads: dict[str, int] | None 
     heads: final layers exchanged after building, as in a recipe.
     """
     try:
-        with _parameters_on_meta():
+        with without_memory():
             twin = build(source)
             exchange_heads(twin, heads or {})
         ours, theirs = describe(model, without_hooks=True), describe(twin, without_hooks=True)
@@ -151,37 +151,18 @@ def _allowed_variations(library: str, name: str) -> list[dict[str, Any]]:
     return [options for options in VARIATIONS if set(options) <= taken]
 
 
-@functools.lru_cache(maxsize=256)
+@functools.lru_cache(maxsize=2048)
 def _cached_shapes(library: str, name: str, options: tuple[tuple[str, Any], ...]) -> Shapes:
     return _shapes_of(Source(f"{library}:{name}", dict(options)))
 
 
 def _shapes_of(source: Source) -> Shapes:
     try:
-        with _parameters_on_meta():
+        with without_memory():
             model = build(source)
     except Exception:  # a factory that does not take the option, or cannot be built without data: it does not fit
         return {}
     return _comparable({name: tuple(tensor.shape) for name, tensor in model.state_dict().items()})
-
-
-@contextmanager
-def _parameters_on_meta() -> Iterator[None]:
-    """Parameters go to the meta device as they are registered. (``torch.device("meta")`` would also take the
-    small tensors that some constructors compute with, and fail.)
-    """
-    register = nn.Module.register_parameter
-
-    def register_on_meta(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
-        if param is not None and param.device.type != "meta":
-            param = nn.Parameter(param.to("meta"), param.requires_grad)
-        register(self, name, param)
-
-    nn.Module.register_parameter = register_on_meta  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        nn.Module.register_parameter = register  # type: ignore[method-assign]
 
 
 def _tops(shapes: Iterable[str]) -> frozenset[str]:
@@ -213,13 +194,23 @@ def _timm_families() -> dict[str, list[str]]:
 
 
 def _nearest(shapes: Shapes, count: int = 3) -> list[str]:
-    """The torchvision models that share most tensors (name and shape) with ``shapes``; nothing under a tenth."""
+    """The torchvision models that share most tensors (name and shape) with ``shapes``; nothing under a tenth.
+
+    Only the families with most top-level names in common are built whole.
+    """
+    families = _torchvision_families().values()
+    tops = _tops(shapes)
+
+    def kinship(names: list[str]) -> float:
+        others = _tops(next(_variations("torchvision", names[0])))
+        return len(tops & others) / max(len(tops | others), 1)
 
     def likeness(name: str) -> float:
         candidate = next(_variations("torchvision", name))
         same = sum(shapes.get(key) == shape for key, shape in candidate.items())
         return same / max(len(candidate), len(shapes), 1)
 
-    scores = {name: likeness(name) for names in _torchvision_families().values() for name in names}
+    closest = [names for names in sorted(families, key=kinship, reverse=True)[:2] if kinship(names) > 0]
+    scores = {name: likeness(name) for names in closest for name in names}
     best = sorted(scores, key=lambda name: -scores[name])[:count]
     return [f"torchvision:{name}" for name in best if scores[name] > 0.1]
