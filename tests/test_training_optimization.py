@@ -71,10 +71,6 @@ def test_temperature_reaches_every_router_that_has_one() -> None:
     assert temperature_at(3, 8, ScheduleOptions()) is None
 
 
-def plain_loss(logits: Logits, images: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    return classification_loss(logits, target)
-
-
 def _batch(count: int = 6, seed: int = 0) -> Batch:
     generator = torch.Generator().manual_seed(seed)
     return Batch(torch.randn(count, 3, 8, 8, generator=generator), torch.arange(count) % 5)
@@ -87,7 +83,7 @@ def test_accumulated_batches_step_as_one_batch() -> None:
     parts = [Batch(batch.images[i : i + 3], batch.labels[i : i + 3]) for i in (0, 3)]
     for model, batches in ((whole, [batch]), (halves, parts)):
         optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
-        outcome = train_step(model, optimizer, batches, loss_of=plain_loss, clip_norm=0.1)
+        outcome = train_step(model, optimizer, batches, clip_norm=0.1)
         assert outcome.tally.count == 6
     for one, other in zip(whole.parameters(), halves.parameters(), strict=True):
         torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-5)
@@ -104,7 +100,7 @@ def test_a_loss_that_is_no_number_leaves_the_weights_alone() -> None:
     before = [p.clone() for p in model.parameters()]
     bad = Batch(torch.full((4, 3, 8, 8), math.nan), torch.zeros(4, dtype=torch.int64))
     with pytest.raises(NonFiniteError):
-        train_step(model, torch.optim.SGD(model.parameters(), lr=1.0), [bad], loss_of=plain_loss)
+        train_step(model, torch.optim.SGD(model.parameters(), lr=1.0), [bad])
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
 
 

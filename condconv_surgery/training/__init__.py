@@ -1,20 +1,44 @@
-"""Fine-tuning: a run from an image folder, and the pieces of it for a loop of your own."""
+"""Fine-tuning: a run from an image folder, and the pieces of it for a loop of your own.
+
+>>> import torch, torchvision
+>>> from condconv_surgery.recipe.sections import OptimizerOptions, ScheduleOptions
+>>> from condconv_surgery.training import Batch, apply_schedule, evaluate, parameter_groups, train_step
+>>> model = torchvision.models.mobilenet_v3_small(num_classes=3).train()
+>>> optimizer = torch.optim.AdamW(parameter_groups(model, OptimizerOptions(lr=1e-3)))
+>>> batches = [Batch(torch.randn(4, 3, 32, 32), torch.tensor([0, 1, 2, 0])) for _ in range(2)]
+>>> for step, batch in enumerate(batches):
+...     factor = apply_schedule(model, optimizer, step, len(batches), ScheduleOptions(temperature=30.0))
+...     outcome = train_step(model, optimizer, [batch], clip_norm=1.0)
+>>> outcome.tally.count, evaluate(model, batches).count
+(4.0, 8.0)
+"""
 
 from condconv_surgery.training.evaluation import Tally, evaluate
+from condconv_surgery.training.gates import ExpertDropout, GateWatch, balance_loss, sharpness_loss
 from condconv_surgery.training.groups import parameter_groups
 from condconv_surgery.training.heads import fit_heads
+from condconv_surgery.training.pictures import Batch
 from condconv_surgery.training.progress import TrainingResult
 from condconv_surgery.training.run import finetune
 from condconv_surgery.training.schedule import apply_schedule, lr_factor, temperature_at
+from condconv_surgery.training.statistics import recalibrate
+from condconv_surgery.training.step import train_step
 
 __all__ = [
+    "Batch",
+    "ExpertDropout",
+    "GateWatch",
     "Tally",
     "TrainingResult",
     "apply_schedule",
+    "balance_loss",
     "evaluate",
     "finetune",
     "fit_heads",
     "lr_factor",
     "parameter_groups",
+    "recalibrate",
+    "sharpness_loss",
     "temperature_at",
+    "train_step",
 ]

@@ -15,11 +15,17 @@ from torch.optim import Optimizer
 from condconv_surgery.training.distributed import World
 from condconv_surgery.training.evaluation import Tally
 from condconv_surgery.training.mixing import Mix
+from condconv_surgery.training.objective import classification_loss
 from condconv_surgery.training.outputs import Logits, logits_of
 from condconv_surgery.training.pictures import Batch
 
 Loss = Callable[[Logits, Tensor, Tensor], Tensor]
 """``(logits, images, target) -> loss``; the target is labels [B] or shares [B, K]."""
+
+
+def plain_loss(logits: Logits, images: Tensor, target: Tensor) -> Tensor:
+    """``classification_loss``: cross-entropy, auxiliary heads included."""
+    return classification_loss(logits, target)
 
 
 class NonFiniteError(Exception):
@@ -50,7 +56,7 @@ def train_step(
     optimizer: Optimizer,
     batches: Sequence[Batch],
     *,
-    loss_of: Loss,
+    loss_of: Loss = plain_loss,
     mix: Mix | None = None,
     cast: Callable[[], AbstractContextManager[object]] = nullcontext,
     scaler: GradScaler | None = None,
