@@ -161,6 +161,17 @@ def test_sorts_and_filters_in_a_browser(measured: Report, tmp_path: Path) -> Non
     assert found["count"] == "2 of 4 layers"
 
 
+@browser
+def test_pictures_and_heat_are_seen(measured: Report, tmp_path: Path) -> None:
+    script = """
+      const look = (s, p) => [...document.querySelectorAll(s)].map(e => getComputedStyle(e)[p]);
+      return { pictures: look('.pic', 'backgroundImage'), heat: look('.heat td', 'backgroundColor') };"""
+    found, _ = act(measured.to_html(), script, tmp_path)
+    assert found["pictures"]
+    assert all(picture.startswith('url("data:image/jpeg;base64,') for picture in found["pictures"])
+    assert len(set(found["heat"])) > 3, "gates that differ have colours that differ"
+
+
 ACCESSIBLE = """
   const named = e => (e.labels && e.labels.length) || e.textContent.trim() || e.getAttribute('aria-label');
   const all = s => [...document.querySelectorAll(s)];

@@ -36,7 +36,15 @@ def test_gates_that_are_the_class() -> None:
     assert found.between == pytest.approx(1)
     assert found.variation == pytest.approx(0.75)
     assert torch.equal(torch.tensor(found.by_class), torch.eye(4))
-    assert found.verdict == "uses 4.0 of 4 experts, chosen by class"
+    assert found.verdict == "uses 4.0 of 4 experts, by class"
+    assert not found.static
+
+
+def test_sigmoids_that_rise_together_are_conditioning_too() -> None:
+    gates = torch.linspace(0.1, 0.4, 8)[:, None].expand(8, 4)
+    found = layer_routing("l", gates, torch.tensor([0, 0, 0, 0, 1, 1, 1, 1]), 2)
+    assert found.used == pytest.approx(4)
+    assert found.variation > 0.1
     assert not found.static
 
 
@@ -51,10 +59,10 @@ def test_information_equals_scikit_learn() -> None:
 @pytest.mark.parametrize(
     ("gates", "verdict", "static"),
     [
-        (torch.full((8, 4), 0.25), "gates never vary: static would do", True),
+        (torch.full((8, 4), 0.25), "gates hardly vary: static would do", True),
         (one_hot([2] * 8), "uses 1.0 of 4 experts: static would do", True),
         (one_hot([0, 1, 0, 1, 1, 0, 1, 0]), "2 of 4 experts never used: 2 would do", False),
-        (one_hot([0, 1, 2, 3, 0, 1, 2, 3]), "uses 4.0 of 4 experts, chosen by picture", False),
+        (one_hot([0, 1, 2, 3, 0, 1, 2, 3]), "uses 4.0 of 4 experts, by picture", False),
     ],
 )
 def test_verdicts(gates: torch.Tensor, verdict: str, static: bool) -> None:

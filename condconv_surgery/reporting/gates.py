@@ -19,8 +19,8 @@ from condconv_surgery.reporting.counting import device_of, evaluating
 class Observed:
     """What one pass over labelled pictures showed.
 
-    gates: for each layer with more than one expert [N, E], each row scaled to sum 1 (a sigmoid's need not); of a layer
-        that is called several times, the mean of its calls.
+    gates: for each layer with more than one expert [N, E]; a row of softmax sums to 1, one of sigmoids need not. Of a
+        layer that is called several times, the mean of its calls.
     means: for each conditional layer the mean mixture, batch 1.
     spreads: for each layer with attention, how much its scales differ between pictures (mean standard deviation).
     labels: [N]. right: whether the answer is the label, [N]. width: how many logits there are.
@@ -48,7 +48,7 @@ def observe(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], answers:
     with evaluating(model), torch.inference_mode(), _listening(model, kept):
         labels, right, width = _answers(model, batches, answers)
     joined = {name: _joined(mixtures, len(labels)) for name, mixtures in kept.items()}
-    gates = {n: _shares(m.gate) for n, m in joined.items() if m.gate is not None and m.gate.shape[1] > 1}
+    gates = {n: m.gate for n, m in joined.items() if m.gate is not None and m.gate.shape[1] > 1}
     means = {name: _mean(mixture) for name, mixture in joined.items()}
     spreads = {name: _spread(mixture) for name, mixture in joined.items() if any(p is not None for p in mixture[1:])}
     return Observed(gates, means, spreads, labels, right, width)
@@ -133,7 +133,3 @@ def _mean(mixture: Mixture) -> Mixture:
 def _spread(mixture: Mixture) -> float:
     parts = [part.flatten(1) for part in mixture[1:] if part is not None]
     return float(torch.cat(parts, dim=1).std(dim=0, correction=0).mean())
-
-
-def _shares(gate: Tensor) -> Tensor:
-    return gate / gate.sum(dim=1, keepdim=True).clamp_min(1e-12)

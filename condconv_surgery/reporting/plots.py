@@ -41,17 +41,17 @@ def layer_costs(profile: Profile) -> Figure:
 
 
 def experts_used(routing: Routing) -> Figure:
-    """For each layer the share of each expert, darker for more, and the effective number of experts."""
+    """For each layer the mean gate of each expert, darker for more, and the effective number of experts."""
     layers = routing.layers
     widest = max(layer.experts for layer in layers)
-    shares = [[*layer.mean, *[float("nan")] * (widest - layer.experts)] for layer in layers]
+    gates = [[*layer.mean, *[float("nan")] * (widest - layer.experts)] for layer in layers]
     figure = _figure(0.4 * widest + 4, 0.22 * len(layers) + 1.4)
     axes = figure.subplots()
-    image = axes.imshow(shares, aspect="auto", cmap="cividis_r", vmin=0, vmax=1)
+    image = axes.imshow(gates, aspect="auto", cmap="cividis_r", vmin=0, vmax=1)
     axes.set_yticks(range(len(layers)), [f"{la.name}  ({la.used:.1f} of {la.experts})" for la in layers], fontsize=6)
     axes.set_xticks(range(widest))
     axes.set_xlabel("expert")
-    figure.colorbar(image, label="share over all pictures")
+    figure.colorbar(image, label="mean gate over all pictures")
     return figure
 
 
@@ -63,7 +63,7 @@ def gates_by_class(layer: LayerRouting, classes: Sequence[str]) -> Figure:
     axes.set_yticks(range(len(classes)), classes, fontsize=7)
     axes.set_xticks(range(layer.experts))
     axes.set_xlabel(f"expert of {layer.name}")
-    figure.colorbar(image, label="mean share")
+    figure.colorbar(image, label="mean gate")
     return figure
 
 

@@ -25,13 +25,13 @@ TOP_PICTURES = 4
 
 @dataclass(frozen=True)
 class LayerRouting:
-    """The gates ``g`` [N, E] of one layer, rows of sum 1, over N pictures of C classes. Entropies in nats.
+    """The gates ``g`` [N, E] of one layer over N pictures of C classes; their shares have rows of sum 1. Nats.
 
-    mean: share of each expert over all pictures, [E]. by_class: the same for each class, [C][E].
-    entropy: mean over pictures of H(g_n). used: exp H(mean), the effective number of experts, 1 to E.
+    mean: mean gate of each expert, [E]. by_class: the same for each class, [C][E].
+    entropy: mean over pictures of H(shares). used: exp H(mean share), the effective number of experts, 1 to E.
     per_picture: exp(entropy), how many experts one picture has.
     variation: mean distance of a picture's gates from the mean, half of sum |g - mean|, 0 (static) to 1.
-    information: mutual information of expert and class, H(mean) - sum_c p_c H(mean_c); at most ``log min(E, C)``.
+    information: mutual information of expert and class, H(mean share) less its mean within classes.
     between: share of the gates' variance that lies between classes, 0 to 1; the rest is within them.
     dead, saturated: indices of experts. top: for each expert, indices of the pictures that give it most.
     """
@@ -57,12 +57,12 @@ class LayerRouting:
         if self.used < 1.2:
             return f"uses {self.used:.1f} of {n} experts: static would do"
         if self.variation < 0.01:
-            return "gates never vary: static would do"
+            return "gates hardly vary: static would do"
         if self.dead:
             return f"{len(self.dead)} of {n} experts never used: {n - len(self.dead)} would do"
         if self.between > 0.5:
-            return f"uses {self.used:.1f} of {n} experts, chosen by class"
-        return f"uses {self.used:.1f} of {n} experts, chosen by picture"
+            return f"uses {self.used:.1f} of {n} experts, by class"
+        return f"uses {self.used:.1f} of {n} experts, by picture"
 
     @property
     def static(self) -> bool:
@@ -146,37 +146,46 @@ def measure_routing(
 def layer_routing(name: str, gates: Tensor, labels: Tensor, classes: int) -> LayerRouting:
     """The statistics of ``gates`` [N, E] of pictures with ``labels`` [N]."""
     gates = gates.double()
-    mean = gates.mean(dim=0)
-    by_class = torch.stack([_mean_or(gates[labels == c], mean) for c in range(classes)])  # [C, E]
+    shares = gates / gates.sum(dim=1, keepdim=True).clamp_min(1e-12)
+    mean_share = shares.mean(dim=0)
+    shares_by_class = _class_means(shares, labels, classes)  # [C, E]
     weights = torch.bincount(labels, minlength=classes).double() / len(labels)
-    entropy = float(_entropy(gates).mean())
-    total = float(((gates - mean) ** 2).sum(dim=1).mean())
-    between = float((weights[:, None] * (by_class - mean) ** 2).sum())
+    entropy = float(_entropy(shares).mean())
     experts = gates.shape[1]
     return LayerRouting(
         name=name,
         experts=experts,
-        mean=tuple(mean.tolist()),
-        by_class=tuple(tuple(row) for row in by_class.tolist()),
+        mean=tuple(gates.mean(dim=0).tolist()),
+        by_class=tuple(tuple(row) for row in _class_means(gates, labels, classes).tolist()),
         entropy=entropy,
-        used=math.exp(float(_entropy(mean))),
+        used=math.exp(float(_entropy(mean_share))),
         per_picture=math.exp(entropy),
-        variation=float(0.5 * (gates - mean).abs().sum(dim=1).mean()),
-        information=max(0.0, float(_entropy(mean) - (weights * _entropy(by_class)).sum())),
-        between=between / total if total > 1e-12 else 0.0,
-        dead=tuple(i for i in range(experts) if float(gates[:, i].max()) < DEAD / experts),
-        saturated=tuple(i for i in range(experts) if float((gates[:, i] > SATURATED).double().mean()) > SATURATED),
-        top=tuple(tuple(gates[:, i].topk(min(TOP_PICTURES, len(gates))).indices.tolist()) for i in range(experts)),
+        variation=float(0.5 * (gates - gates.mean(dim=0)).abs().sum(dim=1).mean()),
+        information=max(0.0, float(_entropy(mean_share) - (weights * _entropy(shares_by_class)).sum())),
+        between=_between(gates, labels, weights),
+        dead=tuple(i for i in range(experts) if float(shares[:, i].max()) < DEAD / experts),
+        saturated=tuple(i for i in range(experts) if float((shares[:, i] > SATURATED).double().mean()) > SATURATED),
+        top=tuple(tuple(shares[:, i].topk(min(TOP_PICTURES, len(shares))).indices.tolist()) for i in range(experts)),
     )
+
+
+def _class_means(rows: Tensor, labels: Tensor, classes: int) -> Tensor:
+    """[N, E] -> [C, E]; a class without pictures gets the mean of all."""
+    mean = rows.mean(dim=0)
+    return torch.stack([rows[labels == c].mean(dim=0) if bool((labels == c).any()) else mean for c in range(classes)])
+
+
+def _between(gates: Tensor, labels: Tensor, weights: Tensor) -> float:
+    """The share of the variance of ``gates`` that lies between classes of these ``weights`` [C]."""
+    mean = gates.mean(dim=0)
+    total = float(((gates - mean) ** 2).sum(dim=1).mean())
+    between = float((weights[:, None] * (_class_means(gates, labels, len(weights)) - mean) ** 2).sum())
+    return between / total if total > 1e-12 else 0.0
 
 
 def _entropy(shares: Tensor) -> Tensor:
     """``-sum p log p`` over the last dimension, nats."""
     return -torch.xlogy(shares, shares).sum(dim=-1)
-
-
-def _mean_or(rows: Tensor, otherwise: Tensor) -> Tensor:
-    return rows.mean(dim=0) if len(rows) else otherwise
 
 
 def _answers(folder: tuple[str, ...], model: tuple[str, ...]) -> Tensor | None:
