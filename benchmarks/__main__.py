@@ -11,6 +11,7 @@ from benchmarks.geometries import MODELS, QUICK, sites
 from benchmarks.layers import VARIANTS, measure_layers
 from benchmarks.models import measure_model, peak_training_bytes
 from benchmarks.presenting import environment, layer_table, model_table, plot_experts, write_json
+from benchmarks.timing import use_clock
 from condconv_surgery.recipe import CondConv, Variant
 
 
@@ -18,6 +19,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Parse, measure, print, write."""
     options = _parser().parse_args(arguments)
     torch.set_num_threads(options.threads)
+    use_clock(options.clock)
     options.out.mkdir(parents=True, exist_ok=True)
     {"layers": _layers, "models": _models, "experts": _experts, "memory": _memory}[options.what](options)
 
@@ -33,6 +35,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--repeats", type=int, default=None, help="5, or 3 with --quick")
     parser.add_argument("--seconds", type=float, default=0.05, help="run a layer for as long in each repeat")
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument(
+        "--clock", choices=["wall", "cpu"], default="wall", help="cpu: for one thread on a busy machine"
+    )
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"), help="folder for JSON and the plot")
     return parser
 
@@ -95,7 +100,12 @@ def _repeats(options: argparse.Namespace) -> int:
 
 
 def _write(options: argparse.Namespace, name: str, results: object) -> None:
-    content = {"environment": environment(options.threads), "batch": options.batch, "results": results}
+    content = {
+        "environment": environment(options.threads),
+        "clock": options.clock,
+        "batch": options.batch,
+        "results": results,
+    }
     write_json(options.out / f"{name}.json", content)
 
 

@@ -20,7 +20,7 @@ from condconv_surgery.layers.kernel_convolution import (
     format_of,
     is_stacked,
 )
-from condconv_surgery.layers.kernels import mix_kernels, unmix_kernels
+from condconv_surgery.layers.kernels import mix_experts, mix_kernels, scale_kernels, unmix_kernels
 from condconv_surgery.layers.mixture import ConvGeometry, Mixture
 
 MOST_KERNEL_BYTES = 28 << 20
@@ -107,14 +107,18 @@ def _backward(
     grad = grad.contiguous(memory_format=format_of(x))
     for start, stop in _blocks(x, experts, groups):
         part = _part(mixture, start, stop)
-        kernels = _kernels(experts, part, groups, stop - start).to(x.dtype)
+        with torch.no_grad():
+            mixed = mix_experts(experts, part.gate)
+            kernels = (
+                scale_kernels(mixed, part, groups, in_place=False).to(x.dtype).expand(stop - start, -1, -1, -1, -1)
+            )
         grad_kernels = convolve_backward(
             grad[start:stop], x[start:stop], kernels, grads[0][start:stop], stride, padding, dilation, groups, needs
         )
         if grad_kernels is None:
             continue
         to_experts = grads[1] if needs[1] else None
-        found = unmix_kernels(grad_kernels.to(experts.dtype), experts, part, groups, to_experts)
+        found = unmix_kernels(grad_kernels.to(experts.dtype), mixed, experts, part, groups, to_experts)
         for target, value in zip(grads[2:], found, strict=True):
             if value is not None:
                 target[start:stop] = value

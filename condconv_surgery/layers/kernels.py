@@ -17,15 +17,25 @@ def mix_kernels(experts: Tensor, mixture: Mixture, groups: int = 1) -> Tensor:
 
     A new tensor; [1, O, I/G, kh, kw], the expert itself, when the mixture is empty.
     """
-    shape = experts.shape[1:]
-    kernels = experts
-    if mixture.gate is not None:
-        kernels = (mixture.gate.to(experts.dtype) @ experts.flatten(1)).view(-1, *shape)
+    kernels = mix_experts(experts, mixture.gate)
+    # in place where nothing is recorded: the kernels are warm, and a second block of them would not be
+    return scale_kernels(kernels, mixture, groups, kernels is not experts and not torch.is_grad_enabled())
+
+
+def mix_experts(experts: Tensor, gate: Tensor | None) -> Tensor:
+    """``sum_e gate[b,e] * experts[e]``: [E, O, I/G, kh, kw] -> [B, O, I/G, kh, kw]; or the expert, without a gate."""
+    if gate is None:
+        return experts
+    return (gate.to(experts.dtype) @ experts.flatten(1)).view(-1, *experts.shape[1:])
+
+
+def scale_kernels(kernels: Tensor, mixture: Mixture, groups: int, in_place: bool) -> Tensor:
+    """``kernels`` [B, O, I/G, kh, kw] times every scale of the mixture; themselves when it has none."""
+    shape = kernels.shape[1:]
     for scale in _scales(mixture, shape, groups, kernels.dtype):
-        # in place where nothing is recorded: the kernels are warm, and a second block of them would not be
-        in_place = kernels is not experts and not torch.is_grad_enabled()
         by_group = kernels.view(-1, groups, shape[0] // groups, *shape[1:])
         kernels = (by_group.mul_(scale) if in_place else by_group * scale).view(-1, *shape)
+        in_place = in_place or not torch.is_grad_enabled()  # the product is ours
     return kernels
 
 
@@ -42,56 +52,53 @@ def _scales(mixture: Mixture, shape: torch.Size, groups: int, dtype: torch.dtype
 
 
 def unmix_kernels(
-    grad: Tensor, experts: Tensor, mixture: Mixture, groups: int, grad_experts: Tensor | None
+    grad: Tensor, mixed: Tensor, experts: Tensor, mixture: Mixture, groups: int, grad_experts: Tensor | None
 ) -> list[Tensor | None]:
     """The gradients of the parts of ``mixture`` from the gradient of ``K``; that of the experts is added in place.
 
-    grad: [B, O, I/G, kh, kw], overwritten. grad_experts: [E, O, I/G, kh, kw] or None. No division: a scale may be 0.
+    grad: [B, O, I/G, kh, kw], overwritten. mixed: what ``mix_experts`` gave, overwritten if it is not the expert.
+    grad_experts: [E, O, I/G, kh, kw] or None. No division: a scale may be 0.
     """
-    batch, (out, per_group, kh, kw) = grad.shape[0], experts.shape[1:]
-    gate, spatial, in_scale, out_scale = mixture
-    grads: list[Tensor | None] = [None, None, None, None]
-    flat_experts = experts.flatten(1)  # [E, |W|]
-    rows, area = out // groups, kh * kw
-    by_in = None if in_scale is None else in_scale.to(grad.dtype).reshape(batch * groups, per_group, 1)
-    by_out = None if out_scale is None else out_scale.to(grad.dtype).reshape(batch * groups, rows, 1)
-    by_area = None if spatial is None else spatial.to(grad.dtype).reshape(batch, 1, 1, area)
-
-    if spatial is not None or in_scale is not None or out_scale is not None:
-        base = flat_experts if gate is None else gate.to(experts.dtype) @ flat_experts
-        product = (grad.view(batch, -1) * base).view(batch * groups, rows, per_group * area)
-        weight = _outer(by_in, by_area, batch, groups, per_group, area, grad)  # [B*G, I/G * area]
-        if out_scale is not None:
-            grads[3] = (product @ weight.unsqueeze(2)).view(batch, out)
-        left = product.sum(1) if by_out is None else (by_out.transpose(1, 2) @ product).squeeze(1)
-        left = left.view(batch, groups, per_group, area)  # the filters are summed away
-        if in_scale is not None:
-            grads[2] = (left if by_area is None else left * by_area).sum(3).view(batch, -1)
-        if spatial is not None:
-            scaled = left if by_in is None else left * by_in.view(batch, groups, per_group, 1)
-            grads[1] = scaled.sum((1, 2)).view(batch, kh, kw)
-        del product
-        if by_out is not None:
-            grad.view(batch * groups, rows, -1).mul_(by_out)
-        grad.view(batch * groups, rows, -1).mul_(weight.unsqueeze(1))
-    flat = grad.view(batch, -1)
-    if gate is not None:
-        grads[0] = flat @ flat_experts.t()
+    gate = mixture.gate
+    scales = _unscale(grad, mixed, mixture, groups, in_place=gate is not None)
+    flat, flat_experts = grad.view(grad.shape[0], -1), experts.flatten(1)  # [B, |W|], [E, |W|]
     if grad_experts is not None:
         if gate is None:
             grad_experts.view(1, -1).add_(flat.sum(0))
         else:
             grad_experts.view(len(experts), -1).addmm_(gate.to(grad.dtype).t(), flat)
+    return [None if gate is None else flat @ flat_experts.t(), *scales]
+
+
+def _unscale(
+    grad: Tensor, mixed: Tensor, mixture: Mixture, groups: int, in_place: bool
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """The gradients of the scales; ``grad`` becomes, in place, that of ``mixed``."""
+    _, spatial, in_scale, out_scale = mixture
+    if spatial is None and in_scale is None and out_scale is None:
+        return None, None, None
+    batch, (out, per_group, kh, kw) = grad.shape[0], mixed.shape[1:]
+    rows, area = out // groups, kh * kw
+    by_in = None if in_scale is None else in_scale.to(grad.dtype).reshape(batch, groups, per_group, 1)
+    by_out = None if out_scale is None else out_scale.to(grad.dtype).reshape(batch * groups, rows, 1)
+    by_area = None if spatial is None else spatial.to(grad.dtype).reshape(batch, 1, 1, area)
+    grad = grad.view(batch * groups, rows, per_group * area)
+
+    product = (mixed.mul_(grad.view_as(mixed)) if in_place else grad.view(batch, *mixed.shape[1:]) * mixed).view_as(
+        grad
+    )
+    columns = grad.new_ones(batch, groups, per_group, area)  # what multiplies the columns: in_scale (x) spatial
+    for factor in (by_in, by_area):
+        columns = columns if factor is None else columns * factor
+    columns = columns.view(batch * groups, 1, per_group * area)
+    left = product.sum(1) if by_out is None else (by_out.transpose(1, 2) @ product).squeeze(1)
+    left = left.view(batch, groups, per_group, area)  # the filters are summed away
+    grads = (
+        None if spatial is None else (left if by_in is None else left * by_in).sum((1, 2)).view(batch, kh, kw),
+        None if in_scale is None else (left if by_area is None else left * by_area).sum(3).view(batch, -1),
+        None if out_scale is None else (product @ columns.transpose(1, 2)).view(batch, out),
+    )
+    grad.mul_(columns)
+    if by_out is not None:
+        grad.mul_(by_out)
     return grads
-
-
-def _outer(
-    by_in: Tensor | None, by_area: Tensor | None, batch: int, groups: int, per_group: int, area: int, like: Tensor
-) -> Tensor:
-    """What multiplies the columns of a kernel, ``in_scale (x) spatial``: [B*G, I/G * kh*kw]."""
-    ones = like.new_ones(batch, groups, per_group, area)
-    if by_in is not None:
-        ones = ones * by_in.view(batch, groups, per_group, 1)
-    if by_area is not None:
-        ones = ones * by_area
-    return ones.view(batch * groups, -1)
