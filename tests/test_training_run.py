@@ -194,7 +194,9 @@ def test_a_finished_run_is_only_extended(folder: Path) -> None:
     run(options)
     done = run(options, resume=True)
     assert (done.epochs, done.steps) == (3, 12)
-    longer = run(options.updated({"schedule": {"epochs": 4}}), resume=True)
+    watcher = StopAt(-1, 0)
+    longer = run(options.updated({"schedule": {"epochs": 4}}), resume=True, watcher=watcher)
+    assert any("follow the new length" in line for line in watcher.lines)
     assert (longer.epochs, longer.steps) == (4, 16)
 
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+from torch import nn
 from torch.utils.data import DataLoader
 
+from condconv_surgery.models.artifact import recipe_of
 from condconv_surgery.models.preprocess import evaluation_transform
-from condconv_surgery.recipe import InputSpec
+from condconv_surgery.recipe import InputSpec, Recipe
 from condconv_surgery.recipe.training import TrainingOptions
 from condconv_surgery.training.distributed import World
 from condconv_surgery.training.folders import Pictures, find_pictures
@@ -50,10 +52,10 @@ def open_data(options: TrainingOptions, spec: InputSpec, world: World) -> Data:
     each = EvaluationBatches(len(val), order.slice_size, rank=world.rank, world=world.size)
 
     def loader(
-        pictures: Pictures, transform: Transform, sampler: TrainingBatches | EvaluationBatches, replace: bool
+        pictures: Pictures, transform: Transform, sampler: TrainingBatches | EvaluationBatches, substitute: bool
     ) -> DataLoader[Batch]:
         return DataLoader(
-            PictureDataset(pictures, transform, channels=spec.channels, seed=options.seed, replace=replace),  # type: ignore[arg-type]
+            PictureDataset(pictures, transform, channels=spec.channels, seed=options.seed, replace=substitute),  # type: ignore[arg-type]
             batch_sampler=sampler,
             num_workers=options.data.workers,
             worker_init_fn=ignore_signals,
@@ -69,3 +71,10 @@ def open_data(options: TrainingOptions, spec: InputSpec, world: World) -> Data:
         loader(train, training_transform(spec, options.augment), order, True),
         loader(val, evaluation_transform(spec), each, False),
     )
+
+
+def input_spec(model: nn.Module, options: TrainingOptions) -> InputSpec:
+    """The model's own input, with the side that the options ask for."""
+    spec = (recipe_of(model) or Recipe()).input
+    side = options.data.image_size
+    return spec if side is None else replace(spec, height=side, width=side)

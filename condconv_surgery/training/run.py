@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
 from torch import nn
 
 from condconv_surgery.models.artifact import recipe_of, save
-from condconv_surgery.recipe import InputSpec, Recipe
+from condconv_surgery.recipe import Recipe
 from condconv_surgery.recipe.toml_text import to_toml
 from condconv_surgery.recipe.training import TrainingOptions
 from condconv_surgery.training.curves import draw_curves
@@ -21,7 +20,7 @@ from condconv_surgery.training.files import keeping, make_folder, read_rows, wri
 from condconv_surgery.training.gates import measuring_gates
 from condconv_surgery.training.heads import fit_heads
 from condconv_surgery.training.learner import Learner
-from condconv_surgery.training.loading import Data, open_data
+from condconv_surgery.training.loading import Data, input_spec, open_data
 from condconv_surgery.training.meter import Meter, temperature_of
 from condconv_surgery.training.pictures import Batch, Unreadable
 from condconv_surgery.training.progress import Progress, TrainingResult
@@ -30,8 +29,8 @@ from condconv_surgery.training.seeding import seeded
 from condconv_surgery.training.state import load_state, save_state
 from condconv_surgery.training.statistics import recalibrate
 from condconv_surgery.training.stopping import StopWish, watching_signals
-from condconv_surgery.training.tensorboard import TensorBoard
-from condconv_surgery.training.watching import Both, Silent, Watcher
+from condconv_surgery.training.tensorboard import watcher_of
+from condconv_surgery.training.watching import Watcher
 
 CURVES = "curves.png"
 RECALIBRATION_BATCHES = 100
@@ -72,9 +71,11 @@ class Run:
         self.folder = Path(options.output)
         spec = input_spec(model, options)
         self.data: Data = open_data(options, spec, world)
+        before = (recipe_of(model) or Recipe()).classes
         with seeded(options.seed, "head"):
             self.heads = fit_heads(model, self.data.train.classes, spec)
         self.learner = Learner(model, options, world, self.data.train.counts(), self.heads)
+        self.renamed = before if before and before != self.data.train.classes and not self.heads else ()
         self.unreadable = Unreadable(options.data.max_bad)
         self.progress = Progress()
         self.meter = Meter(world.device, options.schedule.epochs, self.data.order.steps)
@@ -94,12 +95,22 @@ class Run:
             self.learner.restore(state)
             self.progress = Progress.from_dict(state.facts["progress"])
             self.watcher.note(f"Going on after step {self.progress.step}, epoch {self.progress.epochs_done}.")
+            if state.facts["options"]["schedule"]["epochs"] != self.options.schedule.epochs:
+                self.watcher.note("The number of epochs is another: rate and temperature follow the new length.")
         self.world.wait()  # every process has read the state before rank 0 writes
         if self.world.speaks:
             write_text(self.folder / RECIPE, to_toml(self.options))
             cut_metrics(self.folder, self.progress.epochs_done)
+        self.note_head()
+
+    def note_head(self) -> None:
+        """Say what became of the last layer."""
         for name, width in self.heads.items():
             self.watcher.note(f"New head {name}: {width} classes.")
+        if self.renamed:
+            self.watcher.note(
+                f"The head is kept, for there are as many classes; they were called {', '.join(self.renamed[:4])}, ..."
+            )
 
     def train(self) -> TrainingResult:
         """Epoch after epoch, until the end or a wish to stop."""
@@ -232,20 +243,3 @@ class Run:
             unreadable=tuple(self.unreadable.names),
             stopped_by=int(self.wish.signal),
         )
-
-
-def watcher_of(options: TrainingOptions, watcher: Watcher | None, world: World) -> Watcher:
-    """The caller's watcher, and TensorBoard where the options ask for it; silent in every process but the first."""
-    if not world.speaks:
-        return Silent()
-    watcher = watcher or Silent()
-    if options.engine.tensorboard:
-        return Both(watcher, TensorBoard(Path(options.output) / "tensorboard"))
-    return watcher
-
-
-def input_spec(model: nn.Module, options: TrainingOptions) -> InputSpec:
-    """The model's own input, with the side that the options ask for."""
-    spec = (recipe_of(model) or Recipe()).input
-    side = options.data.image_size
-    return spec if side is None else replace(spec, height=side, width=side)

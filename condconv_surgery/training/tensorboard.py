@@ -5,8 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from condconv_surgery.errors import InputError
+from condconv_surgery.recipe.training import TrainingOptions
+from condconv_surgery.training.distributed import World
 from condconv_surgery.training.gates import GateUse
-from condconv_surgery.training.watching import EpochRow, Silent, StepView
+from condconv_surgery.training.watching import Both, EpochRow, Silent, StepView, Watcher
 
 
 class TensorBoard(Silent):
@@ -42,3 +44,13 @@ class TensorBoard(Silent):
 
     def _scalar(self, name: str, value: float, step: int) -> None:
         self.writer.add_scalar(name, value, step)
+
+
+def watcher_of(options: TrainingOptions, watcher: Watcher | None, world: World) -> Watcher:
+    """The caller's watcher, and TensorBoard where the options ask for it; silent in every process but the first."""
+    if not world.speaks:
+        return Silent()
+    watcher = watcher or Silent()
+    if options.engine.tensorboard:
+        return Both(watcher, TensorBoard(Path(options.output) / "tensorboard"))
+    return watcher
