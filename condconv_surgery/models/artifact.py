@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from condconv_surgery.errors import DamagedFileError, InputError, nearest
-from condconv_surgery.layers import ConditionalConv2d, ConditionalLinear, conditional_like
+from condconv_surgery.layers import ConditionalConv2d, ConditionalLinear, ConvGeometry, conditional_like
 from condconv_surgery.models.allowlist import check_trust
 from condconv_surgery.models.building import build, exchange_heads
 from condconv_surgery.models.container import (
@@ -33,12 +33,16 @@ from condconv_surgery.models.container import (
     unique_tensors,
 )
 from condconv_surgery.models.files import replacing
+from condconv_surgery.models.pickled import check_module
 from condconv_surgery.models.recognition import recognise_module, same_modules
 from condconv_surgery.models.skeleton import Skeleton, describe, rebuild, transient_tensors
 from condconv_surgery.models.values import UndescribableError
 from condconv_surgery.recipe import ConvertedLayer, Recipe, attach_recipe, recipe_of
 
 __all__ = ["attach_recipe", "is_artifact", "load", "read_recipe", "recipe_of", "save"]
+
+SMALL = 1024
+"""Widths up to this are not worth a check."""
 
 
 def save(model: nn.Module, path: str | Path) -> None:
@@ -83,7 +87,7 @@ def load(path: str | Path, *, model: nn.Module | None = None, trust: tuple[str, 
             exchange_heads(skeleton, recipe.heads)
         for row in recipe.layers:
             _put_conditional(skeleton, row)
-    except (AttributeError, IndexError) as error:
+    except (AttributeError, IndexError, TypeError, RuntimeError) as error:
         raise DamagedFileError(
             f"{path} does not fit its own source {recipe.source.name or 'model'!r}: {error}.",
             "The recipe's layers must exist in the model that its source builds.",
@@ -126,33 +130,37 @@ def _needed_skeleton(model: nn.Module, recipe: Recipe) -> Skeleton | None:
 
 def _skeleton(content: Content, trust: tuple[str, ...]) -> nn.Module:
     path, source = content.path, content.recipe.source
+    _check_widths(content)
     numbers = sum(tensor.numel() for tensor in content.tensors.values())
     if content.skeleton is not None:
-        return rebuild(content.skeleton, trust, most_numbers=numbers)
+        return check_module(rebuild(content.skeleton, trust, most_numbers=numbers), path)
     if not source.name:
         raise InputError(
             f"{path} does not say how its model is built: it was saved from a class that only its author has.",
             "Give the unconverted model, with any weights.",
             f'condconv_surgery.load("{path}", model=MyNet())',
         )
-    _check_widths(content)
     return build(source, trust)
 
 
 def _check_widths(content: Content) -> None:
-    """A recipe that asks for more classes or experts than any tensor has would only take memory."""
-    recipe, sides = content.recipe, {side for tensor in content.tensors.values() for side in tensor.shape}
-    asked = [*recipe.heads.values(), *(row.variant.experts for row in recipe.layers)]
-    asked += [width for name, width in recipe.source.options.items() if name == "num_classes" and width]
-    lies = [width for width in asked if width not in sides]
+    """A recipe that asks for more classes, experts or hidden units than any tensor has would only take memory."""
+    recipe, layers = content.recipe, content.recipe.layers
+    most = max((side for tensor in content.tensors.values() for side in tensor.shape), default=0)
+    asked = [*recipe.heads.values(), *(row.variant.experts for row in layers)]
+    asked += [getattr(row.variant, "min_hidden", 0) for row in layers]
+    asked += [width for name, width in recipe.source.options.items() if name == "num_classes" and type(width) is int]
+    lies = [width for width in asked if width > max(most, SMALL)]
     if lies:
-        raise damaged(content.path, f"its recipe has a width of {lies[0]!r} that none of its tensors has")
+        raise damaged(content.path, f"its recipe has a width of {lies[0]}, the largest of its tensors {most}")
 
 
 def _put_conditional(skeleton: nn.Module, row: ConvertedLayer) -> None:
     plain = skeleton.get_submodule(row.names[0])
     if not isinstance(plain, nn.Linear if row.linear else nn.Conv2d):
         raise AttributeError(f"{row.names[0]} is a {type(plain).__name__}")
+    if plain.weight.shape[:2] != ConvGeometry.of(plain).weight_shape[:2]:
+        raise AttributeError(f"{row.names[0]} is not what its weight is")
     layer = conditional_like(plain, row.variant)
     for name in row.names:
         skeleton.set_submodule(name, layer, strict=True)

@@ -17,6 +17,12 @@ from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 from condconv_surgery.errors import DamagedFileError, InputError, SurgeryError
 from condconv_surgery.models.allowlist import check_trust, resolve
 
+_FORBIDDEN = ("GLOBAL", "Can only", "Trying to call")
+"""Words of torch's restricted unpickler for what it may not do; its other complaints are of a damaged file."""
+
+DEEPEST = 200
+"""Modules in modules."""
+
 
 def load_pickle(path: Path, trust: tuple[str, ...] = ()) -> Any:
     """What ``torch.save`` put into ``path``, on the CPU.
@@ -32,9 +38,9 @@ def load_pickle(path: Path, trust: tuple[str, ...] = ()) -> Any:
     try:
         with safe_globals(allowed):  # type: ignore[arg-type]
             return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise _refused(path, names) from error
     except Exception as error:  # the file's own arguments reach constructors: anything may go wrong there
+        if isinstance(error, pickle.UnpicklingError) and any(words in str(error) for words in _FORBIDDEN):
+            raise _refused(path, names) from error
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise DamagedFileError(
             f"{path} is a torch file that cannot be read: {first}",
@@ -78,6 +84,8 @@ def _allowed(names: list[str], trust: tuple[str, ...], path: Path) -> list[tuple
 def _check_tree(module: nn.Module, above: tuple[int, ...]) -> None:
     if id(module) in above:
         raise ValueError("it contains itself")
+    if len(above) > DEEPEST:
+        raise ValueError(f"modules in modules, more than {DEEPEST} deep")
     for slots, kind in ((module._parameters, nn.Parameter), (module._buffers, Tensor), (module._modules, nn.Module)):
         for name, value in slots.items():
             if not isinstance(name, str) or not (value is None or isinstance(value, kind)):
