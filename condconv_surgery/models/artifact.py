@@ -19,9 +19,9 @@ from safetensors.torch import save_file
 from torch import nn
 
 from condconv_surgery.errors import DamagedFileError, InputError, nearest
-from condconv_surgery.layers import ConditionalConv2d, ConditionalLinear, ConvGeometry, conditional_like
+from condconv_surgery.layers import ConditionalConv2d, ConditionalLinear
 from condconv_surgery.models.allowlist import check_trust
-from condconv_surgery.models.building import build, exchange_heads
+from condconv_surgery.models.building import build, exchange_heads, put_conditional
 from condconv_surgery.models.container import (
     MAGIC,
     Content,
@@ -86,7 +86,7 @@ def load(path: str | Path, *, model: nn.Module | None = None, trust: tuple[str, 
         if content.skeleton is None or model is not None:
             exchange_heads(skeleton, recipe.heads)
         for row in recipe.layers:
-            _put_conditional(skeleton, row)
+            put_conditional(skeleton, row)
     except (AttributeError, IndexError, TypeError, RuntimeError) as error:
         raise DamagedFileError(
             f"{path} does not fit its own source {recipe.source.name or 'model'!r}: {error}.",
@@ -153,17 +153,6 @@ def _check_widths(content: Content) -> None:
     lies = [width for width in asked if width > max(most, SMALL)]
     if lies:
         raise damaged(content.path, f"its recipe has a width of {lies[0]}, the largest of its tensors {most}")
-
-
-def _put_conditional(skeleton: nn.Module, row: ConvertedLayer) -> None:
-    plain = skeleton.get_submodule(row.names[0])
-    if not isinstance(plain, nn.Linear if row.linear else nn.Conv2d):
-        raise AttributeError(f"{row.names[0]} is a {type(plain).__name__}")
-    if plain.weight.shape[:2] != ConvGeometry.of(plain).weight_shape[:2]:
-        raise AttributeError(f"{row.names[0]} is not what its weight is")
-    layer = conditional_like(plain, row.variant)
-    for name in row.names:
-        skeleton.set_submodule(name, layer, strict=True)
 
 
 @torch.no_grad()

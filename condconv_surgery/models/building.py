@@ -11,7 +11,8 @@ import torchvision
 from torch import nn
 
 from condconv_surgery.errors import InputError, unknown_name
-from condconv_surgery.recipe import Source
+from condconv_surgery.layers import ConvGeometry, conditional_like
+from condconv_surgery.recipe import ConvertedLayer, Source
 
 
 def build(source: Source, trust: tuple[str, ...] = ()) -> nn.Module:
@@ -35,6 +36,21 @@ def exchange_heads(model: nn.Module, heads: dict[str, int]) -> None:
     """
     for name, width in heads.items():
         model.set_submodule(name, _resized(model.get_submodule(name), width))
+
+
+def put_conditional(skeleton: nn.Module, row: ConvertedLayer) -> None:
+    """Exchange a plain layer for an empty conditional one, at every name that it has.
+
+    Raises ``AttributeError`` when there is no such layer there.
+    """
+    plain = skeleton.get_submodule(row.names[0])
+    if not isinstance(plain, nn.Linear if row.linear else nn.Conv2d):
+        raise AttributeError(f"{row.names[0]} is a {type(plain).__name__}")
+    if plain.weight.shape[:2] != ConvGeometry.of(plain).weight_shape[:2]:
+        raise AttributeError(f"{row.names[0]} is not what its weight is")
+    layer = conditional_like(plain, row.variant)
+    for name in row.names:
+        skeleton.set_submodule(name, layer, strict=True)
 
 
 def build_torchvision(name: str, options: dict[str, Any], weights: Any = None) -> nn.Module:

@@ -9,8 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from condconv_surgery.errors import InputError
-from condconv_surgery.models.recognition import Shapes, original_shapes
 from condconv_surgery.recipe import Source
+
+NOT_IN_OTHERS = ("num_batches_tracked", "router.temperature")
+"""What files of older versions, or of other people, lack."""
 
 _OLD_DENSENET = re.compile(
     r"^(.*denselayer\d+\.(?:norm|relu|conv))\.((?:[12])\.(?:weight|bias|running_mean|running_var))$"
@@ -26,8 +28,7 @@ def modern_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
 def fill_foreign(model: nn.Module, state: dict[str, Tensor], what: str, source: Source) -> None:
     """Copy a foreign state dict, strictly but for the counters that old files lack; its dtype is kept."""
     wanted = model.state_dict(keep_vars=True)
-    required: Shapes = {k: s for k, s in original_shapes(model).items() if not k.endswith("num_batches_tracked")}
-    missing = [name for name in required if name not in state]
+    missing = [name for name in wanted if name not in state and not name.endswith(NOT_IN_OTHERS)]
     unexpected = [name for name in state if name not in wanted]
     wrong = [name for name in state if name in wanted and state[name].shape != wanted[name].shape]
     if missing or unexpected or wrong:

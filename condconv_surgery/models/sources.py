@@ -6,13 +6,19 @@ from dataclasses import replace
 from pathlib import Path
 
 import torchvision
-from torch import nn
+from torch import Tensor, nn
 
 from condconv_surgery.errors import InputError, unknown_name
 from condconv_surgery.models import artifact
-from condconv_surgery.models.building import build, require_timm
+from condconv_surgery.models.building import build, put_conditional, require_timm
 from condconv_surgery.models.checkpoints import read_checkpoint, read_tensors
 from condconv_surgery.models.filling import fill_foreign, modern_names
+from condconv_surgery.models.odconv_layout import (
+    from_odconv_layout,
+    is_odconv_layout,
+    odconv_layers,
+    without_attention,
+)
 from condconv_surgery.models.published import build_published, default_weights, input_of, published_weights
 from condconv_surgery.models.recognition import recognise, recognise_module
 from condconv_surgery.recipe import InputSpec, Recipe, Source, attach_recipe, recipe_of
@@ -73,12 +79,27 @@ def _from_file(path: Path, arch: str | None, num_classes: int | None, trust: tup
         attach_recipe(model, Recipe(source=Source(f"torchvision:{known[0]}"), input=input_of(known[1])))
         return model
     if arch is None:
-        source = recognise({name: tuple(tensor.shape) for name, tensor in state.items()})
+        plain = without_attention(state)
+        source = recognise({name: tuple(tensor.shape) for name, tensor in plain.items()})
     else:
         source = _with_classes(_named(arch), num_classes)
     model = _build_named(source, trust)
+    if is_odconv_layout(state):
+        state = _as_ours(model, state, path)
     fill_foreign(model, state, f"{path}", source)
     return _with_recipe(model, source)
+
+
+def _as_ours(model: nn.Module, state: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
+    """Put our layers where the file has ODConv's, and its tensors under our names."""
+    try:
+        for row in odconv_layers(state):
+            put_conditional(model, row)
+    except AttributeError as error:
+        raise InputError(
+            f"{path} has ODConv layers that the model has not: {error}.", "All must fit.", "another --arch"
+        ) from error
+    return from_odconv_layout(model, state)
 
 
 def _from_name(spec: str, weights: str, num_classes: int | None) -> nn.Module:
