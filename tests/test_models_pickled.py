@@ -33,7 +33,9 @@ def test_a_torchvision_module_is_read_and_its_source_known(name: str, tmp_path: 
     assert recipe_of(model).source == Source(f"torchvision:{name}", {"num_classes": 5})
 
 
-@pytest.mark.parametrize("name", ["resnet18", "mobilenetv3_small_050", "convnext_atto", "dm_nfnet_f0"])
+@pytest.mark.parametrize(
+    "name", ["mobilenetv3_small_050", "convnext_atto", pytest.param("dm_nfnet_f0", marks=pytest.mark.slow)]
+)
 def test_a_timm_module_is_read(name: str, tmp_path: Path) -> None:
     timm = pytest.importorskip("timm")
     original = timm.create_model(name, num_classes=3).eval()

@@ -41,10 +41,12 @@ def shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
         ("regnet_y_400mf", {}),
         ("googlenet", {"aux_logits": False}),
         ("densenet121", {"num_classes": 2}),
+        ("ssdlite320_mobilenet_v3_large", {}),
     ],
 )
 def test_an_architecture_is_recognised_by_its_shapes(name: str, options: dict) -> None:
     more = {"init_weights": False} if name == "googlenet" else {}
+    more |= {"weights_backbone": None} if name.startswith("ssd") else {}
     model = torchvision.models.get_model(name, weights=None, **options, **more)
     assert recognise(shapes(model)) == Source(f"torchvision:{name}", options)
 
@@ -181,6 +183,10 @@ def write(kind: str, path: Path) -> None:
     elif kind == "zip":
         with zipfile.ZipFile(path, "w") as archive:
             archive.writestr("readme.txt", "hello")
+    elif kind == "keras":
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr("config.json", "{}")
+            archive.writestr("model.weights.h5", "weights")
     elif kind == "bomb":
         with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
             archive.writestr("archive/data.pkl", bytes(20_000_000))
@@ -199,6 +205,8 @@ RAW = {
     "html": b"<!DOCTYPE html><html><body>404 Not Found</body></html>",
     "lfs": b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n",
     "hdf5": b"\x89HDF\r\n\x1a\n" + bytes(100),
+    "tensorflow": b"\x08\x01\x12\xbf\x02saved_model" + bytes(50),
+    "gzip": b"\x1f\x8b\x08\x00" + bytes(50),
     "onnx": b"\x08\x08\x12\x07pytorch\x1a\x052.0.0:\x00\x00" + bytes(50),
     "safetensors": b"\xff\xff\xff\xff\xff\xff\xff\x7f{",
     "pickle": b"\x80\x04cos\nsystem\n(S'true'\ntR.",
@@ -222,6 +230,9 @@ KINDS = {
     "lfs": (InputError, r"a Git LFS pointer(.|\n)*git lfs pull"),
     "hdf5": (InputError, r"an HDF5 file \(Keras\)"),
     "onnx": (InputError, "an ONNX model"),
+    "tensorflow": (InputError, "a TensorFlow model"),
+    "gzip": (InputError, r"a gzip archive(.|\n)*gunzip"),
+    "keras": (InputError, "a Keras model"),
     "safetensors": (DamagedFileError, "cannot be read as safetensors"),
     "pickle": (SurgeryError, "would have to run code|cannot be read"),
 }

@@ -9,7 +9,23 @@ from unittest.mock import patch
 
 from torch import Tensor, nn
 
+from condconv_surgery.errors import InputError
+from condconv_surgery.models.building import build
+from condconv_surgery.recipe import Source
+
 _INITIALISING = ("uniform_", "normal_", "fill_", "zero_", "erfinv_", "mul_", "add_", "clamp_")
+
+
+def build_hollow(source: Source) -> nn.Module:
+    """The model of a torchvision or timm source, its parameters on the meta device where that can be done.
+
+    (A detector that runs its backbone to learn its widths needs real ones.) Raises as ``build`` does.
+    """
+    try:
+        with without_memory():
+            return build(source)
+    except InputError:
+        return build(source)
 
 
 @contextmanager

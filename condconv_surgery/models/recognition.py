@@ -17,8 +17,8 @@ from torch import nn
 
 from condconv_surgery.errors import InputError
 from condconv_surgery.layers import ConditionalConv2d, ConditionalLinear
-from condconv_surgery.models.building import build, exchange_heads
-from condconv_surgery.models.hollow import without_memory
+from condconv_surgery.models.building import exchange_heads
+from condconv_surgery.models.hollow import build_hollow
 from condconv_surgery.models.skeleton import describe
 from condconv_surgery.recipe import Source
 
@@ -73,9 +73,8 @@ def same_modules(model: nn.Module, source: Source, heads: dict[str, int] | None 
     heads: final layers exchanged after building, as in a recipe.
     """
     try:
-        with without_memory():
-            twin = build(source)
-            exchange_heads(twin, heads or {})
+        twin = build_hollow(source)
+        exchange_heads(twin, heads or {})
         ours, theirs = describe(model, without_hooks=True), describe(twin, without_hooks=True)
     except (InputError, AttributeError):
         return False
@@ -158,8 +157,7 @@ def _cached_shapes(library: str, name: str, options: tuple[tuple[str, Any], ...]
 
 def _shapes_of(source: Source) -> Shapes:
     try:
-        with without_memory():
-            model = build(source)
+        model = build_hollow(source)
     except Exception:  # a factory that does not take the option, or cannot be built without data: it does not fit
         return {}
     return _comparable({name: tuple(tensor.shape) for name, tensor in model.state_dict().items()})
