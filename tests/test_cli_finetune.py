@@ -6,36 +6,16 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from condconv_surgery.cli import main as command_line
 
 import condconv_surgery as cs
 from condconv_surgery.models.artifact import recipe_of
 from condconv_surgery.models.sources import load_model
+from tests.conftest import Run
 from tests.pictures import write_pictures
-
-Run = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def condconv(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """Run the command in this process: exit code, stdout, stderr."""
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["condconv", *map(str, arguments)])
-        code = 0
-        try:
-            command_line.run()
-        except SystemExit as end:
-            code = int(end.code or 0)
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return run
 
 
 @pytest.fixture

@@ -5,38 +5,19 @@ import io
 import json
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 import torchvision
-from condconv_surgery.cli import main as command_line
 
 import condconv_surgery as cs
 from condconv_surgery.models.sources import load_model
+from tests.conftest import Run
 from tests.pictures import write_pictures
 from tests.variants import scramble
 
-Run = Callable[..., tuple[int, str, str]]
 PLAIN = ("torchvision:mobilenet_v3_small", "--weights", "none", "--input-size", 64)
-
-
-@pytest.fixture
-def condconv(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """Run the command in this process: exit code, stdout, stderr."""
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["condconv", *map(str, arguments)])
-        code = 0
-        try:
-            command_line.run()
-        except SystemExit as end:
-            code = int(end.code or 0)
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return run
 
 
 @pytest.fixture(scope="module")
