@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -16,6 +14,7 @@ from condconv_surgery.layers.execution import choose
 from condconv_surgery.layers.linear import ConditionalLinear
 from condconv_surgery.layers.ways import legal_ways
 from condconv_surgery.recipe import Variant
+from condconv_surgery.running import in_mode
 
 Layer = ConditionalConv2d[Variant]
 
@@ -51,7 +50,7 @@ def _inputs(model: nn.Module, arguments: tuple[Any, ...]) -> dict[Layer, Tensor]
 
     handles = [layer.register_forward_pre_hook(note) for layer in conditional_layers(model).values()]
     try:
-        with torch.no_grad(), _evaluating(model):
+        with torch.no_grad(), in_mode(model, training=False):
             model(*arguments)
     finally:
         for handle in handles:
@@ -61,7 +60,7 @@ def _inputs(model: nn.Module, arguments: tuple[Any, ...]) -> dict[Layer, Tensor]
 
 def _fastest(layer: Layer, x: Tensor, repeats: int) -> str:
     training = layer.training
-    with _evaluating(layer):
+    with in_mode(layer, training=False):
         layer.execution = "auto"
         with torch.no_grad():
             images = _as_images(layer, x)
@@ -98,14 +97,3 @@ def _seconds(layer: Layer, x: Tensor, way: str, training: bool, repeats: int) ->
         times.append(time.perf_counter() - start)
     layer.execution = "auto"
     return min(times[1:])
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
+from typing import Any
+
 from torch import nn
 
 from condconv_surgery.errors import InputError
@@ -32,22 +35,18 @@ def conditional_like(module: nn.Conv2d | nn.Linear, variant: Variant) -> Conditi
             module.in_features, module.out_features, has_bias, weight.device, weight.dtype, variant=variant
         )
     else:
-        g = ConvGeometry.of(module)
         layer = LAYERS[type(variant)](
-            g.in_channels,
-            g.out_channels,
-            g.kernel_size,
-            g.stride,
-            g.padding,
-            g.dilation,
-            g.groups,
-            has_bias,
-            g.padding_mode,
-            weight.device,
-            weight.dtype,
-            variant=variant,
+            **asdict(ConvGeometry.of(module)), bias=has_bias, device=weight.device, dtype=weight.dtype, variant=variant
         )
     return layer.train(module.training).requires_grad_(weight.requires_grad)
+
+
+def plain_like(layer: ConditionalConv2d[Any]) -> nn.Conv2d | nn.Linear:
+    """The plain layer that ``layer`` stands for: its geometry and dtype, without weights (on the meta device)."""
+    g, has_bias, dtype = layer.geometry, layer.bias is not None, layer.weight.dtype
+    if isinstance(layer, ConditionalLinear):
+        return nn.Linear(g.in_channels, g.out_channels, has_bias, device="meta", dtype=dtype)
+    return nn.Conv2d(**asdict(g), bias=has_bias, device="meta", dtype=dtype)
 
 
 def conditional_layers(model: nn.Module) -> dict[str, ConditionalConv2d[Variant]]:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from condconv_surgery.errors import InputError
 from condconv_surgery.layers.execution import execute
 from condconv_surgery.layers.mixture import ConvGeometry, Mixture
+from condconv_surgery.layers.precision import is_autocast_on
 from condconv_surgery.layers.routing import make_router
 from condconv_surgery.recipe import Variant
 
@@ -96,7 +97,7 @@ class ConditionalConv2d(nn.Module, Generic[V]):
         as they are.
         """
         pooled = x.mean(dim=(2, 3))  # [B, I]
-        if not torch.is_autocast_enabled(x.device.type):
+        if not is_autocast_on(x):
             return self._mixture(pooled)
         with torch.autocast(x.device.type, enabled=False):
             return self._mixture(pooled.to(self.weight.dtype))

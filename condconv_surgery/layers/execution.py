@@ -8,6 +8,7 @@ from torch import Tensor
 from condconv_surgery.errors import InputError
 from condconv_surgery.layers.choice import choose, scales_belong_in_the_kernel
 from condconv_surgery.layers.mixture import ConvGeometry, Mixture
+from condconv_surgery.layers.precision import is_autocast_on
 from condconv_surgery.layers.ways import WAYS, legal_ways
 
 SCALES_ITS_KERNELS = ("blocks", "plain")
@@ -24,7 +25,7 @@ def execute(
     x: [B, I, H, W]. experts: [E, O, I/G, kh, kw]. bias: [E, O] or None. Returns [B, O, H', W'], in the dtype of
     autocast where it is on. way: one of ``WAYS``, or ``"auto"``. Raises ``InputError`` when ``way`` is not legal here.
     """
-    if torch.is_autocast_enabled(x.device.type):
+    if is_autocast_on(x):
         x = x.to(torch.get_autocast_dtype(x.device.type))  # the operators of ``blocks`` are unknown to autocast
     name = choose(x, experts, mixture, geometry) if way == "auto" else _legal(way, x, mixture, geometry)
     in_kernel = name in SCALES_ITS_KERNELS and scales_belong_in_the_kernel(x, geometry)

@@ -35,7 +35,7 @@ def exchange_heads(model: nn.Module, heads: dict[str, int]) -> None:
     Raises ``AttributeError`` for a name that is not there or not a head.
     """
     for name, width in heads.items():
-        model.set_submodule(name, _resized(model.get_submodule(name), width))
+        model.set_submodule(name, resized(model.get_submodule(name), width))
 
 
 def put_conditional(skeleton: nn.Module, row: ConvertedLayer) -> None:
@@ -117,10 +117,11 @@ def _checked(factory: Any, options: dict[str, Any], source: str) -> nn.Module:
     return model.eval()
 
 
-def _resized(head: nn.Module, width: int) -> nn.Module:
-    weight_bias = getattr(head, "bias", None) is not None
+def resized(head: nn.Module, width: int) -> nn.Linear | nn.Conv2d:
+    """A fresh head of another width, otherwise the same. Raises ``AttributeError`` for what is no plain head."""
+    bias = getattr(head, "bias", None) is not None
     if isinstance(head, nn.Linear):
-        return nn.Linear(head.in_features, width, weight_bias, dtype=head.weight.dtype)
+        return nn.Linear(head.in_features, width, bias, head.weight.device, head.weight.dtype)
     if isinstance(head, nn.Conv2d):
         return nn.Conv2d(
             head.in_channels,
@@ -129,7 +130,8 @@ def _resized(head: nn.Module, width: int) -> nn.Module:
             head.stride,  # type: ignore[arg-type]
             head.padding,  # type: ignore[arg-type]
             head.dilation,  # type: ignore[arg-type]
-            bias=weight_bias,
+            bias=bias,
+            device=head.weight.device,
             dtype=head.weight.dtype,
         )
     raise AttributeError(f"the head to exchange is a {type(head).__name__}")

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from condconv_surgery.errors import DamagedFileError, InputError, SurgeryError
-from condconv_surgery.layers import ConditionalConv2d, ConditionalLinear
+from condconv_surgery.layers import ConditionalConv2d, plain_like
 from condconv_surgery.models.allowlist import resolve
 from condconv_surgery.models.values import UndescribableError, ValueReader, ValueWriter, name_in_file
 from condconv_surgery.recipe import Recipe
@@ -41,7 +41,7 @@ def describe(model: nn.Module, *, without_hooks: bool = False) -> Skeleton:
     def number(module: nn.Module) -> int:
         if id(module) not in numbers:
             numbers[id(module)] = len(modules)
-            modules.append(_plain(module))
+            modules.append(plain_like(module) if isinstance(module, ConditionalConv2d) else module)
         return numbers[id(module)]
 
     number(model)
@@ -109,28 +109,6 @@ def _row(module: nn.Module, writer: ValueWriter, tensors: dict[int, int]) -> dic
         "transient": sorted(module._non_persistent_buffers_set),
         "children": {name: None if child is None else writer.number(child) for name, child in module._modules.items()},
     }
-
-
-def _plain(module: nn.Module) -> nn.Module:
-    """The layer that a conditional one replaced, without weights."""
-    if not isinstance(module, ConditionalConv2d):
-        return module
-    g, bias, dtype = module.geometry, module.bias is not None, module.weight.dtype
-    if isinstance(module, ConditionalLinear):
-        return nn.Linear(g.in_channels, g.out_channels, bias, device="meta", dtype=dtype)
-    return nn.Conv2d(
-        g.in_channels,
-        g.out_channels,
-        g.kernel_size,
-        g.stride,
-        g.padding,
-        g.dilation,
-        g.groups,
-        bias,
-        g.padding_mode,  # type: ignore[arg-type]
-        device="meta",
-        dtype=dtype,
-    )
 
 
 def _check_size(rows: Skeleton, most_numbers: int | None) -> None:

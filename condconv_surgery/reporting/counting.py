@@ -18,9 +18,9 @@ from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import FlopCounterMode
 
 from condconv_surgery.errors import InputError
-from condconv_surgery.meta import META, on_device
+from condconv_surgery.meta import META, meta_state, on_device
 from condconv_surgery.reporting.inputs import materialized
-from condconv_surgery.reporting.shapes_only import shapes_only
+from condconv_surgery.running import device_of, in_mode
 
 
 @dataclass
@@ -50,9 +50,9 @@ def count(model: nn.Module, arguments: tuple[Any, ...]) -> Counts:
 
     Raises ``InputError`` when the model does not run on the arguments. The model is as before afterwards.
     """
-    with evaluating(model), torch.no_grad(), _products_visible():
+    with in_mode(model, training=False), torch.no_grad(), _products_visible():
         try:
-            with shapes_only(model):
+            with meta_state(model):
                 return _run(model, on_device(arguments, META))
         except Exception:  # boxes, topk, .item(): code that needs values
             pass
@@ -65,25 +65,6 @@ def count(model: nn.Module, arguments: tuple[Any, ...]) -> Counts:
                 "Its forward must take the input that is counted.",
                 "report(model, inputs=...), or --input-size on the command line",
             ) from error
-
-
-def device_of(model: nn.Module) -> torch.device:
-    """Where the model's first tensor lives."""
-    for tensor in (*model.parameters(), *model.buffers()):
-        return tensor.device
-    return torch.device("cpu")
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """The whole model in eval mode, then each module in its own again."""
-    before = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in before.items():
-            module.training = training
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from condconv_surgery.layers import conditional_layers
 from condconv_surgery.layers.mixture import Mixture
-from condconv_surgery.reporting.counting import device_of, evaluating
+from condconv_surgery.running import device_of, in_mode
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ def observe(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], answers:
     answers: [classes of the folder], the logit that stands for each; by default the label is the logit.
     """
     kept: dict[str, list[Mixture]] = {}
-    with evaluating(model), torch.inference_mode(), _listening(model, kept):
+    with in_mode(model, training=False), torch.inference_mode(), _listening(model, kept):
         labels, right, width = _answers(model, batches, answers)
     joined = {name: _joined(mixtures, len(labels)) for name, mixtures in kept.items()}
     gates = {n: m.gate for n, m in joined.items() if m.gate is not None and m.gate.shape[1] > 1}
@@ -61,7 +61,7 @@ def frozen_accuracy(
     answers: Tensor | None = None,
 ) -> float:
     """Top-1 with every mixture fixed at its mean: the same network without conditioning."""
-    with evaluating(model), torch.inference_mode(), _frozen(model, means):
+    with in_mode(model, training=False), torch.inference_mode(), _frozen(model, means):
         return float(_answers(model, batches, answers)[1].float().mean())
 
 

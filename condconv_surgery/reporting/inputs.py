@@ -8,19 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from condconv_surgery.recipe import InputSpec, recipe_of
-
-
-def input_spec_of(model: nn.Module) -> InputSpec:
-    """What the model itself says of its input: its recipe, timm's configuration, else 224x224 with its own channels."""
-    recipe = recipe_of(model)
-    if recipe is not None:
-        return recipe.input
-    size = (getattr(model, "pretrained_cfg", None) or {}).get("input_size")  # timm's models carry their own
-    if size is not None:
-        return InputSpec(*size)
-    stem = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
-    return InputSpec(channels=stem.in_channels if stem is not None else 3)
+from condconv_surgery.recipe import InputSpec
+from condconv_surgery.running import input_spec_of
 
 
 def arguments_for(model: nn.Module, inputs: Any = None) -> tuple[Any, ...]:

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from condconv_surgery.reporting.counting import evaluating
 from condconv_surgery.reporting.inputs import materialized
 from condconv_surgery.reporting.original import Original
+from condconv_surgery.running import in_mode
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ def measure_latency(
     """
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     inputs = materialized(arguments, device)
-    with evaluating(model), torch.inference_mode():
+    with in_mode(model, training=False), torch.inference_mode():
         mine, original = _by_turns(model, inputs, device, seconds, warm_up)
     median, base = statistics.median(mine), statistics.median(original)
     low, _, high = statistics.quantiles(mine, n=4)

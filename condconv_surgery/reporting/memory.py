@@ -10,10 +10,9 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from condconv_surgery.meta import META, on_device
-from condconv_surgery.reporting.counting import device_of, evaluating
+from condconv_surgery.meta import META, meta_state, on_device
 from condconv_surgery.reporting.inputs import materialized
-from condconv_surgery.reporting.shapes_only import shapes_only
+from condconv_surgery.running import device_of, in_mode
 
 
 def peak_activations(model: nn.Module, arguments: tuple[Any, ...]) -> int:
@@ -22,10 +21,10 @@ def peak_activations(model: nn.Module, arguments: tuple[Any, ...]) -> int:
     The mixed kernels of one image are among them. What an operator takes inside itself is not: a library's workspace,
     and the bounded block of kernels that ``layers.blocks`` keeps for a batch.
     """
-    with evaluating(model), torch.no_grad():
+    with in_mode(model, training=False), torch.no_grad():
         try:
             inputs = on_device(arguments, META)
-            with shapes_only(model), _Lifetimes() as lifetimes:
+            with meta_state(model), _Lifetimes() as lifetimes:
                 model(*inputs)
         except Exception:  # code that needs values
             inputs = materialized(arguments, device_of(model))

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from condconv_surgery.layers import ConditionalConv2d, ConditionalLinear
+from condconv_surgery.layers import ConditionalConv2d, plain_like
 
 
 class Original:
@@ -25,7 +25,7 @@ class Original:
         for name, module in model.named_modules(remove_duplicate=False):
             if isinstance(module, ConditionalConv2d) and name:
                 self._places.setdefault(module, []).append(name)
-        self._plain = {layer: plain_like(layer) for layer in self._places}
+        self._plain = {layer: mean_of_experts(layer) for layer in self._places}
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
@@ -40,26 +40,9 @@ class Original:
 
 
 @torch.no_grad()
-def plain_like(layer: ConditionalConv2d[Any]) -> nn.Conv2d | nn.Linear:
+def mean_of_experts(layer: ConditionalConv2d[Any]) -> nn.Conv2d | nn.Linear:
     """The plain layer of the same geometry, mode, device and dtype, with the mean of the experts."""
-    g, weight, has_bias = layer.geometry, layer.weight, layer.bias is not None
-    module: nn.Conv2d | nn.Linear
-    if isinstance(layer, ConditionalLinear):
-        module = nn.Linear(g.in_channels, g.out_channels, has_bias, device="meta", dtype=weight.dtype)
-    else:
-        module = nn.Conv2d(
-            g.in_channels,
-            g.out_channels,
-            g.kernel_size,
-            g.stride,
-            g.padding,
-            g.dilation,
-            g.groups,
-            has_bias,
-            g.padding_mode,  # type: ignore[arg-type]
-            device="meta",
-            dtype=weight.dtype,
-        )
+    module, weight = plain_like(layer), layer.weight
     module.weight = nn.Parameter(weight.mean(dim=0).view(module.weight.shape), requires_grad=False)
     if layer.bias is not None:
         module.bias = nn.Parameter(layer.bias.mean(dim=0), requires_grad=False)

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from condconv_surgery.recipe import InputSpec
 from condconv_surgery.reporting.gates import frozen_accuracy, observe
-from condconv_surgery.reporting.inputs import input_spec_of
 from condconv_surgery.reporting.pictures import Pictures
+from condconv_surgery.running import input_spec_of
 
 DEAD = 0.1
 """An expert is dead when no picture gives it more than this part of an equal share, 1/E."""

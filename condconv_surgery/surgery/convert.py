@@ -11,10 +11,10 @@ import torch
 from torch import nn
 
 from condconv_surgery.errors import ProofError
-from condconv_surgery.recipe import InputSpec, Recipe, Selection, Upcycling, Variant, attach_recipe, recipe_of
+from condconv_surgery.recipe import Recipe, Selection, Upcycling, Variant, attach_recipe, recipe_of
+from condconv_surgery.running import device_of, input_spec_of
 from condconv_surgery.surgery.fingerprint import hash_weights
 from condconv_surgery.surgery.graph import ConvSite, find_sites
-from condconv_surgery.surgery.observation import device_of
 from condconv_surgery.surgery.proof import Difference, Outputs, compare, exceeds, in_double, require, run_both_modes
 from condconv_surgery.surgery.selection import Plan, select
 from condconv_surgery.surgery.tracing import one_line
@@ -100,7 +100,7 @@ def example_arguments(model: nn.Module, example: Any = None) -> tuple[Any, ...]:
     """The arguments of a forward pass: the example's, or two random pictures of the size the model expects."""
     if example is not None:
         return example if isinstance(example, tuple) else (example,)
-    spec = _input_spec(model)
+    spec = input_spec_of(model)
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(2, spec.channels, spec.height, spec.width, generator=generator)
@@ -109,19 +109,8 @@ def example_arguments(model: nn.Module, example: Any = None) -> tuple[Any, ...]:
 
 def _recipe_with_hash(model: nn.Module) -> Recipe:
     """What the converted model will say of its origin: taken before its weights change."""
-    recipe = recipe_of(model) or Recipe(input=_input_spec(model))
+    recipe = recipe_of(model) or Recipe(input=input_spec_of(model))
     return recipe if recipe.weights_sha256 else replace(recipe, weights_sha256=hash_weights(model))
-
-
-def _input_spec(model: nn.Module) -> InputSpec:
-    recipe = recipe_of(model)
-    if recipe is not None:
-        return recipe.input
-    size = (getattr(model, "pretrained_cfg", None) or {}).get("input_size")  # timm's models carry their own
-    if size is not None:
-        return InputSpec(*size)
-    stem = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
-    return InputSpec(channels=stem.in_channels if stem is not None else 3)
 
 
 def _difference(model: nn.Module, arguments: tuple[Any, ...], plan: Plan, before: Outputs) -> Difference:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from condconv_surgery.meta import META, meta_state, on_device
+from condconv_surgery.running import device_of, in_mode
 
 
 @dataclass
@@ -32,7 +33,7 @@ def observe(
 
     The model's parameters, buffers and mode are as before afterwards. Raises what the model's forward raises.
     """
-    with mode(model, training), torch.no_grad():
+    with in_mode(model, training), torch.no_grad():
         try:
             return _observe_on_meta(model, layers, arguments)
         except Exception:
@@ -76,18 +77,6 @@ def _recording(layers: Mapping[str, nn.Module]) -> Iterator[dict[str, Calls]]:
 
 
 @contextmanager
-def mode(model: nn.Module, training: bool) -> Iterator[None]:
-    """The whole model in one mode, then each module in its own again."""
-    before = {module: module.training for module in model.modules()}
-    model.train(training)
-    try:
-        yield
-    finally:
-        for module, mode in before.items():
-            module.training = mode
-
-
-@contextmanager
 def preserved_buffers(model: nn.Module) -> Iterator[None]:
     """Running statistics as before, whatever ran in between."""
     before = {name: buffer.clone() for name, buffer in model.named_buffers() if buffer is not None}
@@ -98,10 +87,3 @@ def preserved_buffers(model: nn.Module) -> Iterator[None]:
             for name, buffer in model.named_buffers():
                 if name in before:
                     buffer.copy_(before[name])
-
-
-def device_of(model: nn.Module) -> torch.device:
-    """Where the model's first tensor lives."""
-    for tensor in (*model.parameters(), *model.buffers()):
-        return tensor.device
-    return torch.device("cpu")

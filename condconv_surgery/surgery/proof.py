@@ -13,7 +13,8 @@ from torch.utils import _pytree as pytree
 
 from condconv_surgery.errors import ProofError
 from condconv_surgery.meta import on_device
-from condconv_surgery.surgery.observation import device_of, mode, preserved_buffers
+from condconv_surgery.running import device_of, in_mode
+from condconv_surgery.surgery.observation import preserved_buffers
 
 TRAIN_FACTOR = 10.0
 """Batch statistics divide by small numbers and so amplify rounding: train mode is allowed this much more."""
@@ -55,7 +56,7 @@ def run_both_modes(model: nn.Module, arguments: tuple[Any, ...], modes: Sequence
     """
     results: dict[bool, list[Tensor] | None] = {False: None, True: None}
     for training in modes:
-        with mode(model, training), preserved_buffers(model), torch.no_grad(), torch.random.fork_rng():
+        with in_mode(model, training), preserved_buffers(model), torch.no_grad(), torch.random.fork_rng():
             torch.manual_seed(0)
             output = model(*on_device(arguments, device_of(model)))
         leaves = pytree.tree_leaves(output)

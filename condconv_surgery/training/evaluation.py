@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from condconv_surgery.errors import TrainingError
+from condconv_surgery.running import in_mode
 from condconv_surgery.training.distributed import World
-from condconv_surgery.training.modes import mode_of
 from condconv_surgery.training.outputs import logits_of
 from condconv_surgery.training.pictures import Batch
 
@@ -58,7 +58,7 @@ def evaluate(
     """
     tally = Tally()
     stopped = False
-    with mode_of(model, training=False):
+    with in_mode(model, training=False):
         for batch in batches:
             stopped = stopped or interrupted()
             if stopped:

@@ -12,8 +12,9 @@ from torch.func import functional_call
 from condconv_surgery.errors import InputError
 from condconv_surgery.layers import ConditionalConv2d, ConditionalLinear, conditional_like
 from condconv_surgery.models.artifact import attach_recipe, recipe_of
+from condconv_surgery.models.building import resized
 from condconv_surgery.recipe import InputSpec, Recipe
-from condconv_surgery.training.modes import mode_of
+from condconv_surgery.running import in_mode
 from condconv_surgery.training.outputs import Logits, logits_of
 
 
@@ -80,7 +81,7 @@ def _run(model: nn.Module, spec: InputSpec, training: bool) -> Logits:
     """The logits on zeros, with copies in place of the buffers: batch norm must not learn from this."""
     parameter = next(model.parameters())
     x = torch.zeros(2, spec.channels, spec.height, spec.width, device=parameter.device, dtype=parameter.dtype)
-    with mode_of(model, training), torch.random.fork_rng(devices=[]):
+    with in_mode(model, training), torch.random.fork_rng(devices=[]):
         output = functional_call(model, {name: buffer.clone() for name, buffer in model.named_buffers()}, (x,))
     return logits_of(output)
 
@@ -107,21 +108,8 @@ def _like(head: nn.Module, width: int) -> nn.Module:
         g = head.geometry
         plain = nn.Linear(g.in_channels, width, head.bias is not None, head.weight.device, head.weight.dtype)
         return conditional_like(plain, head.variant)
-    weight = head.weight
-    if isinstance(head, nn.Linear):
-        return nn.Linear(head.in_features, width, head.bias is not None, weight.device, weight.dtype)
-    if isinstance(head, nn.Conv2d) and head.groups == 1:
-        return nn.Conv2d(
-            head.in_channels,
-            width,
-            head.kernel_size,  # type: ignore[arg-type]
-            head.stride,  # type: ignore[arg-type]
-            head.padding,  # type: ignore[arg-type]
-            head.dilation,  # type: ignore[arg-type]
-            bias=head.bias is not None,
-            device=weight.device,
-            dtype=weight.dtype,
-        )
+    if isinstance(head, nn.Linear) or (isinstance(head, nn.Conv2d) and head.groups == 1):
+        return resized(head, width)
     raise InputError(
         f"The last layer is a {type(head).__name__}, which cannot be exchanged.",
         "It must be an nn.Linear, an nn.Conv2d with one group, or a converted nn.Linear.",

@@ -2,25 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 
 from torch import nn
 
 BatchNorm = nn.modules.batchnorm._BatchNorm
 """Every batch norm of torch, also the synchronised one."""
-
-
-@contextmanager
-def mode_of(model: nn.Module, training: bool) -> Iterator[None]:
-    """``model`` in one mode inside the block; afterwards each module in its own mode again."""
-    before = [(module, module.training) for module in model.modules()]
-    model.train(training)
-    try:
-        yield
-    finally:
-        for module, mode in before:
-            module.training = mode
 
 
 def hold_statistics(model: nn.Module, below: Iterable[nn.Module] | None = None) -> int:

@@ -8,8 +8,9 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import nn
 
+from condconv_surgery.running import in_mode
 from condconv_surgery.training.distributed import World
-from condconv_surgery.training.modes import BatchNorm, mode_of
+from condconv_surgery.training.modes import BatchNorm
 from condconv_surgery.training.pictures import Batch
 
 
@@ -30,7 +31,7 @@ def recalibrate(
     if not norms:
         return 0
     momenta = [norm.momentum for norm in norms]
-    with mode_of(model, training=False):
+    with in_mode(model, training=False):
         for norm in norms:
             norm.train()
             norm.reset_running_stats()
