@@ -185,3 +185,10 @@ def test_compile_has_no_graph_break(variant: Variant) -> None:
     for batch in (2, 3, 5):
         x = torch.randn(batch, 8, 6, 6)
         torch.testing.assert_close(compiled(x), layer(x))
+
+
+@pytest.mark.parametrize("variant", EVERY_VARIANT, ids=str)
+def test_shapes_alone_on_the_meta_device(variant: Variant) -> None:
+    layer = make(variant).to("meta")
+    for batch in (1, 3):
+        assert layer(torch.empty(batch, 8, 6, 6, device="meta")).shape == (batch, 12, 6, 6)
