@@ -14,6 +14,8 @@ import signal
 import sys
 from pathlib import Path
 
+import torch
+
 from condconv_surgery.recipe import CondConv, TrainingOptions
 from condconv_surgery.training import finetune
 from condconv_surgery.training import learner as learner_module
@@ -30,6 +32,12 @@ def main(arguments: list[str]) -> int:
     model = small_net(CondConv(experts=2), norm=False, dropout=0.0)
     result = finetune(model, options, resume="resume" in arguments)
     return 128 + result.stopped_by if result.stopped_by else 0
+
+
+def run_and_exit(arguments: list[str]) -> None:
+    """``main`` as the whole of a forked process."""
+    torch.set_num_threads(1)
+    sys.exit(main(arguments))
 
 
 def kill_before(fatal: int) -> None:
