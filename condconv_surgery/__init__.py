@@ -2,7 +2,7 @@
 
     >>> import condconv_surgery as cs
     >>> cs.CondConv(experts=8)
-    CondConv(experts=8)
+    CondConv(experts=8, routing='layer')
 
 The names below are loaded when first used: importing the package does not import torch.
 """

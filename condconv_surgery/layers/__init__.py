@@ -1,7 +1,7 @@
 """Conditional convolutions: a variant says which kernel each sample gets, one room says how to convolve."""
 
 from condconv_surgery.layers.autotune import autotune
-from condconv_surgery.layers.building import conditional_layers, conditional_like, plain_like, set_temperature
+from condconv_surgery.layers.building import conditional_layers, conditional_like, plain_like, routers, set_temperature
 from condconv_surgery.layers.condconv import CondConv2d
 from condconv_surgery.layers.conditional import ConditionalConv2d
 from condconv_surgery.layers.dynamicconv import DynamicConv2d
@@ -21,5 +21,6 @@ __all__ = [
     "conditional_layers",
     "conditional_like",
     "plain_like",
+    "routers",
     "set_temperature",
 ]

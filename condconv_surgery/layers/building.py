@@ -14,6 +14,7 @@ from condconv_surgery.layers.dynamicconv import DynamicConv2d
 from condconv_surgery.layers.linear import ConditionalLinear
 from condconv_surgery.layers.mixture import ConvGeometry
 from condconv_surgery.layers.odconv import ODConv2d
+from condconv_surgery.layers.routing import Router
 from condconv_surgery.recipe import CondConv, DynamicConv, ODConv, Variant
 
 LAYERS: dict[type[Variant], type[ConditionalConv2d]] = {  # type: ignore[type-arg]
@@ -54,11 +55,17 @@ def conditional_layers(model: nn.Module) -> dict[str, ConditionalConv2d[Variant]
     return {name: module for name, module in model.named_modules() if isinstance(module, ConditionalConv2d)}
 
 
+def routers(model: nn.Module) -> dict[str, Router]:
+    """Every router of a model once, by the first name of what it routes for: a conditional layer, or a block."""
+    found = ((name, module) for name, module in model.named_modules() if isinstance(module, Router))
+    return {name.rpartition(".")[0]: router for name, router in found}
+
+
 def set_temperature(model: nn.Module, value: float) -> int:
     """Set the temperature of every router that has one; returns how many have."""
     if not 0 < value < float("inf"):
         raise InputError(f"The temperature is {value!r}.", "It must be a positive number.", "30.0")
-    buffers = [getattr(layer.router, "temperature", None) for layer in conditional_layers(model).values()]
+    buffers = [getattr(router, "temperature", None) for router in routers(model).values()]
     present = [buffer for buffer in buffers if buffer is not None]
     for buffer in present:
         buffer.fill_(value)

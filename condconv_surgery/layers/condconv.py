@@ -34,7 +34,7 @@ class CondConvRouter(Router):
         self.linear = nn.Linear(geometry.in_channels, variant.experts, device=device, dtype=dtype)
         self.weight_factor = self.bias_factor = 2.0 / variant.experts
 
-    def forward(self, pooled: Tensor) -> Mixture:
+    def mix(self, pooled: Tensor) -> Mixture:
         return Mixture(gate=self.weight_factor * torch.sigmoid(self.linear(pooled)))
 
     def zero_(self) -> CondConvRouter:

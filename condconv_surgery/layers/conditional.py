@@ -11,8 +11,7 @@ from torch import Tensor, nn
 from condconv_surgery.errors import InputError
 from condconv_surgery.layers.execution import execute
 from condconv_surgery.layers.mixture import ConvGeometry, Mixture
-from condconv_surgery.layers.precision import is_autocast_on
-from condconv_surgery.layers.routing import make_router
+from condconv_surgery.layers.routing import Router, make_router
 from condconv_surgery.recipe import Variant
 
 V = TypeVar("V", bound=Variant)
@@ -25,7 +24,9 @@ class ConditionalConv2d(nn.Module, Generic[V]):
         y_b = out_scale_b * conv(in_scale_b * x_b, W_b) + sum_e gate[b,e] * bias[e]
 
     Shapes: input [B, I, H, W] or [I, H, W], output [B, O, H', W'] or [O, H', W']; ``weight`` [E, O, I/G, kh, kw],
-    ``bias`` [E, O] or None. Use one of the subclasses, which say which mixture each sample gets.
+    ``bias`` [E, O] or None. Use one of the subclasses, which say which mixture each sample gets. With
+    ``variant.routing == "block"`` the layer has no router (``router`` is None) and is called with the mixture of each
+    sample, which the block's router makes.
 
     variant: the configuration, ``CondConv(experts=4)`` and the like; ``None`` takes the variant's defaults.
     execution: an attribute, ``"auto"`` or the name of one way to compute (``layers.execution.WAYS``).
@@ -34,6 +35,7 @@ class ConditionalConv2d(nn.Module, Generic[V]):
     variant_class: ClassVar[type[Variant]] = Variant
 
     bias: nn.Parameter | None
+    router: Router | None
 
     def __init__(
         self,
@@ -69,7 +71,10 @@ class ConditionalConv2d(nn.Module, Generic[V]):
             self.bias = nn.Parameter(torch.empty(variant.experts, out_channels, device=device, dtype=dtype))
         else:
             self.register_parameter("bias", None)
-        self.router = make_router(self.geometry, variant, device=device, dtype=dtype)
+        routed = variant.routing == "layer"
+        router = make_router(self.geometry, variant, device=device if routed else "meta", dtype=dtype)
+        self.weight_factor, self.bias_factor = router.weight_factor, router.bias_factor
+        self.router = router if routed else None
         self.execution = "auto"
         self.reset_parameters()
 
@@ -88,44 +93,46 @@ class ConditionalConv2d(nn.Module, Generic[V]):
         nn.init.uniform_(self.weight, -bound, bound)
         if self.bias is not None:
             nn.init.uniform_(self.bias, -bound, bound)
-        self.router.zero_()
+        if self.router is not None:
+            self.router.zero_()
 
     def route(self, x: Tensor) -> Mixture:
-        """The mixture of each sample of ``x`` [B, I, H, W].
+        """The mixture of each sample of ``x`` [B, I, H, W] by the layer's own router. Raises ``InputError`` for none."""
+        if self.router is None:
+            raise InputError(
+                f"This {type(self).__name__} has no router: that of its block routes for it (routing='block').",
+                "It takes its input and the mixture of each sample.",
+                "call the block, not the layer; or layer(x, mixture)",
+            )
+        mixture: Mixture = self.router(x)
+        return mixture
 
-        Under autocast the router keeps the precision of its weights: gates are few, and a kernel is only as exact
-        as they are.
-        """
-        pooled = x.mean(dim=(2, 3))  # [B, I]
-        if not is_autocast_on(x):
-            return self._mixture(pooled)
-        with torch.autocast(x.device.type, enabled=False):
-            return self._mixture(pooled.to(self.weight.dtype))
-
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, mixture: Mixture | None = None) -> Tensor:
+        """mixture: of each sample; the layer's own router's when left out."""
         if x.dim() == 3:
-            return self.forward(x.unsqueeze(0)).squeeze(0)
+            return self.forward(x.unsqueeze(0), mixture).squeeze(0)
         if x.dim() != 4 or x.shape[1] != self.geometry.in_channels:
             raise InputError(
                 f"{type(self).__name__} was given an input of shape {tuple(x.shape)}.",
                 f"It takes [B, {self.geometry.in_channels}, H, W] or [{self.geometry.in_channels}, H, W].",
             )
-        return execute(x, self.weight, self.bias, self.route(x), self.geometry, self.execution)
+        mixture = self.route(x) if mixture is None else mixture
+        return execute(x, self.weight, self.bias, mixture, self.geometry, self.execution)
 
     def paper_weights(self) -> tuple[Tensor, Tensor | None]:
         """Experts and bias as the paper and other implementations hold them, with plain sigmoids in the router.
 
         Ours times the router's ``weight_factor`` (CondConv 2/n; ODConv 2 for each sigmoid; DynamicConv 1).
         """
-        bias = None if self.bias is None else self.bias.detach() * self.router.bias_factor
-        return self.weight.detach() * self.router.weight_factor, bias
+        bias = None if self.bias is None else self.bias.detach() * self.bias_factor
+        return self.weight.detach() * self.weight_factor, bias
 
     @torch.no_grad()
     def load_paper_weights(self, weight: Tensor, bias: Tensor | None = None) -> None:
         """The inverse of ``paper_weights``: the same function, whatever the router's state. Shapes as ours."""
-        self.weight.copy_(weight / self.router.weight_factor)
+        self.weight.copy_(weight / self.weight_factor)
         if self.bias is not None and bias is not None:
-            self.bias.copy_(bias / self.router.bias_factor)
+            self.bias.copy_(bias / self.bias_factor)
 
     def extra_repr(self) -> str:
         g = self.geometry
@@ -141,7 +148,3 @@ class ConditionalConv2d(nn.Module, Generic[V]):
         if self.bias is None:
             parts.append("bias=False")
         return ", ".join([*parts, f"variant={self.variant}"])
-
-    def _mixture(self, pooled: Tensor) -> Mixture:
-        mixture: Mixture = self.router(pooled)
-        return mixture

@@ -38,7 +38,7 @@ class DynamicConvRouter(Router):
         self.linear = nn.Linear(hidden, variant.experts, device=device, dtype=dtype)
         self.register_buffer("temperature", temperature_buffer(variant.temperature, device))
 
-    def forward(self, pooled: Tensor) -> Mixture:
+    def mix(self, pooled: Tensor) -> Mixture:
         logits = self.linear(F.relu(self.reduce(pooled)))
         return Mixture(gate=torch.softmax(logits / self.temperature, dim=1))
 

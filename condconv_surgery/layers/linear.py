@@ -8,6 +8,7 @@ from torch import Tensor
 from condconv_surgery.errors import InputError
 from condconv_surgery.layers.conditional import ConditionalConv2d
 from condconv_surgery.layers.execution import execute
+from condconv_surgery.layers.mixture import Mixture
 from condconv_surgery.recipe import Variant
 
 
@@ -31,9 +32,9 @@ class ConditionalLinear(ConditionalConv2d[Variant]):
         self.in_features = in_features
         self.out_features = out_features
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, mixture: Mixture | None = None) -> Tensor:
         if x.dim() == 1:
-            return self.forward(x.unsqueeze(0)).squeeze(0)
+            return self.forward(x.unsqueeze(0), mixture).squeeze(0)
         if x.shape[-1] != self.in_features:
             raise InputError(
                 f"{type(self).__name__} was given an input of shape {tuple(x.shape)}.",
@@ -41,5 +42,6 @@ class ConditionalLinear(ConditionalConv2d[Variant]):
             )
         middle = x.shape[1:-1]
         tokens = x.reshape(x.shape[0], middle.numel(), self.in_features).transpose(1, 2).unsqueeze(-1)  # [B, I, N, 1]
-        y = execute(tokens, self.weight, self.bias, self.route(tokens), self.geometry, self.execution)
+        mixture = self.route(tokens) if mixture is None else mixture
+        y = execute(tokens, self.weight, self.bias, mixture, self.geometry, self.execution)
         return y.squeeze(-1).transpose(1, 2).reshape(x.shape[0], *middle, self.out_features)

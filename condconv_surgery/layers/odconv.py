@@ -58,7 +58,7 @@ class ODConvRouter(Router):
         self.register_buffer("temperature", temperature_buffer(variant.temperature, device))
         self.weight_factor = 2.0 ** sum(part is not None for part in (self.channel, self.filter, self.spatial))
 
-    def forward(self, pooled: Tensor) -> Mixture:
+    def mix(self, pooled: Tensor) -> Mixture:
         heads = [head for head in (self.channel, self.filter, self.spatial, self.kernel) if head is not None]
         # one matrix for all heads: at batch 1 a small operator costs more than the copy of its weights
         weight, bias = torch.cat([head.weight for head in heads]), torch.cat([head.bias for head in heads])

@@ -1,4 +1,4 @@
-"""What every router has: pooled features in, a ``Mixture`` out, one class for each variant."""
+"""What every router has: features in, pooled, a ``Mixture`` out, one class for each variant."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from condconv_surgery.layers.mixture import ConvGeometry, Mixture
+from condconv_surgery.layers.precision import is_autocast_on
 from condconv_surgery.recipe import Variant
 
 
 class Router(nn.Module):
-    """Maps the pooled input of a layer, [B, I], to the mixture of each sample.
+    """Maps the input of a layer, or of a block that routes once for its layers, to the mixture of each sample.
 
     A *zeroed* router (``zero_``) gives the neutral mixture for every input: gates that sum to 1, scales of 1.
 
@@ -24,7 +25,22 @@ class Router(nn.Module):
     weight_factor: float = 1.0
     bias_factor: float = 1.0
 
-    def forward(self, pooled: Tensor) -> Mixture:
+    def forward(self, x: Tensor) -> Mixture:
+        """The mixture of each sample of ``x`` [B, I, H, W], or [I, H, W], or [B, I] where it is pooled already.
+
+        Under autocast the router keeps the precision of its weights: gates are few, and a kernel is only as exact
+        as they are.
+        """
+        if x.dim() == 3:
+            x = x.unsqueeze(0)
+        pooled = x.mean(dim=(2, 3)) if x.dim() == 4 else x  # [B, I]
+        if not is_autocast_on(x):
+            return self.mix(pooled)
+        with torch.autocast(x.device.type, enabled=False):
+            return self.mix(pooled.to(next(self.parameters()).dtype))
+
+    def mix(self, pooled: Tensor) -> Mixture:
+        """The mixture of each sample from its pooled features [B, I]."""
         raise NotImplementedError
 
     def zero_(self) -> Router:

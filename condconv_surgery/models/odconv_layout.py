@@ -62,7 +62,7 @@ def from_odconv_layout(model: nn.Module, state: State) -> State:
     """
     ours = dict(state)
     for name, layer in conditional_layers(model).items():
-        ours[f"{name}.weight"] = state[f"{name}.weight"] / layer.router.weight_factor
+        ours[f"{name}.weight"] = state[f"{name}.weight"] / layer.weight_factor
         for our, their in _NAMES.items():
             start = f"{name}.attention.{their}."
             for key in [key for key in ours if key.startswith(start)]:

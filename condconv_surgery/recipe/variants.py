@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any, ClassVar, Literal, TypeVar
 
 from condconv_surgery.errors import InputError, unknown_name
@@ -11,14 +11,20 @@ from condconv_surgery.errors import InputError, unknown_name
 
 @dataclass(frozen=True)
 class Variant:
-    """What every conditional convolution has: a number of experts. ``kind`` is its registered name."""
+    """What every conditional convolution has: a number of experts. ``kind`` is its registered name.
+
+    routing: ``"layer"``: each layer has a router of its own; ``"block"``: one router, on the input of a block, serves
+        all conditional convolutions of the block (as in CondConv's EfficientNet).
+    """
 
     kind: ClassVar[str] = ""
 
     experts: int = 4
+    routing: Literal["layer", "block"] = field(default="layer", kw_only=True)
 
     def __post_init__(self) -> None:
         _require_whole("experts", self.experts, low=1)
+        _require_one_of("routing", self.routing, ("layer", "block"))
 
     def to_dict(self) -> dict[str, Any]:
         return {"kind": self.kind, **asdict(self)}
@@ -85,6 +91,13 @@ class ODConv(Variant):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.routing == "block":
+            raise InputError(
+                "ODConv cannot share a router within a block (routing='block').",
+                "Its attention over channels, filters and positions has the shape of one layer; CondConv's and "
+                "DynamicConv's gates have not.",
+                "--routing layer, or --kind condconv|dynamicconv",
+            )
         _require_whole("reduction", self.reduction, low=1)
         _require_whole("min_hidden", self.min_hidden, low=1)
         _require_positive("temperature", self.temperature)
@@ -97,7 +110,7 @@ def make_variant(kind: str, **options: Any) -> Variant:
     """The variant called ``kind``; options that are ``None`` keep their defaults.
 
     >>> make_variant("condconv", experts=8, reduction=None)
-    CondConv(experts=8)
+    CondConv(experts=8, routing='layer')
     """
     if kind not in VARIANTS:
         raise unknown_name("kind of convolution", kind, VARIANTS, fix=f"--kind {'|'.join(VARIANTS)}")
