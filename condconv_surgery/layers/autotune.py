@@ -12,6 +12,7 @@ from condconv_surgery.layers.building import conditional_layers
 from condconv_surgery.layers.conditional import ConditionalConv2d
 from condconv_surgery.layers.execution import choose
 from condconv_surgery.layers.linear import ConditionalLinear
+from condconv_surgery.layers.mixture import Mixture
 from condconv_surgery.layers.ways import legal_ways
 from condconv_surgery.recipe import Variant
 from condconv_surgery.running import in_mode
@@ -34,19 +35,19 @@ def autotune(model: nn.Module, *arguments: Any, repeats: int = 3) -> dict[str, s
     changed = {}
     for name, layer in conditional_layers(model).items():
         if layer in inputs:
-            layer.execution = _fastest(layer, inputs[layer], repeats)
+            layer.execution = _fastest(layer, *inputs[layer], repeats)
             if layer.execution != "auto":
                 changed[name] = layer.execution
     return changed
 
 
-def _inputs(model: nn.Module, arguments: tuple[Any, ...]) -> dict[Layer, Tensor]:
-    """The input of each layer's first call. The pass is made in eval mode: no running statistic moves."""
-    found: dict[Layer, Tensor] = {}
+def _inputs(model: nn.Module, arguments: tuple[Any, ...]) -> dict[Layer, tuple[Tensor, Mixture | None]]:
+    """The input of each layer's first call, and the mixture where the router of a block gives it. The pass is made in eval mode: no running statistic moves."""
+    found: dict[Layer, tuple[Tensor, Mixture | None]] = {}
 
-    def note(layer: nn.Module, given: tuple[Tensor, ...]) -> None:
+    def note(layer: nn.Module, given: tuple[Any, ...]) -> None:
         assert isinstance(layer, ConditionalConv2d)
-        found.setdefault(layer, given[0].detach())
+        found.setdefault(layer, (given[0].detach(), given[1] if len(given) > 1 else None))
 
     handles = [layer.register_forward_pre_hook(note) for layer in conditional_layers(model).values()]
     try:
@@ -58,19 +59,19 @@ def _inputs(model: nn.Module, arguments: tuple[Any, ...]) -> dict[Layer, Tensor]
     return found
 
 
-def _fastest(layer: Layer, x: Tensor, repeats: int) -> str:
+def _fastest(layer: Layer, x: Tensor, given: Mixture | None, repeats: int) -> str:
     training = layer.training
     with in_mode(layer, training=False):
         layer.execution = "auto"
         with torch.no_grad():
             images = _as_images(layer, x)
-            mixture = layer.route(images)
+            mixture = layer.route(images) if given is None else given
         legal = legal_ways(len(images), mixture, layer.geometry)
         # what is legal for a batch of one alone would fail on the next batch
         candidates = [way for way in legal if way != "plain"]
         chosen = choose(images, layer.weight, mixture, layer.geometry)
-        seconds = {"auto": _seconds(layer, x, "auto", training, repeats)}
-        seconds.update((way, _seconds(layer, x, way, training, repeats)) for way in candidates if way != chosen)
+        ways = ["auto", *(way for way in candidates if way != chosen)]
+        seconds = {way: _seconds(layer, x, given, way, training, repeats) for way in ways}
         best = min(seconds, key=lambda way: seconds[way])
         return best if seconds[best] < WORTH_CHANGING * seconds["auto"] else "auto"
 
@@ -82,14 +83,14 @@ def _as_images(layer: Layer, x: Tensor) -> Tensor:
     return x if x.dim() == 4 else x.unsqueeze(0)
 
 
-def _seconds(layer: Layer, x: Tensor, way: str, training: bool, repeats: int) -> float:
+def _seconds(layer: Layer, x: Tensor, given: Mixture | None, way: str, training: bool, repeats: int) -> float:
     """The shortest of several runs, after one that warms up."""
     layer.execution = way
     times = []
     for _ in range(1 + repeats):
         start = time.perf_counter()
         with torch.set_grad_enabled(training):
-            y = layer(x.requires_grad_(training))
+            y = layer(x.requires_grad_(training), given)
             if training:
                 torch.autograd.grad(y.sum(), [x, layer.weight], allow_unused=True)
         if x.is_cuda:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from condconv_surgery.layers import conditional_layers
+from condconv_surgery.layers import routers
 from condconv_surgery.layers.mixture import Mixture
 from condconv_surgery.running import device_of, in_mode
 
@@ -19,9 +19,9 @@ from condconv_surgery.running import device_of, in_mode
 class Observed:
     """What one pass over labelled pictures showed.
 
-    gates: for each layer with more than one expert [N, E]; a row of softmax sums to 1, one of sigmoids need not. Of a
-        layer that is called several times, the mean of its calls.
-    means: for each conditional layer the mean mixture, batch 1.
+    gates: for each router of more than one expert, by its layer or block, [N, E]; a row of softmax sums to 1, one of
+        sigmoids need not. Of one that is called several times, the mean of its calls.
+    means: for each router the mean mixture, batch 1.
     spreads: for each layer with attention, how much its scales differ between pictures (mean standard deviation).
     labels: [N]. right: whether the answer is the label, [N]. width: how many logits there are.
     """
@@ -87,8 +87,7 @@ def _listening(model: nn.Module, kept: dict[str, list[Mixture]]) -> Iterator[Non
 
         return hear
 
-    layers = conditional_layers(model).items()
-    hooks = [layer.router.register_forward_hook(listener(name)) for name, layer in layers]
+    hooks = [router.register_forward_hook(listener(name)) for name, router in routers(model).items()]
     try:
         yield
     finally:
@@ -105,8 +104,8 @@ def _frozen(model: nn.Module, means: dict[str, Mixture]) -> Iterator[None]:
 
         return replace
 
-    layers = conditional_layers(model).items()
-    hooks = [layer.router.register_forward_hook(replacer(means[name])) for name, layer in layers if name in means]
+    found = routers(model).items()
+    hooks = [router.register_forward_hook(replacer(means[name])) for name, router in found if name in means]
     try:
         yield
     finally:

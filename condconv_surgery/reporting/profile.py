@@ -11,6 +11,7 @@ from torch.nn.parameter import is_lazy
 from condconv_surgery.errors import InputError
 from condconv_surgery.layers import ConditionalConv2d, ConditionalLinear
 from condconv_surgery.layers.mixture import Mixture
+from condconv_surgery.layers.routing import Router
 from condconv_surgery.reporting.counting import Counts, ModuleCount, count
 from condconv_surgery.reporting.inputs import arguments_for, one_sample
 from condconv_surgery.reporting.model_profile import Layer, Macs, Profile
@@ -25,6 +26,7 @@ def profile(model: nn.Module, inputs: Any = None) -> Profile:
         after = before + sum over converted layers of  E*|W| (mixing) + I*E (routing, CondConv)
         parameters = before + sum of (E-1)*|W| + router
 
+    A router that serves a block is counted once, in a row of its own.
     inputs: see ``reporting.inputs.arguments_for``; of a batch, the first sample is counted.
     "Before" is derived: each conditional layer stands where a plain one of the same geometry stood.
     Raises ``InputError`` when the model does not run on the input, or has weights of no size yet.
@@ -50,6 +52,10 @@ def _rows(model: nn.Module, counts: Counts) -> list[Layer]:
         if isinstance(module, ConditionalConv2d):
             inside.update(id(part) for part in module.modules())
             rows.append(_conditional_row(name, module, seen, counts, owned))
+            continue
+        if isinstance(module, Router):
+            inside.update(id(part) for part in module.modules())
+            rows.append(_router_row(name, module, seen, counts, owned))
             continue
         parameters, size = _own_tensors(module, owned, recurse=False)
         if parameters or seen.macs:
@@ -92,6 +98,13 @@ def _conditional_row(
     )
 
 
+def _router_row(name: str, router: Router, seen: ModuleCount, counts: Counts, owned: set[int]) -> Layer:
+    """The router of a block: nothing stood there before."""
+    parameters, size = _own_tensors(router, owned, recurse=True)
+    macs = Macs(routing=_macs_inside(router, counts))
+    return _row(name, "router", seen, macs, parameters=(0, parameters), weight_bytes=(0, size))
+
+
 def _row(
     name: str,
     kind: str,
@@ -128,20 +141,25 @@ def _conditional_macs(layer: ConditionalConv2d[Any], seen: ModuleCount, counts: 
     unbatched = 1 if isinstance(layer, ConditionalLinear) else 3
     samples = sum(shape[0] if len(shape) > unbatched else 1 for shape in seen.outputs)
     positions = sum(math.prod(shape) for shape in seen.outputs) // width  # of all samples and calls
+    mixed = layer.experts * (layer.geometry.weight_numel + (width if layer.bias is not None else 0))
+    if layer.router is None:  # a block's router, which always has gates, is a row of its own
+        return Macs(convolution=positions * layer.geometry.weight_numel, mixing=samples * mixed)
     routed = counts.modules.get(layer.router)
     mixture = routed.result if routed else None
     gated = isinstance(mixture, Mixture) and mixture.gate is not None
-    mixed = layer.experts * (layer.geometry.weight_numel + (width if layer.bias is not None else 0))
-    router = sum(counts.modules.get(part, ModuleCount()).macs for part in layer.router.modules())
     heads = [part for name, part in layer.router.named_modules() if name in ATTENTION_HEADS]
     # From the weights: a router may compute all its heads in one product, which no hook on a head would see.
     attention = samples * sum(head.weight.numel() for head in heads if isinstance(head, nn.Linear))
     return Macs(
         convolution=positions * layer.geometry.weight_numel,
         mixing=samples * mixed if gated else 0,
-        routing=router - attention,
+        routing=_macs_inside(layer.router, counts) - attention,
         attention=attention,
     )
+
+
+def _macs_inside(module: nn.Module, counts: Counts) -> int:
+    return sum(counts.modules.get(part, ModuleCount()).macs for part in module.modules())
 
 
 def _own_tensors(module: nn.Module, owned: set[int], *, recurse: bool) -> tuple[int, int]:

@@ -10,22 +10,20 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from condconv_surgery.layers import Mixture, conditional_layers
+from condconv_surgery.layers import Mixture, routers
 
 
 class GateWatch:
-    """Notes the gate [B, E] of every conditional layer with more than one expert, each time it runs."""
+    """Notes the gate [B, E] of every router with more than one expert, each time it runs."""
 
     def __init__(self, model: nn.Module) -> None:
         self.seen: dict[str, Tensor] = {}
         self.handles = [
-            layer.router.register_forward_hook(self._noting(name))
-            for name, layer in conditional_layers(model).items()
-            if layer.experts > 1
+            router.register_forward_hook(self._noting(name)) for name, router in routers(model).items()
         ]
 
     def take(self) -> dict[str, Tensor]:
-        """The gates since the last ``take``; of a layer called twice, the last."""
+        """The gates since the last ``take``, by layer or block; of one called twice, the last."""
         seen, self.seen = self.seen, {}
         return seen
 
@@ -36,7 +34,7 @@ class GateWatch:
 
     def _noting(self, name: str) -> Callable[[nn.Module, object, Mixture], None]:
         def note(router: nn.Module, args: object, mixture: Mixture) -> None:
-            if mixture.gate is not None:
+            if mixture.gate is not None and mixture.gate.shape[1] > 1:
                 self.seen[name] = mixture.gate
 
         return note
@@ -50,7 +48,7 @@ class ExpertDropout:
 
     def __init__(self, model: nn.Module, p: float) -> None:
         self.p = p
-        self.handles = [layer.router.register_forward_hook(self._drop) for layer in conditional_layers(model).values()]
+        self.handles = [router.register_forward_hook(self._drop) for router in routers(model).values()]
 
     def close(self) -> None:
         """Drop no more."""
@@ -116,7 +114,7 @@ class GateUse:
 
 @contextmanager
 def measuring_gates(model: nn.Module) -> Iterator[dict[str, GateUse]]:
-    """The use of experts by conditional layer, counted while the model runs inside the block."""
+    """The use of experts by layer or block, counted while the model runs inside the ``with`` statement."""
     uses: dict[str, GateUse] = {}
 
     def counting(name: str) -> Callable[[nn.Module, object, Mixture], None]:
@@ -126,7 +124,7 @@ def measuring_gates(model: nn.Module) -> Iterator[dict[str, GateUse]]:
 
         return count
 
-    handles = [layer.router.register_forward_hook(counting(name)) for name, layer in conditional_layers(model).items()]
+    handles = [router.register_forward_hook(counting(name)) for name, router in routers(model).items()]
     try:
         yield uses
     finally:

@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from condconv_surgery.errors import InputError
-from condconv_surgery.layers import conditional_layers
+from condconv_surgery.layers import conditional_layers, routers
 from condconv_surgery.recipe.sections import LayerOptions, OptimizerOptions
 
 DECAYING = ("weight", "experts")
@@ -22,7 +22,7 @@ def roles(model: nn.Module) -> dict[str, str]:
     for layer in conditional_layers(model).values():
         kinds.update({id(p): "experts" for p in layer.parameters(recurse=False) if p.dim() > 2})
         kinds.update({id(p): "bias" for p in layer.parameters(recurse=False) if p.dim() == 2})
-        kinds.update({id(p): "router" for p in layer.router.parameters()})
+    kinds.update({id(p): "router" for router in routers(model).values() for p in router.parameters()})
     for module in model.modules():
         for parameter in module.parameters(recurse=False):
             kinds.setdefault(id(parameter), _kind(module, parameter))

@@ -8,7 +8,7 @@ import time
 import torch
 from torch import nn
 
-from condconv_surgery.layers import conditional_layers
+from condconv_surgery.layers import routers
 from condconv_surgery.training.evaluation import Tally
 from condconv_surgery.training.progress import Progress
 from condconv_surgery.training.watching import EpochRow, StepView
@@ -69,8 +69,8 @@ class Meter:
 
 def temperature_of(model: nn.Module) -> float | None:
     """The temperature of the first router that has one."""
-    for layer in conditional_layers(model).values():
-        temperature = getattr(layer.router, "temperature", None)
+    for router in routers(model).values():
+        temperature = getattr(router, "temperature", None)
         if temperature is not None:
             return float(temperature)
     return None
