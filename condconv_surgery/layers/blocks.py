@@ -45,8 +45,7 @@ def convolve_in_blocks(x: Tensor, experts: Tensor, mixture: Mixture, geometry: C
     return y
 
 
-@torch.library.custom_op("condconv_surgery::convolve_in_blocks", mutates_args=())
-def _forward(
+def forward_in_blocks(
     x: Tensor,
     experts: Tensor,
     gate: Tensor | None,
@@ -58,6 +57,7 @@ def _forward(
     dilation: list[int],
     groups: int,
 ) -> Tensor:
+    """The operator's body, in torch's own operators: x [B, I, H, W], padded already, -> [B, O, H', W']."""
     mixture = Mixture(gate, spatial, in_scale, out_scale)
     blocks = _blocks(x, experts, groups)
     if len(blocks) == 1 and is_stacked(x, experts.shape, padding, groups):  # its output is whole already
@@ -67,7 +67,14 @@ def _forward(
     for start, stop in blocks:
         kernels = _kernels(experts, _part(mixture, start, stop), groups, stop - start).to(x.dtype)
         convolve(x[start:stop], kernels, y[start:stop], stride, padding, dilation, groups)
+        del kernels  # before the next are made
     return y
+
+
+_forward = torch.library.custom_op("condconv_surgery::convolve_in_blocks", forward_in_blocks, mutates_args=())
+
+OPERATOR = torch.ops.condconv_surgery.convolve_in_blocks.default
+"""What a dispatch mode sees of ``forward_in_blocks``."""
 
 
 @_forward.register_fake

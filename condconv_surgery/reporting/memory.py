@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from condconv_surgery.layers.blocks import OPERATOR, forward_in_blocks
 from condconv_surgery.meta import META, meta_state, on_device
 from condconv_surgery.reporting.inputs import materialized
 from condconv_surgery.running import device_of, in_mode
@@ -18,8 +19,8 @@ from condconv_surgery.running import device_of, in_mode
 def peak_activations(model: nn.Module, arguments: tuple[Any, ...]) -> int:
     """The most bytes that tensors made in an eval-mode forward pass have at one time, beside weights and input.
 
-    The mixed kernels of one image are among them. What an operator takes inside itself is not: a library's workspace,
-    and the bounded block of kernels that ``layers.blocks`` keeps for a batch.
+    Mixed kernels are among them, the block that ``layers.blocks`` holds for a batch too. What a library takes inside an
+    operator (patches as columns, weights in another order) is not, nor are weights and input.
     """
     with in_mode(model, training=False), torch.no_grad():
         try:
@@ -46,6 +47,9 @@ class _Lifetimes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         for leaf in pytree.tree_leaves((args, kwargs)):
             if isinstance(leaf, Tensor):
                 self._known.add(leaf.untyped_storage())  # a weight, an input, or already counted
+        if func is OPERATOR:
+            with self:  # our own operator is no black box: what it makes inside counts
+                return forward_in_blocks(*args, **(kwargs or {}))
         result = func(*args, **(kwargs or {}))
         for leaf in pytree.tree_leaves(result):
             if isinstance(leaf, Tensor):
