@@ -8,6 +8,7 @@ from condconv_surgery.layers.dynamicconv import DynamicConv2d
 from condconv_surgery.layers.linear import ConditionalLinear
 from condconv_surgery.layers.mixture import ConvGeometry, Mixture
 from condconv_surgery.layers.odconv import ODConv2d
+from condconv_surgery.layers.routed_block import RoutedBlock, routed_blocks
 
 __all__ = [
     "CondConv2d",
@@ -17,10 +18,12 @@ __all__ = [
     "DynamicConv2d",
     "Mixture",
     "ODConv2d",
+    "RoutedBlock",
     "autotune",
     "conditional_layers",
     "conditional_like",
     "plain_like",
+    "routed_blocks",
     "routers",
     "set_temperature",
 ]

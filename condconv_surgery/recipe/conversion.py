@@ -20,6 +20,8 @@ class Selection:
     skip_pooled: leave convolutions over a 1x1 map (squeeze-and-excite), where mixing n kernels costs n times the
         convolution itself; the papers leave them static too.
     classifier: also convert the last ``nn.Linear`` (a Linear is a 1x1 convolution).
+    blocks: with ``routing="block"``, globs or ``re:`` over the names of the modules that share a router each; none
+        means the smallest module around each layer that holds more than one converted layer.
     """
 
     include: tuple[str, ...] = ()
@@ -28,9 +30,10 @@ class Selection:
     skip_stem: bool = True
     skip_pooled: bool = True
     classifier: bool = False
+    blocks: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        for flag, patterns in (("--include", self.include), ("--exclude", self.exclude)):
+        for flag, patterns in (("--include", self.include), ("--exclude", self.exclude), ("--block", self.blocks)):
             _require_patterns(flag, patterns)
         if isinstance(self.min_channels, bool) or not isinstance(self.min_channels, int) or self.min_channels < 0:
             raise InputError(

@@ -58,9 +58,30 @@ class ConvertedLayer:
 
 
 @dataclass(frozen=True)
+class SharedRouter:
+    """One router for several layers.
+
+    block: the module that holds it, by its first name. channels: of the block's input, which it sees.
+    layers: the first names of the layers inside the block that it routes for.
+    """
+
+    block: str
+    channels: int
+    layers: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        if not self.block or self.channels < 1 or not all(name.startswith(f"{self.block}.") for name in self.layers):
+            raise InputError(
+                f"A router of the block {self.block!r} with {self.channels} channels, for {', '.join(self.layers)}.",
+                "A block inside the model routes for layers inside itself, from at least 1 channel.",
+            )
+
+
+@dataclass(frozen=True)
 class Recipe:
     """Everything needed to rebuild a model around its tensors.
 
+    routers: those that serve several layers of a block.
     heads: output widths of final layers that were exchanged after building the source, by layer name.
     classes: class names, in the order of the logits; empty when unknown.
     weights_sha256: hash of the original weights (see ``models.artifact.hash_weights``).
@@ -70,6 +91,7 @@ class Recipe:
     source: Source = field(default_factory=Source)
     input: InputSpec = field(default_factory=InputSpec)
     layers: tuple[ConvertedLayer, ...] = ()
+    routers: tuple[SharedRouter, ...] = ()
     heads: dict[str, int] = field(default_factory=dict)
     classes: tuple[str, ...] = ()
     weights_sha256: str = ""
@@ -103,6 +125,10 @@ class Recipe:
                 layers=tuple(
                     ConvertedLayer(tuple(row["names"]), variant_from_dict(row["variant"]), bool(row["linear"]))
                     for row in data["layers"]
+                ),
+                routers=tuple(
+                    SharedRouter(str(row["block"]), int(row["channels"]), tuple(row["layers"]))
+                    for row in data.get("routers", [])  # younger than the format
                 ),
                 heads={str(name): int(width) for name, width in data["heads"].items()},
                 classes=tuple(str(name) for name in data["classes"]),

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
-from condconv_surgery.errors import ProofError
+from condconv_surgery.errors import InputError, ProofError
+from condconv_surgery.layers.routed_block import route_no_more
 from condconv_surgery.recipe import Recipe, Selection, Upcycling, Variant, attach_recipe, recipe_of
 from condconv_surgery.running import device_of, input_spec_of
+from condconv_surgery.surgery.block_routing import route_block, share_routers
 from condconv_surgery.surgery.fingerprint import hash_weights
-from condconv_surgery.surgery.graph import ConvSite, find_sites
+from condconv_surgery.surgery.graph import find_sites
 from condconv_surgery.surgery.proof import Difference, Outputs, compare, exceeds, in_double, require, run_both_modes
 from condconv_surgery.surgery.selection import Plan, select
 from condconv_surgery.surgery.tracing import one_line
@@ -45,6 +47,7 @@ def convert(
     skip_stem: bool = True,
     skip_pooled: bool = True,
     classifier: bool = False,
+    blocks: Sequence[str] | None = None,
     diversity: float = 0.1,
     seed: int = 0,
     inplace: bool = False,
@@ -57,7 +60,7 @@ def convert(
 
     example: an input, a tuple of all arguments, or what a detector takes; made from the model's own input
         specification when left out (3x224x224 when it has none).
-    include, exclude, min_channels, skip_stem, skip_pooled, classifier: see ``recipe.Selection``.
+    include, exclude, min_channels, skip_stem, skip_pooled, classifier, blocks: see ``recipe.Selection``.
     diversity, seed: see ``recipe.Upcycling``.
     inplace: change ``model`` itself. Otherwise it is left as it was.
     prove: run both models in both modes and compare; ``tolerance`` is absolute, in the output's units.
@@ -65,35 +68,44 @@ def convert(
     Raises ``InputError`` when nothing is left to convert or the example does not fit, and ``ProofError`` when the
     outputs differ; the model is then as it was.
     """
-    selection = Selection(tuple(include or ()), tuple(exclude or ()), min_channels, skip_stem, skip_pooled, classifier)
+    patterns = (tuple(include or ()), tuple(exclude or ()))
+    selection = Selection(*patterns, min_channels, skip_stem, skip_pooled, classifier, tuple(blocks or ()))
     upcycling = Upcycling(diversity, seed)
     arguments = example_arguments(model, example)
-    plan = make_plan(model, selection, arguments)
+    plan = make_plan(model, selection, arguments, variant)
     before = run_both_modes(model, arguments, plan.modes) if prove else None
     recipe = _recipe_with_hash(model)
     target = model if inplace else copy.deepcopy(model)
-    undo = _swap(target, plan.kept, variant, upcycling)
+    undo = _swap(target, plan, variant, upcycling)
     difference = None
     if before is not None:
         try:
             difference = _difference(target, arguments, plan, before)
             if tolerance is None and exceeds(difference, before, None):
-                original = _restored_copy(target, undo)
+                original = copy.deepcopy(target)
+                _restore(original, plan, copy.deepcopy(undo))
                 plan = _prove_in_double(original, arguments, plan, variant, upcycling, difference)
             else:
                 require(difference, before, tolerance)
         except Exception:
-            _put(target, undo)
+            _restore(target, plan, undo)
             raise
     attach_recipe(target, recipe)
     return Conversion(target, plan, difference)
 
 
-def make_plan(model: nn.Module, selection: Selection, arguments: tuple[Any, ...]) -> Plan:
-    """What ``convert`` would do, with nothing changed."""
+def make_plan(
+    model: nn.Module, selection: Selection, arguments: tuple[Any, ...], variant: Variant | None = None
+) -> Plan:
+    """What ``convert`` would do, with nothing changed. variant: says whether blocks share a router."""
     recipe = recipe_of(model)
     source = (recipe.source.name if recipe else "") or type(model).__name__
-    return select(find_sites(model, arguments), selection, source)
+    plan = select(find_sites(model, arguments), selection, source)
+    if variant is not None and variant.routing == "block":
+        return share_routers(model, plan, arguments, selection.blocks)
+    if selection.blocks:
+        raise InputError("--block without --routing block.", "It names blocks that share a router.", "--routing block")
+    return plan
 
 
 def example_arguments(model: nn.Module, example: Any = None) -> tuple[Any, ...]:
@@ -139,7 +151,7 @@ def _prove_in_double(
     original.double()
     arguments = in_double(arguments)
     before = run_both_modes(original, arguments, plan.modes)
-    _swap(original, plan.kept, variant, upcycling)
+    _swap(original, plan, variant, upcycling)
     exact = _difference(original, arguments, plan, before)
     require(exact, before, None, otherwise=difference)
     largest = max(gap.relative for gap in (exact.eval, exact.train) if gap is not None)
@@ -147,29 +159,33 @@ def _prove_in_double(
     return replace(plan, notes=(*plan.notes, note))
 
 
-def _restored_copy(model: nn.Module, undo: Places) -> nn.Module:
-    """The original again, as a copy."""
-    restored = copy.deepcopy(model)
-    memo: dict[int, Any] = {}  # a module with two names is copied once
-    _put(restored, [(name, copy.deepcopy(module, memo)) for name, module in undo])
-    return restored
-
-
 Places = list[tuple[str, nn.Module]]
 
 
-def _swap(model: nn.Module, sites: Iterable[ConvSite], variant: Variant, upcycling: Upcycling) -> Places:
-    """Put conditional layers in place, the same one at every name of a site; returns what was there."""
+def _swap(model: nn.Module, plan: Plan, variant: Variant, upcycling: Upcycling) -> Places:
+    """Put conditional layers in place, the same one at every name of a site, and the routers of blocks; returns what
+    was there."""
+    shared = {name for router in plan.routers for name in router.layers}
     layers: Places = []
     before: Places = []
-    for site in sites:
+    for site in plan.kept:
         module = model.get_submodule(site.name)
         assert isinstance(module, (nn.Conv2d, nn.Linear))
-        layer = upcycle(module, variant, upcycling, site.name)
+        routing: Literal["layer", "block"] = "block" if site.name in shared else "layer"
+        layer = upcycle(module, replace(variant, routing=routing), upcycling, site.name)
         layers += [(name, layer) for name in site.names]
         before += [(name, module) for name in site.names]
     _put(model, layers)
+    for router in plan.routers:
+        route_block(model, router)
     return before
+
+
+def _restore(model: nn.Module, plan: Plan, before: Places) -> None:
+    """Undo ``_swap``."""
+    for router in plan.routers:
+        route_no_more(model.get_submodule(router.block))
+    _put(model, before)
 
 
 def _put(model: nn.Module, places: Places) -> None:

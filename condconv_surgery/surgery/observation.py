@@ -19,7 +19,7 @@ from condconv_surgery.running import device_of, in_mode
 
 @dataclass
 class Calls:
-    """The calls of one layer: input and output shapes of each, and the place of the first among all."""
+    """The calls of one module: shapes of first input and output of each, and the place of the first among all."""
 
     order: int
     inputs: list[tuple[int, ...]] = field(default_factory=list)
@@ -62,9 +62,9 @@ def _recording(layers: Mapping[str, nn.Module]) -> Iterator[dict[str, Calls]]:
     def hook(name: str) -> Any:
         def record(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
             call = calls.setdefault(name, Calls(order=len(calls)))
-            if inputs and isinstance(inputs[0], Tensor) and isinstance(output, Tensor):
-                call.inputs.append(tuple(inputs[0].shape))
-                call.outputs.append(tuple(output.shape))
+            for shapes, tensor in ((call.inputs, inputs[0] if inputs else None), (call.outputs, output)):
+                if isinstance(tensor, Tensor):
+                    shapes.append(tuple(tensor.shape))
 
         return record
 

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from condconv_surgery.errors import InputError
-from condconv_surgery.recipe import Selection
+from condconv_surgery.recipe import Selection, SharedRouter
 from condconv_surgery.surgery.graph import ConvSite, Sites
 
 
@@ -26,13 +26,14 @@ class Skip:
 class Plan:
     """Every convolution of the model (and its classifier, when asked for) is in exactly one of the two lists.
 
-    modes, notes: as in ``Sites``.
+    modes, notes: as in ``Sites``. routers: those that several kept layers share (``surgery.block_routing``).
     """
 
     kept: tuple[ConvSite, ...]
     skipped: tuple[Skip, ...]
     modes: tuple[bool, ...] = (False, True)
     notes: tuple[str, ...] = ()
+    routers: tuple[SharedRouter, ...] = ()
 
 
 def select(found: Sites, selection: Selection, source: str = "the model") -> Plan:
@@ -100,10 +101,11 @@ def _widths(module: nn.Module) -> tuple[int, int]:
 
 
 def _matches(site: ConvSite, patterns: tuple[str, ...]) -> bool:
-    return any(_match(name, pattern) for name in site.names for pattern in patterns)
+    return any(matches(name, pattern) for name in site.names for pattern in patterns)
 
 
-def _match(name: str, pattern: str) -> bool:
+def matches(name: str, pattern: str) -> bool:
+    """``pattern`` is a glob, or ``re:`` and a regular expression, for the whole name."""
     if pattern.startswith("re:"):
         return re.fullmatch(pattern[3:], name) is not None
     return fnmatchcase(name, pattern)

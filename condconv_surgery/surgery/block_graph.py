@@ -1,0 +1,147 @@
+"""A block as a graph with one router node, whose output is an argument of each conditional convolution in it.
+
+A graph holds what the block did when it was traced. What of that could be another thing at the next call is refused, so
+that the block becomes a graph only where the graph is the block:
+
+- ``self.training``: traced in both modes, the block's mode picks the graph;
+- the modules inside that hold no converted layer (norms, dropout, squeeze-and-excite) are called, not traced, and stay
+  alive with all their settings; plain numbers among the block's own attributes are fixed;
+- decisions over values, random numbers and tensors made in forward, other gradient or autocast modes, hooks on modules
+  that the graph steps over: refused.
+"""
+
+from __future__ import annotations
+
+import inspect
+import random
+from collections.abc import Collection
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from condconv_surgery.layers.routed_block import ROUTER, Forward
+from condconv_surgery.running import in_mode
+from condconv_surgery.surgery.tracing import one_line
+
+Graphs = dict[bool, fx.Graph]
+"""By mode: ``False`` for eval, ``True`` for train."""
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+class BlockError(Exception):
+    """A block cannot become a graph; the message is the reason, in words that follow "since"."""
+
+
+def trace_block(block: nn.Module, layers: Collection[nn.Module]) -> Graphs:
+    """The block's graph in each mode, ``layers`` and all modules without any of them as single nodes.
+
+    Nothing is changed. Raises ``BlockError`` where a graph would not be the block.
+    """
+    _require_plain(block, layers)
+    graphs: Graphs = {}
+    for training in (False, True):
+        with in_mode(block, training):
+            graphs[training] = _trace(block, layers)
+    return graphs
+
+
+def calls(graph: fx.Graph, block: nn.Module, layer: nn.Module) -> list[fx.Node]:
+    """The nodes that call ``layer``."""
+    return [node for node in graph.nodes if node.op == "call_module" and _target(block, node) is layer]
+
+
+def insert_router(graph: fx.Graph, block: nn.Module, layers: Collection[nn.Module]) -> None:
+    """One router node on the first input; its mixture becomes the second argument of every call of ``layers``.
+
+    The block must have its router already.
+    """
+    inputs = [node for node in graph.nodes if node.op == "placeholder"]
+    with graph.inserting_after(inputs[-1]):
+        mixture = graph.call_module(ROUTER, (inputs[0],))
+    for layer in layers:
+        for node in calls(graph, block, layer):
+            node.args = (node.args[0], mixture)
+    graph.lint()
+
+
+def forward_of(graph: fx.Graph, block: nn.Module) -> Forward:
+    """The graph as a function of the block and its inputs."""
+    forward: Forward = type(fx.GraphModule(block, graph, type(block).__name__)).forward
+    return forward
+
+
+def _require_plain(block: nn.Module, layers: Collection[nn.Module]) -> None:
+    """What can be seen without tracing."""
+    if isinstance(block, (nn.Sequential, nn.ModuleList, nn.ModuleDict)):
+        raise BlockError("it is a bare container, in which a router would be one more member")
+    if hasattr(block, ROUTER):
+        raise BlockError(f"it has an attribute {ROUTER!r} already")
+    if "forward" in block.__dict__:
+        raise BlockError("its forward was replaced on the object")
+    for parameter in inspect.signature(block.forward).parameters.values():
+        if parameter.kind is not parameter.POSITIONAL_OR_KEYWORD or parameter.default is not parameter.empty:
+            raise BlockError(f"its forward has an optional argument {parameter.name!r}")
+    wanted = set(layers)
+    for name, inner in block.named_modules():
+        stepped_over = inner is not block and inner not in wanted and _holds(inner, wanted)
+        if stepped_over and any(getattr(inner, kind) for kind in _HOOKS):
+            raise BlockError(f"{name} inside it has hooks, which a graph would not call")
+
+
+def _trace(block: nn.Module, layers: Collection[nn.Module]) -> fx.Graph:
+    attributes, before = set(block.__dict__), _random_state()
+    try:
+        graph = _Tracer(layers).trace(block)
+    except BlockError:
+        raise
+    except Exception as error:  # whatever a user's forward raises when run on proxies
+        raise BlockError(f"it cannot be traced: {one_line(error)}") from error
+    finally:
+        made = set(block.__dict__) - attributes
+        for name in made:
+            delattr(block, name)
+    if made:
+        raise BlockError("its forward makes tensors or attributes of its own")
+    if _random_state() != before:
+        raise BlockError("its forward draws random numbers, which a graph would repeat")
+    for layer in layers:
+        for node in calls(graph, block, layer):
+            if len(node.args) != 1 or node.kwargs:
+                raise BlockError(f"{node.target} is called with more than its input")
+    return graph
+
+
+def _random_state() -> tuple[Any, bytes]:
+    return random.getstate(), torch.get_rng_state().numpy().tobytes()
+
+
+def _modes() -> tuple[bool, ...]:
+    autocast = (torch.is_autocast_enabled(device) for device in ("cpu", "cuda"))
+    return (torch.is_grad_enabled(), torch.is_inference_mode_enabled(), *autocast)
+
+
+def _target(block: nn.Module, node: fx.Node) -> nn.Module:
+    return block.get_submodule(str(node.target))
+
+
+def _holds(module: nn.Module, wanted: Collection[nn.Module]) -> bool:
+    return any(inner in wanted for inner in module.modules())
+
+
+class _Tracer(fx.Tracer):
+    """Goes through the modules that hold a wanted layer; every other one is a node."""
+
+    def __init__(self, layers: Collection[nn.Module]) -> None:
+        super().__init__()
+        self._wanted = set(layers)
+        self._modes = _modes()
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return m in self._wanted or not _holds(m, self._wanted)
+
+    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
+        if _modes() != self._modes:
+            raise BlockError("its forward changes the gradient or autocast mode, which a graph does not keep")
+        return super().create_node(*args, **kwargs)

@@ -1,0 +1,156 @@
+"""Block-shared routing: which layers share a router, and the surgery that makes them.
+
+A *block* is the smallest module that is not the model itself nor a bare container (``nn.Sequential``, ``ModuleList``)
+and holds more than one layer to convert: torchvision's ``BasicBlock``, ``Bottleneck``, ``InvertedResidual``, timm's
+``InvertedResidual``. Or the user names blocks. One router sees the block's (first) input; its mixture goes to all the
+layers. A layer in no block keeps a router of its own, and so does every layer of a block that cannot become a graph.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from torch import nn
+
+from condconv_surgery.errors import InputError
+from condconv_surgery.layers import ConditionalConv2d, ConvGeometry
+from condconv_surgery.layers.routed_block import route_once
+from condconv_surgery.layers.routing import make_router
+from condconv_surgery.recipe import SharedRouter
+from condconv_surgery.surgery.block_graph import BlockError, Graphs, calls, forward_of, insert_router, trace_block
+from condconv_surgery.surgery.graph import ConvSite
+from condconv_surgery.surgery.observation import Calls, observe
+from condconv_surgery.surgery.selection import Plan, matches
+
+Seen = dict[bool, dict[str, Calls]]
+
+
+def share_routers(model: nn.Module, plan: Plan, arguments: tuple[Any, ...], blocks: Sequence[str] = ()) -> Plan:
+    """The plan with ``routers``: the blocks that route once. Nothing is changed.
+
+    blocks: see ``recipe.Selection``. Notes say which layers keep a router of their own, and why.
+    Raises ``InputError`` when no block can share a router, or a pattern names no module.
+    """
+    members = _members(model, plan.kept, blocks)
+    seen = _observed(model, plan, members, arguments)
+    routers: list[SharedRouter] = []
+    own: dict[str, list[str]] = defaultdict(list)
+    for block, sites in members.items():
+        try:
+            routers.append(_router(model, block, sites, seen))
+        except BlockError as error:
+            own[str(error)] += [site.name for site in sites]
+    notes = tuple(f"a router of its own for {_listed(names)}: {reason}" for reason, names in own.items())
+    if not routers:
+        raise InputError(
+            f"No block of the model can share a router: {'; '.join(own)}.",
+            "A block holds more than one converted layer and can be traced by torch.fx.",
+            '--block "layer4.*" names blocks, --routing layer gives each layer its own router',
+        )
+    return replace(plan, routers=tuple(routers), notes=(*plan.notes, *notes))
+
+
+def route_block(model: nn.Module, shared: SharedRouter) -> None:
+    """Give a block of ``model`` its router and the forward that uses it, in place.
+
+    Its conditional layers, without routers, must be in their places. Raises ``BlockError``, or ``AttributeError`` for a
+    module that is not there; the block is then as it was.
+    """
+    block = model.get_submodule(shared.block)
+    layers = [_conditional(model, name) for name in shared.layers]
+    graphs = trace_block(block, layers)
+    first = layers[0]
+    geometry = ConvGeometry.make(shared.channels, shared.channels, 1)
+    router = make_router(geometry, first.variant, first.weight.device, first.weight.dtype)
+    router.train(block.training).requires_grad_(any(layer.weight.requires_grad for layer in layers))
+    block.add_module("router", router)
+    for graph in graphs.values():
+        insert_router(graph, block, layers)
+    route_once(block, router, forward_of(graphs[False], block), forward_of(graphs[True], block))
+
+
+def _members(model: nn.Module, sites: Iterable[ConvSite], patterns: Sequence[str]) -> dict[str, list[ConvSite]]:
+    """The sites of each block, by its name; under ``""`` those in none."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    unknown = [pattern for pattern in patterns if not any(matches(name, pattern) for name in modules if name)]
+    if unknown:
+        names = [name for name, module in modules.items() if name and any(True for _ in module.children())]
+        raise InputError(
+            f'--block "{unknown[0]}" names no module.',
+            f"Modules are named like: {', '.join(names[:: max(len(names) // 3, 1)][:3])}.",
+            '--block "layer4.*"',
+        )
+    sites = [site for site in sites if not site.linear]
+    kept = {id(site.module) for site in sites}
+    members = defaultdict(list)
+    for site in sites:
+        members[_block_of(site.name, modules, kept, patterns)].append(site)
+    return dict(members)
+
+
+def _block_of(name: str, modules: Mapping[str, nn.Module], kept: set[int], patterns: Sequence[str]) -> str:
+    while "." in name:
+        name = name.rpartition(".")[0]
+        if patterns:
+            if any(matches(name, pattern) for pattern in patterns):
+                return name
+            continue
+        bare = isinstance(modules[name], (nn.Sequential, nn.ModuleList, nn.ModuleDict))
+        if not bare and sum(id(module) in kept for module in modules[name].modules()) > 1:
+            return name
+    return ""
+
+
+def _observed(model: nn.Module, plan: Plan, members: Mapping[str, list[ConvSite]], arguments: tuple[Any, ...]) -> Seen:
+    """The calls of blocks and of their layers in each mode in which the model runs."""
+    watched = {name: model.get_submodule(name) for name in members if name}
+    watched |= {site.name: site.module for sites in members.values() for site in sites}
+    return {mode: observe(model, watched, arguments, mode) for mode in plan.modes}
+
+
+def _router(model: nn.Module, name: str, sites: list[ConvSite], seen: Seen) -> SharedRouter:
+    """The router of a block. Raises ``BlockError`` when each of its layers needs its own."""
+    if not name:
+        raise BlockError("no block inside the model holds it")
+    if len(sites) == 1:
+        raise BlockError("no other converted layer of its block is left to share one")
+    outside = [other for site in sites for other in site.names if not other.startswith(f"{name}.")]
+    if outside:
+        raise BlockError(f"a layer of its block is {outside[0]} too, outside of it")
+    block = model.get_submodule(name)
+    graphs = trace_block(block, [site.module for site in sites])
+    shapes = [shape for found in seen.values() if name in found for shape in found[name].inputs]
+    if not shapes or any(len(shape) != 4 for shape in shapes):
+        raise BlockError("the first input of its block is no feature map [B, C, H, W]")
+    channels = {shape[1] for shape in shapes}
+    if len(channels) > 1:
+        raise BlockError(f"its block is called with {len(channels)} numbers of channels")
+    for site in sites:
+        _require_same_calls(block, name, site, graphs, seen)
+    return SharedRouter(name, channels.pop(), tuple(site.name for site in sites))
+
+
+def _require_same_calls(block: nn.Module, name: str, site: ConvSite, graphs: Graphs, seen: Seen) -> None:
+    """Every call of the layer comes from the block's forward, with the batch of the block's input."""
+    for mode, found in seen.items():
+        nodes = len(calls(graphs[mode], block, site.module))
+        expected = [shape[0] for shape in found[name].inputs] if name in found else []
+        batches = [shape[0] for shape in found[site.name].inputs] if site.name in found else []
+        if len(batches) != nodes * len(expected):
+            raise BlockError(f"{site.name} is called by others than the block's forward")
+        if set(batches) - set(expected):
+            raise BlockError(f"{site.name} sees a batch of another size than the block")
+
+
+def _conditional(model: nn.Module, name: str) -> ConditionalConv2d[Any]:
+    layer = model.get_submodule(name)
+    if not isinstance(layer, ConditionalConv2d) or layer.router is not None:
+        raise AttributeError(f"{name} is no conditional layer without a router")
+    return layer
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
