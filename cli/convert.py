@@ -31,6 +31,12 @@ def convert(
     reduction: Annotated[
         int | None, typer.Option(help="Hidden width of the router: channels / REDUCTION (odconv, dynamicconv).")
     ] = None,
+    routing: Annotated[
+        str, typer.Option(help="layer: a router for each layer; block: one for all layers of a block.")
+    ] = "layer",
+    block: Annotated[
+        list[str] | None, typer.Option(help="Modules that share a router, a glob or re:REGEX; repeatable [found].")
+    ] = None,
     include: Patterns = None,
     exclude: Patterns = None,
     min_channels: Annotated[int, typer.Option(help="Leave layers with fewer input or output channels.")] = 0,
@@ -54,8 +60,9 @@ def convert(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")] = False,
 ) -> None:
     """Replace the convolutions of a trained MODEL by conditional ones; same function at the start."""
-    variant = make_variant(kind, experts=experts, reduction=reduction)
-    selection = Selection(tuple(include or ()), tuple(exclude or ()), min_channels, skip_stem, skip_pooled, classifier)
+    variant = make_variant(kind, experts=experts, reduction=reduction, routing=routing)
+    patterns = (tuple(include or ()), tuple(exclude or ()))
+    selection = Selection(*patterns, min_channels, skip_stem, skip_pooled, classifier, tuple(block or ()))
     upcycling = Upcycling(diversity, seed)
     _check_sizes(input_size, tolerance)
     path = None if dry_run else _writable(output)
@@ -126,12 +133,13 @@ def _save(conversion: Conversion, path: Path) -> None:
 def _show_plan(model: nn.Module, selection: Selection, variant: Variant, as_json: bool) -> None:
     from condconv_surgery.surgery import example_arguments, make_plan
 
-    plan = make_plan(model, selection, example_arguments(model))
+    plan = make_plan(model, selection, example_arguments(model), variant)
     if as_json:
         print_json(
             {
                 "variant": variant.kind,
                 "experts": variant.experts,
+                "routers": [{"block": router.block, "layers": router.layers} for router in plan.routers],
                 "kept": [{"name": site.name, "calls": site.calls, "input": site.input} for site in plan.kept],
                 "skipped": _skipped(plan),
                 "notes": list(plan.notes),
@@ -151,9 +159,12 @@ def _print_plan(plan: Plan) -> None:
     table.add_column("layer", overflow="fold")
     table.add_column("input", no_wrap=True)
     table.add_column("plan", overflow="fold")
+    block_of = {name: router.block for router in plan.routers for name in router.layers}
     for site in plan.kept:
         shape = "x".join(map(str, site.input[1:])) if site.input else ""
-        table.add_row(site.name, shape, "convert" + (f", called {site.calls} times" if site.calls > 1 else ""))
+        times = f", called {site.calls} times" if site.calls > 1 else ""
+        routed = f", routed by {block_of[site.name]}" if site.name in block_of else ""
+        table.add_row(site.name, shape, f"convert{times}{routed}")
     for skip in plan.skipped:
         table.add_row(skip.name, "", f"leave: {skip.reason}")
     Console().print(table)
@@ -174,6 +185,7 @@ def _summary(source: str, path: Path, variant: Variant, conversion: Conversion) 
         "variant": variant.kind,
         "experts": variant.experts,
         "converted": len(conversion.plan.kept),
+        "routers": len(conversion.plan.kept) - sum(len(router.layers) - 1 for router in conversion.plan.routers),
         "skipped": _skipped(conversion.plan),
         "parameters": {name: totals["parameters"][name] for name in ("before", "after")},
         "macs": {name: totals["macs"][name] for name in ("before", "after")},
@@ -198,6 +210,8 @@ def _say_summary(summary: dict[str, Any], conversion: Conversion) -> None:
     say(
         f"Converted   {kept} of {kept + len(skipped)} layers to {summary['variant']}, {summary['experts']} experts each"
     )
+    if summary["routers"] < kept:
+        say(f"Routers     {summary['routers']}, {len(conversion.plan.routers)} of them for a whole block")
     for reason in dict.fromkeys(row["reason"] for row in skipped):
         names = [row["name"] for row in skipped if row["reason"] == reason]
         say(f"Left        {', '.join(names[:3])}{f' and {len(names) - 3} more' if len(names) > 3 else ''}: {reason}")

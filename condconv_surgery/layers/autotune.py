@@ -42,7 +42,10 @@ def autotune(model: nn.Module, *arguments: Any, repeats: int = 3) -> dict[str, s
 
 
 def _inputs(model: nn.Module, arguments: tuple[Any, ...]) -> dict[Layer, tuple[Tensor, Mixture | None]]:
-    """The input of each layer's first call, and the mixture where the router of a block gives it. The pass is made in eval mode: no running statistic moves."""
+    """The input of each layer's first call, and the mixture where the router of a block gives it.
+
+    The pass is made in eval mode: no running statistic moves.
+    """
     found: dict[Layer, tuple[Tensor, Mixture | None]] = {}
 
     def note(layer: nn.Module, given: tuple[Any, ...]) -> None:

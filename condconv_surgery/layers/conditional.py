@@ -97,7 +97,10 @@ class ConditionalConv2d(nn.Module, Generic[V]):
             self.router.zero_()
 
     def route(self, x: Tensor) -> Mixture:
-        """The mixture of each sample of ``x`` [B, I, H, W] by the layer's own router. Raises ``InputError`` for none."""
+        """The mixture of each sample of ``x`` [B, I, H, W], by the layer's own router.
+
+        Raises ``InputError`` when it has none.
+        """
         if self.router is None:
             raise InputError(
                 f"This {type(self).__name__} has no router: that of its block routes for it (routing='block').",

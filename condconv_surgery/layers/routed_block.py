@@ -25,28 +25,41 @@ ROUTER = "router"
 class RoutedBlock(nn.Module):
     """Mixed into the class of a block that routes once; its ``forward`` is made from a graph, one for each mode.
 
-    A block of such a class, made in memory, cannot be pickled: ``condconv_surgery.save`` writes it.
+    routed_from: the block's own class. routed_layers: the names, inside the block, of the layers that it routes for.
+    routed_channels: of the block's input. A block of such a class, which is made in memory, cannot be pickled:
+    ``condconv_surgery.save`` writes it.
     """
 
-    plain_class: ClassVar[type[nn.Module]]
-    in_eval: ClassVar[Forward]
-    in_train: ClassVar[Forward]
+    routed_from: ClassVar[type[nn.Module]]
+    routed_layers: ClassVar[tuple[str, ...]]
+    routed_channels: ClassVar[int]
+    routed_eval: ClassVar[Forward]
+    routed_train: ClassVar[Forward]
 
     router: Router
 
     def forward(self, *args: Any) -> Any:
         """What the block computes, its conditional layers given the mixture of the block's router."""
-        return self.in_train(*args) if self.training else self.in_eval(*args)
+        return self.routed_train(*args) if self.training else self.routed_eval(*args)
 
 
-def route_once(block: nn.Module, router: Router, in_eval: Forward, in_train: Forward) -> None:
+def route_once(
+    block: nn.Module, router: Router, layers: tuple[str, ...], channels: int, in_eval: Forward, in_train: Forward
+) -> None:
     """Give ``block`` a router and another forward, in place.
 
-    in_eval, in_train: called with the block and its inputs, in eval and in train mode.
+    layers, channels: see ``RoutedBlock``. in_eval, in_train: called with the block and its inputs, in either mode.
     """
     plain = type(block)
     block.add_module(ROUTER, router)
-    names = {"plain_class": plain, "in_eval": in_eval, "in_train": in_train, "__module__": plain.__module__}
+    names = {
+        "routed_from": plain,
+        "routed_layers": layers,
+        "routed_channels": channels,
+        "routed_eval": in_eval,
+        "routed_train": in_train,
+        "__module__": plain.__module__,
+    }
     block.__class__ = type(f"Routed{plain.__name__}", (RoutedBlock, plain), names)
 
 
@@ -54,7 +67,7 @@ def route_no_more(block: nn.Module) -> None:
     """Undo ``route_once``."""
     assert isinstance(block, RoutedBlock)
     del block._modules[ROUTER]
-    block.__class__ = block.plain_class
+    block.__class__ = block.routed_from
 
 
 def routed_blocks(model: nn.Module) -> dict[str, RoutedBlock]:
@@ -64,7 +77,7 @@ def routed_blocks(model: nn.Module) -> dict[str, RoutedBlock]:
 
 def plain_class_of(module: nn.Module) -> type[nn.Module]:
     """The class of a module as its author knows it."""
-    return module.plain_class if isinstance(module, RoutedBlock) else type(module)
+    return module.routed_from if isinstance(module, RoutedBlock) else type(module)
 
 
 @contextmanager
@@ -73,7 +86,7 @@ def plain_forwards(model: nn.Module) -> Iterator[None]:
     classes = {block: type(block) for block in routed_blocks(model).values()}
     try:
         for block in classes:
-            block.__class__ = block.plain_class
+            block.__class__ = block.routed_from
         yield
     finally:
         for block, routed in classes.items():

@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from condconv_surgery.errors import DamagedFileError, InputError, nearest
-from condconv_surgery.layers import ConditionalConv2d, ConditionalLinear
+from condconv_surgery.layers import ConditionalConv2d, ConditionalLinear, routed_blocks
 from condconv_surgery.models.allowlist import check_trust
 from condconv_surgery.models.building import build, exchange_heads, put_conditional
 from condconv_surgery.models.container import (
@@ -37,7 +37,8 @@ from condconv_surgery.models.pickled import check_module
 from condconv_surgery.models.recognition import recognise_module, same_modules
 from condconv_surgery.models.skeleton import Skeleton, describe, rebuild, transient_tensors
 from condconv_surgery.models.values import UndescribableError
-from condconv_surgery.recipe import ConvertedLayer, Recipe, attach_recipe, recipe_of
+from condconv_surgery.recipe import ConvertedLayer, Recipe, SharedRouter, attach_recipe, recipe_of
+from condconv_surgery.surgery import BlockError, route_block
 
 __all__ = ["attach_recipe", "is_artifact", "load", "read_recipe", "recipe_of", "save"]
 
@@ -87,7 +88,9 @@ def load(path: str | Path, *, model: nn.Module | None = None, trust: tuple[str, 
             exchange_heads(skeleton, recipe.heads)
         for row in recipe.layers:
             put_conditional(skeleton, row)
-    except (AttributeError, IndexError, TypeError, RuntimeError) as error:
+        for shared in recipe.routers:
+            route_block(skeleton, shared)
+    except (AttributeError, IndexError, TypeError, RuntimeError, BlockError) as error:
         raise DamagedFileError(
             f"{path} does not fit its own source {recipe.source.name or 'model'!r}: {error}.",
             "The recipe's layers must exist in the model that its source builds.",
@@ -103,7 +106,7 @@ def _current_recipe(model: nn.Module) -> Recipe:
     if not recipe.source.name:
         recipe = replace(recipe, source=recognise_module(model) or recipe.source)
     versions = {name: version(name) for name in ("torch", "torchvision", "condconv-surgery")}
-    return replace(recipe, layers=_converted_layers(model), versions=versions)
+    return replace(recipe, layers=_converted_layers(model), routers=_shared_routers(model), versions=versions)
 
 
 def _converted_layers(model: nn.Module) -> tuple[ConvertedLayer, ...]:
@@ -114,6 +117,13 @@ def _converted_layers(model: nn.Module) -> tuple[ConvertedLayer, ...]:
     return tuple(
         ConvertedLayer(tuple(names), layer.variant, isinstance(layer, ConditionalLinear))
         for names, layer in found.values()
+    )
+
+
+def _shared_routers(model: nn.Module) -> tuple[SharedRouter, ...]:
+    return tuple(
+        SharedRouter(name, block.routed_channels, tuple(f"{name}.{layer}" for layer in block.routed_layers))
+        for name, block in routed_blocks(model).items()
     )
 
 
@@ -149,6 +159,7 @@ def _check_widths(content: Content) -> None:
     most = max((side for tensor in content.tensors.values() for side in tensor.shape), default=0)
     asked = [*recipe.heads.values(), *(row.variant.experts for row in layers)]
     asked += [getattr(row.variant, "min_hidden", 0) for row in layers]
+    asked += [shared.channels for shared in recipe.routers]
     asked += [width for name, width in recipe.source.options.items() if name == "num_classes" and type(width) is int]
     lies = [width for width in asked if width > max(most, SMALL)]
     if lies:

@@ -17,6 +17,7 @@ from torch import nn
 
 from condconv_surgery.errors import InputError
 from condconv_surgery.layers import ConditionalConv2d, ConditionalLinear
+from condconv_surgery.layers.routing import Router
 from condconv_surgery.models.building import exchange_heads
 from condconv_surgery.models.hollow import build_hollow
 from condconv_surgery.models.skeleton import describe
@@ -90,10 +91,11 @@ def original_shapes(model: nn.Module) -> Shapes:
     """The shapes of the state that the model had before conversion."""
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     for name, layer in model.named_modules(remove_duplicate=False):
+        prefix = f"{name}." if name else ""
+        if isinstance(layer, Router):
+            shapes = {key: shape for key, shape in shapes.items() if not key.startswith(prefix)}
         if not isinstance(layer, ConditionalConv2d):
             continue
-        prefix = f"{name}." if name else ""
-        shapes = {key: shape for key, shape in shapes.items() if not key.startswith(f"{prefix}router.")}
         weight = layer.geometry.weight_shape
         shapes[f"{prefix}weight"] = weight[:2] if isinstance(layer, ConditionalLinear) else weight
         if layer.bias is not None:

@@ -4,7 +4,7 @@ Each module is its class by name, and its attributes by value. Rebuilding looks 
 empty object of the class and sets the attributes: no constructor and nothing else in the file is called.
 
 Not described, and so not rebuilt: hooks; lambdas and local functions; large tensors kept as plain attributes. A
-conditional layer is described as the plain layer that it replaced.
+conditional layer is described as the plain layer that it replaced, a block that routes for its layers as it was before.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from condconv_surgery.errors import DamagedFileError, InputError, SurgeryError
-from condconv_surgery.layers import ConditionalConv2d, plain_like
+from condconv_surgery.layers import ConditionalConv2d, RoutedBlock, plain_like
+from condconv_surgery.layers.routed_block import ROUTER, plain_class_of
 from condconv_surgery.models.allowlist import resolve
 from condconv_surgery.models.values import UndescribableError, ValueReader, ValueWriter, name_in_file
 from condconv_surgery.recipe import Recipe
@@ -97,8 +98,9 @@ def _row(module: nn.Module, writer: ValueWriter, tensors: dict[int, int]) -> dic
         number = tensors.setdefault(id(tensor), len(tensors))
         return [number, list(tensor.shape), str(tensor.dtype).removeprefix("torch.")]
 
+    own = {ROUTER} if isinstance(module, RoutedBlock) else set()
     return {
-        "class": name_in_file(type(module)),
+        "class": name_in_file(plain_class_of(module)),
         "state": {
             key: writer.write(value, f"{type(module).__name__}.{key}")
             for key, value in module.__dict__.items()
@@ -107,7 +109,11 @@ def _row(module: nn.Module, writer: ValueWriter, tensors: dict[int, int]) -> dic
         "parameters": {name: slot(value) for name, value in module._parameters.items()},
         "buffers": {name: slot(value) for name, value in module._buffers.items()},
         "transient": sorted(module._non_persistent_buffers_set),
-        "children": {name: None if child is None else writer.number(child) for name, child in module._modules.items()},
+        "children": {
+            name: None if child is None else writer.number(child)
+            for name, child in module._modules.items()
+            if name not in own
+        },
     }
 
 

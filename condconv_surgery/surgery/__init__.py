@@ -1,5 +1,7 @@
 """The operation: find the convolutions of a trained model, plan, upcycle, swap, prove."""
 
+from condconv_surgery.surgery.block_graph import BlockError
+from condconv_surgery.surgery.block_routing import route_block, share_routers
 from condconv_surgery.surgery.convert import Conversion, convert, example_arguments, make_plan
 from condconv_surgery.surgery.fingerprint import hash_weights
 from condconv_surgery.surgery.graph import ConvSite, Sites, find_sites
@@ -8,6 +10,7 @@ from condconv_surgery.surgery.selection import Plan, Skip, select
 from condconv_surgery.surgery.upcycling import upcycle
 
 __all__ = [
+    "BlockError",
     "ConvSite",
     "Conversion",
     "Difference",
@@ -20,6 +23,8 @@ __all__ = [
     "find_sites",
     "hash_weights",
     "make_plan",
+    "route_block",
     "select",
+    "share_routers",
     "upcycle",
 ]

@@ -17,7 +17,7 @@ from torch import nn
 
 from condconv_surgery.errors import InputError
 from condconv_surgery.layers import ConditionalConv2d, ConvGeometry
-from condconv_surgery.layers.routed_block import route_once
+from condconv_surgery.layers.routed_block import ROUTER, route_once
 from condconv_surgery.layers.routing import make_router
 from condconv_surgery.recipe import SharedRouter
 from condconv_surgery.surgery.block_graph import BlockError, Graphs, calls, forward_of, insert_router, trace_block
@@ -66,10 +66,12 @@ def route_block(model: nn.Module, shared: SharedRouter) -> None:
     geometry = ConvGeometry.make(shared.channels, shared.channels, 1)
     router = make_router(geometry, first.variant, first.weight.device, first.weight.dtype)
     router.train(block.training).requires_grad_(any(layer.weight.requires_grad for layer in layers))
-    block.add_module("router", router)
+    block.add_module(ROUTER, router)
     for graph in graphs.values():
         insert_router(graph, block, layers)
-    route_once(block, router, forward_of(graphs[False], block), forward_of(graphs[True], block))
+    inside = tuple(name.removeprefix(f"{shared.block}.") for name in shared.layers)
+    forwards = (forward_of(graphs[mode], block) for mode in (False, True))
+    route_once(block, router, inside, shared.channels, *forwards)
 
 
 def _members(model: nn.Module, sites: Iterable[ConvSite], patterns: Sequence[str]) -> dict[str, list[ConvSite]]:
