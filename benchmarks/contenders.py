@@ -73,12 +73,13 @@ class AuthorsODConv(nn.Module):
         return y if mixture.out_scale is None else y * mixture.out_scale[:, :, None, None]
 
     def _attend(self, batch: int, gate: Tensor | None, spatial: Tensor | None) -> Tensor:
-        weights = self.layer.weight.unsqueeze(0)  # [1, E, O, I/G, kh, kw]
+        attention: Tensor | float = 1.0  # both attentions first, as theirs: one pass over B*E kernels, not two
         if spatial is not None:
-            weights = spatial[:, None, None, None] * weights
+            attention = spatial[:, None, None, None]  # [B, 1, 1, 1, kh, kw]
         if gate is not None:
-            weights = gate[:, :, None, None, None, None] * weights
-        return weights.expand(batch, -1, -1, -1, -1, -1).sum(1)
+            attention = attention * gate[:, :, None, None, None, None]  # [B, E, 1, 1, kh or 1, kw or 1]
+        weights: Tensor = attention * self.layer.weight.unsqueeze(0)  # [B, E, O, I/G, kh, kw]
+        return weights.sum(1)
 
 
 class TimmCondConv(nn.Module):
