@@ -1,0 +1,167 @@
+"""One model: convert, compare, save, load, take a step. What came of it is a ``Row``."""
+
+from __future__ import annotations
+
+import contextlib
+import tempfile
+import time
+import traceback
+from collections import Counter
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+import condconv_surgery as cs
+from condconv_surgery.layers import conditional_layers
+from condconv_surgery.running import in_mode
+from tests.sweep.models import Case, inputs_of
+
+EXPERTS = 2
+
+
+@dataclass(frozen=True)
+class Row:
+    """What came of one model.
+
+    input: shape of the first argument. skipped: how many convolutions for each reason. eval, train: the largest
+    difference between original and converted, relative to the largest output. loaded: the loaded artifact's outputs
+    are bit-identical. stepped: an optimizer step on the converted model moves every layer that has a gradient.
+    failure: what went wrong, and where.
+    """
+
+    source: str
+    kind: str
+    parameters: int = 0
+    input: tuple[int, ...] = ()
+    convolutions: int = 0
+    converted: int = 0
+    skipped: dict[str, int] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+    eval: float | None = None
+    train: float | None = None
+    loaded: bool | None = None
+    stepped: bool | None = None
+    seconds: float = 0.0
+    failure: str = ""
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def try_model(case: Case) -> Row:
+    """The whole of a conversion; whatever is raised on the way ends in ``failure``."""
+    begin = time.perf_counter()
+    found: dict[str, Any] = {"source": case.source, "kind": case.kind}
+    try:
+        torch.manual_seed(0)
+        _try(case, found)
+    except Exception as error:  # a sweep goes on
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        found["failure"] = f"{type(error).__name__}: {error} ({Path(place.filename).name}:{place.lineno})"
+    return Row(**found, seconds=round(time.perf_counter() - begin, 1))
+
+
+def _try(case: Case, found: dict[str, Any]) -> None:
+    model = case.build()
+    found["parameters"] = sum(p.numel() for p in model.parameters())
+    found["convolutions"] = sum(isinstance(m, nn.Conv2d) for m in model.modules())
+    if not found["convolutions"]:
+        kinds = Counter(type(m).__name__ for m in model.modules() if "Conv" in type(m).__name__)
+        found["notes"] = (f"no 2D convolution ({', '.join(kinds) or 'none of any kind'})",)
+        return
+    arguments = _fitting(case, model)
+    found["input"] = _first_shape(arguments)
+    _settle(model, arguments)
+    conversion = cs.convert(
+        model, cs.CondConv(experts=EXPERTS), example=arguments, skip_stem=False, skip_pooled=False, inplace=True
+    )
+    _describe(conversion, found)
+    found["loaded"] = _survives_its_file(conversion.model, arguments)
+    found["stepped"] = _takes_a_step(conversion.model, arguments)
+
+
+def _fitting(case: Case, model: nn.Module) -> tuple[Any, ...]:
+    """The first arguments on which the model runs in both modes, else in eval mode."""
+    runs: dict[bool, tuple[Any, ...]] = {}
+    for arguments in inputs_of(case, model):
+        for training in (False, True):
+            try:
+                _outputs(model, arguments, training)
+            except Exception:  # too small, or not its size
+                break
+            runs.setdefault(training, arguments)
+        if True in runs:
+            return runs[True]
+    return runs[False] if runs else arguments
+
+
+def _settle(model: nn.Module, arguments: tuple[Any, ...]) -> None:
+    """Batch norms take the statistics of the input, as in a trained model: with those that they are made with, a deep
+    network of random weights computes nearly the same for every input."""
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    before = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.momentum = None  # the plain average of all batches
+        norm.reset_running_stats()
+    with contextlib.suppress(Exception):  # no train mode on this input
+        _outputs(model, arguments, training=True)
+    for norm, momentum in zip(norms, before, strict=True):
+        norm.momentum = momentum
+
+
+def _describe(conversion: cs.Conversion, found: dict[str, Any]) -> None:
+    plan, difference = conversion.plan, conversion.difference
+    assert difference is not None
+    found["converted"] = len(plan.kept)
+    found["skipped"] = dict(Counter(skip.reason for skip in plan.skipped))
+    found["notes"] = plan.notes
+    found["eval"] = difference.eval and difference.eval.relative
+    found["train"] = difference.train and difference.train.relative
+
+
+def _survives_its_file(model: nn.Module, arguments: tuple[Any, ...]) -> bool:
+    with tempfile.TemporaryDirectory() as folder:
+        cs.save(model, Path(folder) / "m.safetensors")
+        loaded = cs.load(Path(folder) / "m.safetensors")
+    ours, theirs = _outputs(model, arguments), _outputs(loaded, arguments)
+    same = [a.shape == b.shape and bool(((a == b) | (a.isnan() & b.isnan())).all()) for a, b in zip(ours, theirs)]  # noqa: B905
+    return bool(same) and len(ours) == len(theirs) and all(same)
+
+
+def _takes_a_step(model: nn.Module, arguments: tuple[Any, ...]) -> bool:
+    """In train mode where the model has one, with any differentiable number as the loss."""
+    layers = conditional_layers(model).values()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    for _ in range(2):  # a head that starts at zero passes no gradient on before it has moved itself
+        optimizer.zero_grad()
+        try:
+            loss = _loss(model.train()(*arguments))
+        except Exception:  # what has no train mode on this input (a batch norm over one value) steps in eval mode
+            loss = _loss(model.eval()(*arguments))
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0, error_if_nonfinite=True)
+        before = [layer.weight.detach().clone() for layer in layers]
+        optimizer.step()
+    learning = [(layer, old) for layer, old in zip(layers, before, strict=True) if layer.weight.grad is not None]
+    moved = [not torch.equal(layer.weight, old) for layer, old in learning if layer.weight.grad.abs().max() > 1e-6]
+    return any(moved) and all(moved)
+
+
+def _loss(output: Any) -> Tensor:
+    leaves = [t for t in pytree.tree_leaves(output) if isinstance(t, Tensor) and t.requires_grad]
+    return torch.stack([(t.float() - 1.0).square().mean() for t in leaves]).sum()
+
+
+def _outputs(model: nn.Module, arguments: tuple[Any, ...], training: bool = False) -> list[Tensor]:
+    with in_mode(model, training), torch.no_grad(), torch.random.fork_rng():
+        torch.manual_seed(0)
+        return [leaf for leaf in pytree.tree_leaves(model(*arguments)) if isinstance(leaf, Tensor)]
+
+
+def _first_shape(arguments: tuple[Any, ...]) -> tuple[int, ...]:
+    first = arguments[0]
+    return (len(first), *first[0].shape) if isinstance(first, list) else tuple(first.shape)
