@@ -52,7 +52,18 @@ def test_the_real_mobilenet(condconv, mobilenet_file, photographs, tmp_path, kin
     assert code == 0, err
     summary = json.loads(out)
     assert list(summary) == [
-        *("output", "source", "variant", "experts", "converted", "skipped", "parameters", "macs", "difference")
+        *(
+            "output",
+            "source",
+            "variant",
+            "experts",
+            "converted",
+            "routers",
+            "skipped",
+            "parameters",
+            "macs",
+            "difference",
+        )
     ]
     assert summary["source"] == "torchvision:mobilenet_v2"
     assert (summary["converted"], len(summary["skipped"])) == (51, 1)

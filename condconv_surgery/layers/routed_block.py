@@ -67,7 +67,7 @@ def route_no_more(block: nn.Module) -> None:
     """Undo ``route_once``."""
     assert isinstance(block, RoutedBlock)
     del block._modules[ROUTER]
-    block.__class__ = block.routed_from
+    block.__class__ = block.routed_from  # type: ignore[assignment]
 
 
 def routed_blocks(model: nn.Module) -> dict[str, RoutedBlock]:
@@ -86,7 +86,7 @@ def plain_forwards(model: nn.Module) -> Iterator[None]:
     classes = {block: type(block) for block in routed_blocks(model).values()}
     try:
         for block in classes:
-            block.__class__ = block.routed_from
+            block.__class__ = block.routed_from  # type: ignore[assignment]
         yield
     finally:
         for block, routed in classes.items():
