@@ -20,7 +20,9 @@ def finetune(
     model: Annotated[
         str, typer.Argument(help="A converted or plain model: a file, torchvision:NAME, timm:NAME, pkg.module:factory.")
     ] = "",
-    data: Annotated[str | None, typer.Option(help="Pictures: FOLDER/CLASS/*, or FOLDER/train/CLASS/* and val.")] = None,
+    data: Annotated[
+        str | None, typer.Option(help="Pictures: a folder, x-{00..99}.tar, torchvision:NAME, hf:NAME.")
+    ] = None,
     output: Annotated[str | None, typer.Option("-o", "--output", help="The folder that the run writes.")] = None,
     epochs: Annotated[int | None, typer.Option(help="Passes over the training pictures.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Pictures per step, over all processes.")] = None,
@@ -32,7 +34,7 @@ def finetune(
     image_size: Annotated[int | None, typer.Option(help="Side in pixels; else the model's own.")] = None,
     workers: Annotated[int | None, typer.Option(help="Processes that read pictures.")] = None,
     seed: Annotated[int | None, typer.Option(help="Of split, order, transforms and a new head.")] = None,
-    precision: Annotated[str | None, typer.Option(help="fp32 or bf16 (autocast).")] = None,
+    precision: Annotated[str | None, typer.Option(help="fp32, bf16 or fp16 (autocast).")] = None,
     save_every: Annotated[int | None, typer.Option(help="Steps between saved states.")] = None,
     max_bad: Annotated[int | None, typer.Option(help="Unreadable pictures to pass over.")] = None,
     optimizer: Annotated[str | None, typer.Option(help="Any of torch.optim by name: adamw, sgd, ...")] = None,
@@ -143,9 +145,9 @@ def _train(options: TrainingOptions, resume: bool) -> TrainingResult | None:
     """The run; ``None`` in every process but the first."""
     import os
 
-    from condconv_surgery.training.folders import require_folder
+    from condconv_surgery.training.finding import require_data
 
-    require_folder(Path(options.data.folder))  # before the model: a wrong path answers at once
+    require_data(options.data)  # before the model: a wrong path answers at once
 
     import torch
 

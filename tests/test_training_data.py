@@ -19,7 +19,7 @@ from condconv_surgery.training.pictures import (
     collate,
     read_picture,
 )
-from condconv_surgery.training.sampling import EvaluationBatches, TrainingBatches
+from condconv_surgery.training.sampling import EvaluationBatches, Steps, TrainingBatches
 from condconv_surgery.training.transforms import training_transform
 from tests.pictures import write_pictures
 
@@ -54,7 +54,7 @@ def test_train_and_val_folders_are_taken_as_they_are(tmp_path: Path) -> None:
         (lambda p: (write_pictures(p), (p / "hollow").mkdir()), "without pictures: hollow"),
         (lambda p: Image.new("RGB", (8, 8)).save(p / "a.png"), "directly in it"),
         (lambda p: write_pictures(p, each=1), "one picture only"),
-        (lambda p: (write_pictures(p / "train"), write_pictures(p / "val", classes=4)), "has not: class3"),
+        (lambda p: (write_pictures(p / "train"), write_pictures(p / "val", classes=4)), "have not: class3"),
     ],
 )
 def test_folders_that_cannot_be_trained_on(tmp_path: Path, prepare: object, message: str) -> None:
@@ -130,11 +130,9 @@ def test_unreadable_pictures_are_counted_once_each_up_to_the_limit() -> None:
 @pytest.mark.parametrize("world", [1, 2, 4])
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_processes_see_together_what_one_sees_alone(world: int, accumulate: int) -> None:
-    alone = list(TrainingBatches(53, 16, epochs=3, seed=7))
-    shares = [
-        list(TrainingBatches(53, 16, epochs=3, seed=7, rank=rank, world=world, accumulate=accumulate))
-        for rank in range(world)
-    ]
+    alone = list(TrainingBatches(Steps(53, 16, epochs=3), 7))
+    steps = Steps(53, 16, epochs=3, world=world, accumulate=accumulate)
+    shares = [list(TrainingBatches(steps, 7, rank)) for rank in range(world)]
     for step, expected in enumerate(alone):
         together = [
             draw for share in shares for part in share[step * accumulate : (step + 1) * accumulate] for draw in part
@@ -143,9 +141,10 @@ def test_processes_see_together_what_one_sees_alone(world: int, accumulate: int)
 
 
 def test_an_epoch_sees_no_picture_twice_and_the_order_changes() -> None:
-    order = TrainingBatches(50, 16, epochs=2, seed=0)
+    steps = Steps(50, 16, epochs=2)
+    order = TrainingBatches(steps, 0)
     batches = list(order)
-    assert len(batches) == order.steps == len(order) == 6
+    assert len(batches) == steps.steps == len(order) == 6
     epochs = [[draw.picture for batch in batches[i : i + 3] for draw in batch] for i in (0, 3)]
     assert all(len(set(epoch)) == 48 for epoch in epochs)
     assert epochs[0] != epochs[1]
@@ -153,18 +152,19 @@ def test_an_epoch_sees_no_picture_twice_and_the_order_changes() -> None:
 
 @pytest.mark.parametrize("start", [0, 2, 3, 5])
 def test_sampler_skips_to_any_step(start: int) -> None:
-    order = TrainingBatches(50, 16, epochs=2, seed=0)
+    steps = Steps(50, 16, epochs=2)
+    order = TrainingBatches(steps, 0)
     everything = list(order)
-    order.start = start
+    steps.start = start
     assert list(order) == everything[start:]
 
 
 def test_small_sets_make_one_batch_and_unequal_shares_are_refused() -> None:
-    assert [len(batch) for batch in TrainingBatches(5, 32, epochs=1, seed=0)] == [5]
+    assert [len(batch) for batch in TrainingBatches(Steps(5, 32, epochs=1), 0)] == [5]
     with pytest.raises(InputError, match="a multiple of 4"):
-        TrainingBatches(100, 30, epochs=1, seed=0, world=4)
+        Steps(100, 30, epochs=1, world=4)
     with pytest.raises(InputError, match="1 training pictures for 2 processes"):
-        TrainingBatches(1, 2, epochs=1, seed=0, world=2)
+        Steps(1, 2, epochs=1, world=2)
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 4])

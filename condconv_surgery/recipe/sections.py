@@ -15,9 +15,20 @@ class DataOptions(Section):
 
     title: ClassVar[str] = "data"
 
-    folder: str = option("", "pictures: FOLDER/CLASS/*.png, or FOLDER/train/CLASS and FOLDER/val/CLASS", flag="--data")
+    folder: str = option(
+        "",
+        "FOLDER/CLASS/*.png, or FOLDER/train and FOLDER/val; shards-{000..127}.tar; torchvision:NAME; hf:PATH_OR_NAME",
+        flag="--data",
+    )
+    val: str = option("", "validation pictures where they lie apart: a folder, shards, or the split of a hf: data set")
+    root: str = option("data", "where torchvision's data sets lie")
+    download: bool = option(False, "let torchvision download what is not there")
+    image: str = option("", "hf: the column of pictures; not set: the only one")
+    label: str = option("", "hf: the column of classes; not set: the only one")
+    streaming: bool = option(False, "hf: read the set over and over and never store it")
+    buffer: int = option(1000, "streaming: pictures among which the next one is drawn", low=1)
     val_fraction: float = option(
-        0.2, "share of each class kept for validation where there is no val folder", low=0.001, high=0.9
+        0.2, "share of each class kept for validation where nothing is set apart", low=0.001, high=0.9
     )
     image_size: int | None = option(
         None, "side in pixels; not set: the model's own", kind=int, low=8, flag="--image-size"

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
-import random
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from PIL import Image
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from condconv_surgery.errors import InputError
+from condconv_surgery.training.labelled import Labelled, matched, split
 
 LAYOUT = "A data folder holds FOLDER/CLASS/*.png, or FOLDER/train/CLASS/*.png and FOLDER/val/CLASS/*.png."
 TRAIN_NAMES = ("train", "training")
@@ -18,7 +19,7 @@ VAL_NAMES = ("val", "valid", "validation", "test")
 
 
 @dataclass(frozen=True)
-class Pictures:
+class Pictures(Labelled):
     """Labelled picture files: ``files[i]``, relative to ``root``, belongs to ``classes[labels[i]]``."""
 
     root: Path
@@ -26,30 +27,21 @@ class Pictures:
     files: tuple[str, ...]
     labels: tuple[int, ...]
 
-    def __len__(self) -> int:
-        return len(self.files)
+    def name(self, index: int) -> str:
+        return str(self.path(index))
 
     def path(self, index: int) -> Path:
         """The file of one picture."""
         return self.root / self.files[index]
 
-    def counts(self) -> list[int]:
-        """How many pictures each class has."""
-        counts = [0] * len(self.classes)
-        for label in self.labels:
-            counts[label] += 1
-        return counts
+    def open(self, index: int) -> Image.Image:
+        return Image.open(self.path(index))
 
-    def fingerprint(self) -> str:
-        """A hash of names and labels: a run goes on only with the pictures that it started with."""
-        digest = hashlib.sha256()
-        for name, label in zip(self.files, self.labels, strict=True):
-            digest.update(f"{name}\0{label}\n".encode())
-        return digest.hexdigest()
-
-    def subset(self, indices: list[int]) -> Pictures:
-        """Some of the pictures, with the same classes."""
+    def subset(self, indices: Sequence[int]) -> Pictures:
         return replace(self, files=tuple(self.files[i] for i in indices), labels=tuple(self.labels[i] for i in indices))
+
+    def key(self, index: int) -> str:
+        return self.files[index]  # without the root: a folder may move
 
 
 def find_pictures(folder: Path, val_fraction: float = 0.2, seed: int = 0) -> tuple[Pictures, Pictures]:
@@ -66,7 +58,7 @@ def find_pictures(folder: Path, val_fraction: float = 0.2, seed: int = 0) -> tup
     train = scan(train_root)
     if val_root is None:
         return split(train, val_fraction, seed)
-    return train, _with_classes_of(scan(val_root, least_classes=1), train)
+    return train, matched(scan(val_root, least_classes=1), train, str(val_root))
 
 
 def scan(root: Path, least_classes: int = 2) -> Pictures:
@@ -98,25 +90,6 @@ def scan(root: Path, least_classes: int = 2) -> Pictures:
     return Pictures(root, tuple(classes), tuple(files), tuple(labels))
 
 
-def split(pictures: Pictures, val_fraction: float, seed: int) -> tuple[Pictures, Pictures]:
-    """Each class split by the seed: ``val_fraction`` of it (at least one picture) for validation, the rest to train."""
-    train: list[int] = []
-    val: list[int] = []
-    for label, name in enumerate(pictures.classes):
-        members = [i for i, other in enumerate(pictures.labels) if other == label]
-        if len(members) < 2:
-            raise InputError(
-                f"The class {name} has one picture only.",
-                "A split needs two of each: one to train on, one to validate on.",
-                "add pictures, or make the folders train and val yourself",
-            )
-        random.Random(f"{seed}/{name}").shuffle(members)
-        kept = min(max(round(len(members) * val_fraction), 1), len(members) - 1)
-        val += members[:kept]
-        train += members[kept:]
-    return pictures.subset(sorted(train)), pictures.subset(sorted(val))
-
-
 def require_folder(folder: Path) -> None:
     """Raise ``InputError`` unless ``folder`` is one that can be read."""
     if not folder.exists():
@@ -140,15 +113,3 @@ def _pictures_below(root: Path, name: str) -> list[str]:
 
 def _is_picture(name: str) -> bool:
     return name.lower().endswith(IMG_EXTENSIONS) and not name.startswith(".")
-
-
-def _with_classes_of(val: Pictures, train: Pictures) -> Pictures:
-    strange = sorted(set(val.classes) - set(train.classes))
-    if strange:
-        raise InputError(
-            f"{val.root} has classes that {train.root} has not: {', '.join(strange[:5])}.",
-            f"The training classes are: {', '.join(train.classes[:8])}{', ...' if len(train.classes) > 8 else ''}.",
-            "give both folders the same class folders",
-        )
-    index = {name: i for i, name in enumerate(train.classes)}
-    return replace(val, classes=train.classes, labels=tuple(index[val.classes[label]] for label in val.labels))

@@ -4,20 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
+from typing import Any
 
 from torch import nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset, Sampler
 
+from condconv_surgery.errors import InputError
 from condconv_surgery.models.artifact import recipe_of
 from condconv_surgery.models.preprocess import evaluation_transform
 from condconv_surgery.recipe import InputSpec, Recipe
 from condconv_surgery.recipe.training import TrainingOptions
 from condconv_surgery.training.distributed import World
-from condconv_surgery.training.folders import Pictures, find_pictures
-from condconv_surgery.training.pictures import Batch, PictureDataset, Transform, collate
-from condconv_surgery.training.sampling import EvaluationBatches, TrainingBatches
+from condconv_surgery.training.finding import find_data, require_data
+from condconv_surgery.training.labelled import Labelled
+from condconv_surgery.training.pictures import Batch, PictureDataset, Sample, Transform, collate
+from condconv_surgery.training.sampling import EvaluationBatches, Steps, TrainingBatches
 from condconv_surgery.training.stopping import ignore_signals
+from condconv_surgery.training.streams import RowDataset, Stream, StreamBatches, StreamEvaluation, find_streams
 from condconv_surgery.training.transforms import training_transform
 
 
@@ -25,9 +28,9 @@ from condconv_surgery.training.transforms import training_transform
 class Data:
     """The pictures of a run and how this process takes them."""
 
-    train: Pictures
-    val: Pictures
-    order: TrainingBatches
+    train: Labelled | Stream
+    val: Labelled | Stream
+    order: Steps
     train_loader: DataLoader[Batch]
     val_loader: DataLoader[Batch]
 
@@ -38,38 +41,70 @@ class Data:
 
 
 def open_data(options: TrainingOptions, spec: InputSpec, world: World) -> Data:
-    """Find the pictures and make the loaders. Raises ``InputError`` for a folder that cannot be trained on."""
-    train, val = find_pictures(Path(options.data.folder), options.data.val_fraction, options.seed)
-    order = TrainingBatches(
-        len(train),
-        options.data.batch_size,
-        epochs=options.schedule.epochs,
-        seed=options.seed,
-        rank=world.rank,
-        world=world.size,
-        accumulate=options.optimizer.accumulate,
-    )
-    each = EvaluationBatches(len(val), order.slice_size, rank=world.rank, world=world.size)
+    """Find the pictures and make the loaders. Raises ``InputError`` for data that cannot be trained on."""
+    require_data(options.data)
+    transforms = training_transform(spec, options.augment), evaluation_transform(spec)
+    if options.data.streaming:
+        return _streamed(options, spec, world, *transforms)
+    train, val = find_data(options.data, options.seed)
+    steps = _steps(options, len(train), world)
 
-    def loader(
-        pictures: Pictures, transform: Transform, sampler: TrainingBatches | EvaluationBatches, substitute: bool
-    ) -> DataLoader[Batch]:
-        return DataLoader(
-            PictureDataset(pictures, transform, channels=spec.channels, seed=options.seed, replace=substitute),  # type: ignore[arg-type]
-            batch_sampler=sampler,
-            num_workers=options.data.workers,
-            worker_init_fn=ignore_signals,
-            collate_fn=collate,
-            pin_memory=world.device.type == "cuda",
-            persistent_workers=options.data.workers > 0,
-        )
+    def pictures(which: Labelled, transform: Transform, replace: bool) -> PictureDataset:
+        return PictureDataset(which, transform, channels=spec.channels, seed=options.seed, replace=replace)
 
     return Data(
         train,
         val,
-        order,
-        loader(train, training_transform(spec, options.augment), order, True),
-        loader(val, evaluation_transform(spec), each, False),
+        steps,
+        _loader(pictures(train, transforms[0], True), TrainingBatches(steps, options.seed, world.rank), options, world),
+        _loader(
+            pictures(val, transforms[1], False),
+            EvaluationBatches(len(val), steps.slice_size, rank=world.rank, world=world.size),
+            options,
+            world,
+        ),
+    )
+
+
+def _streamed(options: TrainingOptions, spec: InputSpec, world: World, training: Transform, scoring: Transform) -> Data:
+    if options.optimizer.class_weights:
+        raise InputError(
+            "optimizer.class_weights with data.streaming.",
+            "Classes are weighed by their number of pictures, which a stream doesn't tell.",
+            "--set optimizer.class_weights=false, or --set data.streaming=false",
+        )
+    train, val = find_streams(options.data)
+    steps = _steps(options, len(train), world)
+
+    def rows(which: Stream, transform: Transform) -> RowDataset:
+        return RowDataset(which.title, transform, channels=spec.channels, seed=options.seed)
+
+    order = StreamBatches(train, steps, options.seed, options.data.buffer, world)
+    each = StreamEvaluation(val, steps.slice_size, world)
+    loaders = (
+        _loader(rows(train, training), order, options, world),
+        _loader(rows(val, scoring), each, options, world),
+    )
+    return Data(train, val, steps, *loaders)
+
+
+def _steps(options: TrainingOptions, count: int, world: World) -> Steps:
+    accumulate = options.optimizer.accumulate
+    epochs, batch_size = options.schedule.epochs, options.data.batch_size
+    return Steps(count, batch_size, epochs=epochs, world=world.size, accumulate=accumulate)
+
+
+def _loader(
+    dataset: Dataset[Sample], batches: Sampler[list[Any]], options: TrainingOptions, world: World
+) -> DataLoader[Batch]:
+    return DataLoader(
+        dataset,  # type: ignore[arg-type]
+        batch_sampler=batches,
+        num_workers=options.data.workers,
+        worker_init_fn=ignore_signals,
+        collate_fn=collate,
+        pin_memory=world.device.type == "cuda",
+        persistent_workers=options.data.workers > 0,
     )
 
 

@@ -15,7 +15,7 @@ from torch.utils.data import Dataset
 
 from condconv_surgery.errors import InputError
 from condconv_surgery.models.preprocess import flat
-from condconv_surgery.training.folders import Pictures
+from condconv_surgery.training.labelled import Labelled
 from condconv_surgery.training.seeding import seeded
 
 Transform = Callable[[Image.Image], Tensor]
@@ -52,7 +52,7 @@ class PictureDataset(Dataset[Sample]):
     """
 
     def __init__(
-        self, pictures: Pictures, transform: Transform, *, channels: int = 3, seed: int = 0, replace: bool = False
+        self, pictures: Labelled, transform: Transform, *, channels: int = 3, seed: int = 0, replace: bool = False
     ) -> None:
         self.pictures = pictures
         self.transform = transform
@@ -67,11 +67,10 @@ class PictureDataset(Dataset[Sample]):
         unreadable: list[str] = []
         for step in range(len(self) if self.replace else 1):
             index = (draw.picture + step) % len(self)
-            path = self.pictures.path(index)
             try:
-                picture = read_picture(path, self.channels)
+                picture = decoded(lambda index=index: self.pictures.open(index), self.channels)  # type: ignore[misc]
             except UnreadablePictureError:
-                unreadable.append(str(path))
+                unreadable.append(self.pictures.name(index))
                 continue
             with seeded(self.seed, "transform", draw.epoch, draw.picture):
                 return Sample(self.transform(picture), self.pictures.labels[index], tuple(unreadable))
@@ -83,13 +82,24 @@ class UnreadablePictureError(Exception):
 
 
 def read_picture(path: Path, channels: int = 3) -> Image.Image:
-    """The picture in RGB (or grey for one channel), transparency laid on white. Raises ``UnreadablePictureError``."""
+    """The picture in a file. Raises ``UnreadablePictureError``."""
+    try:
+        return decoded(lambda: Image.open(path), channels)
+    except UnreadablePictureError as error:
+        raise UnreadablePictureError(str(path)) from error
+
+
+def decoded(opened: Callable[[], Image.Image], channels: int = 3) -> Image.Image:
+    """What ``opened()`` gives, in RGB (or grey for one channel), transparency laid on white.
+
+    Raises ``UnreadablePictureError`` where PIL can't open it, finds it cut short, or warns of a bomb.
+    """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             warnings.filterwarnings("ignore", category=UserWarning, module="PIL")
-            with Image.open(path) as file:
-                return flat(file, channels)
+            with opened() as picture:
+                return flat(picture, channels)
     except (
         OSError,
         ValueError,
@@ -97,8 +107,8 @@ def read_picture(path: Path, channels: int = 3) -> Image.Image:
         EOFError,
         Image.DecompressionBombError,
         Image.DecompressionBombWarning,
-    ) as e:
-        raise UnreadablePictureError(str(path)) from e
+    ) as error:
+        raise UnreadablePictureError from error
 
 
 def collate(samples: Sequence[Sample]) -> Batch:

@@ -17,20 +17,16 @@ def epoch_order(count: int, seed: int, epoch: int) -> list[int]:
     return torch.randperm(count, generator=generator_for(seed, "order", epoch)).tolist()
 
 
-class TrainingBatches(Sampler[list[Draw]]):
-    """The batches of one process from step ``start`` to the last, without a pause between epochs.
+class Steps:
+    """How a run's pictures fall into steps and slices; ``start`` is the step that the next iteration begins with.
 
-    A step takes the next ``batch_size`` pictures of the epoch's order, cut into ``world * accumulate`` equal slices;
-    process ``rank`` gets slices ``rank * accumulate`` and following. So two processes see together what one would see
-    alone. What is left at an epoch's end, less than a batch, waits for another epoch's order. A set smaller than one
-    batch is one batch.
+    A step takes ``batch_size`` pictures in ``world * accumulate`` equal slices. What is left at an epoch's end, less
+    than a batch, waits for another epoch's order. A set smaller than one batch is one batch.
 
     Raises ``InputError`` when a step cannot be shared out equally.
     """
 
-    def __init__(
-        self, count: int, batch_size: int, *, epochs: int, seed: int, rank: int = 0, world: int = 1, accumulate: int = 1
-    ) -> None:
+    def __init__(self, count: int, batch_size: int, *, epochs: int, world: int = 1, accumulate: int = 1) -> None:
         slices = world * accumulate
         if batch_size % slices:
             raise InputError(
@@ -45,9 +41,8 @@ class TrainingBatches(Sampler[list[Draw]]):
                 f"There must be at least {slices}.",
                 "more pictures, or fewer processes",
             )
-        self.count, self.epochs, self.seed = count, epochs, seed
+        self.count, self.epochs, self.accumulate = count, epochs, accumulate
         self.slice_size = self.batch_size // slices
-        self.first_slice, self.accumulate = rank * accumulate, accumulate
         self.steps_per_epoch = count // self.batch_size
         self.start = 0
 
@@ -59,15 +54,31 @@ class TrainingBatches(Sampler[list[Draw]]):
     def __len__(self) -> int:
         return (self.steps - self.start) * self.accumulate
 
+
+class TrainingBatches(Sampler[list[Draw]]):
+    """The batches of one process from step ``steps.start`` to the last, without a pause between epochs.
+
+    A step takes the next pictures of the epoch's order; process ``rank`` gets slices ``rank * accumulate`` and
+    following. So two processes see together what one would see alone.
+    """
+
+    def __init__(self, steps: Steps, seed: int, rank: int = 0) -> None:
+        self.steps, self.seed, self.rank = steps, seed, rank
+
+    def __len__(self) -> int:
+        return len(self.steps)
+
     def __iter__(self) -> Iterator[list[Draw]]:
+        steps = self.steps
         order: list[int] = []
-        for step in range(self.start, self.steps):
-            epoch, position = divmod(step, self.steps_per_epoch)
+        first = self.rank * steps.accumulate
+        for step in range(steps.start, steps.steps):
+            epoch, position = divmod(step, steps.steps_per_epoch)
             if not order or position == 0:
-                order = epoch_order(self.count, self.seed, epoch)
-            for part in range(self.first_slice, self.first_slice + self.accumulate):
-                begin = position * self.batch_size + part * self.slice_size
-                yield [Draw(epoch, index) for index in order[begin : begin + self.slice_size]]
+                order = epoch_order(steps.count, self.seed, epoch)
+            for part in range(first, first + steps.accumulate):
+                begin = position * steps.batch_size + part * steps.slice_size
+                yield [Draw(epoch, index) for index in order[begin : begin + steps.slice_size]]
 
 
 class EvaluationBatches(Sampler[list[Draw]]):
