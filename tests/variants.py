@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from condconv_surgery.layers import ConditionalConv2d
+from condconv_surgery.layers import routers
 from condconv_surgery.recipe import VARIANTS, Variant
 
 EVERY_VARIANT: list[Variant] = [cls(experts=n) for cls in VARIANTS.values() for n in (1, 4)]
@@ -15,12 +15,10 @@ EVERY_VARIANT: list[Variant] = [cls(experts=n) for cls in VARIANTS.values() for 
 def scramble(layer: nn.Module, seed: int = 0) -> None:
     """Random routers (and running statistics): a layer in the middle of its training, not at its neutral start."""
     generator = torch.Generator().manual_seed(seed)
-    for module in layer.modules():
-        if not isinstance(module, ConditionalConv2d):
-            continue
-        for parameter in module.router.parameters():
+    for router in routers(layer).values():
+        for parameter in router.parameters():
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.5)
-        for name, buffer in module.router.named_buffers():
+        for name, buffer in router.named_buffers():
             if name.endswith("running_mean"):
                 buffer.copy_(torch.randn(buffer.shape, generator=generator))
             elif name.endswith("running_var"):
