@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Iterable, Iterator
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 
 from tests.sweep.models import Case
 from tests.sweep.trial import Row, try_model
@@ -27,8 +28,13 @@ def read_rows(output: Path) -> dict[str, Row]:
     """By source; of two rows of one model the later counts."""
     if not output.exists():
         return {}
-    rows = [Row(**json.loads(line)) for line in output.read_text(encoding="utf-8").splitlines()]
+    rows = [_row(json.loads(line)) for line in output.read_text(encoding="utf-8").splitlines()]
     return {row.source: row for row in rows}
+
+
+def _row(data: dict[str, Any]) -> Row:
+    """JSON has no tuples."""
+    return Row(**{**data, "input": tuple(data["input"]), "notes": tuple(data["notes"])})
 
 
 def _in_a_process(case: Case, timeout: float) -> Row:
