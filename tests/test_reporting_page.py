@@ -21,7 +21,7 @@ from condconv_surgery.errors import InputError
 from condconv_surgery.recipe import InputSpec, Recipe, attach_recipe
 from condconv_surgery.reporting import Comparison, Report, recorded_accuracy, write_page
 from condconv_surgery.reporting.comparison import HEADERS
-from condconv_surgery.reporting.terminal import render_comparison, render_cost, render_profile, render_routing
+from condconv_surgery.reporting.terminal import render_comparison, render_experts, render_profile, render_routing
 from tests.browser import CHROMIUM, act
 from tests.pictures import write_pictures
 from tests.small_networks import small_net
@@ -104,7 +104,12 @@ def test_long_names_and_many_experts_fit_80_columns() -> None:
 def test_everything_on_a_terminal_fits_80_columns(measured: Report) -> None:
     assert measured.cost is not None
     assert measured.routing is not None
-    for part in (render_cost(measured.cost), render_routing(measured.routing, measured.experts)):
+    parts = [
+        render_profile(measured.profile, measured.title, cost=measured.cost),
+        render_experts(measured.experts),
+        render_routing(measured.routing, measured.experts),
+    ]
+    for part in parts:
         assert max(len(line) for line in shown(part).splitlines()) <= 80
     assert "would do as plain convolutions" in shown(render_routing(measured.routing)).replace("\n", " ")
 
@@ -119,7 +124,7 @@ def test_the_page_needs_nothing_beside_it(measured: Report, tmp_path: Path) -> N
     page = measured.to_html()
     assert len(page.encode()) < 5_000_000
     loaded = re.findall(r"""(?:src|href)\s*=\s*["']([^"']*)|url\(["']?([^"')]*)|@import""", page)
-    assert all((a or b).startswith("data:") for a, b in loaded)
+    assert all((a or b).startswith(("data:", "#")) for a, b in loaded), "data, or a part of the page itself"
     write_page(page, tmp_path / "r.html")
     assert (tmp_path / "r.html").read_text(encoding="utf-8") == page
     with pytest.raises(InputError, match="could not be written"):
@@ -175,11 +180,14 @@ def test_pictures_and_heat_are_seen(measured: Report, tmp_path: Path) -> None:
 ACCESSIBLE = """
   const named = e => (e.labels && e.labels.length) || e.textContent.trim() || e.getAttribute('aria-label');
   const all = s => [...document.querySelectorAll(s)];
+  for (const closed of all('details')) closed.open = true;
+  const scale = e => e.getScreenCTM ? Math.hypot(e.getScreenCTM().a, e.getScreenCTM().b) : 1;  // of a plot's text
+  const size = e => parseFloat(getComputedStyle(e).fontSize) * scale(e);
   return {
     language: document.documentElement.lang, title: document.title, headings: all('h1').length,
     nameless: all('button, input, [role=img], [role=region]').filter(e => !named(e)).length,
     scopeless: all('th').filter(e => !e.scope).length,
-    small: all('main *').filter(e => e.textContent.trim() && parseFloat(getComputedStyle(e).fontSize) < 11).length,
+    small: all('main *').filter(e => e.textContent.trim() && size(e) < 11 && !e.querySelector('*')).length,
     overflow: document.documentElement.scrollWidth - document.documentElement.clientWidth,
     width: document.documentElement.clientWidth };"""
 

@@ -48,7 +48,7 @@ class Comparison:
 
     def to_html(self) -> str:
         """One self-contained page with the table, the plots and every model's totals."""
-        return comparison_page(self.reports, HEADERS, self.rows())
+        return comparison_page(self.reports, HEADERS, self.rows(), [_values(report) for report in self.reports])
 
     def print(self, width: int | None = None) -> None:
         """A table on stdout."""
@@ -57,9 +57,9 @@ class Comparison:
 
     def write_plots(self, folder: str | Path) -> list[Path]:
         """Accuracy against MACs and against parameters, as PNG and SVG; returns the files."""
-        from condconv_surgery.reporting import plots
+        from condconv_surgery.reporting import drawing, plots
 
-        return plots.write(Path(folder), {"comparison": plots.accuracy_against_cost(self.reports)})
+        return drawing.write(Path(folder), {"comparison": plots.accuracy_against_cost(self.reports)})
 
 
 def _row(report: Report) -> list[str]:
@@ -73,6 +73,14 @@ def _row(report: Report) -> list[str]:
         f"{latency.median * 1e3:.1f} ms" if latency else "-",
         "-" if report.accuracy is None else f"{report.accuracy:.1%}",
     ]
+
+
+def _values(report: Report) -> list[float]:
+    """The numbers behind ``_row``; -1 for what was not measured."""
+    profile, latency = report.profile, report.latency
+    accuracy = -1.0 if report.accuracy is None else report.accuracy
+    sizes = [profile.converted, profile.parameters, profile.macs.total, profile.weight_bytes]
+    return [0, *sizes, latency.median if latency else -1.0, accuracy]
 
 
 def _or_empty(value: float | None) -> float | str:

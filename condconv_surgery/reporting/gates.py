@@ -36,7 +36,7 @@ class Observed:
     @property
     def accuracy(self) -> float:
         """Top-1, 0 to 1."""
-        return float(self.right.float().mean())
+        return float(self.right.double().mean())
 
 
 def observe(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], answers: Tensor | None = None) -> Observed:
@@ -54,15 +54,15 @@ def observe(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], answers:
     return Observed(gates, means, spreads, labels, right, width)
 
 
-def frozen_accuracy(
+def frozen_right(
     model: nn.Module,
     batches: Iterable[tuple[Tensor, Tensor]],
     means: dict[str, Mixture],
     answers: Tensor | None = None,
-) -> float:
-    """Top-1 with every mixture fixed at its mean: the same network without conditioning."""
+) -> Tensor:
+    """Which answers are right with every mixture fixed at its mean, [N]: the same network without conditioning."""
     with in_mode(model, training=False), torch.inference_mode(), _frozen(model, means):
-        return float(_answers(model, batches, answers)[1].float().mean())
+        return _answers(model, batches, answers)[1]
 
 
 def _answers(

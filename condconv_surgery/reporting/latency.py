@@ -22,7 +22,8 @@ from condconv_surgery.running import in_mode
 class Latency:
     """Seconds per forward pass of ``batch`` images: median and interquartile range over ``repeats``.
 
-    original: the median of the plain network, timed by turns in the same run. ratio: median / original.
+    original: the median of the plain network, timed by turns in the same run. ratio: median / original. warm_up: passes
+    of each that were not counted.
     """
 
     batch: int
@@ -31,6 +32,7 @@ class Latency:
     original: float
     ratio: float
     repeats: int
+    warm_up: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -50,7 +52,7 @@ def measure_latency(
         mine, original = _by_turns(model, inputs, device, seconds, warm_up)
     median, base = statistics.median(mine), statistics.median(original)
     low, _, high = statistics.quantiles(mine, n=4)
-    return Latency(batch, median, high - low, base, median / base, len(mine))
+    return Latency(batch, median, high - low, base, median / base, len(mine), warm_up)
 
 
 def environment(device: torch.device) -> dict[str, str]:

@@ -10,10 +10,18 @@ from typing import TYPE_CHECKING, Any
 
 from condconv_surgery.models.preprocess import flat
 from condconv_surgery.reporting import numbers
+from condconv_surgery.reporting.drawing import to_svg
 from condconv_surgery.reporting.model_profile import CONVENTION
 from condconv_surgery.reporting.pictures import open_picture
-from condconv_surgery.reporting.plots import PARTS
-from condconv_surgery.reporting.tables import cost_rows, module_counters, multiplying, remainder, summary_rows
+from condconv_surgery.reporting.plots import COSTS, PARTS, accuracy_against_cost, experts_used, layer_costs
+from condconv_surgery.reporting.tables import (
+    cost_rows,
+    latency_line,
+    module_counters,
+    multiplying,
+    remainder,
+    summary_rows,
+)
 
 if TYPE_CHECKING:
     import jinja2
@@ -30,8 +38,13 @@ MOST_THUMBNAILS = 600
 
 def report_page(report: Report) -> str:
     """The page of one model."""
-    routing = report.routing
-    return _environment().get_template("report.html.j2").render(_context(report), routing=routing, **_seen(routing))
+    routing, figures = report.routing, {}
+    if report.profile.macs.total:
+        figures["layers"] = to_svg(layer_costs(report.profile))
+    if routing and routing.layers:
+        figures["experts"] = to_svg(experts_used(routing))
+    template = _environment().get_template("report.html.j2")
+    return template.render(_context(report), routing=routing, plots=figures, **_seen(routing))
 
 
 def report_fragment(report: Report) -> str:
@@ -39,15 +52,25 @@ def report_fragment(report: Report) -> str:
     return _environment().get_template("fragment.html.j2").render(_context(report))
 
 
-def comparison_page(reports: Sequence[Report], headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """The page of several models side by side; the plot where an accuracy is known."""
-    plot = ""
+def comparison_page(
+    reports: Sequence[Report], headers: Sequence[str], rows: Sequence[Sequence[str]], values: Sequence[Sequence[float]]
+) -> str:
+    """The page of several models side by side; the plots where an accuracy is known. values: what rows sort by."""
+    figures = []
     if any(report.accuracy is not None for report in reports):
-        from condconv_surgery.reporting import plots
-
-        plot = plots.to_svg(plots.accuracy_against_cost(reports))
-    template = _environment().get_template("comparison.html.j2")
-    return template.render(title="Comparison", headers=headers, rows=rows, plot=plot, convention=CONVENTION)
+        # two, which stand side by side where there is room
+        figures = [{"cost": cost, "svg": to_svg(accuracy_against_cost(reports, [cost]))} for cost in COSTS]
+    return (
+        _environment()
+        .get_template("comparison.html.j2")
+        .render(
+            title="Comparison",
+            headers=headers,
+            rows=list(zip(rows, values, strict=True)),
+            plots=figures,
+            convention=CONVENTION,
+        )
+    )
 
 
 def _context(report: Report) -> dict[str, Any]:
@@ -57,11 +80,12 @@ def _context(report: Report) -> dict[str, Any]:
         "profile": report.profile,
         "summary": summary_rows(report.profile),
         "costs": cost_rows(report.cost) if report.cost else [],
-        "environment": dict(report.cost.environment) if report.cost else {},
+        "environment": latency_line(report.cost) if report.cost else "",
         "layers": layers,
         "largest": max((layer.macs.total for layer in layers), default=1) or 1,
         "remainder": remainder(report.profile),
         "experts": {row.name: row for row in report.experts},
+        "moved_known": any(row.moved is not None for row in report.experts),
         "convention": CONVENTION,
         "counters": module_counters(report.profile),
         "parts": PARTS,

@@ -1,14 +1,13 @@
-"""The pictures of a report. matplotlib is imported when the first is drawn."""
+"""The plots of a report: what each layer costs, what the gates do, accuracy against cost."""
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from pathlib import PurePath
+from typing import TYPE_CHECKING
 
 from condconv_surgery.errors import InputError
-from condconv_surgery.models.files import replacing
+from condconv_surgery.reporting.drawing import heat_map, make_figure, without_frame
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -20,11 +19,19 @@ if TYPE_CHECKING:
 PARTS = {"convolution": "#8aa0b8", "mixing": "#e07b39", "routing": "#2a7f62", "attention": "#8e5bb5"}
 """Colours that stay apart in grey print and for the colour-blind; the page uses the same."""
 
+SERIES = ("#5b6570", "#e07b39", "#2a7f62", "#8e5bb5", "#0b5cad", "#b3261e")
 
-def layer_costs(profile: Profile) -> Figure:
+COSTS = {
+    "millions of MACs per image": lambda report: report.profile.macs.total / 1e6,
+    "millions of parameters": lambda report: report.profile.parameters / 1e6,
+}
+"""The axes of accuracy against cost."""
+
+
+def layer_costs(profile: Profile, title: str = "") -> Figure:
     """MACs of each layer, stacked by what they are for."""
     layers = [layer for layer in profile.layers if layer.macs.total]
-    figure = _figure(8, 0.22 * len(layers) + 1.4)
+    figure = make_figure(8, 0.22 * len(layers) + 1.6)
     axes = figure.subplots()
     left = [0.0] * len(layers)
     for part, colour in PARTS.items():
@@ -32,45 +39,34 @@ def layer_costs(profile: Profile) -> Figure:
         if any(widths):
             axes.barh(range(len(layers)), widths, left=left, color=colour, label=part, height=0.8)
         left = [a + b for a, b in zip(left, widths, strict=True)]
-    axes.set_yticks(range(len(layers)), [layer.name for layer in layers], fontsize=6)
+    axes.set_title(title, fontsize=10)
+    axes.set_yticks(range(len(layers)), [layer.name for layer in layers], fontsize=8.5)
     axes.set_ylim(len(layers) - 0.4, -0.6)
     axes.set_xlabel("millions of MACs per image")
     axes.legend(frameon=False)
-    _plain(axes)
+    without_frame(axes)
     return figure
 
 
 def experts_used(routing: Routing) -> Figure:
-    """For each layer the mean gate of each expert, darker for more, and the effective number of experts."""
+    """For each layer the mean gate of each expert, and the effective number of experts."""
     layers = routing.layers
     widest = max(layer.experts for layer in layers)
     gates = [[*layer.mean, *[float("nan")] * (widest - layer.experts)] for layer in layers]
-    figure = _figure(0.4 * widest + 4, 0.22 * len(layers) + 1.4)
-    axes = figure.subplots()
-    image = axes.imshow(gates, aspect="auto", cmap="cividis_r", vmin=0, vmax=1)
-    axes.set_yticks(range(len(layers)), [f"{la.name}  ({la.used:.1f} of {la.experts})" for la in layers], fontsize=6)
-    axes.set_xticks(range(widest))
-    axes.set_xlabel("expert")
-    figure.colorbar(image, label="mean gate over all pictures")
-    return figure
+    names = [f"{layer.name}  ({layer.used:.1f} of {layer.experts})" for layer in layers]
+    return heat_map(gates, names, "mean gates over all pictures", 0.0, max(max(layer.mean) for layer in layers))
 
 
 def gates_by_class(layer: LayerRouting, classes: Sequence[str]) -> Figure:
-    """Mean gates of one layer for each class."""
-    figure = _figure(0.4 * layer.experts + 4, 0.25 * len(classes) + 1.4)
-    axes = figure.subplots()
-    image = axes.imshow(layer.by_class, aspect="auto", cmap="cividis_r", vmin=0)
-    axes.set_yticks(range(len(classes)), classes, fontsize=7)
-    axes.set_xticks(range(layer.experts))
-    axes.set_xlabel(f"expert of {layer.name}")
-    figure.colorbar(image, label="mean gate")
-    return figure
+    """Mean gates of one layer for each class; the colours span what occurs, however little that is."""
+    low, high = min(map(min, layer.by_class)), max(map(max, layer.by_class))
+    return heat_map(layer.by_class, classes, f"{layer.name}: mean gates by class", low, high)
 
 
-def accuracy_against_cost(reports: Sequence[Report]) -> Figure:
-    """Accuracy against MACs and against parameters, in the manner of CondConv's figure. Unknown accuracy is left out.
+def accuracy_against_cost(reports: Sequence[Report], costs: Sequence[str] = tuple(COSTS)) -> Figure:
+    """Accuracy against cost, in the manner of CondConv's figure: a line for each variant and number of experts.
 
-    Raises ``InputError`` when no accuracy is known.
+    A model of unknown accuracy is left out. Raises ``InputError`` when no accuracy is known.
     """
     known = [report for report in reports if report.accuracy is not None]
     if not known:
@@ -79,56 +75,49 @@ def accuracy_against_cost(reports: Sequence[Report]) -> Figure:
             "It comes from the run's metrics.jsonl beside best.safetensors, or from pictures.",
             "--data FOLDER",
         )
-    figure = _figure(9, 4)
-    for axes, (label, value) in zip(figure.subplots(1, 2), _axes_of(known), strict=True):
-        for report, x in zip(known, value, strict=True):
-            axes.scatter([x], [100 * (report.accuracy or 0.0)], marker="o" if report.profile.converted else "s", s=36)
-            axes.annotate(
-                report.title, (x, 100 * (report.accuracy or 0.0)), xytext=(5, 4), textcoords="offset points", fontsize=7
+    figure = make_figure(4.6 * len(costs), 3.8)
+    for place, cost in enumerate(costs):
+        axes = figure.add_subplot(1, len(costs), place + 1)
+        for (name, members), colour in zip(_series(known).items(), SERIES * len(known), strict=False):
+            at = sorted(
+                (COSTS[cost](report), 100 * (report.accuracy or 0.0), short(report.title)) for report in members
             )
-        axes.set_xlabel(label)
-        axes.set_ylabel("top-1, %")
+            axes.plot([x for x, _, _ in at], [y for _, y, _ in at], "o-", color=colour, label=name, markersize=6)
+            for x, y, text in at:
+                axes.annotate(text, (x, y), xytext=(0, 7), textcoords="offset points", fontsize=10.5, ha="center")
+        axes.tick_params(labelsize=10.5)
+        axes.set_xlabel(cost, fontsize=10.5)
+        axes.set_ylabel("top-1, %", fontsize=10.5)
         axes.margins(0.25)
-        _plain(axes)
+        axes.legend(frameon=False, fontsize=10.5)
+        without_frame(axes)
     return figure
 
 
-def write(folder: Path, figures: dict[str, Figure]) -> list[Path]:
-    """Each figure as ``NAME.png`` and ``NAME.svg`` in ``folder``, which is made. Raises ``InputError``."""
-    files = []
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"{folder} cannot be made: {error}.", "Plots go into a folder.", "--plots DIR") from error
-    for name, figure in figures.items():
-        for kind in ("png", "svg"):
-            path = folder / f"{name}.{kind}"
-            with replacing(path) as temporary:
-                figure.savefig(temporary, format=kind, dpi=160)
-            files.append(path)
-    return files
+def short(title: str) -> str:
+    """What tells models apart: the folder of a run, the name of another file.
+
+    >>> short("runs/a/best.safetensors"), short("models/b.safetensors"), short("torchvision:resnet18")
+    ('a', 'b', 'torchvision:resnet18')
+    """
+    path = PurePath(title)
+    if path.suffix != ".safetensors":
+        return title
+    return path.parent.name if path.stem in ("best", "last") and path.parent.name else path.stem
 
 
-def to_svg(figure: Figure) -> str:
-    """An ``<svg>`` element for a page: no background, black ink in the colour of the text around it."""
-    out = io.StringIO()
-    figure.savefig(out, format="svg", transparent=True, metadata={"Date": None})
-    text = out.getvalue()
-    return text[text.index("<svg") :].replace("#000000", "currentColor")
+def _series(reports: Sequence[Report]) -> dict[str, list[Report]]:
+    """Reports by what their conditional layers are, ``condconv, 4 experts``; plain ones first."""
+    found: dict[str, list[Report]] = {}
+    for report in sorted(reports, key=lambda report: report.profile.converted > 0):
+        found.setdefault(_kind(report.profile), []).append(report)
+    return found
 
 
-def _axes_of(reports: Sequence[Report]) -> list[tuple[str, list[float]]]:
-    return [
-        ("millions of MACs per image", [report.profile.macs.total / 1e6 for report in reports]),
-        ("millions of parameters", [report.profile.parameters / 1e6 for report in reports]),
-    ]
-
-
-def _figure(width: float, height: float) -> Figure:
-    from matplotlib.figure import Figure  # without pyplot: no global state, no display
-
-    return Figure(figsize=(width, height), layout="constrained")
-
-
-def _plain(axes: Any) -> None:
-    axes.spines[["top", "right"]].set_visible(False)
+def _kind(profile: Profile) -> str:
+    layers = [layer for layer in profile.layers if layer.conditional]
+    if not layers:
+        return "static"
+    kinds, experts = sorted({layer.kind for layer in layers}), sorted({layer.experts for layer in layers})
+    count = "-".join(str(n) for n in dict.fromkeys((experts[0], experts[-1])))
+    return f"{'/'.join(kinds)}, {count} expert{'s' if experts[-1] > 1 else ''}"

@@ -20,7 +20,7 @@ from condconv_surgery.reporting.pictures import find_pictures
 from condconv_surgery.reporting.profile import profile
 from condconv_surgery.reporting.routing import Routing, measure_routing
 from condconv_surgery.reporting.similarity import Experts, measure_experts
-from condconv_surgery.reporting.terminal import make_console, render_cost, render_profile, render_routing
+from condconv_surgery.reporting.terminal import make_console, render_experts, render_profile, render_routing
 
 
 @dataclass(frozen=True)
@@ -81,21 +81,20 @@ class Report:
     def print(self, width: int | None = None) -> None:
         """Tables on stdout, as wide as the terminal or ``width`` columns."""
         console = make_console(width)
-        parts = [render_profile(self.profile, self.title, console.width)]
-        parts += [render_cost(self.cost)] if self.cost else []
+        parts = [render_profile(self.profile, self.title, console.width, self.cost), render_experts(self.experts)]
         parts += [render_routing(self.routing, self.experts, console.width)] if self.routing else []
         console.print(Group(*parts))
 
     def write_plots(self, folder: str | Path) -> list[Path]:
         """PNG and SVG of the costs and, with pictures, of the routing; returns the files."""
-        from condconv_surgery.reporting import plots
+        from condconv_surgery.reporting import drawing, plots
 
-        figures = {"layers": plots.layer_costs(self.profile)}
+        figures = {"layers": plots.layer_costs(self.profile, self.title)}
         if self.routing and self.routing.layers:
             figures["experts"] = plots.experts_used(self.routing)
             liveliest = max(self.routing.layers, key=lambda layer: layer.variation)
             figures["gates_by_class"] = plots.gates_by_class(liveliest, self.routing.classes)
-        return plots.write(Path(folder), figures)
+        return drawing.write(Path(folder), figures)
 
 
 def report(

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from condconv_surgery.recipe import InputSpec
-from condconv_surgery.reporting.gates import frozen_accuracy, observe
+from condconv_surgery.reporting.gates import frozen_right, observe
 from condconv_surgery.reporting.pictures import Pictures
 from condconv_surgery.running import input_spec_of
 
@@ -22,12 +22,15 @@ SATURATED = 0.9
 
 TOP_PICTURES = 4
 
+QUANTILES = torch.tensor([0.05, 0.5, 0.95], dtype=torch.float64)
+
 
 @dataclass(frozen=True)
 class LayerRouting:
     """The gates ``g`` [N, E] of one layer over N pictures of C classes; their shares have rows of sum 1. Nats.
 
     mean: mean gate of each expert, [E]. by_class: the same for each class, [C][E].
+    quantiles: for each expert the gate's 5th, 50th and 95th percentile over pictures, [E][3].
     entropy: mean over pictures of H(shares). used: exp H(mean share), the effective number of experts, 1 to E.
     per_picture: exp(entropy), how many experts one picture has.
     variation: mean distance of a picture's gates from the mean, half of sum |g - mean|, 0 (static) to 1.
@@ -40,6 +43,7 @@ class LayerRouting:
     experts: int
     mean: tuple[float, ...]
     by_class: tuple[tuple[float, ...], ...]
+    quantiles: tuple[tuple[float, ...], ...]
     entropy: float
     used: float
     per_picture: float
@@ -57,7 +61,7 @@ class LayerRouting:
         if self.used < 1.2:
             return f"uses {self.used:.1f} of {n} experts: static would do"
         if self.variation < 0.01:
-            return "gates hardly vary: static would do"
+            return "hardly varies: static would do"
         if self.dead:
             return f"{len(self.dead)} of {n} experts never used: {n - len(self.dead)} would do"
         if self.between > 0.5:
@@ -79,6 +83,7 @@ class Routing:
 
     accuracy, frozen: top-1 with live gates, and with every mixture fixed at its mean over these pictures; ``None``
         where the classes of the folder are not those of the model.
+    uncertainty: standard error of ``accuracy - frozen``, from the pictures whose answer freezing changed.
     attention: for layers with attention, how much the scales differ between pictures (mean standard deviation).
     """
 
@@ -87,6 +92,7 @@ class Routing:
     pictures: int
     accuracy: float | None
     frozen: float | None
+    uncertainty: float | None
     attention: tuple[tuple[str, float], ...]
     files: tuple[str, ...] = ()
 
@@ -97,9 +103,10 @@ class Routing:
         text = f"{static} of {len(self.layers)} layers would do as plain convolutions." if self.layers else ""
         if self.accuracy is None or self.frozen is None:
             return f"{text} Its classes are not those of the folder, so accuracy is unknown.".strip()
-        worth = 100 * (self.accuracy - self.frozen)
+        worth, error = 100 * (self.accuracy - self.frozen), 100 * (self.uncertainty or 0.0)
         frozen = f"top-1 {self.accuracy:.1%}, with every gate frozen at its mean {self.frozen:.1%}"
-        return f"{text} Conditioning is worth {worth:+.1f} points ({frozen}, {self.pictures} pictures).".strip()
+        gain = f"{worth:+.1f} ± {error:.1f} points"
+        return f"{text} Conditioning is worth {gain} ({frozen}, {self.pictures} pictures).".strip()
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -107,6 +114,7 @@ class Routing:
             "classes": list(self.classes),
             "accuracy": self.accuracy,
             "frozen_accuracy": self.frozen,
+            "worth_standard_error": self.uncertainty,
             "verdict": self.verdict,
             "files": list(self.files),
             "layers": [layer.to_dict() for layer in self.layers],
@@ -131,13 +139,15 @@ def measure_routing(
     answers = _answers(pictures.classes, classes)
     seen = observe(model, pictures.batches(spec, batch), answers)
     known = answers is not None or (not classes and seen.width == len(pictures.classes))
-    frozen = frozen_accuracy(model, pictures.batches(spec, batch), seen.means, answers) if known else None
+    frozen = frozen_right(model, pictures.batches(spec, batch), seen.means, answers) if known else None
+    gained = None if frozen is None else seen.right.double() - frozen.double()  # +1, 0 or -1 a picture
     return Routing(
         tuple(layer_routing(name, gates, seen.labels, len(pictures.classes)) for name, gates in seen.gates.items()),
         pictures.classes,
         len(pictures.files),
         seen.accuracy if known else None,
-        frozen,
+        None if frozen is None else float(frozen.double().mean()),
+        None if gained is None else float(gained.std(correction=0)) / math.sqrt(len(gained)),
         tuple(seen.spreads.items()),
         pictures.files,
     )
@@ -157,6 +167,7 @@ def layer_routing(name: str, gates: Tensor, labels: Tensor, classes: int) -> Lay
         experts=experts,
         mean=tuple(gates.mean(dim=0).tolist()),
         by_class=tuple(tuple(row) for row in _class_means(gates, labels, classes).tolist()),
+        quantiles=tuple(tuple(row) for row in torch.quantile(gates, QUANTILES, dim=0).T.tolist()),
         entropy=entropy,
         used=math.exp(float(_entropy(mean_share))),
         per_picture=math.exp(entropy),

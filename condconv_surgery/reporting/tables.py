@@ -68,6 +68,9 @@ def to_markdown(profile: Profile, title: str, cost: Cost | None = None, routing:
         "",
         *(_routing_lines(routing) if routing else []),
         CONVENTION,
+        "",
+        module_counters(profile),
+        *(["", latency_line(cost)] if cost and cost.latency else []),
     ]
     return "\n".join(lines) + "\n"
 
@@ -84,9 +87,11 @@ def summary_rows(profile: Profile) -> list[tuple[str, str, str, str]]:
         own = getattr(macs, name)
         added = 0 if name == "convolution" else own
         if own:
-            rows.append((f"  {name}", human(own - added), human(own), f"{100 * added / max(before, 1):+.2f}%"))
+            rows.append((f"  {name}", human(own - added), human(own), percent(before, before + added)))
     rows.append(row("FLOPs per image", 2 * before, 2 * macs.total))
-    return [*rows, row("weights", profile.weight_bytes_before, profile.weight_bytes, human_bytes)]
+    rows.append(row("weights", profile.weight_bytes_before, profile.weight_bytes, human_bytes))
+    outputs = profile.activation_bytes  # a conditional layer gives what the plain one gave
+    return [*rows, row("outputs of all layers", outputs, outputs, human_bytes)]
 
 
 def cost_rows(cost: Cost) -> list[tuple[str, str, str, str]]:
@@ -96,9 +101,22 @@ def cost_rows(cost: Cost) -> list[tuple[str, str, str, str]]:
         for p in cost.peaks
     ]
     for time in cost.latency:
-        spread = f"{human_time(time.median)} ± {human_time(time.spread / 2)}"
-        rows.append((f"latency, batch {time.batch}", human_time(time.original), spread, f"x{time.ratio:.2f}"))
+        rows.append(
+            (f"latency, batch {time.batch}", human_time(time.original), human_time(time.median), f"x{time.ratio:.2f}")
+        )
     return rows
+
+
+def latency_line(cost: Cost) -> str:
+    """How the times were measured and how much they vary, in a sentence; empty where none were."""
+    if not cost.latency:
+        return ""
+    spreads = ", ".join(f"{t.spread / t.median:.0%} of {t.repeats} at batch {t.batch}" for t in cost.latency)
+    words = ", ".join(f"{name} {value}" for name, value in cost.environment)
+    return (
+        f"Latency: medians, original and model by turns in one run after {cost.latency[0].warm_up} passes to warm up; "
+        f"interquartile range {spreads}; {words}."
+    )
 
 
 def module_counters(profile: Profile) -> str:

@@ -12,7 +12,14 @@ from rich.text import Text
 
 from condconv_surgery.reporting.model_profile import CONVENTION, Layer, Macs, Profile
 from condconv_surgery.reporting.numbers import human
-from condconv_surgery.reporting.tables import cost_rows, multiplying, remainder, summary_rows
+from condconv_surgery.reporting.tables import (
+    cost_rows,
+    latency_line,
+    module_counters,
+    multiplying,
+    remainder,
+    summary_rows,
+)
 
 if TYPE_CHECKING:
     from condconv_surgery.reporting.cost import Cost
@@ -23,54 +30,67 @@ WIDTH = 80
 """Columns of a terminal that is not told to be wider."""
 
 
-def render_profile(profile: Profile, title: str, width: int = WIDTH) -> RenderableType:
-    """The totals, the layers, what is not listed, and the convention, for ``width`` columns."""
+def render_profile(profile: Profile, title: str, width: int = WIDTH, cost: Cost | None = None) -> RenderableType:
+    """The totals and what it costs to run, the layers, what is not listed, the convention, for ``width`` columns."""
+    totals = [*summary_rows(profile), *(cost_rows(cost) if cost else [])]
+    notes = [CONVENTION, module_counters(profile), latency_line(cost) if cost else ""]
     return Group(
         Text(title, style="bold"),
         Text(f"input {profile.input}", style="dim"),
         Text(""),
-        simple_table([("", False), ("before", True), ("after", True), ("change", True)], summary_rows(profile)),
+        simple_table([("", False), ("before", True), ("after", True), ("change", True)], totals),
         Text(""),
         _layers(profile, width),
         Text(""),
         *(Text(f"Not listed: {text}.", style="dim") for text in remainder(profile)),
-        Text(CONVENTION, style="dim"),
+        *(Text(note, style="dim") for note in notes if note),
     )
-
-
-def render_cost(cost: Cost) -> RenderableType:
-    """Memory and time."""
-    rows = cost_rows(cost)
-    table = simple_table([("", False), ("before", True), ("after", True), ("change", True)], rows)
-    words = ", ".join(f"{name} {value}" for name, value in cost.environment)
-    return Group("", table, Text(f"Latency: medians, by turns in one run; {words}." if words else "", style="dim"))
 
 
 def render_routing(routing: Routing, experts: Sequence[Experts] = (), width: int = WIDTH) -> RenderableType:
     """A line a layer: how many experts it uses, how much gates vary, and what that means."""
     cosines = {row.name: f"{row.cosine:.2f}" for row in experts}
-    headers = [("layer", False), ("used", True), ("vary", True), ("class", True), ("cos", True), ("verdict", False)]
+    headers = [
+        ("layer", False),
+        *((name, True) for name in ("used", "vary", "class", "info", "cos")),
+        ("verdict", False),
+    ]
     verdict = max([len(layer.verdict) for layer in routing.layers], default=0)
-    name = max(12, width - verdict - 28)
-    rows = [
+    name = max(12, width - verdict - 32)
+    rows: list[list[str | Text]] = [
         [
             shortened(layer.name, name),
             f"{layer.used:.1f}/{layer.experts}",
-            f"{layer.variation:.2f}",
+            f"{layer.variation:.3f}",
             f"{layer.between:.0%}",
+            f"{layer.information:.2f}",
             cosines.get(layer.name, ""),
-            layer.verdict,
+            Text(layer.verdict, style="dim" if layer.static else "green"),
         ]
         for layer in routing.layers
     ]
-    key = "vary: mean distance of a picture's gates from their mean. class: variance that the class explains. "
-    key += "cos: mean cosine between experts."
-    verdict_line = Text(routing.verdict, style="bold")
-    return (
-        Group("", simple_table(headers, rows, tight=True), Text(key, style="dim"), verdict_line)
-        if rows
-        else Group(verdict_line)
+    key = (
+        "vary: mean distance of a picture's gates from their mean. class: variance that the class explains. "
+        "info: of expert and class, nats. cos: mean cosine between experts."
     )
+    verdict_line = Text(routing.verdict, style="bold")
+    if not rows:
+        return Group("", verdict_line)
+    return Group("", simple_table(headers, rows, tight=True), Text(key, style="dim"), verdict_line)
+
+
+def render_experts(experts: Sequence[Experts]) -> RenderableType:
+    """How different the kernels are, in a sentence: the mean of the layers, and the layer that moved most."""
+    if not experts:
+        return Group()
+    cosine = sum(row.cosine for row in experts) / len(experts)
+    text = f"Experts: mean cosine {cosine:.3f} over {len(experts)} layers (1: equal kernels)"
+    moved = [row for row in experts if row.moved is not None]
+    if moved:
+        most = max(moved, key=lambda row: row.moved or 0.0)
+        mean = sum(row.moved or 0.0 for row in moved) / len(moved)
+        text += f"; {mean:.1%} from the original weight on average, most in {most.name}: {most.moved:.1%}"
+    return Text(text + ".")
 
 
 def render_comparison(headers: Sequence[str], rows: Sequence[Sequence[str]], width: int = WIDTH) -> RenderableType:

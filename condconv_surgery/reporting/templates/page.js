@@ -40,3 +40,5 @@ if (search) {
   only.addEventListener("change", apply);
   apply();
 }
+// on paper nothing can be opened any more
+addEventListener("beforeprint", () => { for (const closed of document.querySelectorAll("details")) closed.open = true; });
