@@ -192,3 +192,14 @@ def test_shapes_alone_on_the_meta_device(variant: Variant) -> None:
     layer = make(variant).to("meta")
     for batch in (1, 3):
         assert layer(torch.empty(batch, 8, 6, 6, device="meta")).shape == (batch, 12, 6, 6)
+
+
+@pytest.mark.parametrize("variant", EVERY_VARIANT, ids=str)
+def test_a_model_can_read_the_geometry_off_its_layer(variant: Variant) -> None:
+    """timm's DaViT pads by ``self.conv.kernel_size``."""
+    plain = nn.Conv2d(4, 6, (3, 5), stride=2, padding=(1, 2), dilation=1, groups=2)
+    layer = copy.deepcopy(conditional_like(plain, variant))
+    for name in ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups"):
+        assert getattr(layer, name) == getattr(plain, name)
+    with pytest.raises(AttributeError, match="no attribute 'no_such_name'"):
+        _ = layer.no_such_name

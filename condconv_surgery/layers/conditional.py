@@ -17,6 +17,11 @@ from condconv_surgery.recipe import Variant
 V = TypeVar("V", bound=Variant)
 
 
+def _of_geometry(name: str) -> property:
+    """An attribute of ``nn.Conv2d`` that models read off their convolutions, as timm's DaViT does to pad by itself."""
+    return property(lambda self: getattr(self.geometry, name), doc=f"As in ``nn.Conv2d``: ``geometry.{name}``.")
+
+
 class ConditionalConv2d(nn.Module, Generic[V]):
     """A drop-in for ``nn.Conv2d`` with several kernels, mixed anew for each sample.
 
@@ -33,6 +38,15 @@ class ConditionalConv2d(nn.Module, Generic[V]):
     """
 
     variant_class: ClassVar[type[Variant]] = Variant
+
+    in_channels = _of_geometry("in_channels")
+    out_channels = _of_geometry("out_channels")
+    kernel_size = _of_geometry("kernel_size")
+    stride = _of_geometry("stride")
+    padding = _of_geometry("padding")
+    dilation = _of_geometry("dilation")
+    groups = _of_geometry("groups")
+    padding_mode = _of_geometry("padding_mode")
 
     bias: nn.Parameter | None
     router: Router | None
