@@ -87,6 +87,29 @@ def test_processes_train_as_one(folder: Path, processes: int) -> None:
         torch.testing.assert_close(tensor, weights(together)[name], atol=1e-5, rtol=1e-4)
 
 
+def test_a_sharded_model_trains_as_a_whole_one(folder: Path) -> None:
+    """Weights and optimizer state split over two processes; two of seven validation pictures' batches are uneven."""
+    engine = {"ema": 0.5, "save_every": 2}
+    alone = options_for(folder, "alone", engine=engine, optimizer={"lr": 0.01, "accumulate": 2})
+    sharded = options_for(folder, "sharded", engine={**engine, "shard": True}, optimizer=alone.to_dict()["optimizer"])
+    finish(launch(alone))
+    finish(launch(sharded, processes=2))
+    for one, other in zip(rows(alone), rows(sharded), strict=True):
+        for name in ("train_loss", "train_top1", "val_loss", "val_top1"):
+            assert one[name] == pytest.approx(other[name], abs=1e-5), name
+    for name, tensor in weights(alone).items():
+        torch.testing.assert_close(tensor, weights(sharded)[name], atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.slow
+def test_a_sharded_run_goes_on_exactly(folder: Path) -> None:
+    engine = {"shard": True, "ema": 0.5, "save_every": 2}
+    whole, cut = options_for(folder, "whole", engine=engine), options_for(folder, "cut", engine=engine)
+    finish(launch(whole, processes=2))
+    finish(launch(cut, "resume", "kill:1:5", processes=2, restarts=1))
+    assert_same(whole, cut)
+
+
 @pytest.mark.slow
 def test_a_killed_process_is_restarted_to_the_same_weights(folder: Path) -> None:
     whole = options_for(folder, "whole", engine={"save_every": 2})

@@ -173,6 +173,7 @@ class EngineOptions(Section):
     compile: bool = option(False, "torch.compile the model")
     checkpointing: bool = option(False, "recompute the inside of blocks in the backward pass: less memory, more time")
     sync_batch_norm: bool = option(False, "batch statistics over all processes (GPUs only)")
+    shard: bool = option(False, "split weights and optimizer state over the processes (FSDP2)")
     deterministic: bool = option(False, "only deterministic algorithms; exact repetition on GPUs, slower")
     save_every: int = option(500, "steps between states, besides one at each epoch's end", low=1, flag="--save-every")
     tensorboard: bool = option(False, "also write TensorBoard events into the run's folder")

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from condconv_surgery.training.sharding import whole
+
 
 def first_nonfinite(
     model: nn.Module, images: Tensor, cast: Callable[[], AbstractContextManager[object]] = nullcontext
@@ -51,4 +53,4 @@ def first_nonfinite_gradient(model: nn.Module) -> str:
 
 
 def _finite(tensor: Tensor) -> bool:
-    return not tensor.is_floating_point() or bool(torch.isfinite(tensor).all())
+    return not tensor.is_floating_point() or bool(torch.isfinite(whole(tensor)).all())

@@ -41,6 +41,11 @@ class World:
             dist.all_reduce(tensor)
             tensor /= self.size
 
+    def share_(self, tensors: list[Tensor]) -> None:
+        """Replace each tensor by that of the first process."""
+        for tensor in tensors if self.size > 1 else ():
+            dist.broadcast(tensor, src=0)
+
     def wait(self) -> None:
         """Until every process is here."""
         if self.size > 1:

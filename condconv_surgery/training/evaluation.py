@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from condconv_surgery.errors import TrainingError
 from condconv_surgery.running import in_mode
@@ -51,20 +51,27 @@ def evaluate(
     cast: Callable[[], AbstractContextManager[object]] = nullcontext,
     interrupted: Callable[[], bool] = lambda: False,
     unreadable: Callable[[tuple[str, ...]], object] = lambda names: None,
+    filler: Tensor | None = None,
 ) -> Tally | None:
     """Cross-entropy (without smoothing) and top-1 of ``model`` in eval mode; ``None`` once ``interrupted()`` is true.
+
+    filler: pictures [B, C, H, W] that a process runs, uncounted, where it has none and others do: a sharded model runs
+        in all processes or in none.
 
     Each module has its own mode again afterwards. Raises ``TrainingError`` when no picture could be read.
     """
     tally = Tally()
     stopped = False
+    shared = batches if filler is None else _in_step(batches, world, Batch(filler, torch.empty(0, dtype=torch.int64)))
     with in_mode(model, training=False):
-        for batch in batches:
-            stopped = stopped or interrupted()
+        for batch in shared:
+            stopped = interrupted() if filler is None else bool(world.sum([float(interrupted())])[0])
             if stopped:
                 break
             unreadable(batch.unreadable)
             if not len(batch.labels):
+                if filler is not None:
+                    model(filler.to(world.device))
                 continue
             labels = batch.labels.to(world.device)
             with cast():
@@ -77,3 +84,13 @@ def evaluate(
     if not sums[2]:
         raise TrainingError("No validation picture could be read.", "At least one must be readable.", "--data FOLDER")
     return Tally(*sums)
+
+
+def _in_step(batches: Iterable[Batch], world: World, empty: Batch) -> Iterator[Batch]:
+    """``batches``, and empty ones after them until no process has any."""
+    own = iter(batches)
+    while True:
+        batch = next(own, None)
+        if not world.sum([float(batch is not None)])[0]:
+            return
+        yield empty if batch is None else batch

@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import nn
 from torch.amp.grad_scaler import GradScaler
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn, get_ema_multi_avg_fn
 
 from condconv_surgery.errors import InputError, TrainingError
 from condconv_surgery.layers import set_temperature
+from condconv_surgery.recipe.sections import EngineOptions
 from condconv_surgery.recipe.training import TrainingOptions
 from condconv_surgery.training.checkpointing import checkpoint_blocks, uncheckpoint
 from condconv_surgery.training.diagnosis import first_nonfinite, first_nonfinite_gradient
@@ -27,6 +28,7 @@ from condconv_surgery.training.optimizers import make_optimizer
 from condconv_surgery.training.pictures import Batch
 from condconv_surgery.training.schedule import apply_schedule, temperature_at
 from condconv_surgery.training.seeding import seed_of
+from condconv_surgery.training.sharding import Shell, check_sharding, shard
 from condconv_surgery.training.state import (
     State,
     model_part,
@@ -52,10 +54,14 @@ class Learner:
         self.options, self.world = options, world
         self.model = prepared(model, options, world)
         layers, engine = options.layers, options.engine
+        self.average = averaged(model, engine)
+        teacher = teacher_model(options.distill, model, heads)
+        self.shell = Shell(model, world) if engine.shard else None
+        if engine.shard:  # after the copies: a sharded model has none
+            for one in [model] if self.average is None else [model, self.average.module]:
+                shard(one, world)
         self.only = routing_parameters(model, heads) if layers.warm_routers else None
         self.optimizer = make_optimizer(model, options.optimizer, layers)
-        self.average = averaged(model, engine.ema)
-        teacher = teacher_model(options.distill, model, heads)
         self.teacher = None if teacher is None else Teacher(teacher.to(world.device), model, options.distill)
         weights = balanced_weights(counts).to(world.device) if options.optimizer.class_weights else None
         self.objective = Objective(model, options, weights, self.teacher)
@@ -111,6 +117,18 @@ class Learner:
                 set_temperature_of(self.average.module, self.options, step, steps)
         return outcome.tally
 
+    def to_save(self) -> nn.Module | None:
+        """``scored`` in one piece, for the first process to save. Every process must ask for it at the same time."""
+        if self.shell is None:
+            return self.scored
+        return self.shell.filled(self.scored)
+
+    def share_buffers(self) -> None:
+        """The statistics of the first process for all, as DistributedDataParallel has it at each step."""
+        if self.shell is not None:
+            self.world.share_(list(self.scored.buffers()))
+            self.world.share_(list(self.model.buffers()))
+
     def state(self, facts: dict[str, Any]) -> State:
         """All that a later process needs to go on, with some facts of the caller's own."""
         tensors, plain = optimizer_part(self.optimizer)
@@ -164,6 +182,7 @@ class Learner:
 def prepared(model: nn.Module, options: TrainingOptions, world: World) -> nn.Module:
     """``model`` on its device, in train mode, with frozen layers and statistics as the options say."""
     engine = options.engine
+    check_sharding(engine, world)
     if engine.sync_batch_norm and world.device.type != "cuda":
         raise InputError(
             "sync_batch_norm on a CPU.",
@@ -172,7 +191,9 @@ def prepared(model: nn.Module, options: TrainingOptions, world: World) -> nn.Mod
         )
     if engine.sync_batch_norm:
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)  # type: ignore[no-untyped-call]
-    model.to(world.device).train()
+    model.train()
+    if not engine.shard:  # that moves it piece by piece
+        model.to(world.device)
     if engine.channels_last:
         for parameter in model.parameters():
             if parameter.dim() == 4:  # experts have five: torch's own model.to(memory_format=...) fails on them
@@ -189,17 +210,19 @@ def set_temperature_of(model: nn.Module, options: TrainingOptions, step: int, st
         set_temperature(model, temperature)
 
 
-def averaged(model: nn.Module, decay: float) -> AveragedModel | None:
+def averaged(model: nn.Module, engine: EngineOptions) -> AveragedModel | None:
     """Torch's exponential moving average of weights and buffers; ``None`` for decay 0."""
-    if not decay:
+    if not engine.ema:
         return None
-    return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)  # type: ignore[no-untyped-call]
+    if engine.shard:  # torch can't mix sharded weights and whole buffers in one call
+        return AveragedModel(model, avg_fn=get_ema_avg_fn(engine.ema), use_buffers=True)  # type: ignore[no-untyped-call]
+    return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(engine.ema), use_buffers=True)  # type: ignore[no-untyped-call]
 
 
 def wrapped(model: nn.Module, options: TrainingOptions, world: World) -> nn.Module:
     """``model`` as a step calls it: compiled, and with gradients averaged over processes, where asked and needed."""
     called = model
-    if world.size > 1:
+    if world.size > 1 and not options.engine.shard:
         devices = [world.device] if world.device.type == "cuda" else None
         called = nn.parallel.DistributedDataParallel(model, device_ids=devices)
     if options.engine.compile:

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 
+import torch
 from torch import nn
 
 from condconv_surgery.models.artifact import recipe_of, save
@@ -76,6 +77,7 @@ class Run:
             self.heads = fit_heads(model, self.data.train.classes, spec)
         self.learner = Learner(model, options, world, self.data.train.counts(), self.heads)
         self.renamed = before if before and before != self.data.train.classes and not self.heads else ()
+        self.filler = torch.zeros(1, spec.channels, spec.height, spec.width) if options.engine.shard else None
         self.unreadable = Unreadable(options.data.max_bad)
         self.progress = Progress()
         self.meter = Meter(world.device, options.schedule.epochs, self.data.order.steps)
@@ -162,11 +164,12 @@ class Run:
         model = self.learner.scored
         row = self.meter.row(progress, self.learner.lr, temperature_of(model), scores, best)
         progress.tally = Tally()
-        if self.world.speaks:
+        finished = self.learner.to_save()
+        if self.world.speaks and finished is not None:
             for name in ("last", "best") if best else ("last",):
                 path = self.folder / f"{name}.safetensors"
                 with keeping(path):
-                    save(model, path)
+                    save(finished, path)
             write_rows(self.folder / METRICS, [*read_rows(self.folder / METRICS), row.to_dict()])
         self.save()
         self.watcher.epoch(row)
@@ -174,6 +177,7 @@ class Run:
 
     def evaluate(self) -> Tally | None:
         """Score the validation pictures; ``None`` when the run is to stop."""
+        self.learner.share_buffers()
         model = self.learner.scored
         with measuring_gates(model) as uses:
             scores = evaluate(
@@ -183,20 +187,24 @@ class Run:
                 cast=self.learner.cast,
                 interrupted=lambda: bool(self.wish),
                 unreadable=self.note_unreadable,
+                filler=self.filler,
             )
         if scores is not None:
             self.watcher.gates(self.progress.epochs_done + 1, uses)
         return scores
 
     def save(self) -> None:
-        """Write the state, from rank 0; every process has the same weights."""
+        """Write the state, from rank 0; every process has the same weights, or a part of them."""
+        if not self.world.speaks and not self.options.engine.shard:
+            return
+        facts = {
+            "progress": self.progress.to_dict(),
+            "options": self.options.to_dict(),
+            "fingerprint": self.fingerprint(),
+        }
+        state = self.learner.state(facts)
         if self.world.speaks:
-            facts = {
-                "progress": self.progress.to_dict(),
-                "options": self.options.to_dict(),
-                "fingerprint": self.fingerprint(),
-            }
-            save_state(self.folder, self.learner.state(facts))
+            save_state(self.folder, state)
 
     def fingerprint(self) -> str:
         """Of the training and the validation pictures."""

@@ -21,6 +21,7 @@ from torch.optim import Optimizer
 from condconv_surgery.errors import DamagedFileError, TrainingError
 from condconv_surgery.models.files import replacing
 from condconv_surgery.training.files import keeping
+from condconv_surgery.training.sharding import like, whole
 
 FORMAT = 1
 LAST = "state.safetensors"
@@ -91,7 +92,7 @@ def read_state(path: Path) -> State:
 
 def model_part(model: nn.Module, part: str = "model") -> dict[str, Tensor]:
     """Parameters and persistent buffers, under ``part.``."""
-    return {f"{part}.{name}": tensor for name, tensor in model.state_dict().items()}
+    return {f"{part}.{name}": whole(tensor) for name, tensor in model.state_dict().items()}
 
 
 @torch.no_grad()
@@ -106,7 +107,7 @@ def restore_model(model: nn.Module, tensors: dict[str, Tensor]) -> None:
             "start anew: another -o RUN",
         )
     for name, tensor in tensors.items():
-        target[name].copy_(tensor)  # keeps device and memory format
+        target[name].copy_(like(target[name], tensor))  # keeps device and memory format
 
 
 def optimizer_part(optimizer: Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -116,7 +117,7 @@ def optimizer_part(optimizer: Optimizer) -> tuple[dict[str, Tensor], dict[str, A
     for index, values in optimizer.state_dict()["state"].items():
         for name, value in values.items():
             if isinstance(value, Tensor):
-                tensors[f"optimizer.{index}.{name}"] = value
+                tensors[f"optimizer.{index}.{name}"] = whole(value)
             else:
                 plain[f"{index}.{name}"] = value
     return tensors, plain
@@ -125,9 +126,11 @@ def optimizer_part(optimizer: Optimizer) -> tuple[dict[str, Tensor], dict[str, A
 def restore_optimizer(optimizer: Optimizer, tensors: dict[str, Tensor], plain: dict[str, Any]) -> None:
     """The inverse of ``optimizer_part``. The groups stay as they were built from the options."""
     state: dict[int, dict[str, Any]] = {}
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     for key, value in [*tensors.items(), *plain.items()]:
         index, _, name = key.partition(".")
-        state.setdefault(int(index), {})[name] = value
+        place = parameters[int(index)]
+        state.setdefault(int(index), {})[name] = like(place, value) if isinstance(value, Tensor) else value
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 

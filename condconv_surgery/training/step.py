@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
+from torch.distributed.fsdp import FSDPModule
 from torch.optim import Optimizer
 
 from condconv_surgery.training.distributed import World
@@ -18,6 +19,7 @@ from condconv_surgery.training.mixing import Mix
 from condconv_surgery.training.objective import classification_loss
 from condconv_surgery.training.outputs import Logits, logits_of
 from condconv_surgery.training.pictures import Batch
+from condconv_surgery.training.sharding import whole
 
 Loss = Callable[[Logits, Tensor, Tensor], Tensor]
 """``(logits, images, target) -> loss``; the target is labels [B] or shares [B, K]."""
@@ -104,7 +106,7 @@ def _move(
             if id(parameter) not in kept:
                 parameter.grad = None  # an optimizer passes over a parameter without gradient
     norm = nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
-    finite = math.isfinite(norm.item())
+    finite = math.isfinite(whole(norm).item())
     if clip_norm and finite:
         nn.utils.clip_grads_with_norm_(model.parameters(), clip_norm, norm)
     if scaler is not None:
@@ -125,6 +127,8 @@ def _count(tally: Tally, loss: Tensor, logits: Tensor, target: Tensor) -> None:
 
 def _without_reduction(model: nn.Module, more_to_come: bool) -> AbstractContextManager[object]:
     """Gradients are exchanged between processes once a step, with the last batch."""
+    if isinstance(model, FSDPModule):
+        model.set_requires_gradient_sync(not more_to_come)
     if more_to_come and isinstance(model, nn.parallel.DistributedDataParallel):
         return model.no_sync()
     return nullcontext()
