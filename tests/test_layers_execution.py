@@ -169,16 +169,36 @@ def test_blocks_pass_the_checks_of_an_operator() -> None:
     for kernel in (1, 3):
         geometry, x, experts, mixture, _ = layer_case(kernel, 1, 5, 3, "everything")
         padding = kernel // 2
-        arguments = (x, experts, *mixture, [1, 1], [padding, padding], [1, 1], geometry.groups)
-        torch.library.opcheck(blocks._forward, arguments)
+        shape = ([1, 1], [padding, padding], [1, 1], geometry.groups)
+        torch.library.opcheck(blocks._forward, (x, experts, *mixture, *shape, False))
+        torch.library.opcheck(blocks._forward, (x, experts, mixture.gate, None, None, None, *shape, True))
 
 
-def test_blocks_keep_no_kernel_for_backward() -> None:
-    geometry, x, experts, mixture, leaves = layer_case(3, 1, 12, 64, "everything")
+@pytest.mark.parametrize(("kernel", "groups"), [(1, 1), (3, 1), (3, 8)])
+@pytest.mark.parametrize("block", [2, 64])
+def test_kernels_are_kept_for_backward_where_they_are_small_and_unscaled(
+    block: int, kernel: int, groups: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    geometry, x, experts, mixture, leaves = layer_case(kernel, groups, 10, 5, "gate")
+    monkeypatch.setattr(blocks, "MOST_KERNEL_BYTES", block * geometry.weight_numel * 8)
+    expected = values_and_gradients(per_sample_loop(x, experts, None, mixture, geometry), leaves)
+    for share, keeps in ((1e6, True), (0, False)):
+        monkeypatch.setattr(blocks, "MOST_KEPT_SHARE", share)
+        kept: list[torch.Tensor] = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, kept=kept: kept.append(t) or t, lambda t: t):
+            y = execute(x, experts, None, mixture, geometry, "blocks")
+        assert (5 * geometry.weight_numel in {t.numel() for t in kept}) == keeps
+        for a, e in zip(values_and_gradients(y, leaves), expected, strict=True):
+            torch.testing.assert_close(a, e, rtol=0, atol=1e-11)
+
+
+@pytest.mark.parametrize(("parts", "size"), [("everything", 12), ("gate", 1)], ids=["scaled", "large kernels"])
+def test_blocks_keep_no_kernel_for_backward(parts: str, size: int) -> None:
+    geometry, x, experts, mixture, leaves = layer_case(3, 1, size, 64, parts)
     kept: list[torch.Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
         execute(x, experts, None, mixture, geometry, "blocks")
-    assert {t.data_ptr() for t in kept} == {t.data_ptr() for t in leaves}
+    assert {t.data_ptr() for t in kept if t.numel()} == {t.data_ptr() for t in leaves}
     kept.clear()
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
         execute(x, experts, None, mixture, geometry, "grouped")

@@ -3,7 +3,8 @@
     y_b = conv(x_b, K_b),    K_b = out_scale_b * in_scale_b * spatial_b * sum_e gate[b,e] * experts[e]
 
 Kernels of a whole batch are B * |W| numbers (1.4 GB for ResNet-18 at batch 32), written to fresh memory, read back
-once, and kept for backward. Here at most ``MOST_KERNEL_BYTES`` of them exist at a time, in a buffer that stays warm.
+once, and kept for backward. Here at most ``MOST_KERNEL_BYTES`` of them exist at a time, in a buffer that stays warm;
+only small ones are kept for backward (``MOST_KEPT_SHARE``).
 It is one operator with its own backward formula, so that a compiler sees one node for any batch size. Its backward
 cannot be differentiated again; the other ways can.
 """
@@ -27,6 +28,10 @@ MOST_KERNEL_BYTES = 28 << 20
 """The kernels of one block. glibc serves an allocation of 32 MiB or more with fresh pages each time; those were written
 at 1.6 GB/s where warm ones took 13 GB/s (docs/execution.md). Below it more is better: experts are read once a block."""
 
+MOST_KEPT_SHARE = 3
+"""Kernels of a sample up to so many times its activations are kept for backward rather than made again. It adds little
+to a network, since layers of large maps hold most of its activations and few of its weights."""
+
 MOST_WHOLE_BYTES = 10 << 20
 """Up to this many bytes of input a grouped convolution of the whole batch beats blocks, whose outputs are copied into
 one: 1.0 against 1.5 of static at 384 channels and 14 px (9 MiB), 0.6 against 0.3 at 192 channels and 28 px (18 MiB)."""
@@ -39,10 +44,20 @@ in the second and third level of cache."""
 def convolve_in_blocks(x: Tensor, experts: Tensor, mixture: Mixture, geometry: ConvGeometry) -> Tensor:
     """``conv(x_b, K_b)`` with every part of ``mixture`` in the kernel: [B, I, H, W] -> [B, O, H', W']."""
     x, padding = geometry.pad(x)
-    y: Tensor = _forward(
-        x, experts, *mixture, list(geometry.stride), list(padding), list(geometry.dilation), geometry.groups
-    )
+    keep = torch.is_grad_enabled() and _keeps_kernels(x, mixture, geometry)
+    shape = (list(geometry.stride), list(padding), list(geometry.dilation), geometry.groups)
+    y: Tensor = _forward(x, experts, *mixture, *shape, keep)[0]
     return y
+
+
+def _keeps_kernels(x: Tensor, mixture: Mixture, geometry: ConvGeometry) -> bool:
+    """Whether forward keeps the kernels for backward. Scaled ones never: their gradients need them unscaled too.
+
+    Nothing here depends on the batch, so that one compiled graph serves every batch.
+    """
+    if mixture.gate is None or any(part is not None for part in mixture[1:]):
+        return False
+    return geometry.weight_numel <= MOST_KEPT_SHARE * geometry.activations(x)
 
 
 def forward_in_blocks(
@@ -56,19 +71,25 @@ def forward_in_blocks(
     padding: list[int],
     dilation: list[int],
     groups: int,
-) -> Tensor:
-    """The operator's body, in torch's own operators: x [B, I, H, W], padded already, -> [B, O, H', W']."""
+    keep: bool,
+) -> tuple[Tensor, Tensor]:
+    """The operator's body, in torch's own operators: x [B, I, H, W], padded already, -> [B, O, H', W'].
+
+    With it the kernels [B, O, I/G, kh, kw] if backward is to find them, else an empty tensor.
+    """
     mixture = Mixture(gate, spatial, in_scale, out_scale)
-    blocks = _blocks(x, experts, groups)
+    batch, blocks = x.shape[0], _blocks(x, experts, groups)
+    kept = _kernels(experts, mixture, groups, batch).to(x.dtype) if keep else x.new_empty(0)
     if len(blocks) == 1 and is_stacked(x, experts.shape, padding, groups):  # its output is whole already
-        kernels = _kernels(experts, mixture, groups, x.shape[0]).to(x.dtype)
-        return convolve_stacked(x, kernels, stride, padding, dilation, groups)
+        kernels = kept if keep else _kernels(experts, mixture, groups, batch).to(x.dtype)
+        return convolve_stacked(x, kernels, stride, padding, dilation, groups), kept
     y = _empty_output(x, experts, stride, padding, dilation)
     for start, stop in blocks:
-        kernels = _kernels(experts, _part(mixture, start, stop), groups, stop - start).to(x.dtype)
+        part = _part(mixture, start, stop)
+        kernels = kept[start:stop] if keep else _kernels(experts, part, groups, stop - start).to(x.dtype)
         convolve(x[start:stop], kernels, y[start:stop], stride, padding, dilation, groups)
         del kernels  # before the next are made
-    return y
+    return y, kept
 
 
 _forward = torch.library.custom_op("condconv_surgery::convolve_in_blocks", forward_in_blocks, mutates_args=())
@@ -89,13 +110,16 @@ def _(
     padding: list[int],
     dilation: list[int],
     groups: int,
-) -> Tensor:
-    return _empty_output(x, experts, stride, padding, dilation)
+    keep: bool,
+) -> tuple[Tensor, Tensor]:
+    kept = x.new_empty((x.shape[0], *experts.shape[1:]) if keep else 0)
+    return _empty_output(x, experts, stride, padding, dilation), kept
 
 
 @torch.library.custom_op("condconv_surgery::convolve_in_blocks_backward", mutates_args=())
 def _backward(
     grad: Tensor,
+    kept: Tensor,
     x: Tensor,
     experts: Tensor,
     gate: Tensor | None,
@@ -112,16 +136,12 @@ def _backward(
     grads = _empty_gradients(x, experts, mixture)
     grads[1].zero_()
     grad = grad.contiguous(memory_format=format_of(x))
-    for start, stop in _blocks(x, experts, groups):
+    blocks = _blocks(x, experts, groups)
+    for start, stop in blocks:
         part = _part(mixture, start, stop)
-        with torch.no_grad():
-            mixed = mix_experts(experts, part.gate)
-            kernels = (
-                scale_kernels(mixed, part, groups, in_place=False).to(x.dtype).expand(stop - start, -1, -1, -1, -1)
-            )
-        grad_kernels = convolve_backward(
-            grad[start:stop], x[start:stop], kernels, grads[0][start:stop], stride, padding, dilation, groups, needs
-        )
+        mixed, kernels = _kernels_again(kept[start:stop], experts, part, groups, stop - start, x.dtype)
+        given = (grad[start:stop], x[start:stop], kernels)
+        grad_kernels = convolve_backward(*given, grads[0][start:stop], stride, padding, dilation, groups, needs)
         if grad_kernels is None:
             continue
         to_experts = grads[1] if needs[1] else None
@@ -135,6 +155,7 @@ def _backward(
 @_backward.register_fake
 def _(
     grad: Tensor,
+    kept: Tensor,
     x: Tensor,
     experts: Tensor,
     gate: Tensor | None,
@@ -150,17 +171,23 @@ def _(
     return _empty_gradients(x, experts, Mixture(gate, spatial, in_scale, out_scale))
 
 
-def _save_for_backward(ctx: torch.autograd.function.FunctionCtx, inputs: tuple[object, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs[:6])  # type: ignore[arg-type]
-    ctx.rest = inputs[6:]  # type: ignore[attr-defined]
+def _save_for_backward(
+    ctx: torch.autograd.function.FunctionCtx, inputs: tuple[object, ...], output: tuple[Tensor, Tensor]
+) -> None:
+    _, kept = output
+    ctx.mark_non_differentiable(kept)
+    ctx.save_for_backward(kept, *inputs[:6])  # type: ignore[arg-type]
+    ctx.rest = inputs[6:10]  # type: ignore[attr-defined]
 
 
-def _differentiate(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
-    tensors = ctx.saved_tensors  # type: ignore[attr-defined]
+def _differentiate(
+    ctx: torch.autograd.function.FunctionCtx, grad: Tensor, _of_kept: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    kept, *tensors = ctx.saved_tensors  # type: ignore[attr-defined]
     needs = list(ctx.needs_input_grad[:6])  # type: ignore[attr-defined]
-    grads = _backward(grad, *tensors, *ctx.rest, needs)  # type: ignore[attr-defined]
+    grads = _backward(grad, kept, *tensors, *ctx.rest, needs)  # type: ignore[attr-defined]
     wanted = [g if n and t is not None else None for g, n, t in zip(grads, needs, tensors, strict=True)]
-    return (*wanted, None, None, None, None)
+    return (*wanted, None, None, None, None, None)
 
 
 _forward.register_autograd(_differentiate, setup_context=_save_for_backward)
@@ -183,6 +210,18 @@ def _part(mixture: Mixture, start: int, stop: int) -> Mixture:
 def _kernels(experts: Tensor, mixture: Mixture, groups: int, batch: int) -> Tensor:
     with torch.no_grad():
         return mix_kernels(experts, mixture, groups).expand(batch, -1, -1, -1, -1)
+
+
+def _kernels_again(
+    kept: Tensor, experts: Tensor, mixture: Mixture, groups: int, batch: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """What ``mix_experts`` gave, and the kernels in ``dtype``: kept ones, or made again where ``kept`` is empty."""
+    if kept.numel():
+        return kept, kept
+    with torch.no_grad():
+        mixed = mix_experts(experts, mixture.gate)
+        kernels = scale_kernels(mixed, mixture, groups, in_place=False).to(dtype)
+    return mixed, kernels.expand(batch, -1, -1, -1, -1)
 
 
 def _empty_output(x: Tensor, experts: Tensor, stride: list[int], padding: list[int], dilation: list[int]) -> Tensor:

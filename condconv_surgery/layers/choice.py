@@ -34,7 +34,7 @@ def scales_belong_in_the_kernel(x: Tensor, geometry: ConvGeometry) -> bool:
 
     In the kernel they also cost no memory: nothing of the size of an activation is kept for their gradients.
     """
-    return geometry.weight_numel <= _activations(x, geometry)
+    return geometry.weight_numel <= geometry.activations(x)
 
 
 def _exportable(x: Tensor, experts: Tensor, mixture: Mixture, geometry: ConvGeometry) -> str:
@@ -43,19 +43,10 @@ def _exportable(x: Tensor, experts: Tensor, mixture: Mixture, geometry: ConvGeom
         return "static"
     if geometry.pointwise:
         return "bmm"
-    few = experts.shape[0] * _positions(x, geometry) <= MOST_POSITIONS_TO_MIX
+    few = experts.shape[0] * geometry.positions(x) <= MOST_POSITIONS_TO_MIX
     return "outputs" if few and mixture.spatial is None and not geometry.depthwise else "grouped"
 
 
 def _cheaper_as_a_matrix(x: Tensor, geometry: ConvGeometry) -> bool:
     """A 1x1 layer whose scales fit into its kernel: matrix products beat a convolution that has none."""
     return geometry.pointwise and scales_belong_in_the_kernel(x, geometry)
-
-
-def _positions(x: Tensor, geometry: ConvGeometry) -> int:
-    return (x.shape[2] // geometry.stride[0]) * (x.shape[3] // geometry.stride[1])
-
-
-def _activations(x: Tensor, geometry: ConvGeometry) -> int:
-    """Numbers in the input and output of one sample, about."""
-    return geometry.in_channels * x.shape[2] * x.shape[3] + geometry.out_channels * _positions(x, geometry)

@@ -9,7 +9,7 @@ from condconv_surgery.errors import InputError
 from condconv_surgery.layers.choice import choose, scales_belong_in_the_kernel
 from condconv_surgery.layers.mixture import ConvGeometry, Mixture
 from condconv_surgery.layers.precision import is_autocast_on
-from condconv_surgery.layers.ways import WAYS, legal_ways
+from condconv_surgery.layers.ways import WAYS, Way, legal_ways
 
 SCALES_ITS_KERNELS = ("blocks", "plain")
 """Ways that can take ``in_scale`` and ``out_scale`` into the kernels."""
@@ -28,13 +28,11 @@ def execute(
     if is_autocast_on(x):
         x = x.to(torch.get_autocast_dtype(x.device.type))  # the operators of ``blocks`` are unknown to autocast
     name = choose(x, experts, mixture, geometry) if way == "auto" else _legal(way, x, mixture, geometry)
-    in_kernel = name in SCALES_ITS_KERNELS and scales_belong_in_the_kernel(x, geometry)
-    inner = mixture if in_kernel else mixture._replace(in_scale=None, out_scale=None)
-    if mixture.in_scale is not None and not in_kernel:
-        x = x * mixture.in_scale[:, :, None, None].to(x.dtype)
-    y = WAYS[name](x, experts, inner, geometry)
-    if mixture.out_scale is not None and not in_kernel:
-        y = y * mixture.out_scale[:, :, None, None].to(y.dtype)
+    scaled = mixture.in_scale is not None or mixture.out_scale is not None
+    if not scaled or (name in SCALES_ITS_KERNELS and scales_belong_in_the_kernel(x, geometry)):
+        y = WAYS[name](x, experts, mixture, geometry)
+    else:
+        y = _scale_activations(WAYS[name], x, experts, mixture, geometry)
     if bias is not None:
         y = y + mix_bias(bias, mixture.gate).to(y.dtype)[:, :, None, None]
     return y
@@ -43,6 +41,13 @@ def execute(
 def mix_bias(bias: Tensor, gate: Tensor | None) -> Tensor:
     """``sum_e gate[b,e] * bias[e]``: [E, O] -> [B, O], or [1, O] without a gate."""
     return bias if gate is None else gate.to(bias.dtype) @ bias
+
+
+def _scale_activations(way: Way, x: Tensor, experts: Tensor, mixture: Mixture, geometry: ConvGeometry) -> Tensor:
+    if mixture.in_scale is not None:
+        x = x * mixture.in_scale[:, :, None, None].to(x.dtype)
+    y = way(x, experts, Mixture(mixture.gate, mixture.spatial), geometry)
+    return y if mixture.out_scale is None else y * mixture.out_scale[:, :, None, None].to(y.dtype)
 
 
 def _legal(way: str, x: Tensor, mixture: Mixture, geometry: ConvGeometry) -> str:

@@ -129,6 +129,14 @@ class ConvGeometry:
         tall, wide = dh * (kh - 1), dw * (kw - 1)
         return (wide // 2, wide - wide // 2, tall // 2, tall - tall // 2)
 
+    def positions(self, x: Tensor) -> int:
+        """Output positions of ``x`` [B, I, H, W], about: margins are not looked at."""
+        return (x.shape[2] // self.stride[0]) * (x.shape[3] // self.stride[1])
+
+    def activations(self, x: Tensor) -> int:
+        """Numbers in the input and the output of one sample of ``x`` [B, I, H, W], about."""
+        return self.in_channels * x.shape[2] * x.shape[3] + self.out_channels * self.positions(x)
+
     def pad(self, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
         """``x`` [B, I, H, W], padded where a convolution cannot do it, and the padding left for the convolution."""
         left, right, top, bottom = self.margins

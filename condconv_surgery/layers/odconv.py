@@ -96,7 +96,7 @@ class ODConv2d(ConditionalConv2d[ODConv]):
 
 def _norm_any_batch(norm: nn.Module, h: Tensor) -> Tensor:
     """Batch norm of [B, hidden] that also takes a batch of one, or of none, in training."""
-    if isinstance(norm, nn.BatchNorm1d) and norm.training and h.shape[0] <= 1:
+    if isinstance(norm, nn.BatchNorm1d) and (not norm.training or h.shape[0] <= 1):
         return F.batch_norm(h, norm.running_mean, norm.running_var, norm.weight, norm.bias, False, 0.0, norm.eps)
     normed: Tensor = norm(h)
     return normed

@@ -33,7 +33,7 @@ class Router(nn.Module):
         """
         if x.dim() == 3:
             x = x.unsqueeze(0)
-        pooled = x.mean(dim=(2, 3)) if x.dim() == 4 else x  # [B, I]
+        pooled = _pooled(x) if x.dim() == 4 else x  # [B, I]
         if not is_autocast_on(x):
             return self.mix(pooled)
         with torch.autocast(x.device.type, enabled=False):
@@ -84,3 +84,14 @@ def zero_linear_(linear: nn.Linear) -> None:
 def temperature_buffer(value: float, device: torch.device | str | None) -> Tensor:
     """A temperature as saved state: a scalar in float32 whatever the layer's own dtype."""
     return torch.tensor(float(value), dtype=torch.float32, device=device)
+
+
+def _pooled(x: Tensor) -> Tensor:
+    """The mean over positions, [B, I, H, W] -> [B, I].
+
+    ``mean`` is four operators on a CPU and a sum is one: at batch 1 that is half of what pooling costs. A sum of
+    halves can leave their range.
+    """
+    if x.dtype in (torch.float16, torch.bfloat16):
+        return x.mean(dim=(2, 3))
+    return x.sum(dim=(2, 3)) * (1.0 / (x.shape[2] * x.shape[3]))

@@ -18,9 +18,7 @@ class GateWatch:
 
     def __init__(self, model: nn.Module) -> None:
         self.seen: dict[str, Tensor] = {}
-        self.handles = [
-            router.register_forward_hook(self._noting(name)) for name, router in routers(model).items()
-        ]
+        self.handles = [router.register_forward_hook(self._noting(name)) for name, router in routers(model).items()]
 
     def take(self) -> dict[str, Tensor]:
         """The gates since the last ``take``, by layer or block; of one called twice, the last."""
