@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 from importlib.metadata import version
 
+from tests.sweep.models import torchvision_left_aside
 from tests.sweep.trial import EXPERTS, Row
 
 HEADER = """| model | input | convolutions | converted | skipped | eval | train | loaded = saved | step |
@@ -27,6 +28,11 @@ def to_markdown(rows: list[Row]) -> str:
         "layer that has a gradient. A batch norm over few values amplifies rounding; the proof then decides in "
         "float64.\n",
     ]
+    if "torchvision" in libraries:
+        parts.append(
+            f"Left aside: torchvision's {len(torchvision_left_aside())} int8 models (`quantized_*`), whose convolutions "
+            "hold no weight to train.\n"
+        )
     for library, found in libraries.items():
         parts += [f"## {library}\n", _totals(found), HEADER, *(_line(row) for row in found if not row.failure), ""]
         parts += [f"- not converted: {row.source}: {_first_line(row.failure)}" for row in found if row.failure]
