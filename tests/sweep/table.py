@@ -30,8 +30,8 @@ def to_markdown(rows: list[Row]) -> str:
     ]
     if "torchvision" in libraries:
         parts.append(
-            f"Left aside: torchvision's {len(torchvision_left_aside())} int8 models (`quantized_*`), whose convolutions "
-            "hold no weight to train.\n"
+            f"Left aside: torchvision's {len(torchvision_left_aside())} int8 models (`quantized_*`), whose "
+            "convolutions hold no weight to train.\n"
         )
     for library, found in libraries.items():
         parts += [f"## {library}\n", _totals(found), HEADER, *(_line(row) for row in found if not row.failure), ""]
