@@ -79,14 +79,14 @@ def forward_in_blocks(
     """
     mixture = Mixture(gate, spatial, in_scale, out_scale)
     batch, blocks = x.shape[0], _blocks(x, experts, groups)
-    kept = _kernels(experts, mixture, groups, batch).to(x.dtype) if keep else x.new_empty(0)
+    kept = _kernels(experts, mixture, groups, batch, x.dtype) if keep else x.new_empty(0)
     if len(blocks) == 1 and is_stacked(x, experts.shape, padding, groups):  # its output is whole already
-        kernels = kept if keep else _kernels(experts, mixture, groups, batch).to(x.dtype)
+        kernels = kept if keep else _kernels(experts, mixture, groups, batch, x.dtype)
         return convolve_stacked(x, kernels, stride, padding, dilation, groups), kept
     y = _empty_output(x, experts, stride, padding, dilation)
     for start, stop in blocks:
         part = _part(mixture, start, stop)
-        kernels = kept[start:stop] if keep else _kernels(experts, part, groups, stop - start).to(x.dtype)
+        kernels = kept[start:stop] if keep else _kernels(experts, part, groups, stop - start, x.dtype)
         convolve(x[start:stop], kernels, y[start:stop], stride, padding, dilation, groups)
         del kernels  # before the next are made
     return y, kept
@@ -136,8 +136,7 @@ def _backward(
     grads = _empty_gradients(x, experts, mixture)
     grads[1].zero_()
     grad = grad.contiguous(memory_format=format_of(x))
-    blocks = _blocks(x, experts, groups)
-    for start, stop in blocks:
+    for start, stop in _blocks(x, experts, groups):
         part = _part(mixture, start, stop)
         mixed, kernels = _kernels_again(kept[start:stop], experts, part, groups, stop - start, x.dtype)
         given = (grad[start:stop], x[start:stop], kernels)
@@ -207,9 +206,9 @@ def _part(mixture: Mixture, start: int, stop: int) -> Mixture:
     return Mixture(*(None if part is None else part[start:stop] for part in mixture))
 
 
-def _kernels(experts: Tensor, mixture: Mixture, groups: int, batch: int) -> Tensor:
+def _kernels(experts: Tensor, mixture: Mixture, groups: int, batch: int, dtype: torch.dtype) -> Tensor:
     with torch.no_grad():
-        return mix_kernels(experts, mixture, groups).expand(batch, -1, -1, -1, -1)
+        return mix_kernels(experts, mixture, groups).to(dtype).expand(batch, -1, -1, -1, -1)
 
 
 def _kernels_again(

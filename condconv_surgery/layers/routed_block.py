@@ -43,15 +43,12 @@ class RoutedBlock(nn.Module):
         return self.routed_train(*args) if self.training else self.routed_eval(*args)
 
 
-def route_once(
-    block: nn.Module, router: Router, layers: tuple[str, ...], channels: int, in_eval: Forward, in_train: Forward
-) -> None:
-    """Give ``block`` a router and another forward, in place.
+def route_once(block: nn.Module, layers: tuple[str, ...], channels: int, in_eval: Forward, in_train: Forward) -> None:
+    """Give ``block``, which holds its ``ROUTER`` already, the forward that uses it, in place.
 
     layers, channels: see ``RoutedBlock``. in_eval, in_train: called with the block and its inputs, in either mode.
     """
     plain = type(block)
-    block.add_module(ROUTER, router)
     names = {
         "routed_from": plain,
         "routed_layers": layers,
@@ -64,7 +61,7 @@ def route_once(
 
 
 def route_no_more(block: nn.Module) -> None:
-    """Undo ``route_once``."""
+    """Undo ``route_once``, and take the router out."""
     assert isinstance(block, RoutedBlock)
     del block._modules[ROUTER]
     block.__class__ = block.routed_from  # type: ignore[assignment]

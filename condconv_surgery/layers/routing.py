@@ -89,8 +89,8 @@ def temperature_buffer(value: float, device: torch.device | str | None) -> Tenso
 def _pooled(x: Tensor) -> Tensor:
     """The mean over positions, [B, I, H, W] -> [B, I].
 
-    ``mean`` is four operators on a CPU and a sum is one: at batch 1 that is half of what pooling costs. A sum of
-    halves can leave their range.
+    ``mean`` is four operators on a CPU, a sum and a product are two: 12.5 us against 18 on a small map. A sum of halves
+    can leave their range.
     """
     if x.dtype in (torch.float16, torch.bfloat16):
         return x.mean(dim=(2, 3))

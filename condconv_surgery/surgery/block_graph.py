@@ -27,6 +27,9 @@ from condconv_surgery.surgery.tracing import one_line
 Graphs = dict[bool, fx.Graph]
 """By mode: ``False`` for eval, ``True`` for train."""
 
+CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+"""Bare ones: a router would be one more member of theirs."""
+
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
@@ -74,7 +77,7 @@ def forward_of(graph: fx.Graph, block: nn.Module) -> Forward:
 
 def _require_plain(block: nn.Module, layers: Collection[nn.Module]) -> None:
     """What can be seen without tracing."""
-    if isinstance(block, (nn.Sequential, nn.ModuleList, nn.ModuleDict)):
+    if isinstance(block, CONTAINERS):
         raise BlockError("it is a bare container, in which a router would be one more member")
     if hasattr(block, ROUTER):
         raise BlockError(f"it has an attribute {ROUTER!r} already")

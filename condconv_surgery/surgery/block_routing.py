@@ -20,7 +20,15 @@ from condconv_surgery.layers import ConditionalConv2d, ConvGeometry
 from condconv_surgery.layers.routed_block import ROUTER, route_once
 from condconv_surgery.layers.routing import make_router
 from condconv_surgery.recipe import SharedRouter
-from condconv_surgery.surgery.block_graph import BlockError, Graphs, calls, forward_of, insert_router, trace_block
+from condconv_surgery.surgery.block_graph import (
+    CONTAINERS,
+    BlockError,
+    Graphs,
+    calls,
+    forward_of,
+    insert_router,
+    trace_block,
+)
 from condconv_surgery.surgery.graph import ConvSite
 from condconv_surgery.surgery.observation import Calls, observe
 from condconv_surgery.surgery.selection import Plan, matches
@@ -71,7 +79,7 @@ def route_block(model: nn.Module, shared: SharedRouter) -> None:
         insert_router(graph, block, layers)
     inside = tuple(name.removeprefix(f"{shared.block}.") for name in shared.layers)
     forwards = (forward_of(graphs[mode], block) for mode in (False, True))
-    route_once(block, router, inside, shared.channels, *forwards)
+    route_once(block, inside, shared.channels, *forwards)
 
 
 def _members(model: nn.Module, sites: Iterable[ConvSite], patterns: Sequence[str]) -> dict[str, list[ConvSite]]:
@@ -100,7 +108,7 @@ def _block_of(name: str, modules: Mapping[str, nn.Module], kept: set[int], patte
             if any(matches(name, pattern) for pattern in patterns):
                 return name
             continue
-        bare = isinstance(modules[name], (nn.Sequential, nn.ModuleList, nn.ModuleDict))
+        bare = isinstance(modules[name], CONTAINERS)
         if not bare and sum(id(module) in kept for module in modules[name].modules()) > 1:
             return name
     return ""

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,36 +11,23 @@ from PIL import Image
 
 from condconv_surgery.errors import InputError
 from condconv_surgery.recipe.sections import DataOptions
-from condconv_surgery.training.labelled import Labelled, matched, split
+from condconv_surgery.training.labelled import Rows, matched, split
 
 TRAIN_SPLITS = ("train", "training")
 VAL_SPLITS = ("validation", "valid", "val", "dev", "test")
 
 
 @dataclass(frozen=True)
-class HubPictures(Labelled):
-    """Some rows of a Hugging Face data set, whose pictures are decoded here."""
+class HubPictures(Rows):
+    """Some rows of a ``datasets.Dataset``, whose pictures, in ``column``, are decoded here."""
 
-    title: str
-    rows: Any  # datasets.Dataset
     column: str
-    classes: tuple[str, ...]
-    labels: tuple[int, ...]
-    indices: tuple[int, ...]
-
-    def name(self, index: int) -> str:
-        return f"{self.title}[{self.indices[index]}]"
 
     def key(self, index: int) -> str:
         return str(self.indices[index])
 
     def open(self, index: int) -> Image.Image:
-        return open_cell(self.rows[self.indices[index]][self.column])
-
-    def subset(self, indices: Sequence[int]) -> HubPictures:
-        return replace(
-            self, labels=tuple(self.labels[i] for i in indices), indices=tuple(self.indices[i] for i in indices)
-        )
+        return open_cell(self.data[self.indices[index]][self.column])
 
 
 def find_hub(options: DataOptions, seed: int) -> tuple[HubPictures, HubPictures]:
@@ -145,15 +131,14 @@ def undecoded(rows: Any, column: str) -> Any:
 
 def _pictures(rows: Any, title: str, options: DataOptions) -> HubPictures:
     picture, label = columns(rows.features, title, options)
-    raw = rows[label]
-    raw = list(raw)
+    raw = list(rows[label])
     names = getattr(rows.features[label], "names", None)
     if any(value is None or value == -1 for value in raw):
         raise InputError(f"{title} has pictures without a label.", "Each needs one.", "filter the data set first")
     classes = tuple(names) if names else tuple(sorted(set(map(str, raw)), key=lambda n: (len(n), n)))
     numbers = {name: i for i, name in enumerate(classes)}
     labels = tuple(map(int, raw)) if names else tuple(numbers[str(value)] for value in raw)
-    return HubPictures(title, undecoded(rows, picture), picture, classes, labels, tuple(range(len(labels))))
+    return HubPictures(title, undecoded(rows, picture), classes, labels, tuple(range(len(labels))), picture)
 
 
 def _require_classes(kind: Any, where: str) -> None:

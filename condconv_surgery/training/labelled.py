@@ -6,14 +6,15 @@ import hashlib
 import random
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import replace
-from typing import TypeVar
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
 
 from PIL import Image
 
 from condconv_surgery.errors import InputError
 
 L = TypeVar("L", bound="Labelled")
+R = TypeVar("R", bound="Rows")
 
 
 class Labelled(ABC):
@@ -54,6 +55,25 @@ class Labelled(ABC):
         for index, label in enumerate(self.labels):
             digest.update(f"{self.key(index)}\0{label}\n".encode())
         return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class Rows(Labelled):
+    """Some rows, ``indices``, of a data set that a library reads."""
+
+    title: str
+    data: Any
+    classes: tuple[str, ...]
+    labels: tuple[int, ...]
+    indices: tuple[int, ...]
+
+    def name(self, index: int) -> str:
+        return f"{self.title}[{self.indices[index]}]"
+
+    def subset(self: R, indices: Sequence[int]) -> R:
+        return replace(
+            self, labels=tuple(self.labels[i] for i in indices), indices=tuple(self.indices[i] for i in indices)
+        )
 
 
 def split(pictures: L, val_fraction: float, seed: int) -> tuple[L, L]:

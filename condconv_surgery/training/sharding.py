@@ -42,7 +42,7 @@ def check_sharding(engine: EngineOptions, world: World) -> None:
 def shard(model: nn.Module, world: World) -> None:
     """Split ``model`` in place: each conditional layer by itself, then the rest. It moves to the world's device."""
     mesh = init_device_mesh(world.device.type, (world.size,))
-    for layer in {id(layer): layer for layer in conditional_layers(model).values()}.values():
+    for layer in conditional_layers(model).values():
         fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh)
 

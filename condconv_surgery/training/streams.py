@@ -8,8 +8,9 @@ workers, and a run goes on at any step by passing over the rows before it.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from typing import Any, NamedTuple
 
@@ -124,7 +125,7 @@ class RowDataset(Dataset[Sample]):
 
     def __getitem__(self, row: Row) -> Sample:
         try:
-            picture = decoded(_opener(row.cell), self.channels)
+            picture = decoded(partial(open_cell, row.cell), self.channels)
         except UnreadablePictureError:
             name = (row.cell or {}).get("path") or f"row {row.number} of epoch {row.epoch + 1}"
             return Sample(None, -1, (f"{self.title}: {name}",))
@@ -173,7 +174,3 @@ def _stream(rows: Any, name: str, options: DataOptions) -> Stream:
 def _counted(rows: Any, label: str) -> int:
     """By reading the labels once."""
     return sum(1 for _ in rows.select_columns([label]))
-
-
-def _opener(cell: Any) -> Callable[[], Any]:
-    return lambda: open_cell(cell)

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ import torchvision
 from PIL import Image
 
 from condconv_surgery.errors import InputError, unknown_name
-from condconv_surgery.training.labelled import Labelled, matched, split
+from condconv_surgery.training.labelled import Rows, matched, split
 
 Part = dict[str, Any]
 BY_FLAG: tuple[Part, Part] = ({"train": True}, {"train": False})
@@ -65,26 +64,12 @@ OTHER_TASKS = {
 
 
 @dataclass(frozen=True)
-class TorchvisionPictures(Labelled):
-    """Some pictures of a torchvision data set."""
-
-    title: str
-    data: Any  # VisionDataset
-    classes: tuple[str, ...]
-    labels: tuple[int, ...]
-    indices: tuple[int, ...]
-
-    def name(self, index: int) -> str:
-        return f"{self.title}[{self.indices[index]}]"
+class TorchvisionPictures(Rows):
+    """Some pictures of a torchvision data set; ``data`` is the ``VisionDataset``."""
 
     def open(self, index: int) -> Image.Image:
         picture: Image.Image = self.data[self.indices[index]][0]
         return picture
-
-    def subset(self, indices: Sequence[int]) -> TorchvisionPictures:
-        return replace(
-            self, labels=tuple(self.labels[i] for i in indices), indices=tuple(self.indices[i] for i in indices)
-        )
 
 
 def find_torchvision(
