@@ -41,13 +41,13 @@ def measure_model(
     name: str, variants: dict[str, Variant], batch: int, mode: str, repeats: int, others: bool, pixels: int = 224
 ) -> ModelResult:
     """The static model and its conversion to each variant, timed in one run."""
-    static = torchvision.models.get_model(name, weights=None)
+    x = torch.randn(batch, 3, pixels, pixels)
+    static = _calibrated(torchvision.models.get_model(name, weights=None), pixels)
     models: dict[str, nn.Module] = {"static": static}
     for variant_name, variant in variants.items():
         models[variant_name] = converted(static, variant)
         for way in OTHERS if others and batch > 1 else ():
             models[f"{variant_name} {way}"] = _forced(converted(static, variant), way)
-    x = torch.randn(batch, 3, pixels, pixels)
     make = _evaluation if mode == "eval" else _training
     times = interleaved({who: make(model, x) for who, model in models.items()}, repeats, 0.2 if batch == 1 else 0.0)
     seconds = statistics.median(times["static"])
@@ -93,6 +93,19 @@ def _peak_here(name: str, variant: Variant | None, batch: int) -> int:
         optimizer.step()
         optimizer.zero_grad()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _calibrated(model: nn.Module, pixels: int) -> nn.Module:
+    """Batch-norm statistics of one batch: with those of a new network activations fade, layer by layer, to 1e-14."""
+    norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
+    usual = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.momentum = 1.0
+    with torch.no_grad():
+        model.train()(torch.randn(8, 3, pixels, pixels))
+    for norm, momentum in zip(norms, usual, strict=True):
+        norm.momentum = momentum
+    return model
 
 
 def _forced(model: nn.Module, way: str) -> nn.Module:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from condconv_surgery.errors import InputError
-from condconv_surgery.layers import ConvGeometry, Mixture, blocks, conditional_like
+from condconv_surgery.layers import ConvGeometry, Mixture, blocking, blocks, conditional_like
 from condconv_surgery.layers.execution import WAYS, execute, legal_ways
 from condconv_surgery.recipe import CondConv, ODConv, Variant
 from tests.geometries import GEOMETRIES, without_bias
@@ -129,8 +129,10 @@ def test_a_geometry_that_cannot_be(arguments: dict, message: str) -> None:
         ConvGeometry.make(8, 12, 3, **arguments)
 
 
-def layer_case(kernel: int, groups: int, size: int, batch: int, parts: str, dtype: torch.dtype = torch.float64):
-    geometry = ConvGeometry.make(8, 16, kernel, padding=kernel // 2, groups=groups)
+def layer_case(
+    kernel: int, groups: int, size: int, batch: int, parts: str, dtype: torch.dtype = torch.float64, stride: int = 1
+):
+    geometry = ConvGeometry.make(8, 16, kernel, stride, kernel // 2, groups=groups)
     torch.manual_seed(0)
     x, experts, _, mixture = make_case(geometry, MIXTURES[parts], batch, False, dtype)
     x = torch.randn(batch, 8, size, size, dtype=dtype, requires_grad=True)
@@ -139,18 +141,53 @@ def layer_case(kernel: int, groups: int, size: int, batch: int, parts: str, dtyp
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
 @pytest.mark.parametrize("size", [3, 12], ids=["scales on activations", "scales in kernels"])
-@pytest.mark.parametrize(("kernel", "groups"), [(1, 1), (1, 4), (3, 1), (3, 8)])
+@pytest.mark.parametrize(("kernel", "groups", "stride"), [(1, 1, 1), (1, 1, 2), (1, 4, 1), (3, 1, 1), (3, 8, 1)])
+@pytest.mark.parametrize("fewest", [5, 16], ids=["some filters", "all filters"])
 @pytest.mark.parametrize("parts", ["gate", "everything", "scales", "spatial"])
-def test_blocks_of_two_samples_equal_the_loop(
-    parts: str, kernel: int, groups: int, size: int, memory_format: torch.memory_format, monkeypatch: pytest.MonkeyPatch
+def test_blocks_of_few_samples_and_filters_equal_the_loop(
+    parts: str,
+    fewest: int,
+    kernel: int,
+    groups: int,
+    stride: int,
+    size: int,
+    memory_format: torch.memory_format,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    geometry, x, experts, mixture, leaves = layer_case(kernel, groups, size, 5, parts)
-    monkeypatch.setattr(blocks, "MOST_KERNEL_BYTES", 2 * geometry.weight_numel * 8)
+    geometry, x, experts, mixture, leaves = layer_case(kernel, groups, size, 5, parts, stride=stride)
+    monkeypatch.setattr(blocking, "MOST_KERNEL_BYTES", 2 * geometry.weight_numel * 8)
+    monkeypatch.setattr(blocking, "MOST_CACHED_BYTES", 2 * geometry.weight_numel * fewest // 2)
+    monkeypatch.setattr(blocking, "FEWEST_FILTERS", fewest)
     y = execute(x.to(memory_format=memory_format), experts, None, mixture, geometry, "blocks")
     assert y.is_contiguous(memory_format=memory_format)
     expected = values_and_gradients(per_sample_loop(x, experts, None, mixture, geometry), leaves)
     for a, e in zip(values_and_gradients(y, leaves), expected, strict=True):
         torch.testing.assert_close(a, e, rtol=0, atol=1e-11)
+
+
+@pytest.mark.parametrize(
+    ("shape", "groups", "filters", "samples"),
+    [
+        ((4, 512, 512, 3, 3), 1, 128, 4),  # 10 MiB of experts, and as much of kernels
+        ((4, 128, 128, 3, 3), 1, 128, 17),  # all experts fit
+        ((8, 1280, 320, 1, 1), 1, 1280 // 2, 12),
+        ((1, 512, 512, 3, 3), 1, 512, 1),
+        ((64, 128, 128, 3, 3), 1, 64, 35),  # no fewer filters, whatever the experts
+        ((4, 960, 1, 3, 3), 960, 960, 22),
+    ],
+    ids=str,
+)
+def test_a_block_and_its_experts_fit_in_the_cache(
+    shape: tuple[int, ...], groups: int, filters: int, samples: int
+) -> None:
+    experts = torch.empty(shape, device="meta")
+    x = torch.empty(64, shape[2] * groups, 7, 7)
+    blocks_found = blocking.blocks_of(x, experts, groups)
+    assert (blocks_found[0].filters.stop, blocks_found[0].size) == (filters, samples)
+    covered = torch.zeros(64, shape[1], dtype=torch.int)
+    for block in blocks_found:
+        covered[block.samples, block.filters] += 1
+    assert (covered == 1).all()
 
 
 @pytest.mark.parametrize("wanted", range(6))
@@ -180,7 +217,9 @@ def test_kernels_are_kept_for_backward_where_they_are_small_and_unscaled(
     block: int, kernel: int, groups: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     geometry, x, experts, mixture, leaves = layer_case(kernel, groups, 10, 5, "gate")
-    monkeypatch.setattr(blocks, "MOST_KERNEL_BYTES", block * geometry.weight_numel * 8)
+    for bound in ("MOST_KERNEL_BYTES", "MOST_CACHED_BYTES"):
+        monkeypatch.setattr(blocking, bound, block * geometry.weight_numel * 8)
+    monkeypatch.setattr(blocking, "FEWEST_FILTERS", 5)
     expected = values_and_gradients(per_sample_loop(x, experts, None, mixture, geometry), leaves)
     for share, keeps in ((1e6, True), (0, False)):
         monkeypatch.setattr(blocks, "MOST_KEPT_SHARE", share)

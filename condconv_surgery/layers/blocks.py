@@ -1,9 +1,9 @@
-"""The way ``blocks``: a few samples at a time, their kernels made, used and dropped, and made again for backward.
+"""The way ``blocks``: some samples and filters at a time, their kernels made, used, dropped, made again for backward.
 
     y_b = conv(x_b, K_b),    K_b = out_scale_b * in_scale_b * spatial_b * sum_e gate[b,e] * experts[e]
 
 Kernels of a whole batch are B * |W| numbers (1.4 GB for ResNet-18 at batch 32), written to fresh memory, read back
-once, and kept for backward. Here at most ``MOST_KERNEL_BYTES`` of them exist at a time, in a buffer that stays warm;
+once, and kept for backward. Here a few of them exist at a time (``layers.blocking``), in a buffer that stays warm;
 only small ones are kept for backward (``MOST_KEPT_SHARE``).
 It is one operator with its own backward formula, so that a compiler sees one node for any batch size. Its backward
 cannot be differentiated again; the other ways can.
@@ -14,6 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from condconv_surgery.layers.blocking import blocks_of
 from condconv_surgery.layers.kernel_convolution import (
     convolve,
     convolve_backward,
@@ -24,21 +25,9 @@ from condconv_surgery.layers.kernel_convolution import (
 from condconv_surgery.layers.kernels import mix_experts, mix_kernels, scale_kernels, unmix_kernels
 from condconv_surgery.layers.mixture import ConvGeometry, Mixture
 
-MOST_KERNEL_BYTES = 28 << 20
-"""The kernels of one block. glibc serves an allocation of 32 MiB or more with fresh pages each time; those were written
-at 1.6 GB/s where warm ones took 13 GB/s (docs/execution.md). Below it more is better: experts are read once a block."""
-
 MOST_KEPT_SHARE = 3
 """Kernels of a sample up to so many times its activations are kept for backward rather than made again. It adds little
 to a network, since layers of large maps hold most of its activations and few of its weights."""
-
-MOST_WHOLE_BYTES = 10 << 20
-"""Up to this many bytes of input a grouped convolution of the whole batch beats blocks, whose outputs are copied into
-one: 1.0 against 1.5 of static at 384 channels and 14 px (9 MiB), 0.6 against 0.3 at 192 channels and 28 px (18 MiB)."""
-
-MOST_STACKED_BYTES = 4 << 20
-"""The input of one block of a grouped convolution, which is read once and copied once by the backend: it should stay
-in the second and third level of cache."""
 
 
 def convolve_in_blocks(x: Tensor, experts: Tensor, mixture: Mixture, geometry: ConvGeometry) -> Tensor:
@@ -78,16 +67,19 @@ def forward_in_blocks(
     With it the kernels [B, O, I/G, kh, kw] if backward is to find them, else an empty tensor.
     """
     mixture = Mixture(gate, spatial, in_scale, out_scale)
-    batch, blocks = x.shape[0], _blocks(x, experts, groups)
+    batch, blocks = x.shape[0], blocks_of(x, experts, groups)
     kept = _kernels(experts, mixture, groups, batch, x.dtype) if keep else x.new_empty(0)
     if len(blocks) == 1 and is_stacked(x, experts.shape, padding, groups):  # its output is whole already
         kernels = kept if keep else _kernels(experts, mixture, groups, batch, x.dtype)
         return convolve_stacked(x, kernels, stride, padding, dilation, groups), kept
     y = _empty_output(x, experts, stride, padding, dilation)
-    for start, stop in blocks:
-        part = _part(mixture, start, stop)
-        kernels = kept[start:stop] if keep else _kernels(experts, part, groups, stop - start, x.dtype)
-        convolve(x[start:stop], kernels, y[start:stop], stride, padding, dilation, groups)
+    for block in blocks:
+        samples, filters = block
+        if keep:
+            kernels = kept[samples, filters]
+        else:
+            kernels = _kernels(experts[:, filters], block.of(mixture), groups, block.size, x.dtype)
+        convolve(x[samples], kernels, y[samples, filters], stride, padding, dilation, groups)
         del kernels  # before the next are made
     return y, kept
 
@@ -134,20 +126,25 @@ def _backward(
 ) -> list[Tensor]:
     mixture = Mixture(gate, spatial, in_scale, out_scale)
     grads = _empty_gradients(x, experts, mixture)
-    grads[1].zero_()
+    sums = Mixture(*(None if part is None else g for part, g in zip(mixture, grads[2:], strict=True)))
+    for total in grads[1:]:
+        total.zero_()
     grad = grad.contiguous(memory_format=format_of(x))
-    for start, stop in _blocks(x, experts, groups):
-        part = _part(mixture, start, stop)
-        mixed, kernels = _kernels_again(kept[start:stop], experts, part, groups, stop - start, x.dtype)
-        given = (grad[start:stop], x[start:stop], kernels)
-        grad_kernels = convolve_backward(*given, grads[0][start:stop], stride, padding, dilation, groups, needs)
+    for block in blocks_of(x, experts, groups):
+        samples, filters = block
+        part, some = block.of(mixture), experts[:, filters]
+        of_block = kept[samples, filters] if kept.numel() else None
+        mixed, kernels = _kernels_again(of_block, some, part, groups, block.size, x.dtype)
+        given = (grad[samples, filters], x[samples], kernels)
+        target, add = grads[0][samples], not block.first
+        grad_kernels = convolve_backward(*given, target, add, stride, padding, dilation, groups, needs)
         if grad_kernels is None:
             continue
-        to_experts = grads[1] if needs[1] else None
-        found = unmix_kernels(grad_kernels.to(experts.dtype), mixed, experts, part, groups, to_experts)
-        for target, value in zip(grads[2:], found, strict=True):
-            if value is not None:
-                target[start:stop] = value
+        to_experts = grads[1][:, filters] if needs[1] else None
+        found = unmix_kernels(grad_kernels.to(experts.dtype), mixed, some, part, groups, to_experts)
+        for total_of_block, value in zip(block.of(sums), found, strict=True):
+            if total_of_block is not None and value is not None:
+                total_of_block += value
     return grads
 
 
@@ -192,30 +189,16 @@ def _differentiate(
 _forward.register_autograd(_differentiate, setup_context=_save_for_backward)
 
 
-def _blocks(x: Tensor, experts: Tensor, groups: int) -> list[tuple[int, int]]:
-    """Where each block starts and stops."""
-    batch = x.shape[0]
-    block = MOST_KERNEL_BYTES // max(1, experts[0].numel() * experts.element_size())
-    if groups > 1 and x.numel() * x.element_size() > MOST_WHOLE_BYTES:
-        block = min(block, MOST_STACKED_BYTES // max(1, x[0].numel() * x.element_size()))
-    block = max(1, block)
-    return [(start, min(start + block, batch)) for start in range(0, batch, block)]
-
-
-def _part(mixture: Mixture, start: int, stop: int) -> Mixture:
-    return Mixture(*(None if part is None else part[start:stop] for part in mixture))
-
-
 def _kernels(experts: Tensor, mixture: Mixture, groups: int, batch: int, dtype: torch.dtype) -> Tensor:
     with torch.no_grad():
         return mix_kernels(experts, mixture, groups).to(dtype).expand(batch, -1, -1, -1, -1)
 
 
 def _kernels_again(
-    kept: Tensor, experts: Tensor, mixture: Mixture, groups: int, batch: int, dtype: torch.dtype
+    kept: Tensor | None, experts: Tensor, mixture: Mixture, groups: int, batch: int, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """What ``mix_experts`` gave, and the kernels in ``dtype``: kept ones, or made again where ``kept`` is empty."""
-    if kept.numel():
+    """What ``mix_experts`` gave, and the kernels in ``dtype``: kept ones, or else made again."""
+    if kept is not None:
         return kept, kept
     with torch.no_grad():
         mixed = mix_experts(experts, mixture.gate)

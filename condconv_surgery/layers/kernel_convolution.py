@@ -20,12 +20,16 @@ def format_of(x: Tensor) -> torch.memory_format:
 def convolve(
     x: Tensor, kernels: Tensor, y: Tensor, stride: list[int], padding: list[int], dilation: list[int], groups: int
 ) -> None:
-    """``y[b] = conv(x[b], kernels[b])`` in place. x: [n, I, H, W]. kernels: [n, O, I/G, kh, kw]. y: [n, O, H', W']."""
+    """``y[b] = conv(x[b], kernels[b])`` in place. x: [n, I, H, W]. kernels: [n, O, I/G, kh, kw]. y: [n, O, H', W'].
+
+    With one group ``y`` may be some of the channels of a larger tensor.
+    """
     batch, out = kernels.shape[:2]
     if _by_matrix(x, kernels.shape, padding, groups):
+        last = format_of(x) == torch.channels_last
         x = x[:, :, :: stride[0], :: stride[1]]
         matrices = kernels.reshape(batch * groups, out // groups, -1)
-        if format_of(y) == torch.channels_last:  # the positions are the rows
+        if last:  # the positions are the rows
             torch.bmm(_rows(x), matrices.transpose(1, 2), out=_rows(y))
         else:
             torch.bmm(matrices, _columns(x, groups), out=_columns(y, groups))
@@ -56,17 +60,21 @@ def convolve_backward(
     x: Tensor,
     kernels: Tensor,
     grad_x: Tensor,
+    add: bool,
     stride: list[int],
     padding: list[int],
     dilation: list[int],
     groups: int,
     needs: list[bool],
 ) -> Tensor | None:
-    """The gradient of ``x`` in place in ``grad_x``, that of the kernels returned; each where ``needs`` asks for it."""
+    """The gradient of ``x`` in place in ``grad_x``, that of the kernels returned; each where ``needs`` asks for it.
+
+    add: to what ``grad_x`` holds already, from other filters of the same samples.
+    """
     batch = kernels.shape[0]
     to_x, to_kernels = needs[0], any(needs[1:])
     if _by_matrix(x, kernels.shape, padding, groups):
-        return _by_matrix_backward(grad, x, kernels, grad_x, stride, groups, to_x, to_kernels)
+        return _by_matrix_backward(grad, x, kernels, grad_x, add, stride, groups, to_x, to_kernels)
     backward = torch.ops.aten.convolution_backward
     mask = [to_x, to_kernels, False]
     if not _one_by_one(x, groups):
@@ -74,14 +82,14 @@ def convolve_backward(
         filters = kernels.reshape(-1, *kernels.shape[2:])
         found = backward(*stacked, filters, None, stride, padding, dilation, False, [0, 0], batch * groups, mask)
         if to_x:
-            grad_x[:] = found[0].view(x.shape)
+            _store(grad_x, found[0].view(x.shape), add)
         return found[1].view(kernels.shape).contiguous() if to_kernels else None
     grad_kernels = kernels.new_empty(kernels.shape) if to_kernels else None
     for b in range(batch):
         one = slice(b, b + 1)
         found = backward(grad[one], x[one], kernels[b], None, stride, padding, dilation, False, [0, 0], groups, mask)
         if to_x:
-            grad_x[one] = found[0]
+            _store(grad_x[one], found[0], add)
         if grad_kernels is not None:
             grad_kernels[b] = found[1]
     return grad_kernels
@@ -107,6 +115,7 @@ def _by_matrix_backward(
     x: Tensor,
     kernels: Tensor,
     grad_x: Tensor,
+    add: bool,
     stride: list[int],
     groups: int,
     to_x: bool,
@@ -118,14 +127,17 @@ def _by_matrix_backward(
     last = format_of(x) == torch.channels_last
     seen = x[steps]
     if to_x:
-        strided = stride != [1, 1]
-        target = torch.empty_like(seen, memory_format=format_of(x)) if strided else grad_x
+        if stride != [1, 1] and not add:
+            grad_x.zero_()
+        target, beta = grad_x[steps], int(add)
+        if stride != [1, 1]:
+            target, beta = torch.empty_like(seen, memory_format=format_of(x)), 0
         if last:
-            torch.bmm(_rows(grad), matrices, out=_rows(target))
+            _rows(target).baddbmm_(_rows(grad), matrices, beta=beta)
         else:
-            torch.bmm(matrices.transpose(1, 2), _columns(grad, groups), out=_columns(target, groups))
-        if strided:
-            grad_x.zero_()[steps] = target
+            _columns(target, groups).baddbmm_(matrices.transpose(1, 2), _columns(grad, groups), beta=beta)
+        if stride != [1, 1]:
+            _store(grad_x[steps], target, add)
     if not to_kernels:
         return None
     if last:
@@ -133,6 +145,13 @@ def _by_matrix_backward(
     else:
         found = torch.bmm(_columns(grad, groups), _columns(seen, groups).transpose(1, 2))
     return found.view(kernels.shape)
+
+
+def _store(target: Tensor, value: Tensor, add: bool) -> None:
+    if add:
+        target += value
+    else:
+        target[:] = value
 
 
 def _rows(x: Tensor) -> Tensor:
