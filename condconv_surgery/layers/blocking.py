@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from condconv_surgery.layers.mixture import Mixture
@@ -54,6 +55,15 @@ class Block(NamedTuple):
         """The part of a mixture that makes this block's kernels."""
         gate, spatial, in_scale, out_scale = (None if part is None else part[self.samples] for part in mixture)
         return Mixture(gate, spatial, in_scale, None if out_scale is None else out_scale[:, self.filters])
+
+    def view_of(self, room: Tensor, shape: torch.Size) -> Tensor:
+        """Where in ``room`` the kernels of this block go: [n, O, I/G, kh, kw] for ``shape`` [E, O, I/G, kh, kw]."""
+        return room[: self.size * shape[1:].numel()].view(self.size, *shape[1:])
+
+
+def room_for(blocks: list[Block], experts: Tensor, dtype: torch.dtype) -> Tensor:
+    """Memory for the kernels of any one block, so that the next block need not ask for fresh pages."""
+    return experts.new_empty(max(block.size * experts[0, block.filters].numel() for block in blocks), dtype=dtype)
 
 
 def blocks_of(x: Tensor, experts: Tensor, groups: int) -> list[Block]:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from condconv_surgery.layers.blocking import blocks_of
+from condconv_surgery.layers.blocking import blocks_of, room_for
 from condconv_surgery.layers.kernel_convolution import (
     convolve,
     convolve_backward,
@@ -73,14 +73,16 @@ def forward_in_blocks(
         kernels = kept if keep else _kernels(experts, mixture, groups, batch, x.dtype)
         return convolve_stacked(x, kernels, stride, padding, dilation, groups), kept
     y = _empty_output(x, experts, stride, padding, dilation)
+    room = None if keep or gate is None else room_for(blocks, experts, experts.dtype)
     for block in blocks:
         samples, filters = block
         if keep:
             kernels = kept[samples, filters]
         else:
-            kernels = _kernels(experts[:, filters], block.of(mixture), groups, block.size, x.dtype)
+            some = experts[:, filters]
+            out = None if room is None else block.view_of(room, some.shape)
+            kernels = _kernels(some, block.of(mixture), groups, block.size, x.dtype, out)
         convolve(x[samples], kernels, y[samples, filters], stride, padding, dilation, groups)
-        del kernels  # before the next are made
     return y, kept
 
 
@@ -130,15 +132,18 @@ def _backward(
     for total in grads[1:]:
         total.zero_()
     grad = grad.contiguous(memory_format=format_of(x))
-    for block in blocks_of(x, experts, groups):
+    blocks = blocks_of(x, experts, groups)
+    of_mixed, of_grad = room_for(blocks, experts, experts.dtype), room_for(blocks, experts, x.dtype)
+    for block in blocks:
         samples, filters = block
         part, some = block.of(mixture), experts[:, filters]
         of_block = kept[samples, filters] if kept.numel() else None
-        mixed, kernels = _kernels_again(of_block, some, part, groups, block.size, x.dtype)
+        out = block.view_of(of_mixed, some.shape)
+        mixed, kernels = _kernels_again(of_block, some, part, groups, block.size, x.dtype, out)
         given = (grad[samples, filters], x[samples], kernels)
-        target, add = grads[0][samples], not block.first
-        grad_kernels = convolve_backward(*given, target, add, stride, padding, dilation, groups, needs)
-        if grad_kernels is None:
+        grad_x, grad_kernels = grads[0][samples], block.view_of(of_grad, some.shape)
+        convolve_backward(*given, grad_x, grad_kernels, not block.first, stride, padding, dilation, groups, needs)
+        if not any(needs[1:]):
             continue
         to_experts = grads[1][:, filters] if needs[1] else None
         found = unmix_kernels(grad_kernels.to(experts.dtype), mixed, some, part, groups, to_experts)
@@ -189,19 +194,21 @@ def _differentiate(
 _forward.register_autograd(_differentiate, setup_context=_save_for_backward)
 
 
-def _kernels(experts: Tensor, mixture: Mixture, groups: int, batch: int, dtype: torch.dtype) -> Tensor:
+def _kernels(
+    experts: Tensor, mixture: Mixture, groups: int, batch: int, dtype: torch.dtype, out: Tensor | None = None
+) -> Tensor:
     with torch.no_grad():
-        return mix_kernels(experts, mixture, groups).to(dtype).expand(batch, -1, -1, -1, -1)
+        return mix_kernels(experts, mixture, groups, out).to(dtype).expand(batch, -1, -1, -1, -1)
 
 
 def _kernels_again(
-    kept: Tensor | None, experts: Tensor, mixture: Mixture, groups: int, batch: int, dtype: torch.dtype
+    kept: Tensor | None, experts: Tensor, mixture: Mixture, groups: int, batch: int, dtype: torch.dtype, out: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """What ``mix_experts`` gave, and the kernels in ``dtype``: kept ones, or else made again."""
+    """What ``mix_experts`` gave, and the kernels in ``dtype``: kept ones, or else made again in ``out``."""
     if kept is not None:
         return kept, kept
     with torch.no_grad():
-        mixed = mix_experts(experts, mixture.gate)
+        mixed = mix_experts(experts, mixture.gate, out)
         kernels = scale_kernels(mixed, mixture, groups, in_place=False).to(dtype)
     return mixed, kernels.expand(batch, -1, -1, -1, -1)
 

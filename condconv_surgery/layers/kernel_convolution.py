@@ -60,21 +60,23 @@ def convolve_backward(
     x: Tensor,
     kernels: Tensor,
     grad_x: Tensor,
+    grad_kernels: Tensor,
     add: bool,
     stride: list[int],
     padding: list[int],
     dilation: list[int],
     groups: int,
     needs: list[bool],
-) -> Tensor | None:
-    """The gradient of ``x`` in place in ``grad_x``, that of the kernels returned; each where ``needs`` asks for it.
+) -> None:
+    """The gradients in place in ``grad_x`` and ``grad_kernels``, each where ``needs`` asks for it.
 
     add: to what ``grad_x`` holds already, from other filters of the same samples.
     """
     batch = kernels.shape[0]
     to_x, to_kernels = needs[0], any(needs[1:])
     if _by_matrix(x, kernels.shape, padding, groups):
-        return _by_matrix_backward(grad, x, kernels, grad_x, add, stride, groups, to_x, to_kernels)
+        _by_matrix_backward(grad, x, kernels, grad_x, grad_kernels, add, stride, groups, to_x, to_kernels)
+        return
     backward = torch.ops.aten.convolution_backward
     mask = [to_x, to_kernels, False]
     if not _one_by_one(x, groups):
@@ -83,16 +85,16 @@ def convolve_backward(
         found = backward(*stacked, filters, None, stride, padding, dilation, False, [0, 0], batch * groups, mask)
         if to_x:
             _store(grad_x, found[0].view(x.shape), add)
-        return found[1].view(kernels.shape).contiguous() if to_kernels else None
-    grad_kernels = kernels.new_empty(kernels.shape) if to_kernels else None
+        if to_kernels:
+            grad_kernels[:] = found[1].view(kernels.shape)
+        return
     for b in range(batch):
         one = slice(b, b + 1)
         found = backward(grad[one], x[one], kernels[b], None, stride, padding, dilation, False, [0, 0], groups, mask)
         if to_x:
             _store(grad_x[one], found[0], add)
-        if grad_kernels is not None:
+        if to_kernels:
             grad_kernels[b] = found[1]
-    return grad_kernels
 
 
 def _by_matrix(x: Tensor, experts_shape: torch.Size, padding: list[int], groups: int) -> bool:
@@ -115,12 +117,13 @@ def _by_matrix_backward(
     x: Tensor,
     kernels: Tensor,
     grad_x: Tensor,
+    grad_kernels: Tensor,
     add: bool,
     stride: list[int],
     groups: int,
     to_x: bool,
     to_kernels: bool,
-) -> Tensor | None:
+) -> None:
     batch, out = kernels.shape[:2]
     steps = (slice(None), slice(None), slice(None, None, stride[0]), slice(None, None, stride[1]))
     matrices = kernels.reshape(batch * groups, out // groups, -1)
@@ -139,12 +142,12 @@ def _by_matrix_backward(
         if stride != [1, 1]:
             _store(grad_x[steps], target, add)
     if not to_kernels:
-        return None
+        return
+    found = grad_kernels.view(matrices.shape)
     if last:
-        found = torch.bmm(_rows(grad).transpose(1, 2), _rows(seen))
+        torch.bmm(_rows(grad).transpose(1, 2), _rows(seen), out=found)
     else:
-        found = torch.bmm(_columns(grad, groups), _columns(seen, groups).transpose(1, 2))
-    return found.view(kernels.shape)
+        torch.bmm(_columns(grad, groups), _columns(seen, groups).transpose(1, 2), out=found)
 
 
 def _store(target: Tensor, value: Tensor, add: bool) -> None:

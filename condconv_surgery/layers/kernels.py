@@ -12,21 +12,26 @@ from torch import Tensor
 from condconv_surgery.layers.mixture import Mixture
 
 
-def mix_kernels(experts: Tensor, mixture: Mixture, groups: int = 1) -> Tensor:
+def mix_kernels(experts: Tensor, mixture: Mixture, groups: int = 1, out: Tensor | None = None) -> Tensor:
     """``K_b`` for every part of the mixture that is there: [E, O, I/G, kh, kw] -> [B, O, I/G, kh, kw].
 
-    A new tensor; [1, O, I/G, kh, kw], the expert itself, when the mixture is empty.
+    A new tensor, or ``out`` if it is given and there is a gate; the expert itself, [1, O, I/G, kh, kw], when the
+    mixture is empty.
     """
-    kernels = mix_experts(experts, mixture.gate)
+    kernels = mix_experts(experts, mixture.gate, out)
     # in place where nothing is recorded: the kernels are warm, and a second block of them would not be
     return scale_kernels(kernels, mixture, groups, kernels is not experts and not torch.is_grad_enabled())
 
 
-def mix_experts(experts: Tensor, gate: Tensor | None) -> Tensor:
-    """``sum_e gate[b,e] * experts[e]``: [E, O, I/G, kh, kw] -> [B, O, I/G, kh, kw]; or the expert, without a gate."""
+def mix_experts(experts: Tensor, gate: Tensor | None, out: Tensor | None = None) -> Tensor:
+    """``sum_e gate[b,e] * experts[e]``: [E, O, I/G, kh, kw] -> [B, O, I/G, kh, kw]; or the expert, without a gate.
+
+    out: memory of that shape to put them in.
+    """
     if gate is None:
         return experts
-    return (gate.to(experts.dtype) @ experts.flatten(1)).view(-1, *experts.shape[1:])
+    rows = None if out is None else out.view(len(gate), -1)
+    return torch.mm(gate.to(experts.dtype), experts.flatten(1), out=rows).view(-1, *experts.shape[1:])
 
 
 def scale_kernels(kernels: Tensor, mixture: Mixture, groups: int, in_place: bool) -> Tensor:

@@ -6,11 +6,14 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.rendezvous import rendezvous
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,14 @@ class World:
         dist.all_reduce(total)
         summed: list[float] = total.tolist()
         return summed
+
+    def gather(self, value: T) -> list[T]:
+        """``value``, plain and small, of every process in order of rank."""
+        if self.size == 1:
+            return [value]
+        values: list[T | None] = [None] * self.size
+        dist.all_gather_object(values, value)
+        return values  # type: ignore[return-value]  # all are filled
 
     def mean_(self, tensors: list[Tensor]) -> None:
         """Replace each tensor by its mean over all processes."""

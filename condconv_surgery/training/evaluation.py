@@ -8,9 +8,8 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
-from condconv_surgery.errors import TrainingError
 from condconv_surgery.running import in_mode
 from condconv_surgery.training.distributed import World
 from condconv_surgery.training.outputs import logits_of
@@ -51,27 +50,28 @@ def evaluate(
     cast: Callable[[], AbstractContextManager[object]] = nullcontext,
     interrupted: Callable[[], bool] = lambda: False,
     unreadable: Callable[[tuple[str, ...]], object] = lambda names: None,
-    filler: Tensor | None = None,
+    idle: Callable[[], object] | None = None,
 ) -> Tally | None:
     """Cross-entropy (without smoothing) and top-1 of ``model`` in eval mode; ``None`` once ``interrupted()`` is true.
 
-    filler: pictures [B, C, H, W] that a process runs, uncounted, where it has none and others do: a sharded model runs
-        in all processes or in none.
+    unreadable: given the names of each batch's unreadable pictures, which are not counted.
+    idle: called in a process that has no picture left while others have, to run ``model`` on something that is not
+        counted: a sharded model runs in all processes or in none.
 
-    Each module has its own mode again afterwards. Raises ``TrainingError`` when no picture could be read.
+    Each module has its own mode again afterwards.
     """
     tally = Tally()
     stopped = False
-    shared = batches if filler is None else _in_step(batches, world, Batch(filler, torch.empty(0, dtype=torch.int64)))
+    shared = batches if idle is None else _in_step(batches, world)
     with in_mode(model, training=False):
         for batch in shared:
-            stopped = interrupted() if filler is None else bool(world.sum([float(interrupted())])[0])
+            stopped = interrupted() if idle is None else bool(world.sum([float(interrupted())])[0])
             if stopped:
                 break
             unreadable(batch.unreadable)
             if not len(batch.labels):
-                if filler is not None:
-                    model(filler.to(world.device))
+                if idle is not None:
+                    idle()
                 continue
             labels = batch.labels.to(world.device)
             with cast():
@@ -79,18 +79,14 @@ def evaluate(
             loss = F.cross_entropy(logits, labels, reduction="sum")
             tally.add(loss.item(), float((logits.argmax(1) == labels).sum().item()), len(labels))
     *sums, stops = world.sum([tally.loss_sum, tally.right, tally.count, float(stopped)])
-    if stops:
-        return None
-    if not sums[2]:
-        raise TrainingError("No validation picture could be read.", "At least one must be readable.", "--data FOLDER")
-    return Tally(*sums)
+    return None if stops else Tally(*sums)
 
 
-def _in_step(batches: Iterable[Batch], world: World, empty: Batch) -> Iterator[Batch]:
+def _in_step(batches: Iterable[Batch], world: World) -> Iterator[Batch]:
     """``batches``, and empty ones after them until no process has any."""
     own = iter(batches)
     while True:
         batch = next(own, None)
         if not world.sum([float(batch is not None)])[0]:
             return
-        yield empty if batch is None else batch
+        yield Batch(torch.empty(0), torch.empty(0, dtype=torch.int64)) if batch is None else batch

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from condconv_surgery.layers import Mixture, routers
+from condconv_surgery.training.distributed import World
 
 
 class GateWatch:
@@ -110,21 +111,43 @@ class GateUse:
         return self.entropy_sum / self.count / math.log(len(self.share_sum))
 
 
-@contextmanager
-def measuring_gates(model: nn.Module) -> Iterator[dict[str, GateUse]]:
-    """The use of experts by layer or block, counted while the model runs inside the ``with`` statement."""
-    uses: dict[str, GateUse] = {}
+class GateMeter:
+    """Counts the use of experts by layer or block while the model runs, until closed."""
 
-    def counting(name: str) -> Callable[[nn.Module, object, Mixture], None]:
+    def __init__(self, model: nn.Module) -> None:
+        self.uses: dict[str, GateUse] = {}
+        self.counting = True
+        self.handles = [router.register_forward_hook(self._of(name)) for name, router in routers(model).items()]
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """What runs inside the ``with`` statement does not count."""
+        self.counting = False
+        try:
+            yield
+        finally:
+            self.counting = True
+
+    def together(self, world: World) -> dict[str, GateUse]:
+        """The use of experts over the pictures of all processes, which must ask for it at the same time."""
+        own = {name: (use.share_sum.tolist(), use.entropy_sum, use.count) for name, use in self.uses.items()}
+        total: dict[str, GateUse] = {}
+        for uses in world.gather(own):
+            for name, (shares_of, entropy_sum, count) in uses.items():
+                use = total.setdefault(name, GateUse(torch.zeros(len(shares_of), dtype=torch.float64)))
+                use.share_sum += torch.tensor(shares_of, dtype=torch.float64)
+                use.entropy_sum += entropy_sum
+                use.count += count
+        return total
+
+    def close(self) -> None:
+        """Count no more."""
+        for handle in self.handles:
+            handle.remove()
+
+    def _of(self, name: str) -> Callable[[nn.Module, object, Mixture], None]:
         def count(router: nn.Module, args: object, mixture: Mixture) -> None:
-            if mixture.gate is not None:
-                uses.setdefault(name, GateUse(torch.zeros(mixture.gate.shape[1]))).add(mixture.gate)
+            if self.counting and mixture.gate is not None and mixture.gate.shape[1] > 1:
+                self.uses.setdefault(name, GateUse(torch.zeros(mixture.gate.shape[1]))).add(mixture.gate)
 
         return count
-
-    handles = [router.register_forward_hook(counting(name)) for name, router in routers(model).items()]
-    try:
-        yield uses
-    finally:
-        for handle in handles:
-            handle.remove()

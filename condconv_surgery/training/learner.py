@@ -92,6 +92,7 @@ class Learner:
             self.model, self.optimizer, step, steps, self.options.schedule
         )
         warm = step * self.options.schedule.epochs < self.options.layers.warm_routers * steps
+        self.objective.prepare([batch.labels for batch in batches], self.world)
         buffers = [b.clone() for b in self.model.buffers()] if self.scaler is not None else []
         try:
             outcome = train_step(

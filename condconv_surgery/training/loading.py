@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,7 +17,7 @@ from condconv_surgery.recipe.training import TrainingOptions
 from condconv_surgery.training.distributed import World
 from condconv_surgery.training.finding import find_data, require_data
 from condconv_surgery.training.labelled import Labelled
-from condconv_surgery.training.pictures import Batch, PictureDataset, Sample, Transform, collate
+from condconv_surgery.training.pictures import Batch, PictureDataset, Sample, Transform, collate, collate_whole
 from condconv_surgery.training.sampling import EvaluationBatches, Steps, TrainingBatches
 from condconv_surgery.training.stopping import ignore_signals
 from condconv_surgery.training.streams import RowDataset, Stream, StreamBatches, StreamEvaluation, find_streams
@@ -82,7 +82,7 @@ def _streamed(options: TrainingOptions, spec: InputSpec, world: World, training:
     order = StreamBatches(train, steps, options.seed, options.data.buffer, world)
     each = StreamEvaluation(val, steps.slice_size, world)
     loaders = (
-        _loader(rows(train, training), order, options, world),
+        _loader(rows(train, training), order, options, world, collate_whole),
         _loader(rows(val, scoring), each, options, world),
     )
     return Data(train, val, steps, *loaders)
@@ -95,14 +95,18 @@ def _steps(options: TrainingOptions, count: int, world: World) -> Steps:
 
 
 def _loader(
-    dataset: Dataset[Sample], batches: Sampler[list[Any]], options: TrainingOptions, world: World
+    dataset: Dataset[Sample],
+    batches: Sampler[list[Any]],
+    options: TrainingOptions,
+    world: World,
+    together: Callable[[Sequence[Sample]], Batch] = collate,
 ) -> DataLoader[Batch]:
     return DataLoader(
         dataset,  # type: ignore[arg-type]
         batch_sampler=batches,
         num_workers=options.data.workers,
         worker_init_fn=ignore_signals,
-        collate_fn=collate,
+        collate_fn=together,
         pin_memory=world.device.type == "cuda",
         persistent_workers=options.data.workers > 0,
     )

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from condconv_surgery.recipe.training import TrainingOptions
 from condconv_surgery.training.distillation import Teacher
+from condconv_surgery.training.distributed import World
 from condconv_surgery.training.gates import GateWatch, balance_loss, sharpness_loss
 from condconv_surgery.training.outputs import Logits
 
@@ -44,9 +47,23 @@ class Objective:
         self.options, self.teacher, self.class_weights = options, teacher, class_weights
         layers = options.layers
         self.gates = GateWatch(model) if layers.balance or layers.sharpness else None
+        self.slice_weight = 0.0
+
+    def prepare(self, labels: Sequence[Tensor], world: World) -> None:
+        """Before a step, of whose slices this process has ``labels``: what the classes in a slice weigh on average.
+
+        A weighted mean divides by the weights in it. Those of unlike slices do not average to that of their union;
+        divided by the same number, they do, however many processes and parts share the step.
+        """
+        if self.class_weights is not None:
+            weight = sum(float(self.class_weights[of.to(self.class_weights.device)].sum()) for of in labels)
+            total, slices = world.sum([weight, float(len(labels))])
+            self.slice_weight = total / slices
 
     def __call__(self, logits: Logits, images: Tensor, target: Tensor) -> Tensor:
         loss = classification_loss(logits, target, self.options.optimizer.label_smoothing, self.class_weights)
+        if self.class_weights is not None and self.slice_weight and target.dim() == 1:  # of shares it is a plain mean
+            loss = loss * (self.class_weights[target].sum() / self.slice_weight)
         if self.teacher is not None:
             distill = self.options.distill
             on_logits, on_features = self.teacher.loss(images, logits.main)

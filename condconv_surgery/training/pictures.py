@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,7 +12,6 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from condconv_surgery.errors import InputError
 from condconv_surgery.models.preprocess import flat
 from condconv_surgery.training.labelled import Labelled
 from condconv_surgery.training.seeding import seeded
@@ -100,14 +98,7 @@ def decoded(opened: Callable[[], Image.Image], channels: int = 3) -> Image.Image
             warnings.filterwarnings("ignore", category=UserWarning, module="PIL")
             with opened() as picture:
                 return flat(picture, channels)
-    except (
-        OSError,
-        ValueError,
-        SyntaxError,
-        EOFError,
-        Image.DecompressionBombError,
-        Image.DecompressionBombWarning,
-    ) as error:
+    except Exception as error:  # PIL's readers raise whatever the bytes lead them into
         raise UnreadablePictureError from error
 
 
@@ -119,22 +110,11 @@ def collate(samples: Sequence[Sample]) -> Batch:
     return Batch(images, labels, tuple(name for sample in samples for name in sample.unreadable))
 
 
-@dataclass
-class Unreadable:
-    """The unreadable pictures met so far; more than ``limit`` different ones end the run."""
-
-    limit: int = 0
-    names: list[str] = field(default_factory=list)
-
-    def add(self, names: Sequence[str]) -> list[str]:
-        """Note some names; returns those that are new. Raises ``InputError`` past the limit."""
-        new = [name for name in dict.fromkeys(names) if name not in self.names]
-        self.names += new
-        if len(self.names) > self.limit:
-            shown = ", ".join(self.names[-3:])
-            raise InputError(
-                f"{len(self.names)} unreadable picture{'s' if len(self.names) > 1 else ''}: {shown}.",
-                f"At most {self.limit} may be damaged or of another format than its name says.",
-                f"remove it, or --max-bad {max(10, 2 * len(self.names))} to pass over such pictures",
-            )
-        return new
+def collate_whole(samples: Sequence[Sample]) -> Batch:
+    """A batch that keeps its size: the next readable picture of the batch takes the place of an unreadable one."""
+    read = [position for position, sample in enumerate(samples) if sample.image is not None]
+    if not read:
+        return collate(samples)
+    taken = [next((r for r in read if r >= position), read[0]) for position in range(len(samples))]
+    unreadable = tuple(name for sample in samples for name in sample.unreadable)
+    return collate([samples[position] for position in taken])._replace(unreadable=unreadable)

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from torch.utils.data import Dataset, Sampler
 
-from condconv_surgery.errors import InputError
+from condconv_surgery.errors import InputError, TrainingError
 from condconv_surgery.recipe.sections import DataOptions
 from condconv_surgery.training.distributed import World
 from condconv_surgery.training.hub_sets import columns, load_splits, open_cell, split_names, undecoded
@@ -57,9 +57,17 @@ class Stream:
         return hashlib.sha256(repr((self.title, self.count, self.classes)).encode()).hexdigest()
 
     def read(self, epoch: int, rows: Any) -> Iterator[Row]:
-        """``rows`` of this split, numbered as they come."""
-        for number, row in enumerate(rows):
-            yield Row(epoch, number, row[self.picture], int(row[self.label]))
+        """``rows`` of this split, numbered as they come. Raises ``TrainingError`` when there comes no more."""
+        number = 0
+        try:
+            for number, row in enumerate(rows, start=1):
+                yield Row(epoch, number - 1, row[self.picture], int(row[self.label]))
+        except Exception as error:  # pyarrow, fsspec and http clients have no base class in common
+            raise TrainingError(
+                f"{self.title} can't be read on after row {number} of epoch {epoch + 1}: {error}.",
+                "The source must stay readable. States saved before are kept.",
+                "the same command with --resume",
+            ) from error
 
 
 class StreamBatches(Sampler[list[Row]]):
@@ -118,7 +126,7 @@ class StreamEvaluation(Sampler[list[Row]]):
 
 
 class RowDataset(Dataset[Sample]):
-    """Rows as samples; one that can't be decoded is left out of its batch."""
+    """Rows as samples; one that can't be decoded has no image."""
 
     def __init__(self, title: str, transform: Transform, *, channels: int = 3, seed: int = 0) -> None:
         self.title, self.transform, self.channels, self.seed = title, transform, channels, seed
