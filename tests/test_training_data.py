@@ -14,13 +14,13 @@ from condconv_surgery.training.folders import find_pictures
 from condconv_surgery.training.pictures import (
     Draw,
     PictureDataset,
-    Unreadable,
     UnreadablePictureError,
     collate,
     read_picture,
 )
 from condconv_surgery.training.sampling import EvaluationBatches, Steps, TrainingBatches
 from condconv_surgery.training.transforms import training_transform
+from condconv_surgery.training.unreadable import Unreadable
 from tests.pictures import write_pictures
 
 SPEC = InputSpec(height=16, width=16)
@@ -120,11 +120,15 @@ def test_training_replaces_an_unreadable_picture_and_validation_leaves_it_out(tm
 
 
 def test_unreadable_pictures_are_counted_once_each_up_to_the_limit() -> None:
-    seen = Unreadable(limit=2)
-    assert seen.add(["a.png"]) == ["a.png"]
-    assert seen.add(["a.png", "b.png"]) == ["b.png"]
+    told: list[str] = []
+    seen = Unreadable(limit=2, note=told.append)
+    for names in (["a.png"], ["a.png", "b.png", "b.png"]):
+        seen.meet(names)
+        seen.share()
+    assert told == ["Unreadable, passed over: a.png", "Unreadable, passed over: b.png"]
+    seen.meet(["c.png"])
     with pytest.raises(InputError, match=r"3 unreadable pictures: .*c\.png"):
-        seen.add(["c.png"])
+        seen.share()
 
 
 @pytest.mark.parametrize("world", [1, 2, 4])

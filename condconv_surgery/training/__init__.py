@@ -14,12 +14,12 @@
 """
 
 from condconv_surgery.training.evaluation import Tally, evaluate
+from condconv_surgery.training.finetuning import finetune
 from condconv_surgery.training.gates import ExpertDropout, GateWatch, balance_loss, sharpness_loss
 from condconv_surgery.training.groups import parameter_groups
 from condconv_surgery.training.heads import fit_heads
 from condconv_surgery.training.pictures import Batch
 from condconv_surgery.training.progress import TrainingResult
-from condconv_surgery.training.run import finetune
 from condconv_surgery.training.schedule import apply_schedule, lr_factor, temperature_at
 from condconv_surgery.training.statistics import recalibrate
 from condconv_surgery.training.step import train_step

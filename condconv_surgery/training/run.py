@@ -9,57 +9,32 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from condconv_surgery.errors import InputError, TrainingError
 from condconv_surgery.models.artifact import recipe_of, save
 from condconv_surgery.recipe import Recipe
 from condconv_surgery.recipe.toml_text import to_toml
 from condconv_surgery.recipe.training import TrainingOptions
 from condconv_surgery.training.curves import draw_curves
-from condconv_surgery.training.determinism import deterministic
-from condconv_surgery.training.distributed import World, open_world
+from condconv_surgery.training.distributed import World
 from condconv_surgery.training.evaluation import Tally, evaluate
 from condconv_surgery.training.files import keeping, make_folder, read_rows, write_rows, write_text
-from condconv_surgery.training.gates import measuring_gates
+from condconv_surgery.training.gates import GateMeter
 from condconv_surgery.training.heads import fit_heads
 from condconv_surgery.training.learner import Learner
 from condconv_surgery.training.loading import Data, input_spec, open_data
 from condconv_surgery.training.meter import Meter, temperature_of
-from condconv_surgery.training.pictures import Batch, Unreadable
+from condconv_surgery.training.pictures import Batch
 from condconv_surgery.training.progress import Progress, TrainingResult
 from condconv_surgery.training.resuming import METRICS, RECIPE, cut_metrics, require_fresh, require_same_run
 from condconv_surgery.training.seeding import seeded
 from condconv_surgery.training.state import load_state, save_state
 from condconv_surgery.training.statistics import recalibrate
-from condconv_surgery.training.stopping import StopWish, watching_signals
-from condconv_surgery.training.tensorboard import watcher_of
+from condconv_surgery.training.stopping import StopWish
+from condconv_surgery.training.unreadable import Unreadable
 from condconv_surgery.training.watching import Watcher
 
 CURVES = "curves.png"
 RECALIBRATION_BATCHES = 100
-
-
-def finetune(
-    model: nn.Module, options: TrainingOptions, *, resume: bool = False, watcher: Watcher | None = None
-) -> TrainingResult:
-    """Train ``model``, in place, as ``options`` say; writes into the folder ``options.output``:
-
-    ``last.safetensors`` and ``best.safetensors`` (artifacts), ``metrics.jsonl`` (a row per epoch), ``recipe.toml`` (the
-    effective options), ``state.safetensors`` (to go on from), and at the end ``curves.png``.
-
-    resume: go on from the state in the folder; the final weights are those of a run that was never stopped. ``model``
-    is then the model that the run began with.
-    SIGTERM or Ctrl-C save the state and return early (``stopped_by``). Seeds torch's global generators.
-
-    Raises ``InputError`` for options, pictures or folders that cannot be used, ``TrainingError`` when training cannot
-    go on, ``DamagedFileError`` when no whole state is left.
-    """
-    with open_world() as world, watching_signals() as wish, deterministic(options.engine.deterministic):
-        run = Run(model, options, world, wish, watcher_of(options, watcher, world))
-        try:
-            run.begin(resume)
-            return run.train()
-        finally:
-            run.learner.close()
-            run.watcher.close()
 
 
 class Run:
@@ -77,8 +52,8 @@ class Run:
             self.heads = fit_heads(model, self.data.train.classes, spec)
         self.learner = Learner(model, options, world, self.data.train.counts(), self.heads)
         self.renamed = before if before and before != self.data.train.classes and not self.heads else ()
-        self.filler = torch.zeros(1, spec.channels, spec.height, spec.width) if options.engine.shard else None
-        self.unreadable = Unreadable(options.data.max_bad)
+        self.black = torch.zeros(1, spec.channels, spec.height, spec.width, device=world.device)
+        self.unreadable = Unreadable(options.data.max_bad, world=world, note=watcher.note)
         self.progress = Progress()
         self.meter = Meter(world.device, options.schedule.epochs, self.data.order.steps)
 
@@ -93,9 +68,10 @@ class Run:
         if trouble:
             self.watcher.note(f"{trouble} Going on from the state before.")
         if state is not None:
-            require_same_run(state, self.options, self.fingerprint())
+            require_same_run(state, self.options, self.fingerprint(), self.world.size)
             self.learner.restore(state)
             self.progress = Progress.from_dict(state.facts["progress"])
+            self.unreadable.names = list(state.facts.get("unreadable", []))
             self.watcher.note(f"Going on after step {self.progress.step}, epoch {self.progress.epochs_done}.")
             if state.facts["options"]["schedule"]["epochs"] != self.options.schedule.epochs:
                 self.watcher.note("The number of epochs is another: rate and temperature follow the new length.")
@@ -120,11 +96,8 @@ class Run:
         batches = self.data.batches_from(progress.step)
         while progress.epochs_done < self.options.schedule.epochs and not self.patience_is_over():
             while progress.step < (progress.epochs_done + 1) * order.steps_per_epoch:
-                self.step(batches)
-                if self.stopping():
+                if self.advance(batches):
                     return self.stopped()
-                if progress.step % self.options.engine.save_every == 0:
-                    self.save()
             self.finish_statistics()
             scores = self.evaluate()
             if scores is None:
@@ -134,12 +107,28 @@ class Run:
             draw_curves(read_rows(self.folder / METRICS), self.folder / CURVES)
         return self.result()
 
+    def advance(self, batches: Iterator[Batch]) -> bool:
+        """One step, what the processes tell each other after it, and a state where one is due; true: the run stops."""
+        self.step(batches)
+        stops, met = self.world.sum([float(bool(self.wish)), float(len(self.unreadable.waiting))])
+        if met:
+            self.unreadable.share()
+        if not stops and self.progress.step % self.options.engine.save_every == 0:
+            self.save()
+        return bool(stops)
+
     def step(self, batches: Iterator[Batch]) -> None:
         """One optimizer step."""
         progress, order = self.progress, self.data.order
         taken = list(islice(batches, order.accumulate))
         for batch in taken:
-            self.note_unreadable(batch.unreadable)
+            self.unreadable.meet(batch.unreadable)
+            if not len(batch.labels):
+                raise InputError(
+                    f"No picture of a batch can be read: {', '.join(batch.unreadable[:3])}, ...",
+                    "Unreadable pictures are replaced by others of their batch or set.",
+                    "mend or remove them",
+                )
         tally = self.learner.step(taken, progress.step, order.steps)
         progress.step += 1
         progress.tally.add(tally.loss_sum, tally.right, tally.count)
@@ -179,18 +168,29 @@ class Run:
         """Score the validation pictures; ``None`` when the run is to stop."""
         self.learner.share_buffers()
         model = self.learner.scored
-        with measuring_gates(model) as uses:
+        gates = GateMeter(model)
+
+        def idle() -> None:
+            with gates.paused(), self.learner.cast():
+                model(self.black)
+
+        try:
             scores = evaluate(
                 model,
                 self.data.val_loader,
                 world=self.world,
                 cast=self.learner.cast,
                 interrupted=lambda: bool(self.wish),
-                unreadable=self.note_unreadable,
-                filler=self.filler,
+                unreadable=self.unreadable.meet,
+                idle=idle if self.options.engine.shard else None,
             )
+        finally:
+            gates.close()
+        self.unreadable.share()
+        if scores is not None and not scores.count:
+            raise TrainingError("No validation picture can be read.", "At least one must be readable.", "--data FOLDER")
         if scores is not None:
-            self.watcher.gates(self.progress.epochs_done + 1, uses)
+            self.watcher.gates(self.progress.epochs_done + 1, gates.together(self.world))
         return scores
 
     def save(self) -> None:
@@ -201,6 +201,8 @@ class Run:
             "progress": self.progress.to_dict(),
             "options": self.options.to_dict(),
             "fingerprint": self.fingerprint(),
+            "processes": self.world.size,
+            "unreadable": self.unreadable.names,
         }
         state = self.learner.state(facts)
         if self.world.speaks:
@@ -215,10 +217,6 @@ class Run:
         patience = self.options.schedule.early_stop
         return bool(patience) and self.progress.epochs_done - self.progress.best_epoch >= patience
 
-    def stopping(self) -> bool:
-        """Some process was told to stop; all agree."""
-        return bool(self.world.sum([float(bool(self.wish))])[0])
-
     def stopped(self) -> TrainingResult:
         """Save and say how to go on."""
         self.save()
@@ -226,11 +224,6 @@ class Run:
             f"Stopped after step {self.progress.step}; state saved. Go on: condconv finetune -o {self.folder} --resume"
         )
         return self.result()
-
-    def note_unreadable(self, names: tuple[str, ...]) -> None:
-        """Count and name pictures that could not be read."""
-        for name in self.unreadable.add(names) if names else []:
-            self.watcher.note(f"Unreadable, passed over: {name}")
 
     def result(self) -> TrainingResult:
         """What the run has come to so far."""

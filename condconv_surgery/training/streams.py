@@ -61,7 +61,8 @@ class Stream:
         number = 0
         try:
             for number, row in enumerate(rows, start=1):
-                yield Row(epoch, number - 1, row[self.picture], int(row[self.label]))
+                label = row[self.label]
+                yield Row(epoch, number - 1, row[self.picture], -1 if label is None else int(label))
         except Exception as error:  # pyarrow, fsspec and http clients have no base class in common
             raise TrainingError(
                 f"{self.title} can't be read on after row {number} of epoch {epoch + 1}: {error}.",
@@ -126,12 +127,14 @@ class StreamEvaluation(Sampler[list[Row]]):
 
 
 class RowDataset(Dataset[Sample]):
-    """Rows as samples; one that can't be decoded has no image."""
+    """Rows as samples; one without a label, or that can't be decoded, has no image."""
 
     def __init__(self, title: str, transform: Transform, *, channels: int = 3, seed: int = 0) -> None:
         self.title, self.transform, self.channels, self.seed = title, transform, channels, seed
 
     def __getitem__(self, row: Row) -> Sample:
+        if row.label < 0:
+            return Sample(None, -1, (f"{self.title}: row {row.number} of epoch {row.epoch + 1}, which has no label",))
         try:
             picture = decoded(partial(open_cell, row.cell), self.channels)
         except UnreadablePictureError:

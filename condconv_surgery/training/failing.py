@@ -1,0 +1,53 @@
+"""What a machine does to a run, in words: no memory left, a reading process killed, another process gone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from condconv_surgery.errors import TrainingError
+
+KEPT = "States saved before are kept."
+NO_MEMORY = ("out of memory", "can't allocate memory", "alloc_failed")
+READER_GONE = ("dataloader worker",)
+PEER_GONE = ("connection closed by peer", "connection reset by peer", "socket closed", "remote process exited")
+
+
+@contextmanager
+def in_words(step: Callable[[], int]) -> Iterator[None]:
+    """Turn torch's failures that the machine causes, not the program, into ``TrainingError``.
+
+    step: how many steps are done. Torch raises ``RuntimeError`` for all of them, so its words decide.
+    """
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        known = _known(error, step())
+        if known is None:
+            raise
+        raise known from error
+
+
+def _known(error: Exception, step: int) -> TrainingError | None:
+    text = str(error).lower()
+    first = (str(error).strip().splitlines() or [""])[0].partition(". ")[0].rstrip(".")
+    if isinstance(error, MemoryError) or any(words in text for words in NO_MEMORY):
+        return TrainingError(
+            f"No memory left after step {step}: {first or 'Python could not get any'}.",
+            KEPT,
+            "a new run with --accumulate 2, --precision bf16 or --set engine.checkpointing=true; "
+            "if another program took the memory, the same command with --resume",
+        )
+    if any(words in text for words in READER_GONE):
+        return TrainingError(
+            f"A process that reads pictures was killed after step {step}: {first}.",
+            f"Mostly there was no memory left, or no shared memory. {KEPT}",
+            "the same command with --resume and fewer --workers",
+        )
+    if any(words in text for words in PEER_GONE):
+        return TrainingError(
+            f"Another process of the run was gone after step {step}.",
+            f"Its own lines say why. {KEPT}",
+            "the same command with --resume; torchrun --max-restarts 3 does that by itself",
+        )
+    return None
