@@ -133,12 +133,13 @@ def _backward(
         total.zero_()
     grad = grad.contiguous(memory_format=format_of(x))
     blocks = blocks_of(x, experts, groups)
-    of_mixed, of_grad = room_for(blocks, experts, experts.dtype), room_for(blocks, experts, x.dtype)
+    of_mixed, of_scaled = (room_for(blocks, experts, experts.dtype) for _ in range(2))  # not touched, not paid for
+    of_grad = room_for(blocks, experts, x.dtype)
     for block in blocks:
         samples, filters = block
         part, some = block.of(mixture), experts[:, filters]
         of_block = kept[samples, filters] if kept.numel() else None
-        out = block.view_of(of_mixed, some.shape)
+        out = (block.view_of(of_mixed, some.shape), block.view_of(of_scaled, some.shape))
         mixed, kernels = _kernels_again(of_block, some, part, groups, block.size, x.dtype, out)
         given = (grad[samples, filters], x[samples], kernels)
         grad_x, grad_kernels = grads[0][samples], block.view_of(of_grad, some.shape)
@@ -202,14 +203,20 @@ def _kernels(
 
 
 def _kernels_again(
-    kept: Tensor | None, experts: Tensor, mixture: Mixture, groups: int, batch: int, dtype: torch.dtype, out: Tensor
+    kept: Tensor | None,
+    experts: Tensor,
+    mixture: Mixture,
+    groups: int,
+    batch: int,
+    dtype: torch.dtype,
+    out: tuple[Tensor, Tensor],
 ) -> tuple[Tensor, Tensor]:
     """What ``mix_experts`` gave, and the kernels in ``dtype``: kept ones, or else made again in ``out``."""
     if kept is not None:
         return kept, kept
     with torch.no_grad():
-        mixed = mix_experts(experts, mixture.gate, out)
-        kernels = scale_kernels(mixed, mixture, groups, in_place=False).to(dtype)
+        mixed = mix_experts(experts, mixture.gate, out[0])
+        kernels = scale_kernels(mixed, mixture, groups, out[1]).to(dtype)
     return mixed, kernels.expand(batch, -1, -1, -1, -1)
 
 

@@ -20,7 +20,8 @@ def mix_kernels(experts: Tensor, mixture: Mixture, groups: int = 1, out: Tensor 
     """
     kernels = mix_experts(experts, mixture.gate, out)
     # in place where nothing is recorded: the kernels are warm, and a second block of them would not be
-    return scale_kernels(kernels, mixture, groups, kernels is not experts and not torch.is_grad_enabled())
+    in_place = kernels is not experts and not torch.is_grad_enabled()
+    return scale_kernels(kernels, mixture, groups, kernels if in_place else None)
 
 
 def mix_experts(experts: Tensor, gate: Tensor | None, out: Tensor | None = None) -> Tensor:
@@ -30,30 +31,39 @@ def mix_experts(experts: Tensor, gate: Tensor | None, out: Tensor | None = None)
     """
     if gate is None:
         return experts
-    rows = None if out is None else out.view(len(gate), -1)
+    rows = None if out is None else out.view(-1, experts[0].numel())
     return torch.mm(gate.to(experts.dtype), experts.flatten(1), out=rows).view(-1, *experts.shape[1:])
 
 
-def scale_kernels(kernels: Tensor, mixture: Mixture, groups: int, in_place: bool) -> Tensor:
-    """``kernels`` [B, O, I/G, kh, kw] times every scale of the mixture; themselves when it has none."""
+def scale_kernels(kernels: Tensor, mixture: Mixture, groups: int, out: Tensor | None = None) -> Tensor:
+    """``kernels`` [B, O, I/G, kh, kw] times every scale of the mixture; themselves when it has none.
+
+    out: memory of that shape to put them in, which may be that of ``kernels``; only where nothing is recorded.
+    """
     shape = kernels.shape[1:]
-    for scale in _scales(mixture, shape, groups, kernels.dtype):
-        by_group = kernels.view(-1, groups, shape[0] // groups, *shape[1:])
-        kernels = (by_group.mul_(scale) if in_place else by_group * scale).view(-1, *shape)
-        in_place = in_place or not torch.is_grad_enabled()  # the product is ours
+    rows = shape[0] // groups
+    columns = _columns(mixture, groups, shape[1], shape[2:].numel(), kernels)
+    scales = [] if columns is None else [columns.unsqueeze(2)]
+    if mixture.out_scale is not None:
+        scales.append(mixture.out_scale.to(kernels.dtype).view(-1, groups, rows, 1))
+    for scale in scales:  # each to broadcast with [B, G, O/G, I/G * kh * kw]
+        target = None if out is None else out.view(-1, groups, rows, shape[1:].numel())
+        kernels = torch.mul(kernels.view(-1, groups, rows, shape[1:].numel()), scale, out=target).view(-1, *shape)
     return kernels
 
 
-def _scales(mixture: Mixture, shape: torch.Size, groups: int, dtype: torch.dtype) -> list[Tensor]:
-    """What multiplies the kernels, each to broadcast with [B, G, O/G, I/G, kh, kw]."""
-    scales = []
-    if mixture.spatial is not None:
-        scales.append(mixture.spatial.view(-1, 1, 1, 1, *shape[2:]))
+def _columns(mixture: Mixture, groups: int, per_group: int, area: int, like: Tensor) -> Tensor | None:
+    """``in_scale (x) spatial``, what multiplies the columns of every filter: [B, G, I/G * kh * kw] or None.
+
+    Written out, small as it is, since a product that broadcasts over 3x3 positions is not vectorised.
+    """
+    columns = None
     if mixture.in_scale is not None:
-        scales.append(mixture.in_scale.view(-1, groups, 1, shape[1], 1, 1))
-    if mixture.out_scale is not None:
-        scales.append(mixture.out_scale.view(-1, groups, shape[0] // groups, 1, 1, 1))
-    return [scale.to(dtype) for scale in scales]
+        columns = mixture.in_scale.to(like.dtype).view(-1, groups, per_group, 1).expand(-1, -1, -1, area)
+    if mixture.spatial is not None:
+        spatial = mixture.spatial.to(like.dtype).view(-1, 1, 1, area).expand(-1, groups, per_group, -1)
+        columns = spatial if columns is None else columns * spatial
+    return None if columns is None else columns.reshape(-1, groups, per_group * area)
 
 
 def unmix_kernels(
@@ -92,9 +102,9 @@ def _unscale(
     product = (mixed.mul_(grad.view_as(mixed)) if in_place else grad.view(batch, *mixed.shape[1:]) * mixed).view_as(
         grad
     )
-    columns = grad.new_ones(batch, groups, per_group, area)  # what multiplies the columns: in_scale (x) spatial
-    for factor in (by_in, by_area):
-        columns = columns if factor is None else columns * factor
+    columns = _columns(mixture, groups, per_group, area, grad)
+    if columns is None:
+        columns = grad.new_ones(batch, groups, per_group * area)
     columns = columns.view(batch * groups, 1, per_group * area)
     left = product.sum(1) if by_out is None else (by_out.transpose(1, 2) @ product).squeeze(1)
     left = left.view(batch, groups, per_group, area)  # the filters are summed away
