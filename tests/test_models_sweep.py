@@ -43,10 +43,12 @@ def test_what_fails_is_a_row_and_not_the_end(tmp_path: Path) -> None:
 
 
 def test_the_page_tells_failures_and_reasons(tmp_path: Path) -> None:
-    good = Row("torchvision:a", "classification", 9, (2, 3, 96, 96), 5, 4, {"a reason": 1}, (), 1e-6, None, True, True)
+    good = Row(
+        "torchvision:a", "classification", 9, (2, 3, 96, 96), 5, 4, {"a reason": 1}, (), 1e-6, None, 2e-15, True, True
+    )
     page = to_markdown([good, Row("torchvision:b", "video", failure="Died: here\n more")])
     assert "2 models: 1 converted, 0 without a 2D convolution, 1 failed; 4 of 5 convolutions." in page
-    assert "| torchvision:a | 2x3x96x96 | 5 | 4 | 1: a reason | 1e-06 | not run | yes | yes |" in page
+    assert "| torchvision:a | 2x3x96x96 | 5 | 4 | 1: a reason | 1e-06 | not run | 2e-15 | yes | yes |" in page
     assert "- not converted: torchvision:b: Died: here\n" in page
     assert main(["-o", str(tmp_path / "none.jsonl"), "--table", str(tmp_path / "page.md")]) == 0
     assert (tmp_path / "page.md").read_text().startswith("# Models tried")

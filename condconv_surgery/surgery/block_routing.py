@@ -32,6 +32,7 @@ from condconv_surgery.surgery.block_graph import (
 from condconv_surgery.surgery.graph import ConvSite
 from condconv_surgery.surgery.observation import Calls, observe
 from condconv_surgery.surgery.selection import Plan, matches
+from condconv_surgery.surgery.tracing import listed
 
 Seen = dict[bool, dict[str, Calls]]
 
@@ -51,7 +52,7 @@ def share_routers(model: nn.Module, plan: Plan, arguments: tuple[Any, ...], bloc
             routers.append(_router(model, block, sites, seen))
         except BlockError as error:
             own[str(error)] += [site.name for site in sites]
-    notes = tuple(f"a router of its own for {_listed(names)}: {reason}" for reason, names in own.items())
+    notes = tuple(f"a router of its own for {listed(names)}: {reason}" for reason, names in own.items())
     if not routers:
         raise InputError(
             f"No block of the model can share a router: {'; '.join(own)}.",
@@ -160,7 +161,3 @@ def _conditional(model: nn.Module, name: str) -> ConditionalConv2d[Any]:
     if not isinstance(layer, ConditionalConv2d) or layer.router is not None:
         raise AttributeError(f"{name} is no conditional layer without a router")
     return layer
-
-
-def _listed(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

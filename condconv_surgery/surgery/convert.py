@@ -5,22 +5,25 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import nn
 
-from condconv_surgery.errors import InputError, ProofError
+from condconv_surgery.errors import InputError
 from condconv_surgery.layers.routed_block import route_no_more
 from condconv_surgery.recipe import Recipe, Selection, Upcycling, Variant, attach_recipe, recipe_of
 from condconv_surgery.running import device_of, input_spec_of
 from condconv_surgery.surgery.block_routing import route_block, share_routers
 from condconv_surgery.surgery.fingerprint import hash_weights
 from condconv_surgery.surgery.graph import find_sites
-from condconv_surgery.surgery.proof import Difference, Outputs, compare, exceeds, in_double, require, run_both_modes
+from condconv_surgery.surgery.proof import Difference, compare_with, exceeds, require, run_both_modes
+from condconv_surgery.surgery.rounding import explain
 from condconv_surgery.surgery.selection import Plan, select
-from condconv_surgery.surgery.tracing import one_line
 from condconv_surgery.surgery.upcycling import upcycle
+
+Places = list[tuple[str, nn.Module]]
 
 
 @dataclass(frozen=True)
@@ -28,12 +31,14 @@ class Conversion:
     """What a conversion did.
 
     model: the converted model, of the original's own class. plan: what was converted and what was not, and why.
-    difference: the proof that it computes the same; ``None`` when it was not asked for.
+    difference: the proof that it computes the same; ``None`` when it was not asked for. exact: the same in float64, run
+    only where float32 leaves doubt.
     """
 
     model: nn.Module = field(repr=False)
     plan: Plan
     difference: Difference | None
+    exact: Difference | None = None
 
 
 def convert(
@@ -76,22 +81,23 @@ def convert(
     before = run_both_modes(model, arguments, plan.modes) if prove else None
     recipe = _recipe_with_hash(model)
     target = model if inplace else copy.deepcopy(model)
-    undo = _swap(target, plan, variant, upcycling)
-    difference = None
+    change = partial(_swap, plan=plan, variant=variant, upcycling=upcycling)
+    undo = change(target)
+    difference = exact = None
     if before is not None:
         try:
-            difference = _difference(target, arguments, plan, before)
+            difference = compare_with(target, arguments, plan.modes, before)
             if tolerance is None and exceeds(difference, before, None):
-                original = copy.deepcopy(target)
-                _restore(original, plan, copy.deepcopy(undo))
-                plan = _prove_in_double(original, arguments, plan, variant, upcycling, difference)
+                original = _original_of(target, plan, undo) if inplace else model
+                note, exact = explain(original, arguments, plan, change, difference)
+                plan = replace(plan, notes=(*plan.notes, note))
             else:
                 require(difference, before, tolerance)
         except Exception:
             _restore(target, plan, undo)
             raise
     attach_recipe(target, recipe)
-    return Conversion(target, plan, difference)
+    return Conversion(target, plan, difference, exact)
 
 
 def make_plan(
@@ -125,41 +131,15 @@ def _recipe_with_hash(model: nn.Module) -> Recipe:
     return recipe if recipe.weights_sha256 else replace(recipe, weights_sha256=hash_weights(model))
 
 
-def _difference(model: nn.Module, arguments: tuple[Any, ...], plan: Plan, before: Outputs) -> Difference:
-    try:
-        after = run_both_modes(model, arguments, plan.modes)
-    except Exception as error:  # a parent that reads its child's weight, say
-        raise ProofError(
-            f"The converted model does not run: {one_line(error)}",
-            "It must take whatever the original takes.",
-            "--exclude the layer that the traceback names (it is the cause of this error)",
-        ) from error
-    return compare(before, after)
-
-
-def _prove_in_double(
-    original: nn.Module,
-    arguments: tuple[Any, ...],
-    plan: Plan,
-    variant: Variant,
-    upcycling: Upcycling,
-    difference: Difference,
-) -> Plan:
-    """Is a large difference an error, or rounding that the model itself amplifies? (Batch norm over two values
-    does, by a factor of a million.) The same conversion in float64 tells; the plan gets a note when it holds there.
-    """
-    original.double()
-    arguments = in_double(arguments)
-    before = run_both_modes(original, arguments, plan.modes)
-    _swap(original, plan, variant, upcycling)
-    exact = _difference(original, arguments, plan, before)
-    require(exact, before, None, otherwise=difference)
-    largest = max(gap.relative for gap in (exact.eval, exact.train) if gap is not None)
-    note = f"on this input the model amplifies rounding; in float64 the relative difference is {largest:.1e}"
-    return replace(plan, notes=(*plan.notes, note))
-
-
-Places = list[tuple[str, nn.Module]]
+def _original_of(model: nn.Module, plan: Plan, before: Places) -> nn.Module:
+    """A copy of what ``model`` was, without ever copying its experts."""
+    memo: dict[int, Any] = {}
+    for name, module in before:
+        memo[id(model.get_submodule(name))] = copy.deepcopy(module, memo)
+    original = copy.deepcopy(model, memo)
+    for router in plan.routers:
+        route_no_more(original.get_submodule(router.block))
+    return original
 
 
 def _swap(model: nn.Module, plan: Plan, variant: Variant, upcycling: Upcycling) -> Places:

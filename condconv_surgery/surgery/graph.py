@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from condconv_surgery.errors import InputError
 from condconv_surgery.surgery.observation import Calls, observe
-from condconv_surgery.surgery.tracing import one_line, trace
+from condconv_surgery.surgery.tracing import listed, one_line, trace
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ def find_sites(model: nn.Module, arguments: tuple[Any, ...]) -> Sites:
     in_eval, in_train = seen.get(False, {}), seen.get(True, {})
     pooled = _pooled_at_twice_the_size(model, layers, arguments, in_eval)
     traces = trace(model, layers.values())
-    notes += [f"not traced: {name or 'the whole model'}: {reason}" for name, reason in traces.untraceable.items()]
+    notes += _untraceable(traces.untraceable)
     modules = dict(model.named_modules(remove_duplicate=False))
     sites = []
     for all_names, module in names:
@@ -95,6 +95,14 @@ def find_sites(model: nn.Module, arguments: tuple[Any, ...]) -> Sites:
             )
         )
     return Sites(tuple(sorted(sites, key=lambda site: site.order)), tuple(seen), tuple(notes))
+
+
+def _untraceable(reasons: Mapping[str, str]) -> list[str]:
+    """One line for each reason, however many modules have it."""
+    names: dict[str, list[str]] = {}
+    for name, reason in reasons.items():
+        names.setdefault(reason, []).append(name or "the whole model")
+    return [f"not traced: {listed(found)}: {reason}" for reason, found in names.items()]
 
 
 def _names_by_identity(model: nn.Module) -> list[tuple[tuple[str, ...], nn.Module]]:

@@ -15,6 +15,7 @@ from condconv_surgery.errors import ProofError
 from condconv_surgery.meta import on_device
 from condconv_surgery.running import device_of, in_mode
 from condconv_surgery.surgery.observation import preserved_buffers
+from condconv_surgery.surgery.tracing import one_line
 
 TRAIN_FACTOR = 10.0
 """Batch statistics divide by small numbers and so amplify rounding: train mode is allowed this much more."""
@@ -64,6 +65,22 @@ def run_both_modes(model: nn.Module, arguments: tuple[Any, ...], modes: Sequence
     return Outputs(results[False], results[True])
 
 
+def compare_with(model: nn.Module, arguments: tuple[Any, ...], modes: Sequence[bool], before: Outputs) -> Difference:
+    """The gap between the outputs of the original and those of the converted ``model``.
+
+    Raises ``ProofError`` when it does not run.
+    """
+    try:
+        after = run_both_modes(model, arguments, modes)
+    except Exception as error:  # a parent that reads its child's weight, say
+        raise ProofError(
+            f"The converted model does not run: {one_line(error)}",
+            "It must take whatever the original takes.",
+            "--exclude the layer that the traceback names (it is the cause of this error)",
+        ) from error
+    return compare(before, after)
+
+
 def compare(before: Outputs, after: Outputs) -> Difference:
     """The gap between two models' outputs in each mode."""
     return Difference(_gap(before.eval, after.eval), _gap(before.train, after.train))
@@ -101,15 +118,6 @@ def _limits(
             limit = allowed(outputs, tolerance) * (TRAIN_FACTOR if name == "train" else 1.0)
             rows.append((name, gap, limit, outputs))
     return rows
-
-
-def in_double(nested: Any) -> Any:
-    """Every floating-point tensor of nested arguments as float64."""
-
-    def double(leaf: Any) -> Any:
-        return leaf.double() if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf
-
-    return pytree.tree_map(double, nested)
 
 
 def allowed(outputs: Sequence[Tensor], tolerance: float | None) -> float:

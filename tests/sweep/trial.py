@@ -29,8 +29,8 @@ class Row:
 
     input: shape of the first argument. skipped: how many convolutions for each reason. eval, train: the largest
     difference between original and converted, relative to the largest output. loaded: the loaded artifact's outputs
-    are bit-identical. stepped: an optimizer step on the converted model moves every layer that has a gradient.
-    failure: what went wrong, and where.
+    are bit-identical. stepped: a step on the converted model by the sign of the gradient moves every parameter that has
+    one. exact: the larger difference in float64, where float32 leaves doubt. failure: what went wrong, and where.
     """
 
     source: str
@@ -43,6 +43,7 @@ class Row:
     notes: tuple[str, ...] = ()
     eval: float | None = None
     train: float | None = None
+    exact: float | None = None
     loaded: bool | None = None
     stepped: bool | None = None
     seconds: float = 0.0
@@ -121,6 +122,8 @@ def _describe(conversion: cs.Conversion, found: dict[str, Any]) -> None:
     found["notes"] = plan.notes
     found["eval"] = difference.eval and difference.eval.relative
     found["train"] = difference.train and difference.train.relative
+    if conversion.exact is not None:
+        found["exact"] = max(gap.relative for gap in (conversion.exact.eval, conversion.exact.train) if gap is not None)
 
 
 def _survives_its_file(model: nn.Module, arguments: tuple[Any, ...]) -> bool:
@@ -134,23 +137,26 @@ def _survives_its_file(model: nn.Module, arguments: tuple[Any, ...]) -> bool:
 
 def _takes_a_step(model: nn.Module, arguments: tuple[Any, ...]) -> bool:
     """In train mode where the model has one, with any differentiable number as the loss."""
-    layers = conditional_layers(model).values()
-    optimizer = torch.optim.Adam(
-        model.parameters(), lr=1e-3, eps=1e-20
-    )  # moves by the sign, however small the gradient
     for _ in range(2):  # a head that starts at zero passes no gradient on before it has moved itself
-        optimizer.zero_grad()
+        model.zero_grad()
         try:
             loss = _loss(model.train()(*arguments))
         except Exception:  # what has no train mode on this input (a batch norm over one value) steps in eval mode
             loss = _loss(model.eval()(*arguments))
         loss.backward()
         nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None], error_if_nonfinite=True)
-        before = [layer.weight.detach().clone() for layer in layers]
-        optimizer.step()
-    learning = [(layer, old) for layer, old in zip(layers, before, strict=True) if layer.weight.grad is not None]
-    moved = [not torch.equal(layer.weight, old) for layer, old in learning if layer.weight.grad.any()]
-    return any(moved) and all(moved)
+        moved = [_moves(parameter) for parameter in model.parameters() if parameter.grad is not None]
+        learning = [layer.weight for layer in conditional_layers(model).values() if layer.weight.grad is not None]
+    return bool(learning) and all(moved) and any(weight.grad.any() for weight in learning)
+
+
+@torch.no_grad()
+def _moves(parameter: nn.Parameter) -> bool:
+    """Step by the sign of the gradient, however small: Adam's first step, without the memory of Adam's state."""
+    assert parameter.grad is not None
+    before = parameter.clone()
+    parameter.sub_(parameter.grad.sign_(), alpha=1e-3)
+    return not torch.equal(parameter, before) or not bool(parameter.grad.any())
 
 
 def _loss(output: Any) -> Tensor:
