@@ -1,17 +1,21 @@
-"""What the trainer adds to a bare PyTorch loop: ``python -m benchmarks.training [--data FOLDER]``.
+"""What the trainer adds to a bare PyTorch loop: ``python -m benchmarks.training [--data FOLDER] [--model SOURCE]``.
 
-Both loops take turns, a few steps each, on copies of one model; the time is that of this process's CPU, so that other
-programs disturb it little. The bare loop is the shortest that trains: ImageFolder, torchvision transforms, forward,
-cross-entropy, backward, AdamW, ``loss.item()``.
+The trainer is a whole run as ``condconv finetune`` makes it: its loader, schedule, clipping, progress lines, and its
+files at each epoch's end and at the default interval. The bare loop is the shortest that trains: ImageFolder,
+torchvision transforms, a DataLoader with as many workers, forward, cross-entropy, backward, AdamW, ``loss.item()``;
+it saves nothing. Neither scores. They take turns on copies of one model, first one first, then the other, and each is
+timed by the clock on the wall and by the processor time of this process and of the loop's own readers.
+
+On a machine with other work only the processor time means something, and that with one thread.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import os
 import statistics
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -22,54 +26,71 @@ from torch.utils.data import DataLoader
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 
+from benchmarks.turns import Loop, Turn, busy_cores, take_turns
+from condconv_surgery.models.sources import load_model
 from condconv_surgery.recipe import InputSpec, TrainingOptions
+from condconv_surgery.training import Tally, fit_heads
 from condconv_surgery.training.distributed import World
-from condconv_surgery.training.learner import Learner
-from condconv_surgery.training.loading import open_data
+from condconv_surgery.training.loading import input_spec
+from condconv_surgery.training.run import Run
+from condconv_surgery.training.stopping import StopWish
+from condconv_surgery.training.watching import console_watcher
 
-SIDE, BATCH = 64, 32
-SPEC = InputSpec(height=SIDE, width=SIDE)
 
-
-def main() -> None:
-    """Print the ratio of the trainer's time to the bare loop's."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--data", type=Path, help="FOLDER/CLASS/*.png; without it noise is written and read")
-    parser.add_argument("--rounds", type=int, default=15)
-    arguments = parser.parse_args()
-    torch.set_num_threads(1)
+def main(arguments: list[str] | None = None) -> None:
+    """Print the ratios of the trainer's times to the bare loop's, and how busy the cores are."""
+    chosen = _parser().parse_args(arguments)
+    torch.set_num_threads(chosen.threads)
+    torch.manual_seed(0)
     with tempfile.TemporaryDirectory() as temporary:
-        folder = arguments.data or _noise(Path(temporary))
-        model = torchvision.models.mobilenet_v2(num_classes=len(ImageFolder(folder).classes))
-        ours, bare = trainer(copy.deepcopy(model), folder), bare_loop(copy.deepcopy(model), folder)
-        ratios = [_seconds(ours) / _seconds(bare) for _ in range(arguments.rounds + 2)][2:]  # two to warm up
-    print(f"trainer / bare loop: {statistics.median(ratios):.3f} (from {min(ratios):.3f} to {max(ratios):.3f})")
-    print(f"MobileNetV2 {SIDE} px, batch {BATCH}, torch {torch.__version__}, one thread, reading included")
+        folder = chosen.data or _noise(Path(temporary) / "noise", chosen.side)
+        options = _options(folder, Path(temporary) / "run", chosen)
+        model = load_model(chosen.model, weights=chosen.weights)
+        spec = input_spec(model, options)
+        fit_heads(model, tuple(ImageFolder(_train_folder(folder)).classes), spec)
+        loops = {
+            "trainer": Loop(trainer(copy.deepcopy(model), options)),
+            "bare": Loop(bare_loop(copy.deepcopy(model), folder, spec, options)),
+        }
+        turns = take_turns(loops, chosen.rounds, chosen.steps)
+        busy = {name: busy_cores(loop, chosen.steps) for name, loop in loops.items()}
+    _print(turns, busy, chosen)
 
 
-def trainer(model: nn.Module, folder: Path) -> Callable[[], object]:
-    """A function that takes one step of the trainer."""
-    options = TrainingOptions().updated(
-        {"data": {"folder": str(folder), "batch_size": BATCH, "workers": 0}, "schedule": {"epochs": 1000}}
-    )
-    data = open_data(options, SPEC, World())
-    learner = Learner(model, options, World(), data.train.counts(), {})
-    batches, steps = data.batches_from(0), iter(range(10**9))
-    return lambda: learner.step([next(batches)], next(steps), data.order.steps)
+def trainer(model: nn.Module, options: TrainingOptions) -> Callable[[], object]:
+    """A function that takes one step of a run, and the files of an epoch where one ends."""
+    run = Run(model, options, World(), StopWish(), console_watcher())
+    run.begin(resume=False)
+    batches, order = run.data.batches_from(0), run.data.order
+
+    def step() -> None:
+        run.advance(batches)
+        if run.progress.step % order.steps_per_epoch == 0:
+            run.end_epoch(Tally(1.0, 1.0, 1.0))
+
+    return step
 
 
-def bare_loop(model: nn.Module, folder: Path) -> Callable[[], object]:
-    """A function that takes one step of the bare loop."""
+def bare_loop(model: nn.Module, folder: Path, spec: InputSpec, options: TrainingOptions) -> Callable[[], object]:
+    """A function that takes one step of the bare loop, on the same random transforms."""
     transform = v2.Compose(
         [
-            v2.RandomResizedCrop((SIDE, SIDE), scale=(0.35, 1.0), antialias=True),
+            v2.RandomResizedCrop((spec.height, spec.width), scale=options.augment.crop, antialias=True),
             v2.RandomHorizontalFlip(),
             v2.PILToTensor(),
             v2.ToDtype(torch.float32, scale=True),
-            v2.Normalize(SPEC.mean, SPEC.std),
+            v2.Normalize(spec.mean, spec.std),
         ]
     )
-    loader = DataLoader(ImageFolder(folder, transform), BATCH, shuffle=True, drop_last=True)
+    data, workers = options.data, options.data.workers
+    loader = DataLoader(
+        ImageFolder(_train_folder(folder), transform),
+        data.batch_size,
+        shuffle=True,
+        drop_last=True,
+        num_workers=workers,
+        persistent_workers=workers > 0,
+    )
     optimizer = torch.optim.AdamW(model.train().parameters())
     batches = _endless(loader)
 
@@ -84,25 +105,65 @@ def bare_loop(model: nn.Module, folder: Path) -> Callable[[], object]:
     return step
 
 
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.training", description=__doc__)
+    parser.add_argument("--data", type=Path, help="FOLDER/train/CLASS/*.png; without it noise is written and read")
+    parser.add_argument("--model", default="torchvision:mobilenet_v2", help="as condconv finetune takes it")
+    parser.add_argument("--weights", default="none", help="of a model by name: default, none or a file")
+    parser.add_argument("--side", type=int, default=64, help="of the pictures, in pixels")
+    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--workers", type=int, default=2, help="processes that read pictures, in both loops")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of torch")
+    parser.add_argument("--rounds", type=int, default=12, help="turns of each loop")
+    parser.add_argument("--steps", type=int, default=30, help="steps of a turn")
+    return parser
+
+
+def _options(folder: Path, output: Path, chosen: argparse.Namespace) -> TrainingOptions:
+    data = {"folder": str(folder), "image_size": chosen.side, "batch_size": chosen.batch_size}
+    return TrainingOptions().updated(
+        {
+            "output": str(output),
+            "data": {**data, "workers": chosen.workers},
+            "schedule": {"epochs": 10**6},  # no end within the benchmark
+        }
+    )
+
+
+def _print(turns: dict[str, list[Turn]], busy: dict[str, float], chosen: argparse.Namespace) -> None:
+    for what, clock in (("wall clock", "wall"), ("processor time", "cpu")):
+        pairs = zip(turns["trainer"], turns["bare"], strict=True)
+        ratios = [getattr(ours, clock) / getattr(bare, clock) for ours, bare in pairs]
+        print(
+            f"trainer / bare loop, {what}: {statistics.median(ratios):.3f} "
+            f"(a round each, from {min(ratios):.3f} to {max(ratios):.3f})"
+        )
+    for name, share in busy.items():
+        print(f"{name}: {share:.2f} of {os.cpu_count()} cores busy")
+    print(
+        f"{chosen.model} {chosen.side} px, batch {chosen.batch_size}, {chosen.workers} workers, "
+        f"{chosen.threads} threads, {chosen.rounds} rounds of {chosen.steps} steps, torch {torch.__version__}"
+    )
+
+
+def _train_folder(folder: Path) -> Path:
+    return folder / "train" if (folder / "train").is_dir() else folder
+
+
 def _endless(loader: DataLoader[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
     while True:
         yield from loader
 
 
-def _seconds(step: Callable[[], object], count: int = 4) -> float:
-    began = time.process_time()
-    for _ in range(count):
-        step()
-    return time.process_time() - began
-
-
-def _noise(folder: Path) -> Path:
+def _noise(folder: Path, side: int) -> Path:
     generator = torch.Generator().manual_seed(0)
-    for label in range(4):
-        (folder / f"class{label}").mkdir()
-        for i in range(80):
-            pixels = torch.randint(0, 256, (3, SIDE, SIDE), generator=generator, dtype=torch.uint8)
-            torchvision.io.write_png(pixels, str(folder / f"class{label}" / f"{i}.png"))
+    for part, count in (("train", 160), ("val", 2)):
+        for label in range(4):
+            place = folder / part / f"class{label}"
+            place.mkdir(parents=True)
+            for i in range(count):
+                pixels = torch.randint(0, 256, (3, side, side), generator=generator, dtype=torch.uint8)
+                torchvision.io.write_png(pixels, str(place / f"{i}.png"))
     return folder
 
 

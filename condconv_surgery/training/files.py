@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,6 +31,12 @@ def write_text(path: Path, text: str) -> None:
     """``text`` as a whole file."""
     with keeping(path), replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def copy_file(source: Path, path: Path) -> None:
+    """The content of ``source`` as a whole file."""
+    with keeping(path), replacing(path) as temporary:
+        shutil.copyfile(source, temporary)
 
 
 def make_folder(path: Path) -> None:

@@ -17,7 +17,7 @@ from condconv_surgery.recipe.training import TrainingOptions
 from condconv_surgery.training.curves import draw_curves
 from condconv_surgery.training.distributed import World
 from condconv_surgery.training.evaluation import Tally, evaluate
-from condconv_surgery.training.files import keeping, make_folder, read_rows, write_rows, write_text
+from condconv_surgery.training.files import copy_file, keeping, make_folder, read_rows, write_rows, write_text
 from condconv_surgery.training.gates import GateMeter
 from condconv_surgery.training.heads import fit_heads
 from condconv_surgery.training.learner import Learner
@@ -155,10 +155,11 @@ class Run:
         progress.tally = Tally()
         finished = self.learner.to_save()
         if self.world.speaks and finished is not None:
-            for name in ("last", "best") if best else ("last",):
-                path = self.folder / f"{name}.safetensors"
-                with keeping(path):
-                    save(finished, path)
+            last = self.folder / "last.safetensors"
+            with keeping(last):
+                save(finished, last)
+            if best:
+                copy_file(last, self.folder / "best.safetensors")
             write_rows(self.folder / METRICS, [*read_rows(self.folder / METRICS), row.to_dict()])
         self.save()
         self.watcher.epoch(row)

@@ -86,12 +86,11 @@ def train_step(
     tally = Tally(*world.sum([tally.loss_sum, tally.right, tally.count]))
     if scaler is None and not math.isfinite(tally.loss_sum):
         raise NonFiniteError("loss")
-    skipped = _move(model, optimizer, scaler, clip_norm, only)
+    skipped = _move(optimizer, scaler, clip_norm, only)
     return Outcome(Tally() if skipped else tally, skipped)
 
 
 def _move(
-    model: nn.Module,
     optimizer: Optimizer,
     scaler: GradScaler | None,
     clip_norm: float,
@@ -100,15 +99,17 @@ def _move(
     """Clip and step; true when the scaler skipped."""
     if scaler is not None:
         scaler.unscale_(optimizer)
+    moved = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
     if only is not None:
         kept = {id(parameter) for parameter in only}
-        for parameter in model.parameters():
+        for parameter in moved:
             if id(parameter) not in kept:
                 parameter.grad = None  # an optimizer passes over a parameter without gradient
-    norm = nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
-    finite = math.isfinite(whole(norm).item())
-    if clip_norm and finite:
-        nn.utils.clip_grads_with_norm_(model.parameters(), clip_norm, norm)
+    norm = nn.utils.get_total_norm([p.grad for p in moved if p.grad is not None])
+    size = whole(norm).item()
+    finite = math.isfinite(size)
+    if finite and 0 < clip_norm < size:
+        nn.utils.clip_grads_with_norm_(moved, clip_norm, norm)
     if scaler is not None:
         scaler.step(optimizer)
         scaler.update()
