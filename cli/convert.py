@@ -72,8 +72,8 @@ def convert(
         return
     conversion = _convert(original, variant, selection, upcycling, tolerance)
     assert path is not None
+    summary = _summary(model, path, variant, conversion)  # before the file: what cannot be counted leaves none
     _save(conversion, path)
-    summary = _summary(model, path, variant, conversion)
     if as_json:
         print_json(summary)
     else:

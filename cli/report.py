@@ -37,6 +37,7 @@ def report(
     arch: Annotated[str | None, typer.Option(help="Architecture of a bare state_dict: torchvision:NAME.")] = None,
     weights: Annotated[str, typer.Option(help="default, none, or a FILE, for a model by name.")] = "default",
     input_size: Annotated[int | None, typer.Option(help="Side of the picture in pixels; else the model's own.")] = None,
+    trust: Annotated[list[str] | None, typer.Option(help="A package whose code may build it; repeatable.")] = None,
     html: Annotated[Path | None, typer.Option(help="Write one self-contained page.")] = None,
     plots: Annotated[Path | None, typer.Option(help="Write the plots into this folder, as PNG and SVG.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
@@ -52,7 +53,7 @@ def report(
         raise unknown_name("dtype", dtype, DTYPES, "--dtype bfloat16")
 
     def load(spec: str) -> nn.Module:
-        return _load(spec, arch, weights, input_size, device, dtype)
+        return _load(spec, arch, weights, input_size, tuple(trust or ()), device, dtype)
 
     before = load(original) if original is not None else None
     found = _measure(models, load, before, data, limit, batch, latency)
@@ -67,7 +68,15 @@ def report(
     _write(found, html, plots)
 
 
-def _load(spec: str, arch: str | None, weights: str, input_size: int | None, device: str, dtype: str) -> nn.Module:
+def _load(
+    spec: str,
+    arch: str | None,
+    weights: str,
+    input_size: int | None,
+    trust: tuple[str, ...],
+    device: str,
+    dtype: str,
+) -> nn.Module:
     import torch
 
     from condconv_surgery.models.sources import load_model
@@ -75,7 +84,7 @@ def _load(spec: str, arch: str | None, weights: str, input_size: int | None, dev
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise InputError(f"--device {device}, but torch sees no GPU.", "cpu always works.", "--device cpu")
     say(f"Loading {spec}")
-    model = load_model(spec, arch=arch, weights=weights, input_size=input_size)
+    model = load_model(spec, arch=arch, weights=weights, input_size=input_size, trust=trust)
     try:
         return model.to(device=device, dtype=getattr(torch, dtype))
     except (RuntimeError, AssertionError) as error:

@@ -55,7 +55,7 @@ def test_json_is_what_other_software_leans_on(condconv: Run, artifact: Path) -> 
         == macs["before"] + (macs["mixing"] + macs["routing"])
     )
     assert sum(layer["parameters"] for layer in data["layers"]) == data["parameters"]["after"]
-    assert "about" in data["other_counters"]
+    assert data["other_counters"]["macs"]["torchinfo"] < macs["before"] < data["other_counters"]["macs"]["fvcore"]
 
 
 def test_csv_and_markdown(condconv: Run, artifact: Path) -> None:
@@ -159,19 +159,26 @@ def test_help_and_typos_do_not_import_torch(arguments: list[str]) -> None:
 
 
 MEASURE = """
-import resource, time, torch, torchvision
+import gc, pathlib, time, torch, torchvision
 from condconv_surgery import CondConv, convert, report
+def status(name):
+    return next(int(l.split()[1]) for l in pathlib.Path("/proc/self/status").open() if l.startswith(name))
+torch.set_num_threads(1)
 model = convert(torchvision.models.resnet50(weights=None).eval(), CondConv(8), prove=False, inplace=True).model
 report(torch.nn.Conv2d(3, 3, 1), inputs=torch.randn(1, 3, 8, 8))  # what is imported late is not the report's
 size = sum(p.numel() * 4 for p in model.parameters())
-begin, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+gc.collect()
+pathlib.Path("/proc/self/clear_refs").write_text("5")  # the peak of memory begins here, not in the conversion
+begin, before = time.process_time(), status("VmRSS")
 report(model)
-print(time.perf_counter() - begin, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 / size)
+print(time.process_time() - begin, (status("VmHWM") - before) * 1024 / size)
 """
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_resnet50_with_8_experts_in_3_seconds_and_half_its_size() -> None:
+    """Seconds of one processor: what a clock shows depends on who else is at work."""
     done = subprocess.run([sys.executable, "-c", MEASURE], capture_output=True, text=True, check=True)
     seconds, share = map(float, done.stdout.split())
     assert seconds < 3

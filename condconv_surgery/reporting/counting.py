@@ -33,6 +33,7 @@ class ModuleCount:
 
     macs: int = 0
     output_bytes: int = 0
+    output_values: int = 0
     outputs: list[tuple[int, ...]] = field(default_factory=list)
     result: Any = None
 
@@ -107,6 +108,7 @@ def _run(model: nn.Module, arguments: tuple[Any, ...]) -> Counts:
 def _note(seen: ModuleCount, macs: int, output: Any) -> None:
     tensors = [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor)]
     seen.macs += macs
+    seen.output_values += sum(t.numel() for t in tensors)
     seen.output_bytes += sum(t.numel() * t.element_size() for t in tensors)
     if tensors:
         seen.outputs.append(tuple(tensors[0].shape))

@@ -46,7 +46,7 @@ class Layer:
     geometry: the same in words, ``64>128 3x3 /2``.
     parameters, parameters_before: now, and of the plain layer that stood here.
     macs: of one image, all ``calls`` together. weight_bytes: parameters and buffers.
-    activation_bytes: of its outputs for one image.
+    activation_bytes, activation_values: of its outputs for one image, in bytes and in numbers.
     """
 
     name: str
@@ -61,6 +61,7 @@ class Layer:
     weight_bytes: int
     weight_bytes_before: int
     activation_bytes: int
+    activation_values: int
     conditional: bool
 
     def to_dict(self) -> dict[str, Any]:

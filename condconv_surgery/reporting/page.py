@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from condconv_surgery.models.preprocess import flat
 from condconv_surgery.reporting import numbers
+from condconv_surgery.reporting.counters import other_counters
 from condconv_surgery.reporting.drawing import to_svg
 from condconv_surgery.reporting.model_profile import CONVENTION
 from condconv_surgery.reporting.pictures import open_picture
@@ -17,7 +18,6 @@ from condconv_surgery.reporting.plots import COSTS, PARTS, accuracy_against_cost
 from condconv_surgery.reporting.tables import (
     cost_rows,
     latency_line,
-    module_counters,
     multiplying,
     remainder,
     summary_rows,
@@ -87,7 +87,7 @@ def _context(report: Report) -> dict[str, Any]:
         "experts": {row.name: row for row in report.experts},
         "moved_known": any(row.moved is not None for row in report.experts),
         "convention": CONVENTION,
-        "counters": module_counters(report.profile),
+        "counters": other_counters(report.profile),
         "parts": PARTS,
         "accuracy": report.accuracy,
     }

@@ -21,11 +21,15 @@ VAL_NAMES = ("val", "valid", "validation", "test")
 
 @dataclass(frozen=True)
 class Pictures:
-    """Picture files and their labels, indices into ``classes``."""
+    """Picture files and their labels, indices into ``classes``.
+
+    held_out: whether they lie in a folder of their own beside the pictures to train on.
+    """
 
     files: tuple[str, ...]
     labels: tuple[int, ...]
     classes: tuple[str, ...]
+    held_out: bool = True
 
     def batches(self, spec: InputSpec, size: int) -> Iterator[tuple[Tensor, Tensor]]:
         """``images`` [B, C, H, W] as the model was made to see them, and ``labels`` [B]."""
@@ -45,7 +49,8 @@ def find_pictures(folder: str | Path, limit: int = 1000) -> Pictures:
     if not root.is_dir():
         what = f"{root} is a file, not a folder." if root.exists() else f"There is no {root}."
         raise InputError(what, LAYOUT, "--data FOLDER")
-    root = next((root / name for name in VAL_NAMES if (root / name).is_dir()), root)
+    held_out = next((root / name for name in VAL_NAMES if (root / name).is_dir()), None)
+    root = held_out or root
     try:
         found = ImageFolder(str(root))
     except (FileNotFoundError, OSError) as error:
@@ -55,7 +60,8 @@ def find_pictures(folder: str | Path, limit: int = 1000) -> Pictures:
     for file, label in found.samples:
         by_class.setdefault(label, []).append(file)
     kept = _evenly(by_class, limit)
-    return Pictures(tuple(file for file, _ in kept), tuple(label for _, label in kept), tuple(found.classes))
+    files, labels = tuple(file for file, _ in kept), tuple(label for _, label in kept)
+    return Pictures(files, labels, tuple(found.classes), held_out is not None)
 
 
 def open_picture(file: str | Path) -> Image.Image:

@@ -131,6 +131,7 @@ def _row(
         weight_bytes=weight_bytes[1],
         weight_bytes_before=weight_bytes[0],
         activation_bytes=seen.output_bytes,
+        activation_values=seen.output_values,
         conditional=conditional,
     )
 

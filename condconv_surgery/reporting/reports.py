@@ -13,6 +13,7 @@ from condconv_surgery.models.files import replacing
 from condconv_surgery.recipe import recipe_of
 from condconv_surgery.reporting import tables
 from condconv_surgery.reporting.cost import Cost, measure_cost
+from condconv_surgery.reporting.counters import other_counters, predicted
 from condconv_surgery.reporting.latency import Latency
 from condconv_surgery.reporting.model_profile import Profile
 from condconv_surgery.reporting.page import report_fragment, report_page
@@ -55,7 +56,7 @@ class Report:
         return {
             "title": self.title,
             **self.profile.to_dict(),
-            "other_counters": tables.module_counters(self.profile),
+            "other_counters": {"why": other_counters(self.profile), "macs": predicted(self.profile)},
             "cost": self.cost.to_dict() if self.cost else None,
             "experts": [row.to_dict() for row in self.experts],
             "routing": self.routing.to_dict() if self.routing else None,

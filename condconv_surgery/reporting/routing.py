@@ -69,6 +69,13 @@ class LayerRouting:
         return f"uses {self.used:.1f} of {n} experts, by picture"
 
     @property
+    def advice(self) -> str:
+        """``verdict`` in a few words, beside a column that says how many experts are used."""
+        if self.static:
+            return "static would do"
+        return f"{len(self.dead)} never used" if self.dead else "by class" if self.between > 0.5 else "by picture"
+
+    @property
     def static(self) -> bool:
         """A plain convolution would do."""
         return self.used < 1.2 or self.variation < 0.01
@@ -85,6 +92,7 @@ class Routing:
         where the classes of the folder are not those of the model.
     uncertainty: standard error of ``accuracy - frozen``, from the pictures whose answer freezing changed.
     attention: for layers with attention, how much the scales differ between pictures (mean standard deviation).
+    held_out: whether the pictures lay apart from those to train on.
     """
 
     layers: tuple[LayerRouting, ...]
@@ -95,6 +103,7 @@ class Routing:
     uncertainty: float | None
     attention: tuple[tuple[str, float], ...]
     files: tuple[str, ...] = ()
+    held_out: bool = True
 
     @property
     def verdict(self) -> str:
@@ -103,10 +112,22 @@ class Routing:
         text = f"{static} of {len(self.layers)} layers would do as plain convolutions." if self.layers else ""
         if self.accuracy is None or self.frozen is None:
             return f"{text} Its classes are not those of the folder, so accuracy is unknown.".strip()
-        worth, error = 100 * (self.accuracy - self.frozen), 100 * (self.uncertainty or 0.0)
-        frozen = f"top-1 {self.accuracy:.1%}, with every gate frozen at its mean {self.frozen:.1%}"
-        gain = f"{worth:+.1f} ± {error:.1f} points"
-        return f"{text} Conditioning is worth {gain} ({frozen}, {self.pictures} pictures).".strip()
+        return f"{text} {self._worth(self.accuracy, self.frozen)}{self._warning}".strip()
+
+    def _worth(self, accuracy: float, frozen: float) -> str:
+        over = f"{self.pictures} pictures"
+        if not self.uncertainty and accuracy == frozen:
+            same = f"top-1 {accuracy:.1%} with every gate as it is and frozen at its mean, {over}"
+            return f"Conditioning changes no answer from right to wrong or back ({same})."
+        gain = f"{100 * (accuracy - frozen):+.1f} ± {100 * (self.uncertainty or 0.0):.1f} points"
+        both = f"top-1 {accuracy:.1%}, with every gate frozen at its mean {frozen:.1%}"
+        return f"Conditioning is worth {gain} ({both}, {over})."
+
+    @property
+    def _warning(self) -> str:
+        if self.held_out:
+            return ""
+        return " The folder has no val/: the model may have been trained on these very pictures."
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -115,6 +136,7 @@ class Routing:
             "accuracy": self.accuracy,
             "frozen_accuracy": self.frozen,
             "worth_standard_error": self.uncertainty,
+            "held_out": self.held_out,
             "verdict": self.verdict,
             "files": list(self.files),
             "layers": [layer.to_dict() for layer in self.layers],
@@ -150,6 +172,7 @@ def measure_routing(
         None if gained is None else float(gained.std(correction=0)) / math.sqrt(len(gained)),
         tuple(seen.spreads.items()),
         pictures.files,
+        pictures.held_out,
     )
 
 

@@ -7,6 +7,7 @@ import io
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from condconv_surgery.reporting.counters import other_counters
 from condconv_surgery.reporting.model_profile import CONVENTION, Layer, Profile
 from condconv_surgery.reporting.numbers import human, human_bytes, human_time, percent
 
@@ -69,7 +70,7 @@ def to_markdown(profile: Profile, title: str, cost: Cost | None = None, routing:
         *(_routing_lines(routing) if routing else []),
         CONVENTION,
         "",
-        module_counters(profile),
+        other_counters(profile),
         *(["", latency_line(cost)] if cost and cost.latency else []),
     ]
     return "\n".join(lines) + "\n"
@@ -116,18 +117,6 @@ def latency_line(cost: Cost) -> str:
     return (
         f"Latency: medians, original and model by turns in one run after {cost.latency[0].warm_up} passes to warm up; "
         f"interquartile range {spreads}; {words}."
-    )
-
-
-def module_counters(profile: Profile) -> str:
-    """Why other counters print other numbers, and which, in one sentence or two."""
-    others = "fvcore adds batch norm and pooling."
-    if not profile.converted:
-        return f"Other counters agree within about 1%; {others}"
-    hidden = sum(layer.macs.convolution + layer.macs.mixing for layer in profile.layers if layer.conditional)
-    return (
-        "Counters that go by the class of a module (thop, torchinfo, ptflops unless backend='aten') see nothing of a "
-        f"conditional layer but its router: about {human(profile.macs.total - hidden)} MACs here. {others}"
     )
 
 

@@ -10,12 +10,12 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from condconv_surgery.reporting.counters import other_counters
 from condconv_surgery.reporting.model_profile import CONVENTION, Layer, Macs, Profile
 from condconv_surgery.reporting.numbers import human
 from condconv_surgery.reporting.tables import (
     cost_rows,
     latency_line,
-    module_counters,
     multiplying,
     remainder,
     summary_rows,
@@ -33,7 +33,7 @@ WIDTH = 80
 def render_profile(profile: Profile, title: str, width: int = WIDTH, cost: Cost | None = None) -> RenderableType:
     """The totals and what it costs to run, the layers, what is not listed, the convention, for ``width`` columns."""
     totals = [*summary_rows(profile), *(cost_rows(cost) if cost else [])]
-    notes = [CONVENTION, module_counters(profile), latency_line(cost) if cost else ""]
+    notes = [CONVENTION, other_counters(profile), latency_line(cost) if cost else ""]
     return Group(
         Text(title, style="bold"),
         Text(f"input {profile.input}", style="dim"),
@@ -55,7 +55,7 @@ def render_routing(routing: Routing, experts: Sequence[Experts] = (), width: int
         *((name, True) for name in ("used", "vary", "class", "info", "cos")),
         ("verdict", False),
     ]
-    verdict = max([len(layer.verdict) for layer in routing.layers], default=0)
+    verdict = max([len(layer.advice) for layer in routing.layers], default=0)
     name = max(12, width - verdict - 32)
     rows: list[list[str | Text]] = [
         [
@@ -65,7 +65,7 @@ def render_routing(routing: Routing, experts: Sequence[Experts] = (), width: int
             f"{layer.between:.0%}",
             f"{layer.information:.2f}",
             cosines.get(layer.name, ""),
-            Text(layer.verdict, style="dim" if layer.static else "green"),
+            Text(layer.advice, style="dim" if layer.static else "green"),
         ]
         for layer in routing.layers
     ]

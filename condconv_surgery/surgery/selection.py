@@ -13,6 +13,8 @@ from condconv_surgery.errors import InputError
 from condconv_surgery.recipe import Selection, SharedRouter
 from condconv_surgery.surgery.graph import ConvSite, Sites
 
+NOT_INCLUDED = "not matched by --include"
+
 
 @dataclass(frozen=True)
 class Skip:
@@ -52,6 +54,12 @@ def select(found: Sites, selection: Selection, source: str = "the model") -> Pla
     kept, skipped = [], []
     for site in candidates:
         reason = _reason_to_skip(site, selection, site is stem)
+        if site.linear and reason == NOT_INCLUDED:
+            raise InputError(
+                f"--classifier asks for {site.name}, but --include does not match it.",
+                "--include chooses among all layers, the classifier too.",
+                f'--include "{site.name}" as well',
+            )
         if reason:
             skipped.append(Skip(site.name, reason))
         else:
@@ -66,7 +74,7 @@ def _reason_to_skip(site: ConvSite, selection: Selection, is_stem: bool) -> str:
     checks = (
         "" if site.linear else _reason_impossible(site.module),
         "not called in a forward pass" if site.calls == 0 else "",
-        "not matched by --include" if selection.include and not _matches(site, selection.include) else "",
+        NOT_INCLUDED if selection.include and not _matches(site, selection.include) else "",
         "matched by --exclude" if _matches(site, selection.exclude) else "",
         "the stem: the first convolution sees the picture, not features (--no-skip-stem converts it)"
         if selection.skip_stem and is_stem
