@@ -24,6 +24,9 @@ SMALL_PICTURES = {"min_size": SIDE, "max_size": SIDE}
 FEW_CLASSES = {"num_classes": 5}
 """With 91 classes a detector of random weights is sure of nothing, and its boxes are ties that rounding decides."""
 
+FEW_BOXES = {"box_detections_per_img": 10, "box_batch_size_per_image": 64}
+"""The R-CNNs run their mask and keypoint heads on each box: 100 of them take ten minutes."""
+
 ALL_BOXES = {"score_thresh": 0.0}
 """RetinaNet and FCOS start with every score at 0.01, under their threshold."""
 
@@ -98,6 +101,7 @@ def _torchvision_case(name: str) -> Case:
     if kind == "detection":
         options = dict(FEW_CLASSES)
         options |= {} if name.startswith("ssd") else SMALL_PICTURES  # SSDs have one size
+        options |= FEW_BOXES if "rcnn" in name else {}
         options |= ALL_BOXES if name.startswith(("retinanet", "fcos")) else {}
     return Case(f"torchvision:{name}", kind, options)
 
