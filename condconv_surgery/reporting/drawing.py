@@ -35,13 +35,13 @@ def heat_map(rows: Sequence[Sequence[float]], names: Sequence[str], title: str, 
     columns = max(map(len, rows))
     figure = make_figure(0.5 * columns + 4, 0.22 * len(rows) + 1.6)
     axes = figure.subplots()
-    image = axes.imshow(rows, aspect="auto", cmap="cividis_r", vmin=low, vmax=high)
+    image = axes.imshow(rows, aspect="auto", cmap="Blues", vmin=low, vmax=high)
     axes.set_title(title, fontsize=10)
     axes.set_yticks(range(len(names)), names, fontsize=8.5)
     axes.set_xticks(range(columns))
     axes.set_xlabel("expert")
     if columns <= MOST_EXPERTS_IN_NUMBERS:
-        _numbers(axes, rows, (low + high) / 2)
+        _numbers(axes, rows, low + 0.6 * (high - low))
     figure.colorbar(image, label="mean gate", shrink=min(1.0, 4 / figure.get_figheight()))
     return figure
 
@@ -73,9 +73,9 @@ def to_svg(figure: Figure) -> str:
     return text[text.index("<svg") :].replace("#000000", "currentColor")
 
 
-def _numbers(axes: Any, rows: Sequence[Sequence[float]], middle: float) -> None:
+def _numbers(axes: Any, rows: Sequence[Sequence[float]], dark: float) -> None:
     for y, row in enumerate(rows):
         for x, value in enumerate(row):
             if not math.isnan(value):
-                colour = "white" if value > middle else "black"
+                colour = "white" if value > dark else "black"
                 axes.text(x, y, f"{value:.2f}", ha="center", va="center", fontsize=8.5, color=colour)

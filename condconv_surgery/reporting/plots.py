@@ -54,7 +54,8 @@ def experts_used(routing: Routing) -> Figure:
     widest = max(layer.experts for layer in layers)
     gates = [[*layer.mean, *[float("nan")] * (widest - layer.experts)] for layer in layers]
     names = [f"{layer.name}  ({layer.used:.1f} of {layer.experts})" for layer in layers]
-    return heat_map(gates, names, "mean gates over all pictures", 0.0, max(max(layer.mean) for layer in layers))
+    high = max(2 / widest, *(max(layer.mean) for layer in layers))  # an equal share is the middle of the colours
+    return heat_map(gates, names, "mean gates over all pictures", 0.0, high)
 
 
 def gates_by_class(layer: LayerRouting, classes: Sequence[str]) -> Figure:
@@ -75,12 +76,13 @@ def accuracy_against_cost(reports: Sequence[Report], costs: Sequence[str] = tupl
             "It comes from the run's metrics.jsonl beside best.safetensors, or from pictures.",
             "--data FOLDER",
         )
+    labels = shortest([report.title for report in known])
     figure = make_figure(4.6 * len(costs), 3.8)
     for place, cost in enumerate(costs):
         axes = figure.add_subplot(1, len(costs), place + 1)
         for (name, members), colour in zip(_series(known).items(), SERIES * len(known), strict=False):
             at = sorted(
-                (COSTS[cost](report), 100 * (report.accuracy or 0.0), short(report.title)) for report in members
+                (COSTS[cost](report), 100 * (report.accuracy or 0.0), labels[report.title]) for report in members
             )
             axes.plot([x for x, _, _ in at], [y for _, y, _ in at], "o-", color=colour, label=name, markersize=6)
             for x, y, text in at:
@@ -104,6 +106,16 @@ def short(title: str) -> str:
     if path.suffix != ".safetensors":
         return title
     return path.parent.name if path.stem in ("best", "last") and path.parent.name else path.stem
+
+
+def shortest(titles: Sequence[str]) -> dict[str, str]:
+    """``short`` of each, with the name of the file where that alone does not tell them apart.
+
+    >>> shortest(["a/best.safetensors", "a/last.safetensors", "b/best.safetensors"])
+    {'a/best.safetensors': 'a/best', 'a/last.safetensors': 'a/last', 'b/best.safetensors': 'b'}
+    """
+    names = [short(title) for title in dict.fromkeys(titles)]
+    return {t: short(t) if names.count(short(t)) == 1 else f"{short(t)}/{PurePath(t).stem}" for t in titles}
 
 
 def _series(reports: Sequence[Report]) -> dict[str, list[Report]]:
