@@ -14,8 +14,10 @@ from condconv_surgery.training.folders import find_pictures
 from condconv_surgery.training.pictures import (
     Draw,
     PictureDataset,
+    Sample,
     UnreadablePictureError,
     collate,
+    collate_whole,
     read_picture,
 )
 from condconv_surgery.training.sampling import EvaluationBatches, Steps, TrainingBatches
@@ -117,6 +119,20 @@ def test_training_replaces_an_unreadable_picture_and_validation_leaves_it_out(tm
     batch = collate([scoring[Draw(0, i)] for i in range(4)])
     assert batch.images.shape == (3, 3, 16, 16)
     assert batch.unreadable == (str(pictures.path(2)),)
+
+
+def test_a_streams_batch_keeps_its_size() -> None:
+    def sample(label: int) -> Sample:
+        return Sample(torch.full((3, 2, 2), float(label)), label)
+
+    def bad(name: str) -> Sample:
+        return Sample(None, -1, (name,))
+
+    batch = collate_whole([bad("a"), bad("b"), sample(2), bad("c"), sample(4), bad("d")])
+    assert batch.labels.tolist() == [2, 2, 2, 4, 4, 2]
+    assert batch.images[:, 0, 0, 0].tolist() == [2, 2, 2, 4, 4, 2]
+    assert batch.unreadable == ("a", "b", "c", "d")
+    assert len(collate_whole([bad("a")]).labels) == 0
 
 
 def test_unreadable_pictures_are_counted_once_each_up_to_the_limit() -> None:

@@ -14,7 +14,7 @@ from condconv_surgery.layers import conditional_layers
 from condconv_surgery.recipe import CondConv, DynamicConv, ODConv, TrainingOptions
 from condconv_surgery.recipe.sections import LayerOptions, OptimizerOptions
 from condconv_surgery.training.distributed import World
-from condconv_surgery.training.gates import ExpertDropout, GateUse, GateWatch, balance_loss, sharpness_loss
+from condconv_surgery.training.gates import ExpertDropout, GateMeter, GateUse, GateWatch, balance_loss, sharpness_loss
 from condconv_surgery.training.groups import parameter_groups
 from condconv_surgery.training.learner import Learner
 from condconv_surgery.training.pictures import Batch
@@ -170,6 +170,34 @@ def test_gate_use_adds_up_over_batches() -> None:
     p = gate / gate.sum(1, keepdim=True)
     assert use.use == pytest.approx(p.mean(0).tolist(), rel=1e-5)
     assert use.entropy == pytest.approx((-(p * p.log()).sum(1).mean() / math.log(3)).item(), rel=1e-5)
+
+
+def test_the_use_of_experts_is_that_of_all_processes() -> None:
+    """One process has seen six pictures, another two, a third none; idle runs do not count."""
+    model = small_net(CondConv(experts=4)).eval()
+    randomize_router(model)
+
+    def meter(*parts: torch.Tensor) -> GateMeter:
+        made = GateMeter(model)
+        for part in parts:
+            model(part)
+        with made.paused():
+            model(torch.zeros(1, 3, 8, 8))
+        made.close()
+        return made
+
+    class Three(World):
+        def gather(self, value: object) -> list[object]:
+            told = [m.together(World()) for m in (others, meter())]
+            return [value, *({n: (u.share_sum.tolist(), u.entropy_sum, u.count) for n, u in t.items()} for t in told)]
+
+    others = meter(X[6:])
+    (together,) = meter(X[:3], X[3:6]).together(Three()).values()
+    (alone,) = meter(X).together(World()).values()
+    assert together.count == alone.count == 8
+    assert together.use == pytest.approx(alone.use)
+    assert together.entropy == pytest.approx(alone.entropy)
+    assert sum(alone.use) == pytest.approx(1.0)
 
 
 def test_closing_leaves_no_hooks() -> None:

@@ -71,6 +71,15 @@ def test_temperature_reaches_every_router_that_has_one() -> None:
     assert temperature_at(3, 8, ScheduleOptions()) is None
 
 
+def test_thirty_alone_is_the_annealing_of_odconv() -> None:
+    """The authors' ``get_temperature``: ten of a hundred epochs, in every iteration."""
+    per_epoch, annealed = 7, 10
+    ours = [temperature_at(step, 100 * per_epoch, ScheduleOptions(temperature=30.0)) for step in range(90)]
+    total = annealed * per_epoch
+    theirs = [1.0 + max(0.0, 29.0 * ((total - iteration) / max(1.0, total))) for iteration in range(90)]
+    assert ours == pytest.approx(theirs)
+
+
 def _batch(count: int = 6, seed: int = 0) -> Batch:
     generator = torch.Generator().manual_seed(seed)
     return Batch(torch.randn(count, 3, 8, 8, generator=generator), torch.arange(count) % 5)

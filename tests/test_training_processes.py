@@ -17,11 +17,13 @@ import torch
 from safetensors.torch import load_file
 
 from condconv_surgery.recipe import TrainingOptions
+from condconv_surgery.training.folders import find_pictures
+from condconv_surgery.training.state import LAST, read_state
 from tests.pictures import write_pictures
 from tests.small_run import run_and_exit
 
 ROOT = Path(__file__).parent.parent
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "default"}
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "default", "PYTHONFAULTHANDLER": "1"}
 
 
 @pytest.fixture
@@ -77,9 +79,21 @@ def assert_same(one: TrainingOptions, other: TrainingOptions) -> None:
 
 @pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_processes_train_as_one(folder: Path, processes: int) -> None:
-    alone, together = options_for(folder, "alone"), options_for(folder, "together")
+    """Classes of unlike size, weighed; two pictures that can't be read, which different processes meet."""
+    for picture in sorted((folder / "class2").iterdir())[4:]:
+        picture.unlink()
+    sections = {"optimizer": {"lr": 0.01, "class_weights": True}}
+    spoilt = [find_pictures(folder)[part].path(index) for part, index in ((0, 5), (1, 1))]
+    for picture in spoilt:
+        picture.write_bytes(b"text")
+    alone, together = (
+        options_for(folder, name, **sections).updated({"data": {"max_bad": 2}}) for name in ("alone", "together")
+    )
     finish(launch(alone))
     finish(launch(together, processes=processes))
+    for options in (alone, together):
+        state = read_state(Path(options.output) / LAST)
+        assert sorted(state.facts["unreadable"]) == sorted(map(str, spoilt))
     for one, other in zip(rows(alone), rows(together), strict=True):
         for name in ("train_loss", "train_top1", "val_loss", "val_top1"):
             assert one[name] == pytest.approx(other[name], abs=1e-5), name

@@ -119,6 +119,39 @@ def test_class_weights_make_classes_count_alike() -> None:
     torch.testing.assert_close(classification_loss(Logits(logits), labels, 0.0, weights), expected)
 
 
+def test_weighted_parts_step_as_one_batch() -> None:
+    """Parts of unlike classes: a mean of their weighted means would be another step."""
+    labels = torch.tensor([0, 0, 0, 0, 1, 2, 3, 4])
+    models = [small_net(CondConv(experts=2), norm=False, dropout=0.0) for _ in range(2)]
+    for model, parts in zip(models, ([slice(0, 8)], [slice(0, 4), slice(4, 8)]), strict=True):
+        sections = {"optimizer": {"name": "sgd", "lr": 1.0, "class_weights": True}, "schedule": {"warmup": 0.0}}
+        it = Learner(model, TrainingOptions().updated(sections), World(), [40, 10, 10, 10, 10], {})
+        tally = it.step([Batch(X[part], labels[part]) for part in parts], 0, 4)
+        assert tally.count == 8
+    for one, other in zip(*(model.parameters() for model in models), strict=True):
+        torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-5)
+
+
+def test_a_compiled_model_steps_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Through dynamo and autograd's tracing; without the code generator, which needs a compiler and a minute."""
+    compiled: list[nn.Module] = []
+
+    def compile_(model: nn.Module) -> object:
+        compiled.append(model)
+        return original(model, backend="aot_eager")
+
+    original = torch.compile
+    monkeypatch.setattr(torch, "compile", compile_)
+    models = [small_net(CondConv(experts=2), dropout=0.0) for _ in range(2)]
+    for model, on in zip(models, (False, True), strict=True):
+        it = learner(model, engine={"compile": on})
+        for step in range(2):
+            it.step([BATCH], step, 4)
+    assert compiled == [models[1]]
+    for name, tensor in models[0].state_dict().items():
+        torch.testing.assert_close(tensor, models[1].state_dict()[name], atol=1e-5, rtol=1e-4, msg=name)
+
+
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_low_precision_steps_are_near_full_ones(precision: str) -> None:
     models = [small_net(CondConv(experts=2), dropout=0.0) for _ in range(2)]

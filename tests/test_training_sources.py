@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from condconv_surgery.errors import InputError
+from condconv_surgery.errors import InputError, TrainingError
 from condconv_surgery.recipe import InputSpec, TrainingOptions
 from condconv_surgery.recipe.sections import DataOptions
 from condconv_surgery.training import finetune
@@ -25,7 +25,9 @@ from condconv_surgery.training.finding import find_data, require_data
 from condconv_surgery.training.labelled import Labelled
 from condconv_surgery.training.loading import open_data
 from condconv_surgery.training.shards import expand_braces, scan_shards
+from condconv_surgery.training.state import LAST, State, read_state, save_state
 from condconv_surgery.training.torchvision_sets import SETS
+from condconv_surgery.training.watching import Silent, StepView
 from tests.pictures import write_pictures
 from tests.small_networks import small_net
 
@@ -389,7 +391,44 @@ def test_streams_that_are_refused(rows: Path) -> None:
         require_data(replace(streamed(rows, "run").data, folder=str(rows)))
 
 
-def test_an_unreadable_row_is_named_and_left_out(rows: Path) -> None:
+def test_a_stream_goes_on_with_as_many_processes_only(rows: Path) -> None:
+    options = streamed(rows, "run", "saved")
+    finetune(small_net(), options)
+    state = read_state(Path(options.output) / LAST)
+    save_state(Path(options.output), State(state.tensors, {**state.facts, "processes": 2}))
+    with pytest.raises(InputError, match=r"with 2 processes and is resumed with 1(.|\n)*--nproc-per-node 2"):
+        finetune(small_net(), options, resume=True)
+
+
+def test_a_stream_that_breaks_off_ends_in_words(rows: Path) -> None:
+    """A file that goes away while it is read, with the states saved before."""
+    options = streamed(rows, "run", "parquet").updated({"engine": {"save_every": 2}})
+
+    class Remove(Silent):
+        def step(self, view: StepView) -> None:
+            if view.step == 6:  # at an epoch's end: the next one opens the files anew
+                for path in (rows / "parquet").glob("train-*.parquet"):
+                    path.write_bytes(path.read_bytes()[:100])
+
+    with pytest.raises(TrainingError, match=r"can't be read on after row \d+ of epoch 2(.|\n)*--resume"):
+        finetune(small_net(), options, watcher=Remove())
+    assert read_state(Path(options.output) / LAST).facts["progress"]["step"] == 6
+
+
+def test_a_row_without_a_label_is_named(rows: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    parts = datasets.load_from_disk(str(rows / "saved"))
+    lost = parts["train"].map(
+        lambda row, index: {"label": None if index == 5 else row["label"]},
+        with_indices=True,
+        features=parts["train"].features,
+    )
+    datasets.DatasetDict(train=lost, validation=parts["validation"]).save_to_disk(str(rows / "lost"))
+    with pytest.raises(InputError, match=r"1 unreadable picture: .*row \d+ of epoch 1, which has no label"):
+        finetune(small_net(), streamed(rows, "run", "lost"))
+
+
+def test_an_unreadable_row_is_named_and_replaced(rows: Path) -> None:
     datasets = pytest.importorskip("datasets")
     parts = datasets.load_from_disk(str(rows / "saved")).cast_column("image", datasets.Image(decode=False))
 

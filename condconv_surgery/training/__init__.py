@@ -13,10 +13,11 @@
 (4.0, 8.0)
 """
 
+from condconv_surgery.training.distillation import distillation_loss, feature_loss
 from condconv_surgery.training.evaluation import Tally, evaluate
 from condconv_surgery.training.finetuning import finetune
 from condconv_surgery.training.gates import ExpertDropout, GateWatch, balance_loss, sharpness_loss
-from condconv_surgery.training.groups import parameter_groups
+from condconv_surgery.training.groups import parameter_groups, routing_parameters
 from condconv_surgery.training.heads import fit_heads
 from condconv_surgery.training.pictures import Batch
 from condconv_surgery.training.progress import TrainingResult
@@ -32,12 +33,15 @@ __all__ = [
     "TrainingResult",
     "apply_schedule",
     "balance_loss",
+    "distillation_loss",
     "evaluate",
+    "feature_loss",
     "finetune",
     "fit_heads",
     "lr_factor",
     "parameter_groups",
     "recalibrate",
+    "routing_parameters",
     "sharpness_loss",
     "temperature_at",
     "train_step",

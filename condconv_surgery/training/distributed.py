@@ -81,6 +81,7 @@ def open_world() -> Iterator[World]:
     dist.init_process_group(backend, store=fresh, rank=rank, world_size=size)
     try:
         yield World(dist.get_rank(), dist.get_world_size(), device)
+        dist.barrier()  # nobody hangs up while another still listens
     finally:
         dist.destroy_process_group()
 

@@ -34,10 +34,9 @@ def finetune(
     """
     with open_world() as world, watching_signals() as wish, deterministic(options.engine.deterministic):
         run = Run(model, options, world, wish, watcher_of(options, watcher, world))
-        try:
-            with in_words(lambda: run.progress.step):
+        with in_words(lambda: run.progress.step):  # around the end too: torch reports a dead reader at any moment
+            try:
                 run.begin(resume)
                 return run.train()
-        finally:
-            run.learner.close()
-            run.watcher.close()
+            finally:
+                run.close()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+from collections.abc import Iterable
 from typing import Any
 
 from torch import nn
@@ -77,8 +78,8 @@ def freeze(model: nn.Module, patterns: tuple[str, ...]) -> list[nn.Module]:
     return frozen
 
 
-def routing_parameters(model: nn.Module, heads: dict[str, int]) -> list[nn.Parameter]:
-    """What learns while routers warm up: the routers and the heads that are new. Raises ``InputError`` for none."""
+def routing_parameters(model: nn.Module, heads: Iterable[str] = ()) -> list[nn.Parameter]:
+    """What learns while routers warm up: the routers, and the new heads by name. Raises ``InputError`` for none."""
     found = roles(model)
     if "router" not in found.values():
         raise InputError(

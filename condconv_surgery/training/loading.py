@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from condconv_surgery.errors import InputError
 from condconv_surgery.models.artifact import recipe_of
@@ -38,6 +40,14 @@ class Data:
         """Training batches from a step of the whole run on. One iterator at a time."""
         self.order.start = step
         return iter(self.train_loader)
+
+    def close(self) -> None:
+        """End the readers. While torch knows of a dead one, it raises again whenever any child process ends."""
+        with ExitStack() as stack:
+            for loader in (self.train_loader, self.val_loader):
+                if isinstance(loader._iterator, _MultiProcessingDataLoaderIter):
+                    stack.callback(loader._iterator._shutdown_workers)
+                loader._iterator = None
 
 
 def open_data(options: TrainingOptions, spec: InputSpec, world: World) -> Data:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import ExitStack
 from itertools import islice
 from pathlib import Path
 
@@ -89,6 +90,12 @@ class Run:
             self.watcher.note(
                 f"The head is kept, for there are as many classes; they were called {', '.join(self.renamed[:4])}, ..."
             )
+
+    def close(self) -> None:
+        """End the readers, the lines and the hooks; each, even if another fails."""
+        with ExitStack() as stack:
+            for close in (self.learner.close, self.watcher.close, self.data.close):
+                stack.callback(close)
 
     def train(self) -> TrainingResult:
         """Epoch after epoch, until the end or a wish to stop."""
