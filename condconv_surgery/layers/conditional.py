@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from condconv_surgery.errors import InputError
 from condconv_surgery.layers.execution import execute
+from condconv_surgery.layers.graph_node import as_node, is_traced
 from condconv_surgery.layers.mixture import ConvGeometry, Mixture
 from condconv_surgery.layers.routing import Router, make_router
 from condconv_surgery.recipe import Variant
@@ -126,6 +127,9 @@ class ConditionalConv2d(nn.Module, Generic[V]):
 
     def forward(self, x: Tensor, mixture: Mixture | None = None) -> Tensor:
         """mixture: of each sample; the layer's own router's when left out."""
+        if is_traced(x):
+            node: Tensor = as_node(self, x) if mixture is None else as_node(self, x, mixture)
+            return node
         if x.dim() == 3:
             return self.forward(x.unsqueeze(0), mixture).squeeze(0)
         if x.dim() != 4 or x.shape[1] != self.geometry.in_channels:

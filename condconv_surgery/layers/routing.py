@@ -8,6 +8,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
+from condconv_surgery.layers.graph_node import as_node, is_traced
 from condconv_surgery.layers.mixture import ConvGeometry, Mixture
 from condconv_surgery.layers.precision import is_autocast_on
 from condconv_surgery.recipe import Variant
@@ -31,6 +32,9 @@ class Router(nn.Module):
         Under autocast the router keeps the precision of its weights: gates are few, and a kernel is only as exact
         as they are.
         """
+        if is_traced(x):
+            node: Mixture = as_node(self, x)
+            return node
         if x.dim() == 3:
             x = x.unsqueeze(0)
         pooled = _pooled(x) if x.dim() == 4 else x  # [B, I]

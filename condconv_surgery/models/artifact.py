@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from torch import nn
+from torch import fx, nn
 
 from condconv_surgery.errors import DamagedFileError, InputError, nearest
 from condconv_surgery.layers import ConditionalConv2d, ConditionalLinear, routed_blocks
@@ -38,7 +38,7 @@ from condconv_surgery.models.recognition import recognise_module, same_modules
 from condconv_surgery.models.skeleton import Skeleton, describe, rebuild, transient_tensors
 from condconv_surgery.models.values import UndescribableError
 from condconv_surgery.recipe import ConvertedLayer, Recipe, SharedRouter, attach_recipe, recipe_of
-from condconv_surgery.surgery import BlockError, route_block
+from condconv_surgery.surgery import BlockError, lift_convolutions, route_block
 
 __all__ = ["attach_recipe", "is_artifact", "load", "read_recipe", "recipe_of", "save"]
 
@@ -83,6 +83,8 @@ def load(path: str | Path, *, model: nn.Module | None = None, trust: tuple[str, 
     content = read(path)
     recipe = content.recipe
     skeleton = _skeleton(content, trust) if model is None else model
+    if isinstance(skeleton, fx.GraphModule):
+        lift_convolutions(skeleton)  # as convert did, whose names of them the file has
     try:
         if content.skeleton is None or model is not None:
             exchange_heads(skeleton, recipe.heads)

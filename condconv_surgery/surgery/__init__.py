@@ -4,6 +4,7 @@ from condconv_surgery.surgery.block_graph import BlockError
 from condconv_surgery.surgery.block_routing import route_block, share_routers
 from condconv_surgery.surgery.convert import Conversion, convert, example_arguments, make_plan
 from condconv_surgery.surgery.fingerprint import hash_weights
+from condconv_surgery.surgery.functional import lift_convolutions
 from condconv_surgery.surgery.graph import ConvSite, Sites, find_sites
 from condconv_surgery.surgery.proof import Difference, Gap
 from condconv_surgery.surgery.selection import Plan, Skip, select
@@ -22,6 +23,7 @@ __all__ = [
     "example_arguments",
     "find_sites",
     "hash_weights",
+    "lift_convolutions",
     "make_plan",
     "route_block",
     "select",

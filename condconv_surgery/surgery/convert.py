@@ -9,14 +9,16 @@ from functools import partial
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import fx, nn
 
 from condconv_surgery.errors import InputError
 from condconv_surgery.layers.routed_block import route_no_more
 from condconv_surgery.recipe import Recipe, Selection, Upcycling, Variant, attach_recipe, recipe_of
 from condconv_surgery.running import device_of, input_spec_of
+from condconv_surgery.surgery.acceptance import accept, eagerly
 from condconv_surgery.surgery.block_routing import route_block, share_routers
 from condconv_surgery.surgery.fingerprint import hash_weights
+from condconv_surgery.surgery.functional import lift_convolutions, undone_on_error
 from condconv_surgery.surgery.graph import find_sites
 from condconv_surgery.surgery.proof import Difference, compare_with, exceeds, require, run_both_modes
 from condconv_surgery.surgery.rounding import explain
@@ -30,7 +32,8 @@ Places = list[tuple[str, nn.Module]]
 class Conversion:
     """What a conversion did.
 
-    model: the converted model, of the original's own class. plan: what was converted and what was not, and why.
+    model: the converted model, of the original's own class (wrappers taken off). plan: what was converted and what was
+    not, and why.
     difference: the proof that it computes the same; ``None`` when it was not asked for. exact: the same in float64, run
     only where float32 leaves doubt.
     """
@@ -63,6 +66,9 @@ def convert(
 
         W_b = sum_e gate[b,e] (W + eps_e),    sum_e eps_e = 0,    gate = 1/n at the start
 
+    model: any ``nn.Module`` in Python. A ``torch.fx.GraphModule`` stays one, and its ``F.conv2d`` on parameters are
+        converted too (``lift_convolutions``). ``DataParallel``, ``DistributedDataParallel`` and ``torch.compile`` are
+        taken off.
     example: an input, a tuple of all arguments, or what a detector takes; made from the model's own input
         specification when left out (3x224x224 when it has none).
     include, exclude, min_channels, skip_stem, skip_pooled, classifier, blocks: see ``recipe.Selection``.
@@ -75,24 +81,71 @@ def convert(
     """
     patterns = (tuple(include or ()), tuple(exclude or ()))
     selection = Selection(*patterns, min_channels, skip_stem, skip_pooled, classifier, tuple(blocks or ()))
-    upcycling = Upcycling(diversity, seed)
-    arguments = example_arguments(model, example)
-    plan = make_plan(model, selection, arguments, variant)
-    before = run_both_modes(model, arguments, plan.modes) if prove else None
+    rule = _Rule(selection, variant, Upcycling(diversity, seed), prove, tolerance)
+    inner = accept(model, inplace=inplace, prove=prove)
+    arguments = example_arguments(inner, example)
+    with eagerly(inner):
+        if isinstance(inner, fx.GraphModule):
+            conversion = _convert_graph(inner, arguments, rule, inplace)
+        else:
+            conversion = _convert(inner, arguments, rule, inplace)
+    if inner is model:
+        return conversion
+    note = f"{type(model).__name__} taken off: wrap the converted model again"
+    return replace(conversion, plan=replace(conversion.plan, notes=(*conversion.plan.notes, note)))
+
+
+def make_plan(
+    model: nn.Module, selection: Selection, arguments: tuple[Any, ...], variant: Variant | None = None
+) -> Plan:
+    """What ``convert`` would do, with nothing changed. variant: says whether blocks share a router."""
+    model = accept(model)
+    with eagerly(model):
+        if not isinstance(model, fx.GraphModule):
+            return _plan(model, selection, arguments, variant)
+        copied = copy.deepcopy(model)
+        left = lift_convolutions(copied)
+        plan = _plan(copied, selection, arguments, variant)
+        return replace(plan, skipped=(*plan.skipped, *left))
+
+
+@dataclass(frozen=True)
+class _Rule:
+    """What the caller of ``convert`` decided."""
+
+    selection: Selection
+    variant: Variant
+    upcycling: Upcycling
+    prove: bool
+    tolerance: float | None
+
+
+def _convert_graph(model: fx.GraphModule, arguments: tuple[Any, ...], rule: _Rule, inplace: bool) -> Conversion:
+    """A graph stays a graph: its functional convolutions are modules first, then it is a model like any other."""
+    target = model if inplace else copy.deepcopy(model)
+    with undone_on_error(target):
+        left = lift_convolutions(target)
+        conversion = _convert(target, arguments, rule, inplace=True)
+    return replace(conversion, plan=replace(conversion.plan, skipped=(*conversion.plan.skipped, *left)))
+
+
+def _convert(model: nn.Module, arguments: tuple[Any, ...], rule: _Rule, inplace: bool) -> Conversion:
+    plan = _plan(model, rule.selection, arguments, rule.variant)
+    before = run_both_modes(model, arguments, plan.modes) if rule.prove else None
     recipe = _recipe_with_hash(model)
     target = model if inplace else copy.deepcopy(model)
-    change = partial(_swap, plan=plan, variant=variant, upcycling=upcycling)
+    change = partial(_swap, plan=plan, variant=rule.variant, upcycling=rule.upcycling)
     undo = change(target)
     difference = exact = None
     if before is not None:
         try:
             difference = compare_with(target, arguments, plan.modes, before)
-            if tolerance is None and exceeds(difference, before, None):
+            if rule.tolerance is None and exceeds(difference, before, None):
                 original = _original_of(target, plan, undo) if inplace else model
                 note, exact = explain(original, arguments, plan, change, difference)
                 plan = replace(plan, notes=(*plan.notes, note))
             else:
-                require(difference, before, tolerance)
+                require(difference, before, rule.tolerance)
         except Exception:
             _restore(target, plan, undo)
             raise
@@ -100,10 +153,7 @@ def convert(
     return Conversion(target, plan, difference, exact)
 
 
-def make_plan(
-    model: nn.Module, selection: Selection, arguments: tuple[Any, ...], variant: Variant | None = None
-) -> Plan:
-    """What ``convert`` would do, with nothing changed. variant: says whether blocks share a router."""
+def _plan(model: nn.Module, selection: Selection, arguments: tuple[Any, ...], variant: Variant | None) -> Plan:
     recipe = recipe_of(model)
     source = (recipe.source.name if recipe else "") or type(model).__name__
     plan = select(find_sites(model, arguments), selection, source)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from condconv_surgery.errors import InputError
 from condconv_surgery.surgery.observation import Calls, observe
+from condconv_surgery.surgery.reading import reading
 from condconv_surgery.surgery.tracing import listed, one_line, trace
 
 
@@ -28,6 +29,7 @@ class ConvSite:
     pooled: its input is a 1x1 map at every picture size (squeeze-and-excite).
     block: the nearest module around it that is not a bare container and holds more than one layer; ``""`` is the model.
     followed_by: class or function names that take its output; empty where the graph could not be traced.
+    read_by: the class, if any, that computes with its weight outside of it.
     """
 
     names: tuple[str, ...]
@@ -39,6 +41,7 @@ class ConvSite:
     pooled: bool
     block: str
     followed_by: tuple[str, ...]
+    read_by: str = ""
 
     @property
     def name(self) -> str:
@@ -56,11 +59,13 @@ class Sites:
 
     modes: those in which the model runs on the example, ``False`` for eval and ``True`` for train.
     notes: why parts of the model could not be traced or run, one line each.
+    functional: parameters that ``F.conv2d`` takes with no layer around it, and the class that calls it.
     """
 
     sites: tuple[ConvSite, ...]
     modes: tuple[bool, ...]
     notes: tuple[str, ...]
+    functional: tuple[tuple[str, str], ...] = ()
 
 
 def find_sites(model: nn.Module, arguments: tuple[Any, ...]) -> Sites:
@@ -70,7 +75,8 @@ def find_sites(model: nn.Module, arguments: tuple[Any, ...]) -> Sites:
     """
     names = _names_by_identity(model)
     layers = {first: module for (first, *_), module in names}
-    seen, notes = _observe_both_modes(model, layers, arguments)
+    with reading(model, layers) as reads:
+        seen, notes = _observe_both_modes(model, layers, arguments)
     in_eval, in_train = seen.get(False, {}), seen.get(True, {})
     pooled = _pooled_at_twice_the_size(model, layers, arguments, in_eval)
     traces = trace(model, layers.values())
@@ -92,9 +98,11 @@ def find_sites(model: nn.Module, arguments: tuple[Any, ...]) -> Sites:
                 pooled=first in pooled,
                 block=_block(first, modules),
                 followed_by=next((traces.followed_by[n] for n in all_names if n in traces.followed_by), ()),
+                read_by=reads.weights.get(first, ""),
             )
         )
-    return Sites(tuple(sorted(sites, key=lambda site: site.order)), tuple(seen), tuple(notes))
+    ordered = tuple(sorted(sites, key=lambda site: site.order))
+    return Sites(ordered, tuple(seen), tuple(notes), tuple(reads.functional.items()))
 
 
 def _untraceable(reasons: Mapping[str, str]) -> list[str]:

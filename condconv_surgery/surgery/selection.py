@@ -16,6 +16,9 @@ from condconv_surgery.surgery.graph import ConvSite, Sites
 NOT_INCLUDED = "not matched by --include"
 
 
+FUNCTIONAL = "F.conv2d on a parameter, in {}.forward: converted only in a torch.fx.GraphModule"
+
+
 @dataclass(frozen=True)
 class Skip:
     """A layer that stays as it is, and the reason in words."""
@@ -28,6 +31,7 @@ class Skip:
 class Plan:
     """Every convolution of the model (and its classifier, when asked for) is in exactly one of the two lists.
 
+    skipped: ``F.conv2d`` outside of all layers too, by the name of the parameter that it takes.
     modes, notes: as in ``Sites``. routers: those that several kept layers share (``surgery.block_routing``).
     """
 
@@ -45,13 +49,10 @@ def select(found: Sites, selection: Selection, source: str = "the model") -> Pla
     if selection.classifier:
         candidates.append(_classifier(found, source))
     elif not convolutions:
-        raise InputError(
-            f"No convolution to convert: {source} has none.",
-            "An nn.Conv2d, or the final nn.Linear with --classifier, can be converted.",
-            "another model, or --classifier",
-        )
+        raise _none_at_all(found, source)
     stem = next((site for site in convolutions if site.calls), None)
-    kept, skipped = [], []
+    kept: list[ConvSite] = []
+    skipped = [Skip(name, FUNCTIONAL.format(who)) for name, who in found.functional]
     for site in candidates:
         reason = _reason_to_skip(site, selection, site is stem)
         if site.linear and reason == NOT_INCLUDED:
@@ -69,10 +70,26 @@ def select(found: Sites, selection: Selection, source: str = "the model") -> Pla
     return Plan(tuple(kept), tuple(skipped), found.modes, found.notes)
 
 
+def _none_at_all(found: Sites, source: str) -> InputError:
+    if found.functional:
+        name, who = found.functional[0]
+        return InputError(
+            f"No convolution to convert: {source} has no nn.Conv2d, only F.conv2d with {name}, in {who}.forward.",
+            "In a torch.fx.GraphModule those are converted too.",
+            "convert(torch.fx.symbolic_trace(model), ...)",
+        )
+    return InputError(
+        f"No convolution to convert: {source} has none.",
+        "An nn.Conv2d, or the final nn.Linear with --classifier, can be converted.",
+        "another model, or --classifier",
+    )
+
+
 def _reason_to_skip(site: ConvSite, selection: Selection, is_stem: bool) -> str:
     """Why ``site`` stays as it is; empty when it is converted. What cannot be comes before what is not wanted."""
     checks = (
         "" if site.linear else _reason_impossible(site.module),
+        f"{site.read_by} computes with its weight outside of it" if site.read_by else "",
         "not called in a forward pass" if site.calls == 0 else "",
         NOT_INCLUDED if selection.include and not _matches(site, selection.include) else "",
         "matched by --exclude" if _matches(site, selection.exclude) else "",
@@ -90,12 +107,25 @@ def _reason_to_skip(site: ConvSite, selection: Selection, is_stem: bool) -> str:
 
 def _reason_impossible(module: nn.Module) -> str:
     cls = type(module)
-    if isinstance(module, nn.modules.lazy.LazyModuleMixin):
-        return f"{cls.__name__} has no weights yet: run the model once first"
-    if parametrize.is_parametrized(module) or "weight" not in dict(module.named_parameters(recurse=False)):
-        return "its weight is computed by a parametrization or hook at each call"
+    computed = _computed(module)
+    if computed:
+        return computed
     plain = cls.forward is nn.Conv2d.forward and cls._conv_forward is nn.Conv2d._conv_forward  # type: ignore[attr-defined]
     return "" if plain else f"{cls.__module__}.{cls.__qualname__} does not compute a plain convolution"
+
+
+def _computed(module: nn.Module) -> str:
+    """How its weight or bias is made at each call; empty when both are parameters."""
+    for name in ("weight", "bias"):
+        if parametrize.is_parametrized(module, name):
+            return f"its {name} is computed by a parametrization (parametrize.remove_parametrizations makes it plain)"
+        if name not in module._parameters:
+            makers = [type(hook).__name__ for hook in module._forward_pre_hooks.values()]
+            return (
+                f"its {name} is computed by a hook ({', '.join(makers) or 'none found'}; remove_weight_norm, "
+                "remove_spectral_norm or prune.remove makes it plain)"
+            )
+    return ""
 
 
 def _too_narrow(module: nn.Module, least: int) -> str:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import zlib
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
@@ -28,24 +29,30 @@ def upcycle(
     """
     layer = conditional_like(module, variant)
     weight = module.weight.detach().view(layer.geometry.weight_shape)
+    scale = upcycling.diversity * _scale(weight)
     noise = _zero_sum_noise(weight, variant.experts, upcycling.seed ^ zlib.crc32(name.encode()))
-    layer.weight.copy_(weight.double() + upcycling.diversity * _scale(weight) * noise)  # [E, O, I/G, kh, kw]
+    for expert, own in zip(layer.weight, noise, strict=True):
+        expert.copy_(weight.double() + scale * own)  # [O, I/G, kh, kw]
     if layer.bias is not None and module.bias is not None:
         layer.bias.copy_(module.bias.detach().expand_as(layer.bias))
     _move_hooks(module, layer)
     return layer
 
 
-def _zero_sum_noise(weight: Tensor, experts: int, seed: int) -> Tensor:
-    """[E, *weight.shape], standard normal minus its mean over the experts; drawn on the CPU, so equal on any device."""
+def _zero_sum_noise(weight: Tensor, experts: int, seed: int) -> Iterator[Tensor]:
+    """For each expert in turn, [*weight.shape] in float64: standard normal minus the mean over the experts.
+
+    Drawn on the CPU, so equal on any device; one at a time, since all in float64 are twice the size of the layer.
+    """
     generator = torch.Generator().manual_seed(seed)
-    noise = torch.randn(experts, *weight.shape, generator=generator).double()
-    return (noise - noise.mean(dim=0)).to(weight.device)
+    noise = torch.randn(experts, *weight.shape, generator=generator)
+    mean = noise.mean(dim=0, dtype=torch.float64)
+    return ((own.double() - mean).to(weight.device) for own in noise)
 
 
 def _scale(weight: Tensor) -> float:
     """The standard deviation of the weight; of a fresh layer's when the weight is constant (zero-initialised)."""
-    std = float(weight.float().std(correction=0))
+    std = 0.0 if weight.is_meta else float(weight.float().std(correction=0))
     if std > 0 and math.isfinite(std):
         return std
     return 1.0 / math.sqrt(3.0 * math.prod(weight.shape[1:]))

@@ -1,0 +1,33 @@
+"""Layers and routers are single nodes of any ``torch.fx`` graph, whichever tracer makes it.
+
+fx's own tracer goes through every module outside of ``torch.nn``, and would fail on the first shape that a layer
+checks. The documented way around is a tracer of one's own, but passes such as those in
+``torch.fx.experimental.optimization`` make theirs.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import fx, nn
+
+from condconv_surgery.errors import InputError
+
+
+def is_traced(x: object) -> bool:
+    """``x`` is no tensor but a value of a graph that is being traced."""
+    return isinstance(x, fx.Proxy)
+
+
+def as_node(module: nn.Module, x: Any, *rest: Any) -> Any:
+    """The call of ``module`` as a node of the graph that ``x`` belongs to.
+
+    Raises ``InputError`` when the module has hooks: the tracer has run them already, and the node would again.
+    """
+    if module._forward_hooks or module._forward_pre_hooks:
+        raise InputError(
+            f"This {type(module).__name__} has hooks, which a graph would run twice.",
+            "It can be traced without them, or by a tracer for which it is a leaf.",
+            "class Tracer(torch.fx.Tracer): is_leaf_module = lambda self, m, name: isinstance(m, ConditionalConv2d)",
+        )
+    return x.tracer.create_proxy("call_module", x.tracer.path_of_module(module), (x, *rest), {})

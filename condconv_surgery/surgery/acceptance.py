@@ -1,0 +1,97 @@
+"""What is asked of a model before anything is done with it, and the wrappers that are taken off."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+
+import torch
+from torch import fx, nn
+from torch._ops import OpOverload
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+from torch.nn.parameter import is_lazy
+
+from condconv_surgery.errors import InputError
+
+
+def accept(model: object, *, inplace: bool = False, prove: bool = False) -> nn.Module:
+    """The module inside ``DataParallel``, ``DistributedDataParallel`` and ``torch.compile``, once it can be converted.
+
+    Raises ``InputError`` for what cannot: no ``nn.Module``, TorchScript, a graph of ATen operators, lazy layers,
+    sharded parameters; weights on the meta device where they are to be computed with; a ``DistributedDataParallel``
+    in place, which has noted its parameters already.
+    """
+    if not isinstance(model, nn.Module):
+        fix = "convert the nn.Module from which it was exported, then export that"
+        raise InputError(f"convert was given a {type(model).__name__}.", "It takes an nn.Module.", fix)
+    inner = _inside(model, inplace)
+    _require_modules(inner)
+    _require_weights(inner, prove)
+    return inner
+
+
+@contextmanager
+def eagerly(model: nn.Module) -> Iterator[None]:
+    """Run what ``torch.compile`` compiled as plain Python: a conversion runs each module once, with hooks."""
+    compiled = any(m._compiled_call_impl is not None or _is_compiled(m) for m in model.modules())
+    with (
+        torch.compiler.set_stance("force_eager") if compiled else nullcontext()
+    ):  # imports the compiler: only if needed
+        yield
+
+
+def _inside(model: nn.Module, inplace: bool) -> nn.Module:
+    while isinstance(model, (DataParallel, DistributedDataParallel)) or _is_compiled(model):
+        if inplace and isinstance(model, DistributedDataParallel):
+            raise InputError(
+                "A DistributedDataParallel cannot be converted in place: it has noted its parameters already.",
+                "Convert the model, then wrap it.",
+                "DistributedDataParallel(convert(ddp.module, ...).model)",
+            )
+        inner = model._orig_mod if _is_compiled(model) else model.module
+        assert isinstance(inner, nn.Module)
+        model = inner
+    return model
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    """Made by ``torch.compile(model)``. (Its class is not imported: that takes seconds.)"""
+    return type(module).__name__ == "OptimizedModule" and isinstance(module._modules.get("_orig_mod"), nn.Module)
+
+
+def _require_modules(model: nn.Module) -> None:
+    if isinstance(model, torch.jit.ScriptModule):
+        raise InputError(
+            "The model is TorchScript, whose code is fixed.",
+            "Modules of Python can be converted.",
+            "convert the model from which it was scripted or traced, then script that",
+        )
+    if isinstance(model, fx.GraphModule) and any(isinstance(n.target, OpOverload) for n in model.graph.nodes):
+        raise InputError(
+            "The model is a graph of ATen operators, as torch.export makes: mode and layers are fixed in it.",
+            "A graph as torch.fx.symbolic_trace makes it can be converted, or the model itself.",
+            "convert the model, then torch.export.export it",
+        )
+
+
+def _require_weights(model: nn.Module, prove: bool) -> None:
+    for name, parameter in model.named_parameters():
+        if is_lazy(parameter):
+            raise InputError(
+                f"{name} belongs to a lazy layer, which has no weights yet.",
+                "A layer is known once the model has run.",
+                "model(example) first, then convert",
+            )
+        if isinstance(parameter, DTensor):
+            raise InputError(
+                f"{name} is split over processes.",
+                "A model is converted whole.",
+                "convert first, then fully_shard (engine.shard of condconv finetune)",
+            )
+        if prove and parameter.is_meta:
+            raise InputError(
+                f"{name} is on the meta device: there are no weights to compute with.",
+                "The proof runs both models.",
+                "convert(..., prove=False) for the architecture alone, or load the weights first",
+            )
