@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.nn.functional as F  # noqa: N812
+import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.fx.experimental.optimization import fuse
 from torch.fx.passes.shape_prop import ShapeProp
@@ -203,7 +203,7 @@ def test_a_graph_comes_back_from_its_file_into_its_graph(graph: fx.GraphModule, 
 
 def test_an_exported_program_is_refused_in_words(x: Tensor) -> None:
     program = torch.export.export(nn.Sequential(nn.Conv2d(3, 4, 3)).eval(), (x,))
-    with pytest.raises(InputError, match="graph of ATen operators, as torch.export makes"):
+    with pytest.raises(InputError, match=r"graph of ATen operators, as torch\.export makes"):
         cs.convert(program.module(), cs.CondConv(), example=x)
     with pytest.raises(InputError, match="was given a ExportedProgram"):
         cs.convert(program, cs.CondConv(), example=x)

@@ -141,8 +141,9 @@ def _convert(model: nn.Module, arguments: tuple[Any, ...], rule: _Rule, inplace:
         try:
             difference = compare_with(target, arguments, plan.modes, before)
             if rule.tolerance is None and exceeds(difference, before, None):
-                original = _original_of(target, plan, undo) if inplace else model
-                note, exact = explain(original, arguments, plan, change, difference)
+                original = partial(_original_of, target, plan, undo) if inplace else partial(copy.deepcopy, model)
+                numbers = sum(parameter.numel() for parameter in target.parameters())
+                note, exact = explain(original, arguments, plan, change, numbers, before, difference)
                 plan = replace(plan, notes=(*plan.notes, note))
             else:
                 require(difference, before, rule.tolerance)

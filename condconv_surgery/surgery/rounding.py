@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -21,26 +22,37 @@ from condconv_surgery.surgery.selection import Plan
 NOISE_FACTOR = 10.0
 """A difference of so many times the model's own noise is still rounding: one draw of the noise is not its largest."""
 
+FLOAT64_BYTES = 8 * 2**30
+"""A converted model that takes more in float64 is judged by its noise, which takes no second copy of the experts."""
+
 Change = Callable[[nn.Module], object]
 
 
 def explain(
-    original: nn.Module, arguments: tuple[Any, ...], plan: Plan, change: Change, found: Difference
+    original: Callable[[], nn.Module],
+    arguments: tuple[Any, ...],
+    plan: Plan,
+    change: Change,
+    numbers: int,
+    before: Outputs,
+    found: Difference,
 ) -> tuple[str, Difference | None]:
     """Why ``found`` is rounding, in words, and the difference in float64 where the model runs in it.
 
-    original: the unconverted model, of which copies are made. change: carries the plan out on a model, in place.
-    Raises ``ProofError`` when ``found`` is more than rounding, or nothing can tell.
+    original: makes a copy of the unconverted model. change: carries the plan out on a model, in place. numbers: in the
+    converted model. before: the outputs of the original. Raises ``ProofError`` when ``found`` is more than rounding, or
+    nothing can tell.
     """
-    exact = _in_double(original, arguments, plan.modes, change)
+    too_large = 8 * numbers > FLOAT64_BYTES
+    exact = None if too_large else _in_double(original().double(), arguments, plan.modes, change)
     if exact is not None:
-        difference, before = exact
-        require(difference, before, None, otherwise=found)
+        difference, before_exact = exact
+        require(difference, before_exact, None, otherwise=found)
         return f"on this input the model amplifies rounding; in float64 {_words(difference)}", difference
-    before = run_both_modes(original, arguments, plan.modes)
-    noise = compare(before, _rounded_otherwise(original, arguments, plan))
+    noise = compare(before, _rounded_otherwise(original(), arguments, plan))
     require(Difference(_beyond(found.eval, noise.eval), _beyond(found.train, noise.train)), before, None)
-    how = "the model does not run in float64, and as large a difference comes of rounding its layers otherwise"
+    why = "takes too much memory" if too_large else "does not run"
+    how = f"the model {why} in float64, and as large a difference comes of rounding its layers otherwise"
     return f"{how}: {_words(noise)}", None
 
 
@@ -54,10 +66,9 @@ def in_double(nested: Any) -> Any:
 
 
 def _in_double(
-    original: nn.Module, arguments: tuple[Any, ...], modes: tuple[bool, ...], change: Change
+    model: nn.Module, arguments: tuple[Any, ...], modes: tuple[bool, ...], change: Change
 ) -> tuple[Difference, Outputs] | None:
-    """``None`` when the original does not run in float64."""
-    model = copy.deepcopy(original).double()
+    """The difference and the original's outputs; ``None`` when the original does not run in float64."""
     for given in (in_double(arguments), (in_double(arguments[0]), *arguments[1:])):  # targets may have to be float32
         try:
             before = run_both_modes(model, given, modes)
@@ -68,17 +79,16 @@ def _in_double(
     return None
 
 
-def _rounded_otherwise(original: nn.Module, arguments: tuple[Any, ...], plan: Plan) -> Outputs:
+def _rounded_otherwise(model: nn.Module, arguments: tuple[Any, ...], plan: Plan) -> Outputs:
     """The original's outputs when each layer of the plan computes in float64 and rounds once, at its end."""
-    model = copy.deepcopy(original)
     for layer in {model.get_submodule(site.name) for site in plan.kept}:
-        exact = copy.deepcopy(layer).double()
-
-        def forward(x: Tensor, exact: nn.Module = exact) -> Any:
-            return exact.forward(x.double()).to(x.dtype)
-
-        layer.forward = forward
+        layer.forward = partial(_forward_in_double, copy.copy(layer))
     return run_both_modes(model, arguments, plan.modes)
+
+
+def _forward_in_double(layer: nn.Module, x: Tensor) -> Tensor:
+    output: Tensor = copy.deepcopy(layer).double().forward(x.double())
+    return output.to(x.dtype)
 
 
 def _beyond(gap: Gap | None, noise: Gap | None) -> Gap | None:

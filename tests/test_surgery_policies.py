@@ -1,0 +1,301 @@
+"""What else models do to convolutions: computed weights, readers of weights, wrappers, other memory and devices."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+from torch.nn.utils import parametrizations, parametrize, prune
+
+import condconv_surgery as cs
+from condconv_surgery.errors import InputError, ProofError
+from condconv_surgery.layers import ConditionalConv2d, conditional_layers
+from condconv_surgery.surgery.convert import example_arguments, make_plan
+
+
+def net(layer: nn.Module | None = None) -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, 4, 3), layer or nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 1))
+
+
+@pytest.fixture
+def x() -> Tensor:
+    return torch.randn(2, 3, 9, 9, generator=torch.Generator().manual_seed(0))
+
+
+def reasons(model: nn.Module, x: Tensor) -> dict[str, str]:
+    return {skip.name: skip.reason for skip in cs.convert(model, cs.CondConv(), example=x).plan.skipped}
+
+
+class Twice(nn.Module):
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight * 2
+
+
+def old(function: Callable[[nn.Module], nn.Module]) -> Callable[[nn.Module], nn.Module]:
+    def applied(layer: nn.Module) -> nn.Module:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # deprecated, and in every old checkpoint
+            return function(layer)
+
+    return applied
+
+
+def doubled(layer: nn.Module) -> nn.Module:
+    parametrize.register_parametrization(layer, "weight", Twice())
+    return layer
+
+
+COMPUTED = {
+    "weight norm": (parametrizations.weight_norm, "its weight is computed by a parametrization"),
+    "spectral norm": (parametrizations.spectral_norm, "remove_parametrizations makes it plain"),
+    "orthogonal": (parametrizations.orthogonal, "its weight is computed by a parametrization"),
+    "the user's own": (doubled, "its weight is computed by a parametrization"),
+    "old weight norm": (old(nn.utils.weight_norm), r"computed by a hook (WeightNorm; remove_weight_norm"),
+    "old spectral norm": (old(nn.utils.spectral_norm), r"computed by a hook (SpectralNorm; "),
+    "a pruned weight": (lambda m: prune.l1_unstructured(m, "weight", 0.3), r"its weight is computed by a hook (L1"),
+    "a pruned bias": (lambda m: prune.l1_unstructured(m, "bias", 0.5), r"its bias is computed by a hook (L1"),
+}
+
+
+@pytest.mark.parametrize(("change", "reason"), COMPUTED.values(), ids=COMPUTED)
+def test_a_computed_weight_is_left_alone(change: Callable[[nn.Module], nn.Module], reason: str, x: Tensor) -> None:
+    assert reason in reasons(net(change(nn.Conv2d(4, 4, 3))), x)["1"]
+
+
+def test_a_mask_made_permanent_is_converted_and_holds(x: Tensor) -> None:
+    layer = prune.l1_unstructured(nn.Conv2d(4, 4, 3), "weight", 0.5)
+    zeros = prune.remove(layer, "weight").weight == 0
+    converted = cs.convert(net(layer), cs.CondConv(), example=x).model[1]
+    assert converted.weight.mean(0)[zeros].abs().max() < 1e-7
+
+
+def test_lazy_layers_are_named_and_stay_lazy(x: Tensor) -> None:
+    model = net(nn.LazyConv2d(4, 3))
+    with pytest.raises(InputError, match=r"1\.weight belongs to a lazy layer"):
+        cs.convert(model, cs.CondConv(), example=x)
+    assert isinstance(model[1], nn.LazyConv2d)
+    model(x)
+    assert "1" in conditional_layers(cs.convert(model, cs.CondConv(), example=x).model)
+
+
+class Reader(nn.Module):
+    """Computes with its child's weight, or looks at it only."""
+
+    def __init__(self, use: Callable[[nn.Module, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.first, self.second, self.third = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 1)
+        self.use = use
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.third(self.use(self.second, self.first(x)))
+
+
+USES = {
+    "functional": lambda conv, x: F.conv2d(x, conv.weight, conv.bias),
+    "as well": lambda conv, x: conv(x) + F.conv2d(x, conv.weight),
+    "penalty": lambda conv, x: conv(x) * conv.weight.square().mean(),
+    "slice": lambda conv, x: conv(x) + conv.weight[0, 0, 0, 0],
+    "bias": lambda conv, x: conv(x) - conv.bias.view(1, -1, 1, 1),
+}
+LOOKS = {
+    "dtype": lambda conv, x: conv(x.to(conv.weight.dtype)),
+    "device": lambda conv, x: conv(x.to(conv.weight.device)),
+    "new": lambda conv, x: conv(x) + conv.weight.new_zeros(1),
+    "grad": lambda conv, x: conv(x) if conv.weight.requires_grad else x,
+}
+
+
+@pytest.mark.parametrize("use", USES.values(), ids=USES)
+def test_a_layer_whose_weight_others_use_is_left_alone(use: Callable[..., Tensor], x: Tensor) -> None:
+    model = Reader(use)
+    plan = cs.convert(model, cs.CondConv(), example=x).plan
+    assert {s.name: s.reason for s in plan.skipped}["second"] == "Reader computes with its weight outside of it"
+    assert [site.name for site in plan.kept] == ["third"]
+
+
+@pytest.mark.parametrize("look", LOOKS.values(), ids=LOOKS)
+def test_looking_at_a_weight_is_no_use(look: Callable[..., Tensor], x: Tensor) -> None:
+    plan = cs.convert(Reader(look), cs.CondConv(), example=x).plan
+    assert [site.name for site in plan.kept] == ["second", "third"]
+
+
+class OwnParameter(nn.Module):
+    def __init__(self, head: bool) -> None:
+        super().__init__()
+        self.kernel = nn.Parameter(torch.randn(3, 3, 1, 1))
+        self.head = nn.Conv2d(3, 4, 1) if head else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.nn.functional.conv2d(x, weight=self.kernel) + x.mean())
+
+
+def test_a_functional_convolution_is_named(x: Tensor) -> None:
+    plan = cs.convert(OwnParameter(head=True), cs.CondConv(), example=x, skip_stem=False).plan
+    assert {s.name: s.reason for s in plan.skipped} == {
+        "kernel": "F.conv2d on a parameter, in OwnParameter.forward: converted only in a torch.fx.GraphModule"
+    }
+    with pytest.raises(InputError, match=r"has no nn.Conv2d, only F.conv2d with kernel[\s\S]*symbolic_trace"):
+        cs.convert(OwnParameter(head=False), cs.CondConv(), example=x)
+    graph = torch.fx.symbolic_trace(OwnParameter(head=False))
+    assert cs.convert(graph, cs.CondConv(), example=x, skip_stem=False).plan.kept[0].name == "kernel_conv"
+
+
+def test_frozen_layers_stay_frozen(x: Tensor) -> None:
+    model = net()
+    model[1].requires_grad_(False)
+    converted = cs.convert(model, cs.CondConv(), example=x).model
+    assert not any(parameter.requires_grad for parameter in converted[1].parameters())
+    assert all(parameter.requires_grad for parameter in converted[3].parameters())
+
+
+@pytest.mark.parametrize("wrap", [DataParallel, torch.compile], ids=["DataParallel", "torch.compile"])
+def test_a_wrapper_is_taken_off(wrap: Callable[[nn.Module], nn.Module], x: Tensor, tmp_path: Path) -> None:
+    plain = net().eval()
+    conversion = cs.convert(wrap(plain), cs.CondConv(), example=x, include=["1"])
+    assert type(conversion.model) is nn.Sequential
+    assert any("taken off: wrap the converted model again" in note for note in conversion.plan.notes)
+    torch.testing.assert_close(conversion.model.eval()(x), plain(x))
+    cs.save(conversion.model, tmp_path / "m.safetensors")
+    assert type(cs.load(tmp_path / "m.safetensors")) is nn.Sequential
+
+
+def test_a_model_compiled_in_place_is_converted_without_compiling(x: Tensor) -> None:
+    counted = torch._dynamo.testing.CompileCounter()
+    model = net().eval()
+    model.compile(backend=counted)
+    converted = cs.convert(model, cs.CondConv(), example=x).model
+    assert counted.frame_count == 0
+    assert isinstance(converted[1], ConditionalConv2d)
+    torch.testing.assert_close(model(x), converted.eval()(x))
+    assert counted.frame_count == 1  # the original still is compiled
+
+
+@pytest.fixture
+def one_process(tmp_path: Path) -> None:
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.usefixtures("one_process")
+def test_models_of_many_processes(x: Tensor) -> None:
+    wrapped = DistributedDataParallel(net())
+    converted = cs.convert(wrapped, cs.CondConv(), example=x).model
+    assert set(conditional_layers(converted)) == {"1", "3"}
+    assert not conditional_layers(wrapped)
+    with pytest.raises(InputError, match=r"cannot be converted in place[\s\S]*ddp.module"):
+        cs.convert(wrapped, cs.CondConv(), example=x, inplace=True)
+    from torch.distributed.fsdp import fully_shard
+
+    sharded = fully_shard(net(), mesh=init_device_mesh("cpu", (1,)))
+    with pytest.raises(InputError, match="is split over processes"):
+        cs.convert(sharded, cs.CondConv(), example=x)
+
+
+def test_weights_on_meta_have_no_proof_but_an_architecture(x: Tensor) -> None:
+    model = net().to("meta")
+    with pytest.raises(InputError, match=r"is on the meta device[\s\S]*prove=False"):
+        cs.convert(model, cs.CondConv(), example=x)
+    converted = cs.convert(model, cs.CondConv(experts=3), example=x, prove=False).model
+    assert converted[1].weight.is_meta
+    assert converted[1].weight.shape == (3, 4, 4, 3, 3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_channels_last_weights_of_any_precision(dtype: torch.dtype, x: Tensor) -> None:
+    model = net().eval().to(dtype).to(memory_format=torch.channels_last)
+    x = x.to(dtype).to(memory_format=torch.channels_last)
+    conversion = cs.convert(model, cs.CondConv(), example=x)
+    assert conversion.model[1].weight.dtype == dtype
+    assert conversion.difference.eval.relative < (1e-5 if dtype == torch.float32 else 2e-2)
+
+
+def test_torchscript_is_refused(x: Tensor) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # deprecated, and still in use
+        scripted = torch.jit.trace(net().eval(), x)
+    with pytest.raises(InputError, match="The model is TorchScript"):
+        cs.convert(scripted, cs.CondConv(), example=x)
+
+
+class OnlyFloat32(nn.Module):
+    """Amplifies rounding without end, and refuses float64."""
+
+    def __init__(self, wrong: bool = False) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3)
+        self.wrong = wrong
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.dtype == torch.float64:
+            raise TypeError("float32 only")
+        y = self.second(self.first(x))
+        shift = 1e-3 if self.wrong and isinstance(self.second, ConditionalConv2d) else 0.0
+        return (y * 1e4 + shift * 1e4).sin()
+
+
+def test_a_model_that_refuses_float64_is_judged_by_its_own_noise(x: Tensor) -> None:
+    torch.manual_seed(0)
+    conversion = cs.convert(OnlyFloat32(), cs.CondConv(experts=3), example=x)
+    assert conversion.exact is None
+    assert any(
+        "does not run in float64, and as large a difference comes of rounding" in n for n in conversion.plan.notes
+    )
+    torch.manual_seed(0)
+    with pytest.raises(ProofError, match="differs from the original"):
+        cs.convert(OnlyFloat32(wrong=True), cs.CondConv(experts=3), example=x)
+
+
+def test_targets_may_have_to_stay_float32(x: Tensor) -> None:
+    class WithTarget(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3)
+
+        def forward(self, x: Tensor, target: Tensor) -> Tensor:
+            if target.dtype != torch.float32:
+                raise TypeError("a float32 target")
+            return ((self.second(self.first(x)) - target.to(x.dtype)) * 1e4).sin()
+
+    torch.manual_seed(0)
+    conversion = cs.convert(WithTarget(), cs.CondConv(experts=3), example=(x, torch.ones(1)))
+    assert conversion.difference.eval.relative > 1e-4
+    assert conversion.exact.eval.relative < 1e-10
+
+
+def test_one_line_for_each_reason_not_to_trace(x: Tensor) -> None:
+    class Branches(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 3, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.conv(x) if x.sum() > -1e9 else x
+
+    model = nn.Sequential(*(Branches() for _ in range(5)))
+    notes = [n for n in make_plan(model, _selection(), example_arguments(model, x)).notes if n.startswith("not traced")]
+    assert len(notes) == 1
+    assert notes[0].startswith("not traced: the whole model, 0, 1 and 3 more: TraceError")
+
+
+def _selection() -> object:
+    from condconv_surgery.recipe import Selection
+
+    return Selection()
+
+
+def test_a_model_too_large_for_float64_is_judged_by_its_noise(x: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("condconv_surgery.surgery.rounding.FLOAT64_BYTES", 0)
+    monkeypatch.setattr(OnlyFloat32, "double", lambda self: pytest.fail("float64 was tried"))
+    torch.manual_seed(0)
+    for inplace in (False, True):
+        conversion = cs.convert(OnlyFloat32(), cs.CondConv(experts=3), example=x, inplace=inplace)
+        assert any("takes too much memory in float64" in note for note in conversion.plan.notes)
