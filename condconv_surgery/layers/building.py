@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
+import torch
 from torch import nn
 
 from condconv_surgery.errors import InputError
@@ -15,6 +16,7 @@ from condconv_surgery.layers.linear import ConditionalLinear
 from condconv_surgery.layers.mixture import ConvGeometry
 from condconv_surgery.layers.odconv import ODConv2d
 from condconv_surgery.layers.routing import Router
+from condconv_surgery.layers.subclasses import TF_SAME, conv2d_same
 from condconv_surgery.recipe import CondConv, DynamicConv, ODConv, Variant
 
 LAYERS: dict[type[Variant], type[ConditionalConv2d]] = {  # type: ignore[type-arg]
@@ -43,11 +45,18 @@ def conditional_like(module: nn.Conv2d | nn.Linear, variant: Variant) -> Conditi
 
 
 def plain_like(layer: ConditionalConv2d[Any]) -> nn.Conv2d | nn.Linear:
-    """The plain layer that ``layer`` stands for: its geometry and dtype, without weights (on the meta device)."""
+    """The plain layer that ``layer`` stands for: its geometry and dtype, without weights (on the meta device).
+
+    Raises ``InputError`` where that is a layer of timm (``layers.subclasses``) and timm is not installed.
+    """
     g, has_bias, dtype = layer.geometry, layer.bias is not None, layer.weight.dtype
     if isinstance(layer, ConditionalLinear):
         return nn.Linear(g.in_channels, g.out_channels, has_bias, device="meta", dtype=dtype)
-    return nn.Conv2d(**asdict(g), bias=has_bias, device="meta", dtype=dtype)
+    if g.padding != TF_SAME:
+        return nn.Conv2d(**asdict(g), bias=has_bias, device="meta", dtype=dtype)
+    shape = (g.in_channels, g.out_channels, g.kernel_size, g.stride, 0, g.dilation, g.groups, has_bias)
+    with torch.device("meta"):  # older ones of timm take neither device nor dtype
+        return conv2d_same()(*shape).to(dtype)
 
 
 def conditional_layers(model: nn.Module) -> dict[str, ConditionalConv2d[Variant]]:

@@ -8,11 +8,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.utils import _pair
 
 from condconv_surgery.errors import InputError
+from condconv_surgery.layers.subclasses import TF_SAME, padding_of
 
 PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
 
@@ -32,7 +34,10 @@ class Mixture(NamedTuple):
 
 @dataclass(frozen=True)
 class ConvGeometry:
-    """Everything that fixes a convolution but its weights, with the meanings and defaults of ``nn.Conv2d``."""
+    """Everything that fixes a convolution but its weights, with the meanings and defaults of ``nn.Conv2d``.
+
+    padding: ``"tf_same"`` too, with any stride: ``ceil(H / stride)`` positions, margins by the size of the input.
+    """
 
     in_channels: int
     out_channels: int
@@ -55,7 +60,7 @@ class ConvGeometry:
         groups: int = 1,
         padding_mode: str = "zeros",
     ) -> ConvGeometry:
-        """A geometry from the arguments of ``nn.Conv2d``, checked as ``nn.Conv2d`` checks them."""
+        """A geometry from its fields as ``nn.Conv2d`` takes them, checked as ``nn.Conv2d`` checks them."""
         if groups < 1 or in_channels % groups or out_channels % groups:
             raise InputError(
                 f"groups={groups} with {in_channels} input and {out_channels} output channels.",
@@ -65,10 +70,7 @@ class ConvGeometry:
         if padding_mode not in PADDING_MODES:
             raise InputError(f"padding_mode is {padding_mode!r}.", f"It must be one of: {', '.join(PADDING_MODES)}.")
         if isinstance(padding, str):
-            if padding not in ("same", "valid"):
-                raise InputError(f"padding is {padding!r}.", "A text must be 'same' or 'valid'.", "padding='same'")
-            if padding == "same" and _pair(stride) != (1, 1):
-                raise InputError(f"padding='same' with stride {stride}.", "'same' needs stride 1.", "padding=1")
+            _check_padding(padding, stride, padding_mode)
         return cls(
             in_channels,
             out_channels,
@@ -90,7 +92,7 @@ class ConvGeometry:
             module.out_channels,
             module.kernel_size,  # type: ignore[arg-type]
             module.stride,  # type: ignore[arg-type]
-            module.padding,  # type: ignore[arg-type]
+            padding_of(module),
             module.dilation,  # type: ignore[arg-type]
             module.groups,
             module.padding_mode,
@@ -117,17 +119,24 @@ class ConvGeometry:
         """One filter for each channel, as many out as in."""
         return self.groups == self.in_channels == self.out_channels
 
-    @property
-    def margins(self) -> tuple[int, int, int, int]:
-        """Padding as ``F.pad`` takes it: left, right, top, bottom, in pixels."""
+    def margins(self, x: Tensor) -> tuple[int, int, int, int]:
+        """Padding of ``x`` [B, I, H, W] as ``F.pad`` takes it: left, right, top, bottom, in pixels."""
         if not isinstance(self.padding, str):
             ph, pw = self.padding
             return (pw, pw, ph, ph)
         if self.padding == "valid":
             return (0, 0, 0, 0)
-        (kh, kw), (dh, dw) = self.kernel_size, self.dilation
-        tall, wide = dh * (kh - 1), dw * (kw - 1)
+        tall, wide = (self._total_margin(x, d) for d in range(2))
         return (wide // 2, wide - wide // 2, tall // 2, tall - tall // 2)
+
+    def _total_margin(self, x: Tensor, d: int) -> int:
+        """Of both sides together, for 'same' and ``TF_SAME``, in dimension ``d`` of the kernel."""
+        reach = self.dilation[d] * (self.kernel_size[d] - 1)
+        if self.padding == "same":
+            return reach
+        size, stride = x.shape[2 + d], self.stride[d]
+        last = (-(-size // stride) - 1) * stride  # where the last position starts
+        return torch.sym_max(last + reach + 1 - size, 0)  # type: ignore[return-value]
 
     def positions(self, x: Tensor) -> int:
         """Output positions of ``x`` [B, I, H, W], about: margins are not looked at."""
@@ -139,10 +148,21 @@ class ConvGeometry:
 
     def pad(self, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
         """``x`` [B, I, H, W], padded where a convolution cannot do it, and the padding left for the convolution."""
-        left, right, top, bottom = self.margins
+        margins = left, right, top, bottom = self.margins(x)
         if self.padding_mode == "zeros" and left == right and top == bottom:
             return x, (top, left)
         if left or right or top or bottom:
             mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
-            x = F.pad(x, self.margins, mode=mode)
+            x = F.pad(x, margins, mode=mode)
         return x, (0, 0)
+
+
+def _check_padding(padding: str, stride: int | tuple[int, int], padding_mode: str) -> None:
+    if padding not in ("same", "valid", TF_SAME):
+        allowed = f"A text must be 'same', 'valid' or {TF_SAME!r}."
+        raise InputError(f"padding is {padding!r}.", allowed, "padding='same'")
+    if padding == TF_SAME and padding_mode != "zeros":
+        given = f"padding={TF_SAME!r} with padding_mode={padding_mode!r}."
+        raise InputError(given, "TensorFlow pads with zeros.", "padding_mode='zeros'")
+    if padding == "same" and _pair(stride) != (1, 1):
+        raise InputError(f"padding='same' with stride {stride}.", "'same' needs stride 1.", "padding=1")

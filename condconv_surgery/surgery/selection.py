@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from condconv_surgery.errors import InputError
+from condconv_surgery.layers.subclasses import is_understood
 from condconv_surgery.recipe import Selection, SharedRouter
 from condconv_surgery.surgery.graph import ConvSite, Sites
 
@@ -110,8 +111,7 @@ def _reason_impossible(module: nn.Module) -> str:
     computed = _computed(module)
     if computed:
         return computed
-    plain = cls.forward is nn.Conv2d.forward and cls._conv_forward is nn.Conv2d._conv_forward  # type: ignore[attr-defined]
-    return "" if plain else f"{cls.__module__}.{cls.__qualname__} does not compute a plain convolution"
+    return "" if is_understood(cls) else f"{cls.__module__}.{cls.__qualname__} does not compute a plain convolution"
 
 
 def _computed(module: nn.Module) -> str:
