@@ -5,15 +5,15 @@ from __future__ import annotations
 from condconv_surgery.reporting.model_profile import Profile
 from condconv_surgery.reporting.numbers import human
 
-FLOPS_OF_A_NORM = 2
-"""For each value, as fvcore and thop count batch norm in eval mode."""
+NORM = {"fvcore": 2, "ptflops": 2, "thop": 4}
+"""What each adds for a value that goes through batch norm."""
 
 
 def predicted(profile: Profile) -> dict[str, int]:
     """MACs that each counter prints for the model, about: within a few percent, as they count this and that beside.
 
         torchinfo = total - (convolution + mixing + attention) of the conditional layers
-        thop      = torchinfo + 2 x values in batch norms
+        thop      = torchinfo + 4 x values in batch norms
         fvcore    = total + 2 x values in batch norms
         ptflops   = total - convolution of the conditional layers + 2 x values in batch norms
 
@@ -25,9 +25,9 @@ def predicted(profile: Profile) -> dict[str, int]:
     total = profile.macs.total
     norms = sum(layer.activation_values for layer in profile.layers if layer.kind.startswith("BatchNorm"))
     seen = total - sum(macs.convolution + macs.mixing + macs.attention for macs in conditional)
-    found = {"torchinfo": seen, "thop": seen + FLOPS_OF_A_NORM * norms, "fvcore": total + FLOPS_OF_A_NORM * norms}
+    found = {"torchinfo": seen, "thop": seen + NORM["thop"] * norms, "fvcore": total + NORM["fvcore"] * norms}
     if not any(macs.attention for macs in conditional):
-        found["ptflops"] = total - sum(macs.convolution for macs in conditional) + FLOPS_OF_A_NORM * norms
+        found["ptflops"] = total - sum(macs.convolution for macs in conditional) + NORM["ptflops"] * norms
     return found
 
 
