@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from typing import TypeVar
 
 from condconv_surgery.errors import TrainingError
+
+T = TypeVar("T")
 
 KEPT = "States saved before are kept."
 NO_MEMORY = ("out of memory", "can't allocate memory", "alloc_failed")
@@ -26,6 +29,14 @@ def in_words(step: Callable[[], int]) -> Iterator[None]:
         if known is None:
             raise
         raise known from error
+
+
+def reading(batches: Iterable[T]) -> Iterator[T]:
+    """``batches``; where a reader dies while a batch is handed over, torch's own error for a dead one."""
+    try:
+        yield from batches
+    except (OSError, EOFError) as error:  # of the connection: what pictures raise has been dealt with in the reader
+        raise RuntimeError(f"DataLoader worker gone: {error}") from error
 
 
 def _known(error: Exception, step: int) -> TrainingError | None:

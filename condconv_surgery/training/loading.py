@@ -17,6 +17,7 @@ from condconv_surgery.models.preprocess import evaluation_transform
 from condconv_surgery.recipe import InputSpec, Recipe
 from condconv_surgery.recipe.training import TrainingOptions
 from condconv_surgery.training.distributed import World
+from condconv_surgery.training.failing import reading
 from condconv_surgery.training.finding import find_data, require_data
 from condconv_surgery.training.labelled import Labelled
 from condconv_surgery.training.pictures import Batch, PictureDataset, Sample, Transform, collate, collate_whole
@@ -39,7 +40,7 @@ class Data:
     def batches_from(self, step: int) -> Iterator[Batch]:
         """Training batches from a step of the whole run on. One iterator at a time."""
         self.order.start = step
-        return iter(self.train_loader)
+        return reading(iter(self.train_loader))
 
     def close(self) -> None:
         """End the readers. While torch knows of a dead one, it raises again whenever any child process ends."""

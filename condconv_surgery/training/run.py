@@ -18,6 +18,7 @@ from condconv_surgery.recipe.training import TrainingOptions
 from condconv_surgery.training.curves import draw_curves
 from condconv_surgery.training.distributed import World
 from condconv_surgery.training.evaluation import Tally, evaluate
+from condconv_surgery.training.failing import reading
 from condconv_surgery.training.files import copy_file, keeping, make_folder, read_rows, write_rows, write_text
 from condconv_surgery.training.gates import GateMeter
 from condconv_surgery.training.heads import fit_heads
@@ -185,7 +186,7 @@ class Run:
         try:
             scores = evaluate(
                 model,
-                self.data.val_loader,
+                reading(self.data.val_loader),
                 world=self.world,
                 cast=self.learner.cast,
                 interrupted=lambda: bool(self.wish),
