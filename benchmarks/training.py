@@ -14,13 +14,14 @@ from __future__ import annotations
 import argparse
 import copy
 import os
+import random
 import statistics
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
-import torchvision
+from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from torchvision.datasets import ImageFolder
@@ -48,18 +49,19 @@ def main(arguments: list[str] | None = None) -> None:
         model = load_model(chosen.model, weights=chosen.weights)
         spec = input_spec(model, options)
         fit_heads(model, tuple(ImageFolder(_train_folder(folder)).classes), spec)
+        run = Run(copy.deepcopy(model), options, World(), StopWish(), console_watcher())
         loops = {
-            "trainer": Loop(trainer(copy.deepcopy(model), options)),
+            "trainer": Loop(trainer(run)),
             "bare": Loop(bare_loop(copy.deepcopy(model), folder, spec, options)),
         }
         turns = take_turns(loops, chosen.rounds, chosen.steps)
         busy = {name: busy_cores(loop, chosen.steps) for name, loop in loops.items()}
+        run.close()
     _print(turns, busy, chosen)
 
 
-def trainer(model: nn.Module, options: TrainingOptions) -> Callable[[], object]:
-    """A function that takes one step of a run, and the files of an epoch where one ends."""
-    run = Run(model, options, World(), StopWish(), console_watcher())
+def trainer(run: Run) -> Callable[[], object]:
+    """A function that takes one step of a run, and writes the files of an epoch where one ends."""
     run.begin(resume=False)
     batches, order = run.data.batches_from(0), run.data.order
 
@@ -156,14 +158,13 @@ def _endless(loader: DataLoader[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor
 
 
 def _noise(folder: Path, side: int) -> Path:
-    generator = torch.Generator().manual_seed(0)
+    generator = random.Random(0)
     for part, count in (("train", 160), ("val", 2)):
         for label in range(4):
             place = folder / part / f"class{label}"
             place.mkdir(parents=True)
             for i in range(count):
-                pixels = torch.randint(0, 256, (3, side, side), generator=generator, dtype=torch.uint8)
-                torchvision.io.write_png(pixels, str(place / f"{i}.png"))
+                Image.frombytes("RGB", (side, side), generator.randbytes(3 * side * side)).save(place / f"{i}.png")
     return folder
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
+import re
 import statistics
 from pathlib import Path
 
@@ -18,6 +20,8 @@ from benchmarks.layers import TOLERANCE, VARIANTS, LayerResult, check_layer
 from benchmarks.models import roofline
 from benchmarks.presenting import geometric_mean, layer_table
 from benchmarks.timing import interleaved, ratio
+from benchmarks.training import main as measure_training
+from benchmarks.turns import Loop, process_seconds, take_turns
 from condconv_surgery.layers import ConvGeometry, conditional_like
 from condconv_surgery.recipe import CondConv
 from tests.geometries import GEOMETRIES, without_bias
@@ -87,3 +91,35 @@ def test_the_command_writes_its_environment(tmp_path: Path, capsys: pytest.Captu
 def test_contenders_share_our_router() -> None:
     layer = conditional_like(torch.nn.Conv2d(4, 4, 3), CondConv(experts=2))
     assert all(getattr(other, "layer", layer) is layer for other in contenders(layer).values())
+
+
+def test_loops_take_turns_and_change_who_is_first() -> None:
+    calls: list[str] = []
+    loops = {name: Loop(lambda name=name: calls.append(name)) for name in "ab"}  # type: ignore[misc]
+    calls.clear()
+    turns = take_turns(loops, rounds=3, steps=2)
+    assert "".join(calls) == "aabb" + "bbaa" + "aabb"
+    assert [len(turns[name]) for name in "ab"] == [3, 3]
+    assert all(turn.wall > 0 for turn in turns["a"])
+
+
+def test_the_time_of_a_process_is_what_it_says_itself() -> None:
+    import os
+    import time
+
+    while time.process_time() < 0.1:
+        pass
+    assert process_seconds(os.getpid()) == pytest.approx(time.process_time(), abs=0.1)
+
+
+def test_the_trainer_is_measured_against_a_bare_loop(capsys: pytest.CaptureFixture[str]) -> None:
+    """The whole command, on noise, with a reader each and an epoch's end in it."""
+    threads = torch.get_num_threads()
+    sizes = ["--side", "32", "--batch-size", "128", "--rounds", "2", "--steps", "1", "--workers", "1", "--threads", "1"]
+    measure_training(["--model", "torchvision:mobilenet_v3_small", *sizes])
+    torch.set_num_threads(threads)
+    lines = capsys.readouterr().out.splitlines()
+    for line, clock in zip(lines, ("wall clock", "processor time"), strict=False):
+        assert re.fullmatch(rf"trainer / bare loop, {clock}: \d+\.\d{{3}} \(.*\)", line)
+    assert re.fullmatch(r"trainer: \d\.\d\d of \d+ cores busy", lines[2])
+    assert not multiprocessing.active_children()
