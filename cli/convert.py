@@ -65,7 +65,7 @@ def convert(
     selection = Selection(*patterns, min_channels, skip_stem, skip_pooled, classifier, tuple(block or ()))
     upcycling = Upcycling(diversity, seed)
     _check_sizes(input_size, tolerance)
-    path = None if dry_run else _writable(output)
+    path = None if dry_run else writable(output)
     original = _load(model, arch, weights, num_classes, input_size, tuple(trust or ()))
     if dry_run:
         _show_plan(original, selection, variant, as_json)
@@ -87,7 +87,7 @@ def _check_sizes(input_size: int | None, tolerance: float | None) -> None:
         raise InputError(f"--tolerance is {tolerance}.", "It must be 0 or more.", "--tolerance 1e-4")
 
 
-def _writable(output: Path | None) -> Path:
+def writable(output: Path | None) -> Path:
     """The output path, checked before any work is done."""
     import os
 

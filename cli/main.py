@@ -11,13 +11,15 @@ from condconv_surgery import __version__
 from condconv_surgery.errors import SurgeryError
 
 from .convert import convert
+from .exporting import export
 from .finetune import finetune
+from .importing import import_
 from .output import print_error, say
 from .report import report
 
 app = typer.Typer(
     name="condconv",
-    help="Give a trained convolutional network conditional convolutions: convert, finetune, report.",
+    help="Give a trained convolutional network conditional convolutions: convert, finetune, report, import, export.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -26,6 +28,8 @@ app = typer.Typer(
 app.command()(convert)
 app.command()(finetune)
 app.command()(report)
+app.command("import")(import_)
+app.command()(export)
 
 
 def _print_version(wanted: bool) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import sys
 from pathlib import Path
 
@@ -124,7 +123,7 @@ def test_it_compiles_and_exports_with_a_batch_of_any_size() -> None:
     x = torch.randn(5, 8, 11, 10)
     torch.testing.assert_close(program.module()(x), layer(x), rtol=1e-4, atol=1e-5)
     compiled = torch.compile(layer, fullgraph=True, backend="eager", dynamic=True)
-    for size, batch_size in itertools.product(SIZES[:2], (2, 3)):
+    for batch_size, size in enumerate(SIZES[:2], start=2):
         x = torch.randn(batch_size, 8, *size)
         torch.testing.assert_close(compiled(x), layer(x), rtol=1e-4, atol=1e-5)
 

@@ -29,13 +29,18 @@ VARIATIONS: tuple[dict[str, Any], ...] = ({}, {"aux_logits": False}, {"aux_loss"
 """Options that change which tensors a torchvision model has."""
 
 
-def recognise(shapes: Shapes) -> Source:
+def recognise(shapes: Shapes, timm_names: list[str] | None = None) -> Source:
     """The one torchvision model, else timm model, with these tensors; the number of classes is read off the head.
+
+    timm_names: look among these alone, where what the file holds says so already.
 
     Raises ``InputError`` when none or several fit, with the nearest.
     """
     shapes = _comparable(shapes)
-    matches = _matches(shapes, "torchvision", _torchvision_families()) or _matches(shapes, "timm", _timm_families())
+    if timm_names is None:
+        matches = _matches(shapes, "torchvision", _torchvision_families()) or _matches(shapes, "timm", _timm_families())
+    else:
+        matches = _matches(shapes, "timm", {"": timm_names})
     if len(matches) == 1:
         return matches[0]
     if matches:

@@ -13,6 +13,7 @@ from condconv_surgery.models import artifact
 from condconv_surgery.models.building import build, put_conditional, require_timm
 from condconv_surgery.models.checkpoints import read_checkpoint, read_tensors
 from condconv_surgery.models.filling import fill_foreign, modern_names
+from condconv_surgery.models.hollow import build_hollow
 from condconv_surgery.models.odconv_layout import (
     from_odconv_layout,
     is_odconv_layout,
@@ -21,6 +22,13 @@ from condconv_surgery.models.odconv_layout import (
 )
 from condconv_surgery.models.published import build_published, default_weights, input_of, published_weights
 from condconv_surgery.models.recognition import recognise, recognise_module
+from condconv_surgery.models.timm_layout import (
+    condconv_names,
+    from_timm_layout,
+    is_timm_layout,
+    plain_counterpart,
+    put_routed_blocks,
+)
 from condconv_surgery.recipe import InputSpec, Recipe, Source, attach_recipe, recipe_of
 from condconv_surgery.surgery import hash_weights
 
@@ -73,21 +81,35 @@ def _from_file(path: Path, arch: str | None, num_classes: int | None, trust: tup
     if isinstance(content, nn.Module) and arch is None:
         return _with_recipe(content.eval(), recognise_module(content) or Source())
     state = modern_names(dict(content.state_dict()) if isinstance(content, nn.Module) else content)
-    known = published_weights(path) if arch is None else None
+    named = None if arch is None else _with_classes(_named(arch), num_classes)
+    if is_timm_layout(state):
+        return _from_timm_layout(state, f"{path}", named, trust)
+    known = published_weights(path) if named is None else None
     if known is not None:
         model = build_published(*known, state)
         attach_recipe(model, Recipe(source=Source(f"torchvision:{known[0]}"), input=input_of(known[1])))
         return model
-    if arch is None:
-        plain = without_attention(state)
-        source = recognise({name: tuple(tensor.shape) for name, tensor in plain.items()})
-    else:
-        source = _with_classes(_named(arch), num_classes)
+    source = named or recognise(_shapes(without_attention(state)))
     model = _build_named(source, trust)
     if is_odconv_layout(state):
         state = _as_ours(model, state, path)
     fill_foreign(model, state, f"{path}", source)
     return _with_recipe(model, source)
+
+
+def _from_timm_layout(state: dict[str, Tensor], path: str, named: Source | None, trust: tuple[str, ...]) -> nn.Module:
+    """The plain network with our layers where the file has timm's CondConv, filled."""
+    source = named or recognise(_shapes(state), timm_names=condconv_names())
+    plain = plain_counterpart(source)
+    model = _build_named(plain, trust)
+    put_routed_blocks(model, state)
+    fill_foreign(model, from_timm_layout(model, state), path, plain)
+    attach_recipe(model, Recipe(source=plain, input=_input_spec(build_hollow(source), source)))
+    return model
+
+
+def _shapes(state: dict[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in state.items()}
 
 
 def _as_ours(model: nn.Module, state: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
