@@ -116,7 +116,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--workers", type=int, default=2, help="processes that read pictures, in both loops")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of torch")
-    parser.add_argument("--rounds", type=int, default=12, help="turns of each loop")
+    parser.add_argument(
+        "--rounds", type=int, default=20, help="turns of each loop; what comes once an epoch shows in their sum only"
+    )
     parser.add_argument("--steps", type=int, default=30, help="steps of a turn")
     return parser
 
@@ -134,11 +136,11 @@ def _options(folder: Path, output: Path, chosen: argparse.Namespace) -> Training
 
 def _print(turns: dict[str, list[Turn]], busy: dict[str, float], chosen: argparse.Namespace) -> None:
     for what, clock in (("wall clock", "wall"), ("processor time", "cpu")):
-        pairs = zip(turns["trainer"], turns["bare"], strict=True)
-        ratios = [getattr(ours, clock) / getattr(bare, clock) for ours, bare in pairs]
+        ours, bare = ([getattr(turn, clock) for turn in turns[name]] for name in ("trainer", "bare"))
+        ratios = [one / other for one, other in zip(ours, bare, strict=True)]
         print(
-            f"trainer / bare loop, {what}: {statistics.median(ratios):.3f} "
-            f"(a round each, from {min(ratios):.3f} to {max(ratios):.3f})"
+            f"trainer / bare loop, {what}: {sum(ours) / sum(bare):.3f} in all, {statistics.median(ratios):.3f} in the "
+            f"median round (from {min(ratios):.3f} to {max(ratios):.3f})"
         )
     for name, share in busy.items():
         print(f"{name}: {share:.2f} of {os.cpu_count()} cores busy")

@@ -91,6 +91,16 @@ def test_what_the_machine_does_is_said_in_words(
     assert read_state(Path(options.output) / LAST).facts["progress"]["step"] == 4
 
 
+def test_no_memory_for_the_model_itself_is_said_in_words(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def to(*args: object, **how: object) -> object:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
+
+    model = small_net()
+    monkeypatch.setattr(model, "to", to)
+    with pytest.raises(TrainingError, match="No memory left after step 0: CUDA out of memory"):
+        finetune(model, options_for(folder, "run"))
+
+
 def test_a_failure_of_the_program_stays_one(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def train_step(*args: object, **how: object) -> object:
         raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")

@@ -17,7 +17,7 @@ PEER_GONE = ("connection closed by peer", "connection reset by peer", "socket cl
 
 
 @contextmanager
-def in_words(step: Callable[[], int]) -> Iterator[None]:
+def in_words(step: Callable[[], int] = lambda: 0) -> Iterator[None]:
     """Turn torch's failures that the machine causes, not the program, into ``TrainingError``.
 
     step: how many steps are done. Torch raises ``RuntimeError`` for all of them, so its words decide.

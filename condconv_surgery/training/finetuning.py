@@ -33,7 +33,8 @@ def finetune(
     go on, ``DamagedFileError`` when no whole state is left.
     """
     with open_world() as world, watching_signals() as wish, deterministic(options.engine.deterministic):
-        run = Run(model, options, world, wish, watcher_of(options, watcher, world))
+        with in_words():
+            run = Run(model, options, world, wish, watcher_of(options, watcher, world))
         with in_words(lambda: run.progress.step):  # around the end too: torch reports a dead reader at any moment
             try:
                 run.begin(resume)
