@@ -52,6 +52,8 @@ def report(
     if dtype not in DTYPES:
         raise unknown_name("dtype", dtype, DTYPES, "--dtype bfloat16")
 
+    _check_places(html, plots)
+
     def load(spec: str) -> nn.Module:
         return _load(spec, arch, weights, input_size, tuple(trust or ()), device, dtype)
 
@@ -66,6 +68,20 @@ def report(
     else:
         found.print()
     _write(found, html, plots)
+
+
+def _check_places(html: Path | None, plots: Path | None) -> None:
+    """Before minutes of work, not after them."""
+    import os
+
+    if html is not None and (html.is_dir() or not html.parent.is_dir() or not os.access(html.parent, os.W_OK)):
+        raise InputError(
+            f"--html {html} could not be written.", "It is a file in a writable folder.", "--html report.html"
+        )
+    if plots is not None:
+        exists = next(place for place in (plots.absolute(), *plots.absolute().parents) if place.exists())
+        if not exists.is_dir() or not os.access(exists, os.W_OK):
+            raise InputError(f"--plots {plots} cannot be made in {exists}.", "Plots go into a folder.", "--plots DIR")
 
 
 def _load(

@@ -2,8 +2,12 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from condconv_surgery.reporting import Report
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -25,3 +29,11 @@ def condconv(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
         return code, captured.out, captured.err
 
     return run
+
+
+@pytest.fixture(scope="session")
+def measured(tmp_path_factory: pytest.TempPathFactory) -> Report:
+    """The report of a small converted network with pictures."""
+    from tests.measured import measure
+
+    return measure(tmp_path_factory.mktemp("measured"))

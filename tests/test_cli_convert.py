@@ -16,7 +16,9 @@ from torch import nn
 from typer.testing import CliRunner
 
 import condconv_surgery as cs
+from condconv_surgery.errors import InputError
 from condconv_surgery.recipe import VARIANTS
+from tests.conftest import Run
 
 SMALL = ["torchvision:shufflenet_v2_x0_5", "--weights", "none", "--input-size", "64"]
 
@@ -218,3 +220,16 @@ def test_torchvision_models_keep_their_function(name: str, kind: str) -> None:
     assert conversion.difference.train.relative < 1e-4
     if name == "googlenet":  # its auxiliary heads run in train mode only, and are converted too
         assert any(site.name.startswith("aux") for site in conversion.plan.kept)
+
+
+def test_what_cannot_be_counted_leaves_no_file(condconv: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(model: object) -> None:
+        raise InputError("The model does not run.", "", "another input")
+
+    monkeypatch.setattr("condconv_surgery.reporting.report", fails)
+    path = tmp_path / "m.safetensors"
+    source = ("torchvision:squeezenet1_1", "--weights", "none", "--input-size", 64, "--include", "features.12*")
+    code, _, err = condconv("convert", *source, "-o", path)
+    assert code == 2
+    assert "does not run" in err
+    assert list(tmp_path.iterdir()) == []

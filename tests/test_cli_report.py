@@ -131,6 +131,9 @@ BAD = [
     ((), ("--device", "nowhere"), "--device nowhere"),
     ((), ("--data", "nowhere"), "There is no nowhere"),
     ((), ("--html", "nowhere/r.html"), "could not be written"),
+    ((), ("--html", "."), "could not be written"),
+    ((), ("--plots", __file__), "cannot be made in"),
+    ((), ("--original", "nowhere.pt"), "does not exist"),
     (("nowhere.safetensors",), (), "does not exist"),
     (("torchvision:resnet81", "--weights", "none"), (), "resnet18"),
 ]
@@ -140,8 +143,9 @@ BAD = [
 def test_bad_input_ends_in_words(
     condconv: Run, artifact: Path, model: tuple[object, ...], flags: tuple[object, ...], words: str
 ) -> None:
-    code, _, err = condconv("report", *(model or (artifact,)), *flags)
+    code, out, err = condconv("report", *(model or (artifact,)), *flags)
     assert code == 2
+    assert out == "", "nothing but words on stderr"
     assert words in err
     assert "Traceback" not in err
 

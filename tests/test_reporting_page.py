@@ -1,123 +1,22 @@
-"""The page in a real browser, the texts at a fixed width, the JSON by its keys."""
+"""The page in a real browser."""
 
 from __future__ import annotations
 
-import csv
-import io
-import json
-import os
 import re
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
 from PIL import Image
-from rich.console import Console
 from torch import nn
 
-from condconv_surgery import CondConv, ODConv, convert, report
+from condconv_surgery import report
 from condconv_surgery.errors import InputError
-from condconv_surgery.recipe import InputSpec, Recipe, attach_recipe
-from condconv_surgery.reporting import Comparison, Report, recorded_accuracy, write_page
-from condconv_surgery.reporting.comparison import HEADERS
-from condconv_surgery.reporting.terminal import render_comparison, render_experts, render_profile, render_routing
+from condconv_surgery.reporting import Comparison, Report, write_page
 from tests.browser import CHROMIUM, act
-from tests.pictures import write_pictures
-from tests.small_networks import small_net
-from tests.variants import scramble
+from tests.measured import SPEC
 
-GOLDEN = Path(__file__).parent / "golden"
 browser = pytest.mark.skipif(CHROMIUM is None, reason="no chromium: apt-get install chromium")
-SPEC = InputSpec(3, 32, 32, (0.5,) * 3, (0.25,) * 3)
-
-
-def network(seed: int = 0) -> nn.Module:
-    torch.manual_seed(seed)
-    body = [nn.Conv2d(3, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 16, 3, padding=1, groups=16)]
-    body += [nn.ReLU(), nn.Conv2d(16, 32, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 3)]
-    model = nn.Sequential(*body).eval()
-    attach_recipe(model, Recipe(input=SPEC, classes=("class0", "class1", "class2")))
-    return model
-
-
-@pytest.fixture(scope="module")
-def measured(tmp_path_factory: pytest.TempPathFactory) -> Report:
-    folder = write_pictures(tmp_path_factory.mktemp("pictures"), classes=3, each=6)
-    model = convert(network(), ODConv(4), prove=False).model
-    scramble(model)
-    return report(model, data=folder)
-
-
-def shown(renderable: object, width: int = 80) -> str:
-    console = Console(width=width, highlight=False, file=io.StringIO(), color_system=None)
-    console.print(renderable)
-    return console.file.getvalue()  # type: ignore[attr-defined]
-
-
-def same_as_golden(name: str, text: str) -> None:
-    """Set UPDATE_GOLDEN=1 to write the files anew; then read them."""
-    file = GOLDEN / name
-    if os.environ.get("UPDATE_GOLDEN"):
-        file.parent.mkdir(exist_ok=True)
-        file.write_text(text, encoding="utf-8")
-    assert text == file.read_text(encoding="utf-8")
-
-
-@pytest.mark.parametrize("variant", [CondConv(4), ODConv(2)], ids=["condconv", "odconv"])
-def test_golden_texts(variant: CondConv | ODConv) -> None:
-    found = report(convert(network(), variant, prove=False).model)
-    table = shown(render_profile(found.profile, found.title))
-    assert max(len(line) for line in table.splitlines()) <= 80
-    same_as_golden(f"{variant.kind}.txt", table)
-    same_as_golden(f"{variant.kind}.md", replace(found, cost=None).to_markdown())
-    same_as_golden(f"{variant.kind}.csv", found.to_csv())
-
-
-def keys(value: object) -> object:
-    """The shape of a JSON value: keys and types, the first element for a list."""
-    if isinstance(value, dict):
-        return {name: keys(part) for name, part in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [keys(value[0])] if value else []
-    return type(value).__name__
-
-
-def test_golden_json_schema(measured: Report) -> None:
-    data = json.loads(json.dumps(measured.to_dict(), allow_nan=False))
-    data["routing"]["attention_spread"] = {"NAME": 0.0}
-    same_as_golden("schema.json", json.dumps(keys(data), indent=1) + "\n")
-
-
-def test_long_names_and_many_experts_fit_80_columns() -> None:
-    inner = nn.ModuleDict({"a_very_long_name_of_a_block_that_somebody_chose": network()})
-    model = nn.Sequential(inner["a_very_long_name_of_a_block_that_somebody_chose"])
-    wrapped = nn.Sequential()
-    wrapped.add_module("a_very_long_name_of_a_block_that_somebody_chose", model)
-    found = report(convert(wrapped, ODConv(32), example=torch.randn(1, 3, 32, 32), prove=False).model, inputs=SPEC)
-    lines = shown(render_profile(found.profile, found.title)).splitlines()
-    assert max(len(line) for line in lines) <= 80
-    assert not any("E+" in line for line in lines)
-    assert any(line.startswith("…") and ".5 " in line for line in lines), "the end of a name is what tells layers apart"
-
-
-def test_everything_on_a_terminal_fits_80_columns(measured: Report) -> None:
-    assert measured.cost is not None
-    assert measured.routing is not None
-    parts = [
-        render_profile(measured.profile, measured.title, cost=measured.cost),
-        render_experts(measured.experts),
-        render_routing(measured.routing, measured.experts),
-    ]
-    for part in parts:
-        assert max(len(line) for line in shown(part).splitlines()) <= 80
-    assert "would do as plain convolutions" in shown(render_routing(measured.routing)).replace("\n", " ")
-
-
-def test_csv_sums_to_its_last_line(measured: Report) -> None:
-    header, *rows, total = csv.reader(io.StringIO(measured.to_csv()))
-    for column in range(header.index("parameters_before"), len(header)):
-        assert sum(int(row[column]) for row in rows) == int(total[column]), header[column]
 
 
 def test_the_page_needs_nothing_beside_it(measured: Report, tmp_path: Path) -> None:
@@ -239,29 +138,25 @@ def test_plots(measured: Report, tmp_path: Path) -> None:
             assert "<svg" in file.read_text()
 
 
-def test_comparison(measured: Report, tmp_path: Path) -> None:
-    plain = replace(report(small_net(), inputs=SPEC), title="plain", recorded=0.5)
-    both = Comparison((plain, measured))
-    assert both.to_dict()["models"][0]["accuracy"] == 0.5
-    text = shown(render_comparison(HEADERS, both.rows()))
-    assert max(len(line) for line in text.splitlines()) <= 80
-    assert "50.0%" in text
-    assert "latency" not in text, "a column in which nothing was measured"
-    assert both.to_markdown().count("\n") == 4
-    assert len(both.to_csv().splitlines()) == 3
-    assert "<svg" in both.to_html()
-    assert [f.name for f in both.write_plots(tmp_path)] == ["comparison.png", "comparison.svg"]
-    unknown = Comparison((replace(plain, recorded=None),))
-    assert "<svg" not in unknown.to_html()
-    with pytest.raises(InputError, match="No accuracy is known"):
-        unknown.write_plots(tmp_path)
+@browser
+def test_no_table_is_cut_at_the_width_of_a_laptop(measured: Report, tmp_path: Path) -> None:
+    script = """
+      for (const closed of document.querySelectorAll('details')) closed.open = true;
+      return [...document.querySelectorAll('.scroll')].filter(e => e.querySelector('table'))
+        .map(e => e.scrollWidth - e.clientWidth);"""
+    found, _ = act(measured.to_html(), script, tmp_path, 1280)
+    assert len(found) > 4
+    assert set(found) == {0}
 
 
-def test_accuracy_that_a_run_recorded(tmp_path: Path) -> None:
-    rows = [{"val_top1": 0.3, "best": True}, {"val_top1": 0.5, "best": True}, {"val_top1": 0.4, "best": False}]
-    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"val_t')
-    for name in ("best", "last", "other"):
-        (tmp_path / f"{name}.safetensors").touch()
-    found = [recorded_accuracy(tmp_path / f"{name}.safetensors") for name in ("best", "last", "other", "missing")]
-    assert found == [0.5, 0.4, None, None]
-    assert recorded_accuracy("torchvision:resnet18") is None
+@browser
+def test_on_paper_all_is_open_but_layers_that_hardly_vary(measured: Report, tmp_path: Path) -> None:
+    assert measured.routing is not None
+    first, *others = measured.routing.layers
+    still = replace(first, name="still", variation=0.0)
+    page = replace(measured, routing=replace(measured.routing, layers=(first, *others, still))).to_html()
+    script = """
+      dispatchEvent(new Event('beforeprint'));
+      return [...document.querySelectorAll('details:not([open]) summary')].map(e => e.textContent);"""
+    found, _ = act(page, script, tmp_path)
+    assert found == ["still: hardly varies: static would do"]

@@ -10,7 +10,7 @@ import torch
 from sklearn.metrics import mutual_info_score
 from torch import nn
 
-from condconv_surgery import CondConv, ODConv
+from condconv_surgery import CondConv, ODConv, convert, report
 from condconv_surgery.errors import InputError
 from condconv_surgery.layers import conditional_layers, conditional_like
 from condconv_surgery.recipe import InputSpec
@@ -19,6 +19,7 @@ from condconv_surgery.reporting.pictures import find_pictures
 from condconv_surgery.reporting.routing import layer_routing, measure_routing
 from condconv_surgery.reporting.similarity import measure_experts
 from tests.pictures import write_pictures
+from tests.variants import scramble
 
 SPEC = InputSpec(3, 16, 16, (0.5,) * 3, (0.25,) * 3, crop_fraction=1.0)
 
@@ -57,17 +58,17 @@ def test_information_equals_scikit_learn() -> None:
 
 
 @pytest.mark.parametrize(
-    ("gates", "verdict", "static"),
+    ("gates", "verdict", "advice", "static"),
     [
-        (torch.full((8, 4), 0.25), "hardly varies: static would do", True),
-        (one_hot([2] * 8), "uses 1.0 of 4 experts: static would do", True),
-        (one_hot([0, 1, 0, 1, 1, 0, 1, 0]), "2 of 4 experts never used: 2 would do", False),
-        (one_hot([0, 1, 2, 3, 0, 1, 2, 3]), "uses 4.0 of 4 experts, by picture", False),
+        (torch.full((8, 4), 0.25), "hardly varies: static would do", "static would do", True),
+        (one_hot([2] * 8), "uses 1.0 of 4 experts: static would do", "static would do", True),
+        (one_hot([0, 1, 0, 1, 1, 0, 1, 0]), "2 of 4 experts never used: 2 would do", "2 never used", False),
+        (one_hot([0, 1, 2, 3, 0, 1, 2, 3]), "uses 4.0 of 4 experts, by picture", "by picture", False),
     ],
 )
-def test_verdicts(gates: torch.Tensor, verdict: str, static: bool) -> None:
+def test_verdicts(gates: torch.Tensor, verdict: str, advice: str, static: bool) -> None:
     found = layer_routing("l", gates, torch.tensor([0, 0, 0, 0, 1, 1, 1, 1]), 2)
-    assert (found.verdict, found.static) == (verdict, static)
+    assert (found.verdict, found.advice, found.static) == (verdict, advice, static)
 
 
 def test_dead_saturated_and_exciting() -> None:
@@ -113,6 +114,7 @@ def test_frozen_at_neutral_changes_nothing(tmp_path: Path) -> None:
     pictures = find_pictures(write_pictures(tmp_path, classes=3, each=3))
     found = measure_routing(model, pictures, spec=SPEC)
     assert found.accuracy == found.frozen
+    assert "changes no answer from right to wrong or back" in found.verdict
     assert dict(found.attention)["0"] == 0.0
     assert found.layers[0].static
 
@@ -125,6 +127,46 @@ def test_classes_are_found_by_name(tmp_path: Path) -> None:
     strange = measure_routing(model, pictures, spec=SPEC, classes=("a", "b", "c"))
     assert (strange.accuracy, strange.frozen) == (None, None)
     assert "not those of the folder" in strange.verdict
+
+
+class Bottleneck(nn.Module):
+    """Two convolutions that can share a router, and a skip."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.expand = nn.Conv2d(8, 16, 1)
+        self.project = nn.Conv2d(16, 8, 3, padding=1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.project(self.expand(x).relu())
+
+
+def test_a_router_of_a_block_is_looked_at_once(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    body = [nn.Conv2d(3, 8, 3), Bottleneck(), Bottleneck(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 3)]
+    variant = CondConv(experts=4, routing="block")
+    model = convert(nn.Sequential(*body).eval(), variant, example=torch.randn(2, 3, 16, 16)).model
+    scramble(model)
+    found = report(model, inputs=SPEC, data=write_pictures(tmp_path, classes=3, each=4))
+    assert found.routing is not None
+    assert [layer.name for layer in found.routing.layers] == ["1", "2"], "named by the block"
+    assert all(layer.variation > 0 for layer in found.routing.layers)
+    assert found.routing.frozen is not None
+    assert (found.profile.converted, found.profile.multiplying) == (4, 6)
+    assert len(found.experts) == 4, "kernels are of layers"
+    assert "4 of 6 layers conditional" in found.to_markdown()
+    for form in (found.to_html(), found.to_markdown()):
+        assert "2.router" in form
+
+
+def test_says_when_pictures_may_have_been_trained_on(tmp_path: Path) -> None:
+    pictures = find_pictures(write_pictures(tmp_path / "flat", classes=3, each=2))
+    model = ByColour().eval()
+    assert "no val/" in measure_routing(model, pictures, spec=SPEC).verdict
+    write_pictures(tmp_path / "split" / "val", classes=3, each=2)
+    held_out = measure_routing(model, find_pictures(tmp_path / "split"), spec=SPEC)
+    assert "no val/" not in held_out.verdict
+    assert held_out.to_dict()["held_out"] is True
 
 
 def test_nothing_is_left_behind(tmp_path: Path) -> None:

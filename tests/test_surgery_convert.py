@@ -300,3 +300,8 @@ def test_odconv_resnet18_has_the_published_size(experts: int, millions: float) -
         model, cs.ODConv(experts=experts), example=example, exclude=["*downsample*"], prove=False
     ).model
     assert sum(p.numel() for p in converted.parameters()) / 1e6 == pytest.approx(millions, abs=0.005)
+
+
+def test_a_classifier_that_include_leaves_out_is_refused(net: nn.Module, x: torch.Tensor) -> None:
+    with pytest.raises(InputError, match="--classifier asks for head, but --include does not match it"):
+        cs.convert(net, cs.CondConv(experts=2), example=x, include=["stem"], skip_stem=False, classifier=True)

@@ -114,6 +114,11 @@ class Profile:
         return sum(layer.activation_bytes for layer in self.layers)
 
     @property
+    def multiplying(self) -> int:
+        """How many layers have products or are conditional; the router of a block is no layer."""
+        return sum(bool(layer.macs.total or layer.conditional) and layer.kind != "router" for layer in self.layers)
+
+    @property
     def converted(self) -> int:
         """How many layers are conditional."""
         return sum(layer.conditional for layer in self.layers)

@@ -55,7 +55,7 @@ def to_markdown(profile: Profile, title: str, cost: Cost | None = None, routing:
     lines = [
         f"# {title}",
         "",
-        f"Input {profile.input}; {profile.converted} of {len(multiplying(profile))} layers conditional.",
+        f"Input {profile.input}; {profile.converted} of {profile.multiplying} layers conditional.",
         "",
         "| | before | after | change |",
         "|---|---:|---:|---:|",
