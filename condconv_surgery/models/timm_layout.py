@@ -138,6 +138,5 @@ def _inexpressible(what: str) -> InputError:
     return InputError(
         f"{what}.",
         "timm's layout has CondConv, one router for each block, in all three convolutions of its InvertedResidual.",
-        'condconv convert timm:tf_efficientnet_b0 --routing block --include "blocks.[456].*" --exclude "*.se.*" '
-        "--no-skip-pooled",
+        'condconv convert timm:tf_efficientnet_b0 --routing block --include "blocks.[456].*" --exclude "*.se.*"',
     )
