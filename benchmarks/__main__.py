@@ -1,12 +1,17 @@
-"""The command: ``python -m benchmarks layers|models|experts|memory``: tables on stdout, progress on stderr."""
+"""The command: ``python -m benchmarks layers|models|experts|memory|convert``.
+
+Tables on stdout, progress on stderr.
+"""
 
 from __future__ import annotations
 
 import argparse
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
+from benchmarks.conversion import conversion_table, measure_conversion
 from benchmarks.geometries import MODELS, QUICK, sites
 from benchmarks.layers import VARIANTS, measure_layers
 from benchmarks.models import measure_model, peak_training_bytes
@@ -21,12 +26,14 @@ def main(arguments: list[str] | None = None) -> None:
     torch.set_num_threads(options.threads)
     use_clock(options.clock)
     options.out.mkdir(parents=True, exist_ok=True)
-    {"layers": _layers, "models": _models, "experts": _experts, "memory": _memory}[options.what](options)
+    {"layers": _layers, "models": _models, "experts": _experts, "memory": _memory, "convert": _convert}[options.what](
+        options
+    )
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("what", choices=["layers", "models", "experts", "memory"])
+    parser.add_argument("what", choices=["layers", "models", "experts", "memory", "convert"])
     parser.add_argument("--quick", action="store_true", help="few geometries, models and repeats: minutes")
     parser.add_argument("--models", nargs="+", metavar="NAME", help=f"of torchvision; {', '.join(MODELS)}")
     parser.add_argument("--variants", nargs="+", choices=[*VARIANTS, "condconv8"], metavar="NAME")
@@ -88,6 +95,17 @@ def _memory(options: argparse.Namespace) -> None:
         found[name] = peaks
         print(f"{name:16}", "  ".join(f"{who} {value / 2**20:.0f} MiB" for who, value in peaks.items()), flush=True)
     _write(options, "memory", found)
+
+
+def _convert(options: argparse.Namespace) -> None:
+    found = []
+    for name in options.models or (("resnet18",) if options.quick else ("resnet50", "resnet18", "mobilenet_v2")):
+        for experts in (8, 2):
+            for prove in (False, True):
+                cost = measure_conversion(name, experts, prove, options.threads)
+                print(conversion_table([cost]), flush=True)
+                found.append(cost)
+    _write(options, "convert", [{**asdict(cost), "peak/both": cost.ratio} for cost in found])
 
 
 def _variants(options: argparse.Namespace) -> dict[str, Variant]:

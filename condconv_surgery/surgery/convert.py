@@ -133,7 +133,7 @@ def _convert(model: nn.Module, arguments: tuple[Any, ...], rule: _Rule, inplace:
     plan = _plan(model, rule.selection, arguments, rule.variant)
     before = run_both_modes(model, arguments, plan.modes) if rule.prove else None
     recipe = _recipe_with_hash(model)
-    target = model if inplace else copy.deepcopy(model)
+    target = model if inplace else _copy(model, plan)
     change = partial(_swap, plan=plan, variant=rule.variant, upcycling=rule.upcycling)
     undo = change(target)
     difference = exact = None
@@ -180,6 +180,13 @@ def _recipe_with_hash(model: nn.Module) -> Recipe:
     """What the converted model will say of its origin: taken before its weights change."""
     recipe = recipe_of(model) or Recipe(input=input_spec_of(model))
     return recipe if recipe.weights_sha256 else replace(recipe, weights_sha256=hash_weights(model))
+
+
+def _copy(model: nn.Module, plan: Plan) -> nn.Module:
+    """A copy that has the original's own layers where they are about to be replaced: their weights are not copied in
+    vain. (Those with hooks are, for a hook may be the method of a module that is copied.)"""
+    layers = [site.module for site in plan.kept]
+    return copy.deepcopy(model, {id(m): m for m in layers if not m._forward_hooks and not m._forward_pre_hooks})
 
 
 def _original_of(model: nn.Module, plan: Plan, before: Places) -> nn.Module:

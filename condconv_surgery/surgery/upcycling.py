@@ -46,7 +46,9 @@ def _zero_sum_noise(weight: Tensor, experts: int, seed: int) -> Iterator[Tensor]
     """
     generator = torch.Generator().manual_seed(seed)
     noise = torch.randn(experts, *weight.shape, generator=generator)
-    mean = noise.mean(dim=0, dtype=torch.float64)
+    mean = torch.zeros(weight.shape, dtype=torch.float64)
+    for own in noise:  # a third of the time of ``mean(dtype=float64)``
+        mean.add_(own, alpha=1.0 / experts)
     return ((own.double() - mean).to(weight.device) for own in noise)
 
 
