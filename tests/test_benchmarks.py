@@ -112,10 +112,11 @@ def test_the_time_of_a_process_is_what_it_says_itself() -> None:
     assert process_seconds(os.getpid()) == pytest.approx(time.process_time(), abs=0.1)
 
 
+@pytest.mark.slow
 def test_the_trainer_is_measured_against_a_bare_loop(capsys: pytest.CaptureFixture[str]) -> None:
     """The whole command, on noise, with a reader each and an epoch's end in it."""
     threads = torch.get_num_threads()
-    sizes = ["--side", "32", "--batch-size", "128", "--rounds", "2", "--steps", "1", "--workers", "1", "--threads", "1"]
+    sizes = ["--side", "16", "--batch-size", "128", "--rounds", "2", "--steps", "1", "--workers", "1", "--threads", "1"]
     measure_training(["--model", "torchvision:mobilenet_v3_small", *sizes])
     torch.set_num_threads(threads)
     lines = capsys.readouterr().out.splitlines()
