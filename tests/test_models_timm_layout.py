@@ -15,6 +15,7 @@ import condconv_surgery as cs
 from condconv_surgery.errors import InputError
 from condconv_surgery.layers import conditional_layers, routed_blocks
 from condconv_surgery.models.layouts import write_layout
+from condconv_surgery.models.odconv_layout import to_odconv_layout
 from condconv_surgery.models.sources import load_model
 from condconv_surgery.models.timm_layout import condconv_names, from_timm_layout, to_timm_layout
 from condconv_surgery.recipe import CondConv, DynamicConv, ODConv, recipe_of
@@ -146,6 +147,13 @@ def test_words_for_a_block_of_another_class() -> None:
     assert routed_blocks(made)
     with pytest.raises(InputError, match=r"layer4\.0 is a BasicBlock"):
         to_timm_layout(made)
+
+
+def test_words_for_a_padding_that_odconv_has_not() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), timm.layers.Conv2dSame(8, 8, 3, 2, bias=False))
+    made = cs.convert(model, ODConv(2), example=X, prove=False).model
+    with pytest.raises(InputError, match="1 pads by the size of its input"):
+        to_odconv_layout(made)
 
 
 def test_every_network_that_timm_has_is_known() -> None:

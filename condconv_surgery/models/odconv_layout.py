@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from condconv_surgery.errors import InputError
 from condconv_surgery.layers import ConditionalConv2d, ODConv2d, conditional_layers
+from condconv_surgery.layers.subclasses import TF_SAME
 from condconv_surgery.recipe import ConvertedLayer, ODConv, Variant
 
 State = dict[str, Tensor]
@@ -111,6 +112,7 @@ def _require_theirs(name: str, layer: ConditionalConv2d[Variant]) -> None:
             ("has a bias", layer.bias is not None),
             (f"has a kernel of {g.kernel_size}", g.kernel_size[0] != g.kernel_size[1]),
             (f"pads with {g.padding_mode}", g.padding_mode != "zeros"),
+            ("pads by the size of its input", g.padding == TF_SAME),
             (f"has the attention of {layer.variant}", _departs(layer.variant)),
         )
         if holds
