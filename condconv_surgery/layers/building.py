@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict
 from typing import Any
 
@@ -16,7 +17,8 @@ from condconv_surgery.layers.linear import ConditionalLinear
 from condconv_surgery.layers.mixture import ConvGeometry
 from condconv_surgery.layers.odconv import ODConv2d
 from condconv_surgery.layers.routing import Router
-from condconv_surgery.layers.subclasses import TF_SAME, conv2d_same
+from condconv_surgery.layers.standardisation import standardisation_of
+from condconv_surgery.layers.subclasses import TF_SAME, layer_of_timm
 from condconv_surgery.recipe import CondConv, DynamicConv, ODConv, Variant
 
 LAYERS: dict[type[Variant], type[ConditionalConv2d]] = {  # type: ignore[type-arg]
@@ -41,6 +43,7 @@ def conditional_like(module: nn.Conv2d | nn.Linear, variant: Variant) -> Conditi
         layer = LAYERS[type(variant)](
             **asdict(ConvGeometry.of(module)), bias=has_bias, device=weight.device, dtype=weight.dtype, variant=variant
         )
+        layer.standardisation = standardisation_of(module)
     return layer.train(module.training).requires_grad_(weight.requires_grad)
 
 
@@ -52,11 +55,27 @@ def plain_like(layer: ConditionalConv2d[Any]) -> nn.Conv2d | nn.Linear:
     g, has_bias, dtype = layer.geometry, layer.bias is not None, layer.weight.dtype
     if isinstance(layer, ConditionalLinear):
         return nn.Linear(g.in_channels, g.out_channels, has_bias, device="meta", dtype=dtype)
-    if g.padding != TF_SAME:
+    if g.padding != TF_SAME and layer.standardisation is None:
         return nn.Conv2d(**asdict(g), bias=has_bias, device="meta", dtype=dtype)
-    shape = (g.in_channels, g.out_channels, g.kernel_size, g.stride, 0, g.dilation, g.groups, has_bias)
+    return _plain_of_timm(layer).to(dtype)
+
+
+def _plain_of_timm(layer: ConditionalConv2d[Any]) -> nn.Conv2d:
+    g, standardisation = layer.geometry, layer.standardisation
+    same = g.padding == TF_SAME
+    shape = (g.in_channels, g.out_channels, g.kernel_size, g.stride)
+    rest: dict[str, Any] = {"dilation": g.dilation, "groups": g.groups, "bias": layer.bias is not None}
+    name = "Conv2d" if standardisation is None else "StdConv2d"
+    if standardisation is not None:
+        rest["eps"] = standardisation.eps
+        if standardisation.gain is not None:
+            name = f"Scaled{name}"
+            rest["gamma"] = standardisation.scale * math.prod(g.weight_shape[1:]) ** 0.5
     with torch.device("meta"):  # older ones of timm take neither device nor dtype
-        return conv2d_same()(*shape).to(dtype)
+        plain = layer_of_timm(f"{name}Same" if same else name)(*shape, padding=0 if same else g.padding, **rest)
+    if same and standardisation is not None:
+        plain.same_pad = True  # type: ignore[assignment]
+    return plain
 
 
 def conditional_layers(model: nn.Module) -> dict[str, ConditionalConv2d[Variant]]:

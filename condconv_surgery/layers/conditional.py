@@ -13,6 +13,7 @@ from condconv_surgery.layers.execution import execute
 from condconv_surgery.layers.graph_node import as_node, is_traced
 from condconv_surgery.layers.mixture import ConvGeometry, Mixture
 from condconv_surgery.layers.routing import Router, make_router
+from condconv_surgery.layers.standardisation import WeightStandardisation
 from condconv_surgery.recipe import Variant
 
 V = TypeVar("V", bound=Variant)
@@ -35,6 +36,7 @@ class ConditionalConv2d(nn.Module, Generic[V]):
     sample, which the block's router makes.
 
     variant: the configuration, ``CondConv(experts=4)`` and the like; ``None`` takes the variant's defaults.
+    standardisation: an attribute, what is done to the weight at each call (``layers.standardisation``), or None.
     execution: an attribute, ``"auto"`` or the name of one way to compute (``layers.execution.WAYS``).
     """
 
@@ -51,6 +53,7 @@ class ConditionalConv2d(nn.Module, Generic[V]):
 
     bias: nn.Parameter | None
     router: Router | None
+    standardisation: WeightStandardisation | None
 
     def __init__(
         self,
@@ -90,6 +93,7 @@ class ConditionalConv2d(nn.Module, Generic[V]):
         router = make_router(self.geometry, variant, device=device if routed else "meta", dtype=dtype)
         self.weight_factor, self.bias_factor = router.weight_factor, router.bias_factor
         self.router = router if routed else None
+        self.register_module("standardisation", None)
         self.execution = "auto"
         self.reset_parameters()
 
@@ -138,7 +142,10 @@ class ConditionalConv2d(nn.Module, Generic[V]):
                 f"It takes [B, {self.geometry.in_channels}, H, W] or [{self.geometry.in_channels}, H, W].",
             )
         mixture = self.route(x) if mixture is None else mixture
-        return execute(x, self.weight, self.bias, mixture, self.geometry, self.execution)
+        experts: Tensor = self.weight
+        if self.standardisation is not None:
+            experts, mixture = self.standardisation(experts, mixture)
+        return execute(x, experts, self.bias, mixture, self.geometry, self.execution)
 
     def paper_weights(self) -> tuple[Tensor, Tensor | None]:
         """Experts and bias as the paper and other implementations hold them, with plain sigmoids in the router.

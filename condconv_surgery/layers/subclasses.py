@@ -15,35 +15,53 @@ TF_SAME = "tf_same"
 """The padding of TensorFlow's "SAME": ``ceil(H / stride)`` positions, with margins that follow from the size of the
 input; the odd pixel goes to the right and to the bottom."""
 
-PADDINGS = {"timm.layers.conv2d_same.Conv2dSame": TF_SAME}
-"""Classes that are a plain convolution but for this padding, always with zeros."""
+PADDINGS = {
+    "timm.layers.conv2d_same.Conv2dSame": TF_SAME,
+    "timm.layers.std_conv.StdConv2dSame": TF_SAME,
+    "timm.layers.std_conv.ScaledStdConv2dSame": TF_SAME,
+}
+"""Classes that pad so, always with zeros; those with an attribute ``same_pad`` only where it is true."""
+
+STANDARDISED = (
+    "timm.layers.std_conv.StdConv2d",
+    "timm.layers.std_conv.StdConv2dSame",
+    "timm.layers.std_conv.ScaledStdConv2d",
+    "timm.layers.std_conv.ScaledStdConv2dSame",
+)
+"""Classes that standardise their weight at each call (``layers.standardisation``)."""
 
 
 def padding_of(module: nn.Conv2d) -> tuple[int, int] | int | str:
     """What a convolution pads with: as its class computes it, or else its attribute."""
-    return PADDINGS.get(_forward_of(type(module)), module.padding)  # type: ignore[arg-type]
+    known = PADDINGS.get(forward_of(type(module))) if getattr(module, "same_pad", True) else None
+    return module.padding if known is None else known  # type: ignore[return-value]
+
+
+def is_standardised(module: nn.Module) -> bool:
+    """Whether it standardises its weight at each call."""
+    return forward_of(type(module)) in STANDARDISED
 
 
 def is_understood(cls: type[nn.Module]) -> bool:
-    """Whether a class computes a plain convolution, with a padding that ``ConvGeometry`` has."""
+    """Whether a class computes a convolution that a conditional layer can stand for."""
     plain = cls.forward is nn.Conv2d.forward and cls._conv_forward is nn.Conv2d._conv_forward  # type: ignore[attr-defined]
-    return plain or _forward_of(cls) in PADDINGS
+    return plain or forward_of(cls) in PADDINGS or forward_of(cls) in STANDARDISED
 
 
-def conv2d_same() -> type[nn.Conv2d]:
-    """timm's convolution with the padding ``TF_SAME``, which torch has not. Raises ``InputError`` without timm."""
+def layer_of_timm(name: str) -> type[nn.Conv2d]:
+    """The class of that name in ``timm.layers``. Raises ``InputError`` without timm."""
     try:
-        found: type[nn.Conv2d] = importlib.import_module("timm.layers").Conv2dSame
+        found: type[nn.Conv2d] = getattr(importlib.import_module("timm.layers"), name)
     except ImportError as error:
         raise InputError(
-            f"A plain convolution with the padding {TF_SAME!r} is timm's Conv2dSame, and timm is not installed.",
-            "torch has no layer that pads by the size of its input.",
+            f"The plain layer that a conditional one stands for is timm's {name}, and timm is not installed.",
+            "torch has no such layer.",
             'pip install "condconv-surgery[timm]"',
         ) from error
     return found
 
 
-def _forward_of(cls: type[nn.Module]) -> str:
+def forward_of(cls: type[nn.Module]) -> str:
     """The full name of the class that has the ``forward`` of ``cls``."""
     owner = next((base for base in cls.__mro__ if "forward" in vars(base)), cls)
     return f"{owner.__module__}.{owner.__qualname__}"

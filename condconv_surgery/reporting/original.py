@@ -48,6 +48,8 @@ def mean_of_experts(layer: ConditionalConv2d[Any]) -> nn.Conv2d | nn.Linear:
     module.weight = nn.Parameter(weight.mean(dim=0).view(module.weight.shape), requires_grad=False)
     if layer.bias is not None:
         module.bias = nn.Parameter(layer.bias.mean(dim=0), requires_grad=False)
+    if layer.standardisation is not None and layer.standardisation.gain is not None:
+        module.gain = nn.Parameter(layer.standardisation.gain.view_as(module.gain), requires_grad=False)  # type: ignore[arg-type]
     return module.train(layer.training)
 
 

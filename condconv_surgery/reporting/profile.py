@@ -82,7 +82,8 @@ def _plain_row(name: str, module: nn.Module, seen: ModuleCount, parameters: int,
 def _conditional_row(
     name: str, layer: ConditionalConv2d[Any], seen: ModuleCount, counts: Counts, owned: set[int]
 ) -> Layer:
-    plain = layer.geometry.weight_numel + (layer.geometry.out_channels if layer.bias is not None else 0)
+    gain = getattr(layer.standardisation, "gain", None)
+    plain = layer.geometry.weight_numel + layer.geometry.out_channels * ((layer.bias is not None) + (gain is not None))
     parameters, size = _own_tensors(layer, owned, recurse=True)
     return _row(
         name,
@@ -144,7 +145,8 @@ def _conditional_macs(layer: ConditionalConv2d[Any], seen: ModuleCount, counts: 
     positions = sum(math.prod(shape) for shape in seen.outputs) // width  # of all samples and calls
     mixed = layer.experts * (layer.geometry.weight_numel + (width if layer.bias is not None else 0))
     if layer.router is None:  # a block's router, which always has gates, is a row of its own
-        return Macs(convolution=positions * layer.geometry.weight_numel, mixing=samples * mixed)
+        mixing = samples * mixed + _macs_of_norms(layer, samples, len(seen.outputs))
+        return Macs(convolution=positions * layer.geometry.weight_numel, mixing=mixing)
     routed = counts.modules.get(layer.router)
     mixture = routed.result if routed else None
     gated = isinstance(mixture, Mixture) and mixture.gate is not None
@@ -153,10 +155,18 @@ def _conditional_macs(layer: ConditionalConv2d[Any], seen: ModuleCount, counts: 
     attention = samples * sum(head.weight.numel() for head in heads if isinstance(head, nn.Linear))
     return Macs(
         convolution=positions * layer.geometry.weight_numel,
-        mixing=samples * mixed if gated else 0,
+        mixing=samples * mixed + _macs_of_norms(layer, samples, len(seen.outputs)) if gated else 0,
         routing=_macs_inside(layer.router, counts) - attention,
         attention=attention,
     )
+
+
+def _macs_of_norms(layer: ConditionalConv2d[Any], samples: int, calls: int) -> int:
+    """Of a standardised layer: the experts' inner products, once a call, and each sample's norm from them."""
+    if layer.standardisation is None:
+        return 0
+    pairs = layer.experts**2
+    return pairs * (calls * layer.geometry.weight_numel + samples * layer.geometry.out_channels)
 
 
 def _macs_inside(module: nn.Module, counts: Counts) -> int:

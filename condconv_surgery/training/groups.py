@@ -97,8 +97,11 @@ def _kind(module: nn.Module, parameter: nn.Parameter) -> str:
 
 def _depths(model: nn.Module) -> dict[str, float]:
     """Where each parameter's layer stands in the order of definition, 0 for the first to 1 for the last."""
-    owners = list(
-        dict.fromkeys(name.rpartition(".")[0].partition(".router")[0] for name, _ in model.named_parameters())
-    )
+    owners = list(dict.fromkeys(_owner(name) for name, _ in model.named_parameters()))
     place = {owner: i / max(len(owners) - 1, 1) for i, owner in enumerate(owners)}
-    return {name: place[name.rpartition(".")[0].partition(".router")[0]] for name, _ in model.named_parameters()}
+    return {name: place[_owner(name)] for name, _ in model.named_parameters()}
+
+
+def _owner(parameter: str) -> str:
+    """The layer that a parameter belongs to, by name; parts of a conditional layer are no layers."""
+    return parameter.rpartition(".")[0].partition(".router")[0].partition(".standardisation")[0]
