@@ -16,6 +16,8 @@ from condconv_surgery.errors import InputError, TrainingError
 from condconv_surgery.recipe import CondConv, TrainingOptions
 from condconv_surgery.training import finetune
 from condconv_surgery.training import learner as learner_module
+from condconv_surgery.training import loading as loading_module
+from condconv_surgery.training.files import read_rows
 from condconv_surgery.training.folders import Pictures, find_pictures
 from condconv_surgery.training.state import LAST, load_state, read_state
 from condconv_surgery.training.watching import Silent, StepView
@@ -108,6 +110,32 @@ def test_a_failure_of_the_program_stays_one(folder: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(learner_module, "train_step", train_step)
     with pytest.raises(RuntimeError, match="mat1 and mat2"):
         finetune(small_net(), options_for(folder, "run"))
+
+
+def test_an_error_in_a_reader_is_not_taken_for_a_killed_one(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def collate(samples: object) -> object:
+        raise RuntimeError("stack expects each tensor to be equal size")
+
+    monkeypatch.setattr(loading_module, "collate", collate)
+    monkeypatch.setattr(loading_module._loader, "__defaults__", (collate,))
+    with pytest.raises(RuntimeError, match=r"in DataLoader worker process 0(.|\n)*equal size"):
+        finetune(small_net(), options_for(folder, "run", workers=1))
+
+
+def test_a_validation_loss_that_is_no_number_ends_in_words(folder: Path) -> None:
+    """In eval mode only, as statistics that overflowed make it; the artifact of the epoch before stays."""
+    model, options = small_net(), options_for(folder, "run")
+    scored = [0]
+
+    def spoil(norm: torch.nn.BatchNorm2d, args: object, output: torch.Tensor) -> torch.Tensor | None:
+        scored[0] += not norm.training
+        return output * float("inf") if scored[0] > 2 and not norm.training else None
+
+    model.norm.register_forward_hook(spoil)  # type: ignore[union-attr]
+    with pytest.raises(TrainingError, match=r"validation loss is not finite at step 8; first in the output of norm"):
+        finetune(model, options)
+    assert read_state(Path(options.output) / LAST).facts["progress"]["epochs_done"] == 1
+    assert [row["epoch"] for row in read_rows(Path(options.output) / "metrics.jsonl")] == [1]
 
 
 class AtStep(Silent):

@@ -11,11 +11,12 @@ from torch import nn
 
 from condconv_surgery.errors import InputError
 from condconv_surgery.layers import conditional_layers
-from condconv_surgery.recipe import CondConv, DynamicConv, ODConv, TrainingOptions
+from condconv_surgery.recipe import CondConv, DynamicConv, ODConv, TrainingOptions, Variant
 from condconv_surgery.recipe.sections import LayerOptions, OptimizerOptions
 from condconv_surgery.training.distributed import World
 from condconv_surgery.training.gates import ExpertDropout, GateMeter, GateUse, GateWatch, balance_loss, sharpness_loss
 from condconv_surgery.training.groups import parameter_groups
+from condconv_surgery.training.idle import idle_options
 from condconv_surgery.training.learner import Learner
 from condconv_surgery.training.pictures import Batch
 from condconv_surgery.training.statistics import recalibrate
@@ -219,6 +220,19 @@ def test_temperature_of_an_averaged_model_is_the_one_of_the_step() -> None:
         it.step([BATCH], step, 10)
     assert it.scored is not model
     assert float(it.scored.inner.router.temperature) == 1.0  # type: ignore[union-attr, arg-type]
+
+
+@pytest.mark.parametrize(
+    ("variant", "words"),
+    [(None, ["schedule.temperature", "layers.router_lr, layers.balance"]), (CondConv(2), ["schedule.temperature"])],
+)
+def test_options_that_meet_nothing_are_said(variant: Variant | None, words: list[str]) -> None:
+    changes = {"schedule": {"temperature": 30.0}, "layers": {"router_lr": 2.0, "balance": 0.1}}
+    options = TrainingOptions().updated(changes)
+    lines = idle_options(small_net(variant), options)
+    assert [line.partition(word)[1] for line, word in zip(lines, words, strict=True)] == words
+    assert idle_options(small_net(DynamicConv(2)), options) == []
+    assert idle_options(small_net(), TrainingOptions()) == []
 
 
 def test_layer_options_are_values() -> None:

@@ -36,6 +36,10 @@ def test_every_option_is_explained_in_the_file() -> None:
         ({"optimiser": {}}, r"Unknown option or section .*'optimiser'\.\n.*Nearest: optimizer"),
         ({"optimizer": {"learning_rate": 1}}, r"Unknown option in \[optimizer\]"),
         ({"data": 3}, "It is a section"),
+        (
+            {"schedule": {"early_stop": 3}, "layers": {"batch_norm": "recalibrate"}},
+            r"early_stop with (.|\n)*last epoch(.|\n)*--batch-norm train",
+        ),
     ],
 )
 def test_bad_values_say_what_is_allowed(changes: dict[str, object], message: str) -> None:

@@ -36,6 +36,15 @@ class TrainingOptions(Section):
     distill: DistillOptions = field(default_factory=DistillOptions)
     engine: EngineOptions = field(default_factory=EngineOptions)
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.schedule.early_stop and self.layers.batch_norm == "recalibrate":
+            raise InputError(
+                "schedule.early_stop with layers.batch_norm = recalibrate.",
+                "Statistics are measured anew after the last epoch, which then nobody knows beforehand.",
+                "--set schedule.early_stop=0, or --batch-norm train",
+            )
+
     def sections(self) -> dict[str, Section]:
         """The sections by name, in the order of the file."""
         found = {f.name: getattr(self, f.name) for f in fields(self)}

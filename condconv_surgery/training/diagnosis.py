@@ -14,10 +14,11 @@ from condconv_surgery.training.sharding import whole
 
 def first_nonfinite(
     model: nn.Module, images: Tensor, cast: Callable[[], AbstractContextManager[object]] = nullcontext
-) -> str:
+) -> str | None:
     """In words, the first place where ``model`` has a value that is not finite: pictures, weights or a layer's output.
 
-    Runs the model once more, in the mode it is in, with copies in place of its buffers.
+    Runs the model once more, in the mode it is in, with copies in place of its buffers. ``None``: every layer's output
+    is finite.
     """
     if not _finite(images):
         return "the pictures themselves"
@@ -41,7 +42,7 @@ def first_nonfinite(
     finally:
         for handle in handles:
             handle.remove()
-    return found[0] if found else "the loss; every layer's output is finite"
+    return found[0] if found else None
 
 
 def first_nonfinite_gradient(model: nn.Module) -> str:

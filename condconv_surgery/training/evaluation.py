@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from condconv_surgery.running import in_mode
 from condconv_surgery.training.distributed import World
@@ -50,11 +51,13 @@ def evaluate(
     cast: Callable[[], AbstractContextManager[object]] = nullcontext,
     interrupted: Callable[[], bool] = lambda: False,
     unreadable: Callable[[tuple[str, ...]], object] = lambda names: None,
+    strange: Callable[[Tensor], object] = lambda images: None,
     idle: Callable[[], object] | None = None,
 ) -> Tally | None:
     """Cross-entropy (without smoothing) and top-1 of ``model`` in eval mode; ``None`` once ``interrupted()`` is true.
 
     unreadable: given the names of each batch's unreadable pictures, which are not counted.
+    strange: given the pictures of each batch whose loss is not finite.
     idle: called in a process that has no picture left while others have, to run ``model`` on something that is not
         counted: a sharded model runs in all processes or in none.
 
@@ -73,11 +76,13 @@ def evaluate(
                 if idle is not None:
                     idle()
                 continue
-            labels = batch.labels.to(world.device)
+            images, labels = batch.images.to(world.device), batch.labels.to(world.device)
             with cast():
-                logits = logits_of(model(batch.images.to(world.device))).main.float()
-            loss = F.cross_entropy(logits, labels, reduction="sum")
-            tally.add(loss.item(), float((logits.argmax(1) == labels).sum().item()), len(labels))
+                logits = logits_of(model(images)).main.float()
+            loss = F.cross_entropy(logits, labels, reduction="sum").item()
+            if not math.isfinite(loss):
+                strange(images)
+            tally.add(loss, float((logits.argmax(1) == labels).sum().item()), len(labels))
     *sums, stops = world.sum([tally.loss_sum, tally.right, tally.count, float(stopped)])
     return None if stops else Tally(*sums)
 

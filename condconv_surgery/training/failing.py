@@ -12,7 +12,7 @@ T = TypeVar("T")
 
 KEPT = "States saved before are kept."
 NO_MEMORY = ("out of memory", "can't allocate memory", "alloc_failed")
-READER_GONE = ("dataloader worker",)
+READER_GONE = ("dataloader worker (pid", "dataloader worker gone")  # "in dataloader worker": what a reader raised
 PEER_GONE = ("connection closed by peer", "connection reset by peer", "socket closed", "remote process exited")
 
 

@@ -41,6 +41,8 @@ from condconv_surgery.training.step import NonFiniteError, autocast, train_step
 SKIPS_ALLOWED = 100
 """Steps in a row that loss scaling may skip before the run counts as diverged."""
 
+FINITE = "the loss; every layer's output in this process is finite"
+
 
 class Learner:
     """A model that can take a step, be scored, saved and restored. ``close`` leaves the model bare again.
@@ -108,7 +110,7 @@ class Learner:
                 world=self.world,
             )
         except NonFiniteError as error:
-            raise self._diverged(error.where, batches[-1], step) from None
+            raise self._diverged(error.where, batches, step) from None
         if outcome.skipped:
             self._skip(buffers, step)
         else:
@@ -167,17 +169,20 @@ class Learner:
                 "--precision bf16 or fp32, or a smaller --lr, in a new run",
             )
 
-    def _diverged(self, where: str, batch: Batch, step: int) -> TrainingError:
-        if where == "loss":
-            torch.manual_seed(seed_of(self.options.seed, "step", step, self.world.rank))
-            place = first_nonfinite(self.model, batch.images.to(self.world.device), self.cast)
-        else:
-            place = first_nonfinite_gradient(self.model)
+    def diverged(self, what: str, place: str | None, step: int) -> TrainingError:
+        """The end of a run whose ``what`` is no number after ``step`` steps, first in ``place``."""
         return TrainingError(
-            f"The {where} is not finite at step {step + 1}; first in {place}.",
-            "The last saved state is from before and is kept.",
+            f"The {what} is not finite at step {step}; first in {place or FINITE}.",
+            "The last saved state is kept.",
             f"a new run with --lr {self.options.optimizer.lr / 3:.2g}, a longer --warmup, or --precision fp32",
         )
+
+    def _diverged(self, where: str, batches: Sequence[Batch], step: int) -> TrainingError:
+        if where != "loss":
+            return self.diverged(where, first_nonfinite_gradient(self.model), step + 1)
+        torch.manual_seed(seed_of(self.options.seed, "step", step, self.world.rank))
+        places = [first_nonfinite(self.model, batch.images.to(self.world.device), self.cast) for batch in batches]
+        return self.diverged(where, next(filter(None, places), None), step + 1)
 
 
 def prepared(model: nn.Module, options: TrainingOptions, world: World) -> nn.Module:

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 from condconv_surgery.errors import InputError
-from condconv_surgery.recipe.toml_text import from_toml
 from condconv_surgery.recipe.training import TrainingOptions
 from condconv_surgery.training.files import read_rows, write_rows
 from condconv_surgery.training.state import BEFORE, LAST, State
@@ -16,18 +15,6 @@ METRICS = "metrics.jsonl"
 
 FREE = ("model", "output", "data.folder", "data.workers", "data.max_bad", "engine.save_every", "schedule.epochs")
 """Options that may differ after a resume: they name places or costs, or extend the run."""
-
-
-def options_of_run(folder: Path) -> TrainingOptions:
-    """The options that a run's folder was made with. Raises ``InputError`` when it is no run's folder."""
-    path = folder / RECIPE
-    if not path.is_file():
-        raise InputError(
-            f"{folder} holds no run: there is no {path}.",
-            "--resume goes on with a run that finetune began.",
-            f"condconv finetune MODEL --data FOLDER -o {folder}",
-        )
-    return from_toml(path.read_text(encoding="utf-8"), str(path))
 
 
 def require_fresh(folder: Path) -> None:

@@ -10,24 +10,24 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from condconv_surgery.errors import InputError, TrainingError
+from condconv_surgery.errors import InputError
 from condconv_surgery.models.artifact import recipe_of, save
 from condconv_surgery.recipe import Recipe
 from condconv_surgery.recipe.toml_text import to_toml
 from condconv_surgery.recipe.training import TrainingOptions
 from condconv_surgery.training.curves import draw_curves
 from condconv_surgery.training.distributed import World
-from condconv_surgery.training.evaluation import Tally, evaluate
-from condconv_surgery.training.failing import reading
+from condconv_surgery.training.evaluation import Tally
 from condconv_surgery.training.files import copy_file, keeping, make_folder, read_rows, write_rows, write_text
-from condconv_surgery.training.gates import GateMeter
 from condconv_surgery.training.heads import fit_heads
+from condconv_surgery.training.idle import idle_options
 from condconv_surgery.training.learner import Learner
 from condconv_surgery.training.loading import Data, input_spec, open_data
 from condconv_surgery.training.meter import Meter, temperature_of
 from condconv_surgery.training.pictures import Batch
 from condconv_surgery.training.progress import Progress, TrainingResult
 from condconv_surgery.training.resuming import METRICS, RECIPE, cut_metrics, require_fresh, require_same_run
+from condconv_surgery.training.scoring import score
 from condconv_surgery.training.seeding import seeded
 from condconv_surgery.training.state import load_state, save_state
 from condconv_surgery.training.statistics import recalibrate
@@ -82,6 +82,8 @@ class Run:
             write_text(self.folder / RECIPE, to_toml(self.options))
             cut_metrics(self.folder, self.progress.epochs_done)
         self.note_head()
+        for line in idle_options(self.learner.model, self.options):
+            self.watcher.note(line)
 
     def note_head(self) -> None:
         """Say what became of the last layer."""
@@ -175,31 +177,11 @@ class Run:
 
     def evaluate(self) -> Tally | None:
         """Score the validation pictures; ``None`` when the run is to stop."""
-        self.learner.share_buffers()
-        model = self.learner.scored
-        gates = GateMeter(model)
-
-        def idle() -> None:
-            with gates.paused(), self.learner.cast():
-                model(self.black)
-
-        try:
-            scores = evaluate(
-                model,
-                reading(self.data.val_loader),
-                world=self.world,
-                cast=self.learner.cast,
-                interrupted=lambda: bool(self.wish),
-                unreadable=self.unreadable.meet,
-                idle=idle if self.options.engine.shard else None,
-            )
-        finally:
-            gates.close()
-        self.unreadable.share()
-        if scores is not None and not scores.count:
-            raise TrainingError("No validation picture can be read.", "At least one must be readable.", "--data FOLDER")
-        if scores is not None:
-            self.watcher.gates(self.progress.epochs_done + 1, gates.together(self.world))
+        found = score(self.learner, self.data.val_loader, self.black, self.unreadable, self.wish, self.progress.step)
+        if found is None:
+            return None
+        scores, uses = found
+        self.watcher.gates(self.progress.epochs_done + 1, uses)
         return scores
 
     def save(self) -> None:

@@ -11,7 +11,7 @@ import copy
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from condconv_surgery.errors import InputError
@@ -45,11 +45,6 @@ def shard(model: nn.Module, world: World) -> None:
     for layer in conditional_layers(model).values():
         fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh)
-
-
-def is_sharded(model: nn.Module) -> bool:
-    """Has ``shard`` been here?"""
-    return isinstance(model, FSDPModule)
 
 
 def whole(tensor: Tensor) -> Tensor:

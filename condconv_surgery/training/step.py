@@ -97,14 +97,14 @@ def _move(
     only: Collection[nn.Parameter] | None,
 ) -> bool:
     """Clip and step; true when the scaler skipped."""
-    if scaler is not None:
-        scaler.unscale_(optimizer)
     moved = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
     if only is not None:
         kept = {id(parameter) for parameter in only}
         for parameter in moved:
             if id(parameter) not in kept:
                 parameter.grad = None  # an optimizer passes over a parameter without gradient
+    if scaler is not None:
+        scaler.unscale_(optimizer)  # after that: an overflow in what does not move is none
     norm = nn.utils.get_total_norm([p.grad for p in moved if p.grad is not None])
     size = whole(norm).item()
     finite = math.isfinite(size)

@@ -65,7 +65,7 @@ class Watcher(Protocol):
         """An epoch is done and scored."""
 
     def gates(self, epoch: int, uses: dict[str, GateUse]) -> None:
-        """How the validation pictures of this process used the experts of each conditional layer."""
+        """How the validation pictures of all processes used the experts of each conditional layer."""
 
     def close(self) -> None:
         """No more is to come."""

@@ -1,0 +1,60 @@
+"""The validation pictures: loss, top-1, and how they use the experts."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+from torch import Tensor
+
+from condconv_surgery.errors import TrainingError
+from condconv_surgery.running import in_mode
+from condconv_surgery.training.diagnosis import first_nonfinite
+from condconv_surgery.training.evaluation import Tally, evaluate
+from condconv_surgery.training.failing import reading
+from condconv_surgery.training.gates import GateMeter, GateUse
+from condconv_surgery.training.learner import Learner
+from condconv_surgery.training.pictures import Batch
+from condconv_surgery.training.stopping import StopWish
+from condconv_surgery.training.unreadable import Unreadable
+
+
+def score(
+    learner: Learner, batches: Iterable[Batch], black: Tensor, unreadable: Unreadable, wish: StopWish, step: int
+) -> tuple[Tally, dict[str, GateUse]] | None:
+    """The scores of the model that is saved, after ``step`` steps; ``None`` when the run is to stop.
+
+    black: one empty picture. All processes must call it at the same time. Raises ``TrainingError`` when no picture can
+    be read, or the loss is not finite: such a model is not saved.
+    """
+    learner.share_buffers()
+    world, gates = learner.world, GateMeter(learner.scored)
+    strange: list[Tensor] = []
+
+    def idle() -> None:
+        with gates.paused(), learner.cast():
+            learner.scored(black)
+
+    try:
+        scores = evaluate(
+            learner.scored,
+            reading(batches),
+            world=world,
+            cast=learner.cast,
+            interrupted=lambda: bool(wish),
+            unreadable=unreadable.meet,
+            strange=strange.append,
+            idle=idle if learner.options.engine.shard else None,
+        )
+    finally:
+        gates.close()
+    unreadable.share()
+    if scores is None:
+        return None
+    if not scores.count:
+        raise TrainingError("No validation picture can be read.", "At least one must be readable.", "--data FOLDER")
+    if not math.isfinite(scores.loss):
+        with in_mode(learner.scored, training=False):
+            place = first_nonfinite(learner.scored, (strange or [black])[0], learner.cast)
+        raise learner.diverged("validation loss", place, step)
+    return scores, gates.together(world)
