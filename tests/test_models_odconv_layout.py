@@ -122,3 +122,21 @@ def test_layers_in_other_places(tmp_path: Path) -> None:
     torch.save(theirs("resnet18", 1).state_dict(), tmp_path / "m.pt")
     with pytest.raises(InputError, match=r"has ODConv layers that the model has not"):
         load_model(str(tmp_path / "m.pt"), arch="torchvision:mobilenet_v2", num_classes=10)
+
+
+def test_a_shared_layer_goes_out_under_each_of_its_names() -> None:
+    class Shared(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.one = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 3, bias=False)
+            self.other = self.one
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.other(self.one(self.stem(x)))
+
+    state = to_odconv_layout(cs.convert(Shared(), ODConv(2), example=X).model)
+    own = {name.removeprefix("one."): tensor for name, tensor in state.items() if name.startswith("one.")}
+    other = {name.removeprefix("other."): tensor for name, tensor in state.items() if name.startswith("other.")}
+    assert "attention.fc.weight" in own
+    assert own.keys() == other.keys()
+    assert all(torch.equal(own[name], other[name]) for name in own)

@@ -28,7 +28,6 @@ PUBLISHED = [
     pytest.param("tf_efficientnet_cc_b0_8e", "tf_efficientnet_b0", 8, 24_013_284, marks=pytest.mark.slow),
     pytest.param("tf_efficientnet_cc_b1_8e", "tf_efficientnet_b1", 8, 39_715_968, marks=pytest.mark.slow),
 ]
-LAYERS = {"include": ["blocks.[456].*"], "exclude": ["*.se.*"], "skip_pooled": False}
 X = torch.randn(3, 3, 96, 89, generator=torch.Generator().manual_seed(0))
 CLI = Callable[..., tuple[int, str, str]]
 
@@ -46,9 +45,10 @@ def theirs(name: str, **options: int) -> nn.Module:
     return model.eval()
 
 
-def converted(plain: str, experts: int, **options: int) -> nn.Module:
+def converted(plain: str, experts: int, include: str = "blocks.[456].*", **options: float) -> nn.Module:
     model = timm.create_model(plain, **options).eval()
-    return cs.convert(model, CondConv(experts, routing="block"), example=X, prove=False, **LAYERS).model.eval()
+    layers = {"include": [include], "exclude": ["*.se.*"]}
+    return cs.convert(model, CondConv(experts, routing="block"), example=X, prove=False, **layers).model.eval()
 
 
 @torch.no_grad()
@@ -147,6 +147,27 @@ def test_words_for_a_block_of_another_class() -> None:
     assert routed_blocks(made)
     with pytest.raises(InputError, match=r"layer4\.0 is a BasicBlock"):
         to_timm_layout(made)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, r"blocks\.5\.0 has a norm with eps=1e-05"),
+        ({"bn_eps": 1e-3}, r"blocks\.5\.0 pads by \(2, 2\)"),
+    ],
+)
+def test_words_for_a_network_that_pads_or_normalises_otherwise(options: dict, message: str) -> None:
+    made = converted("efficientnet_b0", 2, "blocks.5.0.*", **options)
+    with pytest.raises(InputError, match=message):
+        to_timm_layout(made)
+
+
+def test_words_for_a_file_read_into_a_network_that_normalises_otherwise(tmp_path: Path) -> None:
+    torch.save(timm.create_model("tf_efficientnet_cc_b0_4e").state_dict(), tmp_path / "cc.pth")
+    with pytest.raises(
+        InputError, match=r"blocks\.4\.0, where the model does not fit: blocks\.4\.0 has a norm with eps"
+    ):
+        load_model(str(tmp_path / "cc.pth"), arch="timm:efficientnet_b0")
 
 
 def test_words_for_a_padding_that_odconv_has_not() -> None:

@@ -81,7 +81,9 @@ def to_odconv_layout(model: nn.Module) -> State:
     square, another attention than the published one.
     """
     theirs: State = dict(model.state_dict())
-    for name, layer in conditional_layers(model).items():
+    for name, layer in model.named_modules(remove_duplicate=False):  # a shared layer is there under each of its names
+        if not isinstance(layer, ConditionalConv2d):
+            continue
         _require_theirs(name, layer)
         temperature = theirs.pop(f"{name}.router.temperature")
         theirs[f"{name}.weight"] = layer.paper_weights()[0]

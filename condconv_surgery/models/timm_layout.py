@@ -12,7 +12,15 @@ import re
 from torch import Tensor, nn
 
 from condconv_surgery.errors import InputError
-from condconv_surgery.layers import CondConv2d, RoutedBlock, conditional_layers, routed_blocks
+from condconv_surgery.layers import (
+    CondConv2d,
+    ConditionalConv2d,
+    ConvGeometry,
+    RoutedBlock,
+    conditional_layers,
+    routed_blocks,
+)
+from condconv_surgery.layers.subclasses import TF_SAME
 from condconv_surgery.models.building import put_conditional, require_timm
 from condconv_surgery.recipe import CondConv, ConvertedLayer, SharedRouter, Source
 from condconv_surgery.surgery import BlockError, route_block
@@ -22,6 +30,7 @@ State = dict[str, Tensor]
 _MARK = ".routing_fn.weight"
 _NAME = re.compile(r"^timm:tf_efficientnet_cc_(b\d)_\d+e")
 _BLOCK = "timm.models._efficientnet_blocks.InvertedResidual"
+_EPS = 1e-3
 _LAYERS = {"conv_pw", "conv_dw", "conv_pwl"}
 
 
@@ -49,6 +58,8 @@ def put_routed_blocks(model: nn.Module, state: State) -> None:
         name = key.removesuffix(_MARK)
         try:
             shared = _shared_router(model.get_submodule(name), name, state)
+            if departure := _departure(model.get_submodule(name)):
+                raise AttributeError(f"{name} {departure}")
             for layer in shared.layers:
                 put_conditional(model, ConvertedLayer((layer,), CondConv(len(state[key]), routing="block")))
             route_block(model, shared)
@@ -79,8 +90,8 @@ def from_timm_layout(model: nn.Module, state: State) -> State:
 def to_timm_layout(model: nn.Module) -> State:
     """The state dict of ``model`` as timm's ``create_model(NAME, checkpoint_path=...)`` loads it.
 
-    Raises ``InputError`` for what timm's classes cannot hold: a layer with a router of its own or of another variant,
-    a block of another class, a block some of whose convolutions are plain.
+    Raises ``InputError`` for what timm's networks cannot hold: a layer with a router of its own or of another variant,
+    a block of another class, padding or norm, a block some of whose convolutions are plain.
     """
     theirs: State = dict(model.state_dict())
     blocks = routed_blocks(model)
@@ -117,6 +128,18 @@ def _shared_router(block: nn.Module, name: str, state: State) -> SharedRouter:
     return SharedRouter(name, channels, tuple(layers))
 
 
+def _departure(block: nn.Module) -> str:
+    """What of a block is not as in TensorFlow, and so in all of ``condconv_names``; no tensor of a file would tell."""
+    for module in block.modules():
+        if isinstance(module, nn.BatchNorm2d) and module.eps != _EPS:
+            return f"has a norm with eps={module.eps:g}, timm's networks with CondConv have {_EPS:g}"
+        if isinstance(module, (nn.Conv2d, ConditionalConv2d)):
+            g = module.geometry if isinstance(module, ConditionalConv2d) else ConvGeometry.of(module)
+            if g.stride != (1, 1) and not g.pointwise and g.padding != TF_SAME:
+                return f"pads by {g.padding}, timm's networks with CondConv by the size of the input"
+    return ""
+
+
 def _layers_of(name: str, block: RoutedBlock) -> dict[str, CondConv2d]:
     found = {f"{name}.{inner}": block.get_submodule(inner) for inner in block.routed_layers}
     return {inner: layer for inner, layer in found.items() if isinstance(layer, CondConv2d)}
@@ -126,6 +149,8 @@ def _require_theirs(name: str, block: RoutedBlock) -> None:
     cls = block.routed_from
     if f"{cls.__module__}.{cls.__qualname__}" != _BLOCK:
         raise _inexpressible(f"{name} is a {cls.__name__}")
+    if departure := _departure(block):
+        raise _inexpressible(f"{name} {departure}")
     if len(_layers_of(name, block)) != len(block.routed_layers):
         raise _inexpressible(f"{name} is not converted to condconv")
     plain = sorted(_LAYERS - set(block.routed_layers))
