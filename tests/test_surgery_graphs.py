@@ -118,9 +118,23 @@ def test_what_stays_says_why() -> None:
     conversion = cs.convert(model, cs.CondConv(), example=x, skip_stem=False)
     assert [site.name for site in conversion.plan.kept] == ["body"]
     skipped = {skip.name: skip.reason for skip in conversion.plan.skipped}
+    assert len(skipped) == len(conversion.plan.skipped)  # each once
     for name, reason in REASONS.items():
         assert reason in skipped[name]
     torch.testing.assert_close(conversion.model.eval()(x), model.eval()(x))
+
+
+def test_a_graph_with_nothing_to_lift_is_refused_in_words() -> None:
+    class Used(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.used = nn.Parameter(torch.randn(4, 4, 1, 1))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return F.conv2d(x, self.used) * self.used.mean()
+
+    with pytest.raises(InputError, match=r"only F\.conv2d with used, which cannot become a module[\s\S]*lift_convolut"):
+        cs.convert(fx.symbolic_trace(Used()), cs.CondConv(), example=torch.randn(2, 4, 9, 9))
 
 
 def test_a_failed_conversion_leaves_the_graph_as_it_was(graph: fx.GraphModule, x: Tensor) -> None:
@@ -183,6 +197,14 @@ def test_a_converted_model_can_be_traced_by_fx_itself(routing: str) -> None:
     assert isinstance(traced.get_submodule("inner.a"), ConditionalConv2d)
 
 
+def test_a_conditional_classifier_is_one_node(x: Tensor) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 5))
+    converted = cs.convert(model, cs.CondConv(experts=2), example=x, classifier=True).model.eval()
+    traced = fx.symbolic_trace(converted)
+    assert [node.target for node in traced.graph.nodes if node.op == "call_module"] == ["0", "1", "2", "3"]
+    assert torch.equal(traced(x), converted(x))
+
+
 def test_hooks_are_not_traced_twice(x: Tensor) -> None:
     model = cs.convert(nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3)), cs.CondConv(), example=x).model
     model[1].register_forward_hook(lambda module, inputs, output: None)
@@ -199,6 +221,12 @@ def test_a_graph_comes_back_from_its_file_into_its_graph(graph: fx.GraphModule, 
     loaded = cs.load(tmp_path / "graph.safetensors", model=fx.symbolic_trace(Functional()))
     assert isinstance(loaded, fx.GraphModule)
     assert torch.equal(loaded(x), model(x))
+
+
+def test_an_unconverted_graph_comes_back_too(graph: fx.GraphModule, x: Tensor, tmp_path: Path) -> None:
+    cs.save(graph.eval(), tmp_path / "graph.safetensors")
+    loaded = cs.load(tmp_path / "graph.safetensors", model=fx.symbolic_trace(Functional()))
+    assert torch.equal(loaded(x), graph(x))
 
 
 def test_an_exported_program_is_refused_in_words(x: Tensor) -> None:

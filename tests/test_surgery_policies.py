@@ -140,12 +140,69 @@ class OwnParameter(nn.Module):
 def test_a_functional_convolution_is_named(x: Tensor) -> None:
     plan = cs.convert(OwnParameter(head=True), cs.CondConv(), example=x, skip_stem=False).plan
     assert {s.name: s.reason for s in plan.skipped} == {
-        "kernel": "F.conv2d on a parameter, in OwnParameter.forward: converted only in a torch.fx.GraphModule"
+        "kernel": "F.conv2d on a parameter, in OwnParameter.forward: converted in a torch.fx.GraphModule only"
     }
     with pytest.raises(InputError, match=r"has no nn.Conv2d, only F.conv2d with kernel[\s\S]*symbolic_trace"):
         cs.convert(OwnParameter(head=False), cs.CondConv(), example=x)
     graph = torch.fx.symbolic_trace(OwnParameter(head=False))
     assert cs.convert(graph, cs.CondConv(), example=x, skip_stem=False).plan.kept[0].name == "kernel_conv"
+
+
+class Listed(nn.Module):
+    """Calls a layer through a plain list, with or without a name for it."""
+
+    def __init__(self, named: bool) -> None:
+        super().__init__()
+        self.stem, self.last = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1)
+        layer = nn.Conv2d(4, 4, 3)
+        self.hidden = [layer]
+        if named:
+            self.named = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.hidden[0](self.stem(x)))
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("prove", [False, True])
+def test_a_replacement_that_would_not_be_called_is_refused(prove: bool, inplace: bool, x: Tensor) -> None:
+    model = Listed(named=True)
+    with pytest.raises(InputError, match=r"named would be replaced in vain[\s\S]*ModuleList[\s\S]*--exclude"):
+        cs.convert(model, cs.CondConv(), example=x, prove=prove, inplace=inplace)
+    assert not conditional_layers(model)
+    converted = cs.convert(model, cs.CondConv(), example=x, prove=prove, exclude=["named"]).model
+    assert set(conditional_layers(converted)) == {"last"}
+    compiled = nn.Sequential(nn.Conv2d(3, 4, 1), torch.compile(nn.Conv2d(4, 4, 3), backend="eager"))
+    with pytest.raises(InputError, match=r"1\._orig_mod would be replaced in vain"):
+        cs.convert(compiled, cs.CondConv(), example=x, prove=prove, inplace=inplace)
+
+
+def test_a_layer_that_the_model_does_not_register_is_noted(x: Tensor) -> None:
+    plan = cs.convert(Listed(named=False), cs.CondConv(), example=x).plan
+    assert [site.name for site in plan.kept] == ["last"]
+    assert any("Listed convolves with a parameter that the model does not register" in note for note in plan.notes)
+    assert not any("register" in note for note in cs.convert(net(), cs.CondConv(), example=x).plan.notes)
+
+
+def test_layers_that_share_a_weight_keep_sharing_it(x: Tensor) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 1))
+    model[2].weight = model[1].weight
+    conversion = cs.convert(model, cs.CondConv(), example=x)
+    skipped = {skip.name: skip.reason for skip in conversion.plan.skipped}
+    assert skipped["1"] == skipped["2"] == "Conv2d computes with its weight outside of it"
+    assert conversion.model[1].weight is conversion.model[2].weight
+    assert [site.name for site in conversion.plan.kept] == ["3"]
+
+
+def test_a_classifier_whose_weight_is_computed_is_left_alone(x: Tensor) -> None:
+    model = nn.Sequential(net(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), parametrizations.weight_norm(nn.Linear(4, 3)))
+    plan = cs.convert(model, cs.CondConv(), example=x, classifier=True).plan
+    assert "its weight is computed by a parametrization" in {s.name: s.reason for s in plan.skipped}["3"]
+
+
+def test_a_single_layer_is_refused(x: Tensor) -> None:
+    with pytest.raises(InputError, match=r"a single Conv2d[\s\S]*nn\.Sequential\(layer\)"):
+        cs.convert(nn.Conv2d(3, 4, 1), cs.CondConv(), example=x, skip_stem=False)
 
 
 def test_frozen_layers_stay_frozen(x: Tensor) -> None:

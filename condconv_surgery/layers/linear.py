@@ -8,6 +8,7 @@ from torch import Tensor
 from condconv_surgery.errors import InputError
 from condconv_surgery.layers.conditional import ConditionalConv2d
 from condconv_surgery.layers.execution import execute
+from condconv_surgery.layers.graph_node import as_node, is_traced
 from condconv_surgery.layers.mixture import Mixture
 from condconv_surgery.recipe import Variant
 
@@ -33,6 +34,9 @@ class ConditionalLinear(ConditionalConv2d[Variant]):
         self.out_features = out_features
 
     def forward(self, x: Tensor, mixture: Mixture | None = None) -> Tensor:
+        if is_traced(x):
+            node: Tensor = as_node(self, x) if mixture is None else as_node(self, x, mixture)
+            return node
         if x.dim() == 1:
             return self.forward(x.unsqueeze(0), mixture).squeeze(0)
         if x.shape[-1] != self.in_features:

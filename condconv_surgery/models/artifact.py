@@ -83,7 +83,7 @@ def load(path: str | Path, *, model: nn.Module | None = None, trust: tuple[str, 
     content = read(path)
     recipe = content.recipe
     skeleton = _skeleton(content, trust) if model is None else model
-    if isinstance(skeleton, fx.GraphModule):
+    if isinstance(skeleton, fx.GraphModule) and recipe.layers:
         lift_convolutions(skeleton)  # as convert did, whose names of them the file has
     try:
         if content.skeleton is None or model is not None:

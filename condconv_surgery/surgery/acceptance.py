@@ -35,9 +35,8 @@ def accept(model: object, *, inplace: bool = False, prove: bool = False) -> nn.M
 def eagerly(model: nn.Module) -> Iterator[None]:
     """Run what ``torch.compile`` compiled as plain Python: a conversion runs each module once, with hooks."""
     compiled = any(m._compiled_call_impl is not None or _is_compiled(m) for m in model.modules())
-    with (
-        torch.compiler.set_stance("force_eager") if compiled else nullcontext()
-    ):  # imports the compiler: only if needed
+    # imports the compiler: only if needed
+    with torch.compiler.set_stance("force_eager") if compiled else nullcontext():
         yield
 
 
@@ -61,6 +60,12 @@ def _is_compiled(module: nn.Module) -> bool:
 
 
 def _require_modules(model: nn.Module) -> None:
+    if isinstance(model, (nn.Conv2d, nn.Linear)):
+        raise InputError(
+            f"The model is a single {type(model).__name__}.",
+            "A layer is replaced in the module that holds it.",
+            "convert(nn.Sequential(layer), ..., skip_stem=False)",
+        )
     if isinstance(model, torch.jit.ScriptModule):
         raise InputError(
             "The model is TorchScript, whose code is fixed.",

@@ -4,28 +4,27 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import fx, nn
 
 from condconv_surgery.errors import InputError
-from condconv_surgery.layers.routed_block import route_no_more
 from condconv_surgery.recipe import Recipe, Selection, Upcycling, Variant, attach_recipe, recipe_of
 from condconv_surgery.running import device_of, input_spec_of
 from condconv_surgery.surgery.acceptance import accept, eagerly
-from condconv_surgery.surgery.block_routing import route_block, share_routers
+from condconv_surgery.surgery.block_routing import share_routers
 from condconv_surgery.surgery.fingerprint import hash_weights
 from condconv_surgery.surgery.functional import lift_convolutions, undone_on_error
 from condconv_surgery.surgery.graph import find_sites
-from condconv_surgery.surgery.proof import Difference, compare_with, exceeds, require, run_both_modes
+from condconv_surgery.surgery.observation import observe, recording
+from condconv_surgery.surgery.proof import Difference, Outputs, compare_with, exceeds, require, run_both_modes
 from condconv_surgery.surgery.rounding import explain
-from condconv_surgery.surgery.selection import Plan, select
-from condconv_surgery.surgery.upcycling import upcycle
-
-Places = list[tuple[str, nn.Module]]
+from condconv_surgery.surgery.selection import Plan, Skip, select
+from condconv_surgery.surgery.swapping import Places, copy_to_change, original_of, restore, swap
 
 
 @dataclass(frozen=True)
@@ -105,8 +104,7 @@ def make_plan(
             return _plan(model, selection, arguments, variant)
         copied = copy.deepcopy(model)
         left = lift_convolutions(copied)
-        plan = _plan(copied, selection, arguments, variant)
-        return replace(plan, skipped=(*plan.skipped, *left))
+        return _with_left(_plan(copied, selection, arguments, variant), left)
 
 
 @dataclass(frozen=True)
@@ -126,32 +124,59 @@ def _convert_graph(model: fx.GraphModule, arguments: tuple[Any, ...], rule: _Rul
     with undone_on_error(target):
         left = lift_convolutions(target)
         conversion = _convert(target, arguments, rule, inplace=True)
-    return replace(conversion, plan=replace(conversion.plan, skipped=(*conversion.plan.skipped, *left)))
+    return replace(conversion, plan=_with_left(conversion.plan, left))
+
+
+def _with_left(plan: Plan, left: tuple[Skip, ...]) -> Plan:
+    """The plan of a graph with the functional convolutions that stay, each under the reason that lifting gave."""
+    names = {skip.name for skip in left}
+    return replace(plan, skipped=(*(skip for skip in plan.skipped if skip.name not in names), *left))
 
 
 def _convert(model: nn.Module, arguments: tuple[Any, ...], rule: _Rule, inplace: bool) -> Conversion:
     plan = _plan(model, rule.selection, arguments, rule.variant)
     before = run_both_modes(model, arguments, plan.modes) if rule.prove else None
     recipe = _recipe_with_hash(model)
-    target = model if inplace else _copy(model, plan)
-    change = partial(_swap, plan=plan, variant=rule.variant, upcycling=rule.upcycling)
+    target = model if inplace else copy_to_change(model, plan)
+    change = partial(swap, plan=plan, variant=rule.variant, upcycling=rule.upcycling)
     undo = change(target)
-    difference = exact = None
-    if before is not None:
-        try:
-            difference = compare_with(target, arguments, plan.modes, before)
+    exact = None
+    try:
+        difference = _run_converted(target, arguments, plan, before, undo)
+        if before is not None and difference is not None:
             if rule.tolerance is None and exceeds(difference, before, None):
-                original = partial(_original_of, target, plan, undo) if inplace else partial(copy.deepcopy, model)
+                original = partial(original_of, target, plan, undo) if inplace else partial(copy.deepcopy, model)
                 numbers = sum(parameter.numel() for parameter in target.parameters())
                 note, exact = explain(original, arguments, plan, change, numbers, before, difference)
                 plan = replace(plan, notes=(*plan.notes, note))
             else:
                 require(difference, before, rule.tolerance)
-        except Exception:
-            _restore(target, plan, undo)
-            raise
+    except Exception:
+        restore(target, plan, undo)
+        raise
     attach_recipe(target, recipe)
     return Conversion(target, plan, difference, exact)
+
+
+def _run_converted(
+    model: nn.Module, arguments: tuple[Any, ...], plan: Plan, before: Outputs | None, replaced: Places
+) -> Difference | None:
+    """The difference from ``before``, where that is known. Raises ``InputError`` when a replaced layer is called."""
+    difference = None
+    with recording(dict(replaced)) as called:
+        if before is not None:
+            difference = compare_with(model, arguments, plan.modes, before)
+        else:
+            for training in plan.modes:
+                with suppress(Exception):  # whether the model runs is for the proof to say
+                    observe(model, {}, arguments, training)
+    for name in called:
+        raise InputError(
+            f"{name} would be replaced in vain: the model calls it from elsewhere, a list or a closure say.",
+            "A layer can be replaced where only attributes of modules, nn.ModuleList and the like hold it.",
+            f'nn.ModuleList(layers) in place of the list, or --exclude "{name}"',
+        )
+    return difference
 
 
 def _plan(model: nn.Module, selection: Selection, arguments: tuple[Any, ...], variant: Variant | None) -> Plan:
@@ -180,52 +205,3 @@ def _recipe_with_hash(model: nn.Module) -> Recipe:
     """What the converted model will say of its origin: taken before its weights change."""
     recipe = recipe_of(model) or Recipe(input=input_spec_of(model))
     return recipe if recipe.weights_sha256 else replace(recipe, weights_sha256=hash_weights(model))
-
-
-def _copy(model: nn.Module, plan: Plan) -> nn.Module:
-    """A copy that has the original's own layers where they are about to be replaced: their weights are not copied in
-    vain. (Those with hooks are, for a hook may be the method of a module that is copied.)"""
-    layers = [site.module for site in plan.kept]
-    return copy.deepcopy(model, {id(m): m for m in layers if not m._forward_hooks and not m._forward_pre_hooks})
-
-
-def _original_of(model: nn.Module, plan: Plan, before: Places) -> nn.Module:
-    """A copy of what ``model`` was, without ever copying its experts."""
-    memo: dict[int, Any] = {}
-    for name, module in before:
-        memo[id(model.get_submodule(name))] = copy.deepcopy(module, memo)
-    original = copy.deepcopy(model, memo)
-    for router in plan.routers:
-        route_no_more(original.get_submodule(router.block))
-    return original
-
-
-def _swap(model: nn.Module, plan: Plan, variant: Variant, upcycling: Upcycling) -> Places:
-    """Put conditional layers in place, the same one at every name of a site, and the routers of blocks; returns what
-    was there."""
-    shared = {name for router in plan.routers for name in router.layers}
-    layers: Places = []
-    before: Places = []
-    for site in plan.kept:
-        module = model.get_submodule(site.name)
-        assert isinstance(module, (nn.Conv2d, nn.Linear))
-        routing: Literal["layer", "block"] = "block" if site.name in shared else "layer"
-        layer = upcycle(module, replace(variant, routing=routing), upcycling, site.name)
-        layers += [(name, layer) for name in site.names]
-        before += [(name, module) for name in site.names]
-    _put(model, layers)
-    for router in plan.routers:
-        route_block(model, router)
-    return before
-
-
-def _restore(model: nn.Module, plan: Plan, before: Places) -> None:
-    """Undo ``_swap``."""
-    for router in plan.routers:
-        route_no_more(model.get_submodule(router.block))
-    _put(model, before)
-
-
-def _put(model: nn.Module, places: Places) -> None:
-    for name, module in places:
-        model.set_submodule(name, module)

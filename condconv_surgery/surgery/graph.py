@@ -58,7 +58,7 @@ class Sites:
     """All sites in call order.
 
     modes: those in which the model runs on the example, ``False`` for eval and ``True`` for train.
-    notes: why parts of the model could not be traced or run, one line each.
+    notes: why parts of the model could not be traced, run or seen, one line each.
     functional: parameters that ``F.conv2d`` takes with no layer around it, and the class that calls it.
     """
 
@@ -81,6 +81,10 @@ def find_sites(model: nn.Module, arguments: tuple[Any, ...]) -> Sites:
     pooled = _pooled_at_twice_the_size(model, layers, arguments, in_eval)
     traces = trace(model, layers.values())
     notes += _untraceable(traces.untraceable)
+    notes += [
+        f"{who} convolves with a parameter that the model does not register, in a list say: left alone"
+        for who in sorted(reads.nameless)
+    ]
     modules = dict(model.named_modules(remove_duplicate=False))
     sites = []
     for all_names, module in names:

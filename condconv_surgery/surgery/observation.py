@@ -42,7 +42,7 @@ def observe(
 
 
 def _observe_on_meta(model: nn.Module, layers: Mapping[str, nn.Module], arguments: tuple[Any, ...]) -> dict[str, Calls]:
-    with meta_state(model), _recording(layers) as calls:
+    with meta_state(model), recording(layers) as calls:
         model(*on_device(arguments, META))
     return calls
 
@@ -50,13 +50,14 @@ def _observe_on_meta(model: nn.Module, layers: Mapping[str, nn.Module], argument
 def _observe_for_real(
     model: nn.Module, layers: Mapping[str, nn.Module], arguments: tuple[Any, ...]
 ) -> dict[str, Calls]:
-    with preserved_buffers(model), _recording(layers) as calls:
+    with preserved_buffers(model), recording(layers) as calls:
         model(*on_device(arguments, device_of(model)))
     return calls
 
 
 @contextmanager
-def _recording(layers: Mapping[str, nn.Module]) -> Iterator[dict[str, Calls]]:
+def recording(layers: Mapping[str, nn.Module]) -> Iterator[dict[str, Calls]]:
+    """The calls of ``layers`` (by name) within the block."""
     calls: dict[str, Calls] = {}
 
     def hook(name: str) -> Any:

@@ -21,10 +21,12 @@ from torch.utils import _pytree as pytree
 class Reads:
     """weights: for each layer (by name) whose weight or bias is used outside of it, the class that does.
     functional: for each parameter (by name) that ``F.conv2d`` takes outside of all layers, the class that calls it.
+    nameless: classes in which a convolution takes a parameter that the model has not.
     """
 
     weights: dict[str, str] = field(default_factory=dict)
     functional: dict[str, str] = field(default_factory=dict)
+    nameless: set[str] = field(default_factory=set)
 
 
 @contextmanager
@@ -78,19 +80,23 @@ class _Watch(TorchFunctionMode):
                 self._owners.setdefault(id(parameter), []).append((name, layer))
 
     def _note(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
+        if func is torch.conv2d:
+            self._note_convolution(kwargs.get("weight", args[1] if len(args) > 1 else None))
         leaves = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if id(leaf) in self._names]
         if not leaves or str(getattr(func, "__name__", "")).startswith("new_") or not _has_tensor(result):
             return
         who = type(self._inside[-1]).__name__
         for leaf in leaves:
-            owners = self._owners.get(id(leaf), [])
-            if not any(layer in self._inside for _, layer in owners):
-                self.reads.weights.update({name: who for name, _ in owners})
-        if func is torch.conv2d:
-            weight = kwargs.get("weight", args[1] if len(args) > 1 else None)
-            inside_a_layer = any(module in self._inside for module in self._layers.values())
-            if id(weight) in self._names and id(weight) not in self._owners and not inside_a_layer:
-                self.reads.functional[self._names[id(weight)]] = who
+            owners = self._owners.get(id(leaf), [])  # several layers where they share the tensor
+            self.reads.weights.update({name: who for name, layer in owners if layer not in self._inside})
+
+    def _note_convolution(self, weight: Any) -> None:
+        who = type(self._inside[-1]).__name__
+        if id(weight) not in self._names:
+            if isinstance(weight, nn.Parameter):
+                self.reads.nameless.add(who)
+        elif id(weight) not in self._owners and not any(layer in self._inside for layer in self._layers.values()):
+            self.reads.functional[self._names[id(weight)]] = who
 
 
 def _has_tensor(result: Any) -> bool:

@@ -16,8 +16,7 @@ from condconv_surgery.surgery.graph import ConvSite, Sites
 
 NOT_INCLUDED = "not matched by --include"
 
-
-FUNCTIONAL = "F.conv2d on a parameter, in {}.forward: converted only in a torch.fx.GraphModule"
+FUNCTIONAL = "F.conv2d on a parameter, in {}.forward: converted in a torch.fx.GraphModule only"
 
 
 @dataclass(frozen=True)
@@ -74,9 +73,15 @@ def select(found: Sites, selection: Selection, source: str = "the model") -> Pla
 def _none_at_all(found: Sites, source: str) -> InputError:
     if found.functional:
         name, who = found.functional[0]
+        if who == "GraphModule":
+            return InputError(
+                f"No convolution to convert: {source} has only F.conv2d with {name}, which cannot become a module.",
+                "A weight can that is a parameter, used in nothing else, with the same settings in each call.",
+                "lift_convolutions(graph): it returns the reason for each",
+            )
         return InputError(
             f"No convolution to convert: {source} has no nn.Conv2d, only F.conv2d with {name}, in {who}.forward.",
-            "In a torch.fx.GraphModule those are converted too.",
+            "Where the model is a torch.fx.GraphModule those are converted too.",
             "convert(torch.fx.symbolic_trace(model), ...)",
         )
     return InputError(
@@ -89,7 +94,7 @@ def _none_at_all(found: Sites, source: str) -> InputError:
 def _reason_to_skip(site: ConvSite, selection: Selection, is_stem: bool) -> str:
     """Why ``site`` stays as it is; empty when it is converted. What cannot be comes before what is not wanted."""
     checks = (
-        "" if site.linear else _reason_impossible(site.module),
+        _computed(site.module) if site.linear else _reason_impossible(site.module),
         f"{site.read_by} computes with its weight outside of it" if site.read_by else "",
         "not called in a forward pass" if site.calls == 0 else "",
         NOT_INCLUDED if selection.include and not _matches(site, selection.include) else "",

@@ -1,0 +1,67 @@
+"""Layers exchanged for conditional ones, and back; copies that do not take what is about to be replaced."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+from typing import Any, Literal
+
+from torch import nn
+
+from condconv_surgery.layers.routed_block import route_no_more
+from condconv_surgery.recipe import Upcycling, Variant
+from condconv_surgery.surgery.block_routing import route_block
+from condconv_surgery.surgery.selection import Plan
+from condconv_surgery.surgery.upcycling import upcycle
+
+Places = list[tuple[str, nn.Module]]
+"""Modules and where they are, or were."""
+
+
+def copy_to_change(model: nn.Module, plan: Plan) -> nn.Module:
+    """A copy that has the original's own layers where they are about to be replaced: their weights are not copied in
+    vain. (Those with hooks are, for a hook may be the method of a module that is copied.)"""
+    layers = [site.module for site in plan.kept]
+    return copy.deepcopy(model, {id(m): m for m in layers if not m._forward_hooks and not m._forward_pre_hooks})
+
+
+def original_of(model: nn.Module, plan: Plan, before: Places) -> nn.Module:
+    """A copy of what ``model`` was, without ever copying its experts."""
+    memo: dict[int, Any] = {}
+    for name, module in before:
+        memo[id(model.get_submodule(name))] = copy.deepcopy(module, memo)
+    original = copy.deepcopy(model, memo)
+    for router in plan.routers:
+        route_no_more(original.get_submodule(router.block))
+    return original
+
+
+def swap(model: nn.Module, plan: Plan, variant: Variant, upcycling: Upcycling) -> Places:
+    """Put conditional layers in place, the same one at every name of a site, and the routers of blocks; returns what
+    was there."""
+    shared = {name for router in plan.routers for name in router.layers}
+    layers: Places = []
+    before: Places = []
+    for site in plan.kept:
+        module = model.get_submodule(site.name)
+        assert isinstance(module, (nn.Conv2d, nn.Linear))
+        routing: Literal["layer", "block"] = "block" if site.name in shared else "layer"
+        layer = upcycle(module, replace(variant, routing=routing), upcycling, site.name)
+        layers += [(name, layer) for name in site.names]
+        before += [(name, module) for name in site.names]
+    _put(model, layers)
+    for router in plan.routers:
+        route_block(model, router)
+    return before
+
+
+def restore(model: nn.Module, plan: Plan, before: Places) -> None:
+    """Undo ``swap``."""
+    for router in plan.routers:
+        route_no_more(model.get_submodule(router.block))
+    _put(model, before)
+
+
+def _put(model: nn.Module, places: Places) -> None:
+    for name, module in places:
+        model.set_submodule(name, module)
