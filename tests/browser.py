@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import subprocess
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from html import unescape
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +40,71 @@ def act(page: str, script: str, folder: Path, width: int = 1200) -> tuple[Any, l
     found = re.search(r'data-found="([^"]*)"', done.stdout)
     assert found, done.stderr[-2000:]
     return json.loads(unescape(found[1])), [line for line in done.stderr.splitlines() if "CONSOLE" in line]
+
+
+def press(page: str, keys: Sequence[str], script: str, folder: Path) -> Any:
+    """The JSON value of ``script`` (an expression) after real keys: ``Tab``, ``Enter``, ``Space``, or text typed."""
+    file = folder / "pressed.html"
+    file.write_text(page, encoding="utf-8")
+    with devtools(folder) as call:
+        target = call("Target.createTarget", url=file.as_uri())["targetId"]
+        session = call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
+        call("Page.enable", session)
+        while not call("Runtime.evaluate", session, expression=LOADED)["result"].get("value"):
+            time.sleep(0.02)
+        for key in keys:
+            if key not in KEYS:
+                call("Input.insertText", session, text=key)
+                continue
+            code, text = KEYS[key]
+            how = {"key": text or key, "code": key, "windowsVirtualKeyCode": code}
+            call("Input.dispatchKeyEvent", session, type="keyDown", text=text, **how)
+            call("Input.dispatchKeyEvent", session, type="keyUp", **how)
+        return call("Runtime.evaluate", session, expression=script, returnByValue=True)["result"]["value"]
+
+
+LOADED = "location.protocol === 'file:' && document.readyState === 'complete'"  # not the blank page before it
+
+KEYS = {"Tab": (9, ""), "Enter": (13, "\r"), "Space": (32, " ")}
+"""Virtual key codes and the text that a key makes."""
+
+
+@contextmanager
+def devtools(folder: Path) -> Iterator[Any]:
+    """``call(method, session, **parameters)`` of the DevTools protocol, spoken through descriptors 3 and 4."""
+    assert CHROMIUM is not None
+    (read_ours, write_theirs), (read_theirs, write_ours) = os.pipe(), os.pipe()
+    wired = f'exec "$@" 3<&{read_theirs} 4>&{write_theirs}'
+    command = ["bash", "-c", wired, "bash", CHROMIUM, *FLAGS, "--remote-debugging-pipe"]
+    browser = subprocess.Popen(
+        [*command, f"--user-data-dir={folder / 'profile'}"],
+        pass_fds=(read_theirs, write_theirs),
+        stderr=subprocess.DEVNULL,
+    )
+    os.close(read_theirs)
+    os.close(write_theirs)
+    numbers = count(1)
+    with os.fdopen(read_ours, "rb") as answers, os.fdopen(write_ours, "wb", buffering=0) as requests:
+
+        def call(method: str, session: str | None = None, **parameters: Any) -> Any:
+            number = next(numbers)
+            request = {"id": number, "method": method, "params": parameters}
+            requests.write(json.dumps(request | ({"sessionId": session} if session else {})).encode() + b"\0")
+            while True:
+                text = bytearray()
+                while (byte := answers.read(1)) != b"\0":
+                    assert byte, "Chromium is gone"
+                    text += byte
+                answer = json.loads(text)
+                if answer.get("id") == number:
+                    assert "result" in answer, answer
+                    return answer["result"]
+
+        try:
+            yield call
+        finally:
+            browser.kill()
+            browser.wait()
 
 
 def run(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:

@@ -24,7 +24,9 @@ def test_comparison(measured: Report, tmp_path: Path) -> None:
     text = shown(render_comparison(HEADERS, both.rows()))
     assert max(len(line) for line in text.splitlines()) <= 80
     assert "50.0%" in text
-    assert "latency" not in text, "a column in which nothing was measured"
+    for form in (text, both.to_markdown(), both.to_html()):
+        assert "latency" not in form, "a column in which nothing was measured"
+        assert "top-1" in form
     assert both.to_markdown().count("\n") == 4
     assert len(both.to_csv().splitlines()) == 3
     assert "<svg" in both.to_html()

@@ -7,13 +7,17 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 from torch import nn
 
 from condconv_surgery import report
 from condconv_surgery.errors import InputError
 from condconv_surgery.reporting import Comparison, Report, write_page
-from tests.browser import CHROMIUM, act
+from condconv_surgery.reporting.drawing import heat_map, to_svg
+from condconv_surgery.reporting.plots import gates_by_class
+from condconv_surgery.reporting.routing import layer_routing
+from tests.browser import CHROMIUM, act, press
 from tests.measured import SPEC
 
 browser = pytest.mark.skipif(CHROMIUM is None, reason="no chromium: apt-get install chromium")
@@ -63,6 +67,25 @@ def test_sorts_and_filters_in_a_browser(measured: Report, tmp_path: Path) -> Non
     assert found["names"] == sorted(found["names"])
     assert found["filtered"] == found["only"] == ["odconv", "odconv"]
     assert found["count"] == "2 of 4 layers"
+
+
+@browser
+def test_sorts_and_filters_by_the_keyboard_alone(measured: Report, tmp_path: Path) -> None:
+    """Tab to the heading of MACs, then real keys; Tab on to the filter and type."""
+    page = measured.to_html()
+    focus = "document.querySelectorAll('#layers thead button')[4].focus()"
+    page = page.replace("</body>", f"<script>{focus}</script></body>")
+    state = """({
+      macs: [...document.querySelectorAll('#layers tbody tr')].map(row => Number(row.cells[5].dataset.value)),
+      sorted: document.querySelectorAll('#layers th')[5].getAttribute('aria-sort'),
+      focus: document.activeElement.textContent })"""
+    once, twice = (press(page, ["Tab", *keys], state, tmp_path) for keys in (["Enter"], ["Enter", "Space"]))
+    assert once["focus"] == twice["focus"] == "MACs"
+    assert (once["sorted"], twice["sorted"]) == ("descending", "ascending")
+    assert once["macs"] == sorted(once["macs"], reverse=True)
+    assert twice["macs"] == sorted(once["macs"]) != once["macs"]
+    page = page.replace(focus, "document.getElementById('filter').focus()")
+    assert press(page, ["odconv"], "document.getElementById('count').textContent", tmp_path) == "2 of 4 layers"
 
 
 @browser
@@ -123,6 +146,30 @@ def luminance(colour: str) -> float:
 
 def contrast(a: float, b: float) -> float:
     return (max(a, b) + 0.05) / (min(a, b) + 0.05)
+
+
+def test_numbers_in_a_heat_map_keep_their_ink_on_a_dark_page() -> None:
+    svg = to_svg(heat_map([[0.1, 0.9]], ["layer"], "gates", 0.0, 1.0))
+    for number, ink in (("0.10", "#1b1f24"), ("0.90", "#ffffff")):
+        assert re.search(rf"<text[^>]*fill: {ink}[^>]*>{number}</text>", svg)
+    assert re.search(r"<text(?![^>]*fill: #)[^>]*>layer</text>", svg), "beside the map, the colour of the page's text"
+
+
+def test_a_thousand_classes_fit_on_a_page_and_in_a_picture(measured: Report) -> None:
+    gates = torch.rand(1000, 8, generator=torch.Generator().manual_seed(0))
+    gates[700] = torch.tensor([9.0, 0, 0, 0, 0, 0, 0, 0])
+    layer = layer_routing("layer", gates, torch.arange(1000), 1000)
+    assert measured.routing is not None
+    names = tuple(f"class{i:04d}" for i in range(1000))
+    layers = tuple(replace(layer, name=f"layer{i}") for i in range(52))
+    routing = replace(measured.routing, layers=layers, classes=names, files=measured.routing.files * 56)
+    page = replace(measured, routing=routing).to_html()
+    assert len(page.encode()) < 5_000_000
+    assert "the 48 of 1000 classes that differ most" in page
+    assert page.count("class0700") == 52
+    figure = gates_by_class(layer, names)
+    assert len(figure.axes[0].get_yticklabels()) == 100
+    assert "100 of 1000 classes that differ most" in figure.axes[0].get_title()
 
 
 def test_plots(measured: Report, tmp_path: Path) -> None:

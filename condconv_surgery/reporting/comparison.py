@@ -11,6 +11,7 @@ from typing import Any
 from condconv_surgery.reporting.numbers import human, human_bytes
 from condconv_surgery.reporting.page import comparison_page
 from condconv_surgery.reporting.reports import Report
+from condconv_surgery.reporting.tables import measured_columns
 from condconv_surgery.reporting.terminal import make_console, render_comparison
 
 HEADERS = ("model", "converted", "parameters", "MACs", "weights", "latency", "top-1")
@@ -42,12 +43,14 @@ class Comparison:
         return out.getvalue()
 
     def to_markdown(self) -> str:
-        """One table."""
-        lines = ["| " + " | ".join(HEADERS) + " |", "|---|" + "---:|" * (len(HEADERS) - 1)]
-        return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in self.rows())]) + "\n"
+        """One table, without columns in which nothing was measured."""
+        kept = measured_columns(self.rows())
+        lines = [[row[i] for i in kept] for row in (HEADERS, *self.rows())]
+        head, *body = ("| " + " | ".join(line) + " |" for line in lines)
+        return "\n".join([head, "|---|" + "---:|" * (len(kept) - 1), *body]) + "\n"
 
     def to_html(self) -> str:
-        """One self-contained page with the table, the plots and every model's totals."""
+        """One self-contained page with the table and the plots."""
         return comparison_page(self.reports, HEADERS, self.rows(), [_values(report) for report in self.reports])
 
     def print(self, width: int | None = None) -> None:

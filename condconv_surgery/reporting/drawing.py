@@ -14,6 +14,9 @@ from condconv_surgery.models.files import replacing
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+INK = "#1b1f24"
+"""On a light cell. Black would turn light on a dark page (``to_svg``), and the cell would not."""
+
 MOST_EXPERTS_IN_NUMBERS = 8
 """Up to so many columns a heat map also prints its numbers."""
 
@@ -77,5 +80,5 @@ def _numbers(axes: Any, rows: Sequence[Sequence[float]], dark: float) -> None:
     for y, row in enumerate(rows):
         for x, value in enumerate(row):
             if not math.isnan(value):
-                colour = "white" if value > dark else "black"
+                colour = "white" if value > dark else INK
                 axes.text(x, y, f"{value:.2f}", ha="center", va="center", fontsize=8.5, color=colour)

@@ -18,6 +18,7 @@ from condconv_surgery.reporting.plots import COSTS, PARTS, accuracy_against_cost
 from condconv_surgery.reporting.tables import (
     cost_rows,
     latency_line,
+    measured_columns,
     multiplying,
     remainder,
     summary_rows,
@@ -31,6 +32,9 @@ if TYPE_CHECKING:
 
 THUMBNAIL = 56
 """Pixels of a picture's side on the page."""
+
+MOST_CELLS = 20_000
+"""Gates by class on one page, of all layers: about 1.5 MB. Of more classes, those that differ most are shown."""
 
 MOST_THUMBNAILS = 600
 """Pictures on one page: about 1.5 MB. The layers that differ most between pictures come first."""
@@ -57,6 +61,7 @@ def comparison_page(
 ) -> str:
     """The page of several models side by side; the plots where an accuracy is known. values: what rows sort by."""
     figures = []
+    kept = measured_columns(rows)
     if any(report.accuracy is not None for report in reports):
         # two, which stand side by side where there is room
         figures = [{"cost": cost, "svg": to_svg(accuracy_against_cost(reports, [cost]))} for cost in COSTS]
@@ -65,8 +70,8 @@ def comparison_page(
         .get_template("comparison.html.j2")
         .render(
             title="Comparison",
-            headers=headers,
-            rows=list(zip(rows, values, strict=True)),
+            headers=[headers[i] for i in kept],
+            rows=[[(row[i], known[i]) for i in kept] for row, known in zip(rows, values, strict=True)],
             plots=figures,
             convention=CONVENTION,
         )
@@ -94,16 +99,21 @@ def _context(report: Report) -> dict[str, Any]:
 
 
 def _seen(routing: Routing | None) -> dict[str, Any]:
-    """The pictures on the page: for each layer that has room, and once each however many experts like them."""
+    """The pictures on the page, once each however many experts like them, and the classes, as far as there is room."""
     if routing is None:
-        return {"thumbnails": {}, "pictured": ()}
+        return {"thumbnails": {}, "pictured": (), "shown": {}}
     pictured, indices = [], set[int]()
     for layer in sorted(routing.layers, key=lambda layer: -layer.variation):
         wanted = {i for expert in layer.top for i in expert}
         if len(indices | wanted) <= MOST_THUMBNAILS:
             indices |= wanted
             pictured.append(layer.name)
-    return {"thumbnails": {i: _thumbnail(routing.files[i]) for i in sorted(indices)}, "pictured": tuple(pictured)}
+    most = max(1, MOST_CELLS // max(1, sum(layer.experts for layer in routing.layers)))
+    return {
+        "thumbnails": {i: _thumbnail(routing.files[i]) for i in sorted(indices)},
+        "pictured": tuple(pictured),
+        "shown": {layer.name: layer.distinct_classes(most) for layer in routing.layers},
+    }
 
 
 def _thumbnail(file: str) -> str:
@@ -126,6 +136,6 @@ def _environment() -> jinja2.Environment:
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )
-    for name in ("human", "human_bytes", "human_time", "percent"):
+    for name in ("human", "human_bytes", "percent"):
         environment.filters[name] = getattr(numbers, name)
     return environment

@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 PARTS = {"convolution": "#8aa0b8", "mixing": "#e07b39", "routing": "#2a7f62", "attention": "#8e5bb5"}
 """Colours that stay apart in grey print and for the colour-blind; the page uses the same."""
 
+MOST_CLASSES = 100
+"""Rows of a heat map; a picture of a thousand is 35,000 pixels high."""
+
 SERIES = ("#5b6570", "#e07b39", "#2a7f62", "#8e5bb5", "#0b5cad", "#b3261e")
 
 COSTS = {
@@ -43,7 +46,7 @@ def layer_costs(profile: Profile, title: str = "") -> Figure:
     axes.set_yticks(range(len(layers)), [layer.name for layer in layers], fontsize=8.5)
     axes.set_ylim(len(layers) - 0.4, -0.6)
     axes.set_xlabel("millions of MACs per image")
-    axes.legend(frameon=False)
+    figure.legend(loc="outside lower center", ncols=len(PARTS), frameon=False)  # nowhere among bars is there room
     without_frame(axes)
     return figure
 
@@ -59,9 +62,22 @@ def experts_used(routing: Routing) -> Figure:
 
 
 def gates_by_class(layer: LayerRouting, classes: Sequence[str]) -> Figure:
-    """Mean gates of one layer for each class; the colours span what occurs, however little that is."""
+    """Mean gates of one layer for each class; the colours span what occurs, however little that is.
+
+    Of more than ``MOST_CLASSES``, those that differ most.
+    """
     low, high = min(map(min, layer.by_class)), max(map(max, layer.by_class))
-    return heat_map(layer.by_class, classes, f"{layer.name}: mean gates by class", low, high)
+    shown = layer.distinct_classes(MOST_CLASSES)
+    what = (
+        "by class" if len(shown) == len(classes) else f"of the {len(shown)} of {len(classes)} classes that differ most"
+    )
+    return heat_map(
+        [layer.by_class[c] for c in shown],
+        [classes[c] for c in shown],
+        f"{layer.name}: mean gates {what}",
+        low,
+        high,
+    )
 
 
 def accuracy_against_cost(reports: Sequence[Report], costs: Sequence[str] = tuple(COSTS)) -> Figure:
@@ -88,6 +104,7 @@ def accuracy_against_cost(reports: Sequence[Report], costs: Sequence[str] = tupl
             for x, y, text in at:
                 axes.annotate(text, (x, y), xytext=(0, 7), textcoords="offset points", fontsize=10.5, ha="center")
         axes.tick_params(labelsize=10.5)
+        axes.locator_params(axis="x", nbins=4)  # more run into each other where numbers are long
         axes.set_xlabel(cost, fontsize=10.5)
         axes.set_ylabel("top-1, %", fontsize=10.5)
         axes.margins(0.25)

@@ -80,6 +80,14 @@ class LayerRouting:
         """A plain convolution would do."""
         return self.used < 1.2 or self.variation < 0.01
 
+    def distinct_classes(self, most: int) -> tuple[int, ...]:
+        """At most so many classes, those whose mean gates lie farthest from ``mean``, in their order."""
+
+        def distance(c: int) -> float:
+            return sum(abs(own - mean) for own, mean in zip(self.by_class[c], self.mean, strict=True))
+
+        return tuple(sorted(sorted(range(len(self.by_class)), key=distance, reverse=True)[:most]))
+
     def to_dict(self) -> dict[str, Any]:
         return {**asdict(self), "verdict": self.verdict}
 

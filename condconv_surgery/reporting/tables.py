@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from condconv_surgery.reporting.counters import other_counters
@@ -118,6 +118,11 @@ def latency_line(cost: Cost) -> str:
         f"Latency: medians, original and model by turns in one run after {cost.latency[0].warm_up} passes to warm up; "
         f"interquartile range {spreads}; {words}."
     )
+
+
+def measured_columns(rows: Sequence[Sequence[str]]) -> list[int]:
+    """The columns of a comparison in which something was measured; the first, of names, always."""
+    return [i for i in range(len(rows[0])) if i == 0 or any(row[i] != "-" for row in rows)]
 
 
 def multiplying(profile: Profile) -> list[Layer]:

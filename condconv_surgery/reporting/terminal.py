@@ -16,6 +16,7 @@ from condconv_surgery.reporting.numbers import human
 from condconv_surgery.reporting.tables import (
     cost_rows,
     latency_line,
+    measured_columns,
     multiplying,
     remainder,
     summary_rows,
@@ -95,7 +96,7 @@ def render_experts(experts: Sequence[Experts]) -> RenderableType:
 
 def render_comparison(headers: Sequence[str], rows: Sequence[Sequence[str]], width: int = WIDTH) -> RenderableType:
     """Models side by side; columns in which nothing was measured are left out."""
-    kept = [i for i in range(len(headers)) if i == 0 or any(row[i] != "-" for row in rows)]
+    kept = measured_columns(rows)
     widths = [max(len(headers[i]), *(len(row[i]) for row in rows)) for i in kept[1:]]
     first = max(16, width - sum(widths) - 2 * len(widths))
     cells = [[shortened(row[0], first), *(row[i] for i in kept[1:])] for row in rows]
