@@ -117,9 +117,9 @@ def effective_options(
     output = flags[""]["output"]
     own = Path(output) / "recipe.toml" if output else None
     if recipe is not None:
-        options = from_toml(_read(recipe), str(recipe))
+        options = from_toml(_read(recipe, "--recipe FILE.toml"), str(recipe))
     elif resume and own is not None and (own.is_file() or not flags[""]["model"]):
-        options = from_toml(_read(own), str(own))
+        options = from_toml(_read(own, f"condconv finetune MODEL --data FOLDER -o {output}, a new run"), str(own))
     else:
         options = TrainingOptions()
     changes: dict[str, Any] = {}
@@ -168,14 +168,14 @@ def _place(changes: dict[str, Any], section: str, name: str, value: Any) -> None
     (changes.setdefault(section, {}) if section else changes)[name] = value
 
 
-def _read(path: Path) -> str:
+def _read(path: Path, fix: str) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(
-            f"{path} cannot be read: {error}.",
+            f"{path} cannot be read: {getattr(error, 'strerror', None) or error}.",
             "It must be a recipe that finetune or --print-recipe wrote.",
-            "--recipe FILE.toml",
+            fix,
         ) from error
 
 

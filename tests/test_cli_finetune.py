@@ -119,6 +119,8 @@ def test_resume_needs_the_folder_alone(condconv: Run, data: Path, tmp_path: Path
         (["--data", "{data}", "--recipe", "{tmp}/none.toml"], "none.toml cannot be read"),
         (["--data", "{data}", "-o", "/proc/run"], "/proc/run cannot be written"),
         (["--data", "{data}", "--distill", "start"], "is new and untrained"),
+        (["--data", "{data}", "--image-size", "2"], "leave --image-size out"),
+        (["--data", "{data}", "--temperature", "0"], "leave --temperature out"),
         ([], "No pictures are given"),
     ],
 )
@@ -135,6 +137,13 @@ def test_bad_input_ends_in_words_with_nothing_written(
     assert "Traceback" not in err
     written = {p.name for p in (tmp_path / "run").iterdir()} if (tmp_path / "run").exists() else set()
     assert written <= {"recipe.toml"}
+
+
+def test_resume_without_a_run_or_a_model_says_how_to_begin_one(condconv: Run, tmp_path: Path) -> None:
+    code, _, err = condconv("finetune", "-o", tmp_path / "nothing", "--resume")
+    assert code == 2
+    assert "recipe.toml cannot be read: No such file or directory.\n" in err
+    assert f"Try: condconv finetune MODEL --data FOLDER -o {tmp_path / 'nothing'}, a new run" in err
 
 
 def test_a_missing_model_a_corrupt_picture_and_a_used_folder(condconv: Run, data: Path, tmp_path: Path) -> None:

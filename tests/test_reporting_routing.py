@@ -212,3 +212,15 @@ def test_experts_after_conversion_and_their_distance() -> None:
     assert found.apart == pytest.approx(0.5)
     assert found.moved == pytest.approx(1.0)
     assert measure_experts(model)[0].moved is None
+    with pytest.raises(InputError, match=r"The original has no layer 0 of this shape(.|\n)*another --original"):
+        measure_experts(model, nn.Sequential(nn.Conv2d(3, 4, 3)))
+    layer.weight.data[0, 0] = float("nan")
+    with pytest.raises(InputError, match=r"The experts of 0 are not finite(.|\n)*before training diverged"):
+        measure_experts(model)
+
+
+def test_answers_that_are_no_numbers_are_refused(tmp_path: Path) -> None:
+    model = ByColour().eval()
+    model.layer.router.linear.weight.data *= float("nan")  # type: ignore[union-attr]
+    with pytest.raises(InputError, match=r"answers to the pictures are not finite(.|\n)*--dtype float32"):
+        measure_routing(model, find_pictures(write_pictures(tmp_path, classes=3, each=4)), spec=SPEC)

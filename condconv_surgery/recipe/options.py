@@ -134,6 +134,8 @@ def _allowed(rule: Rule) -> str:
 
 
 def _typed(shown: str, rule: Rule, default: object) -> str:
+    if default is None:
+        return f"leave {rule.flag or shown} out"
     example = rule.choices[0] if rule.choices else default
     if isinstance(example, tuple):
         example = list(example)

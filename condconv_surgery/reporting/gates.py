@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from condconv_surgery.errors import InputError
 from condconv_surgery.layers import routers
 from condconv_surgery.layers.mixture import Mixture
 from condconv_surgery.running import device_of, in_mode
@@ -43,6 +44,7 @@ def observe(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], answers:
     """Run labelled pictures through ``model`` in eval mode and keep every mixture.
 
     answers: [classes of the folder], the logit that stands for each; by default the label is the logit.
+    Raises ``InputError`` when an answer is no number.
     """
     kept: dict[str, list[Mixture]] = {}
     with in_mode(model, training=False), torch.inference_mode(), _listening(model, kept):
@@ -74,6 +76,12 @@ def _answers(
         output = model(images.to(device, next(model.parameters()).dtype))
         logits = output if isinstance(output, Tensor) else output[0]
         width = logits.shape[1]
+        if not bool(torch.isfinite(logits).all()):
+            raise InputError(
+                "The model's answers to the pictures are not finite.",
+                "Gates are looked at in a model that answers.",
+                "an artifact from before training diverged, or --dtype float32",
+            )
         labels.append(wanted)
         right.append(logits.argmax(dim=1).cpu() == (wanted if answers is None else answers[wanted]))
     return torch.cat(labels), torch.cat(right), width

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from condconv_surgery.errors import InputError
 from condconv_surgery.layers import conditional_layers
 
 
@@ -31,7 +33,10 @@ class Experts:
 
 @torch.no_grad()
 def measure_experts(model: nn.Module, original: nn.Module | None = None) -> tuple[Experts, ...]:
-    """Similarity of experts of each layer that has several. original: the model before conversion, if at hand."""
+    """Similarity of experts of each layer that has several. original: the model before conversion, if at hand.
+
+    Raises ``InputError`` for experts that are no numbers, and for an ``original`` without any of the layers.
+    """
     plain = dict(original.named_modules()) if original is not None else {}
     found = []
     for name, layer in conditional_layers(model).items():
@@ -42,7 +47,20 @@ def measure_experts(model: nn.Module, original: nn.Module | None = None) -> tupl
         start = weight.detach().float().flatten().to(kernels) if isinstance(weight, Tensor) else None
         moved = _distance(kernels, start) if start is not None and start.numel() == kernels.shape[1] else None
         apart = _distance(kernels, kernels.mean(dim=0))
-        found.append(Experts(name, layer.experts, _cosine(kernels), apart, moved))
+        cosine = _cosine(kernels)
+        if not math.isfinite(cosine):
+            raise InputError(
+                f"The experts of {name} are not finite.",
+                "A report is of a model that computes.",
+                "an artifact from before training diverged",
+            )
+        found.append(Experts(name, layer.experts, cosine, apart, moved))
+    if original is not None and found and all(row.moved is None for row in found):
+        raise InputError(
+            f"The original has no layer {found[0].name} of this shape, nor any other of {len(found)} converted ones.",
+            "It is the model before conversion, with layers of the same names.",
+            "another --original, or none",
+        )
     return tuple(found)
 
 
