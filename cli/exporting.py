@@ -28,3 +28,5 @@ def export(
         print_json({"output": f"{path}", "layout": layout, "tensors": len(state)})
         return
     say(f"Wrote       {path}: {len(state)} tensors as {layout} names them")
+    if layout == "odconv":  # the authors' own loading knows torch.save only
+        say(f'Read        model.load_state_dict(safetensors.torch.load_file("{path}"))')

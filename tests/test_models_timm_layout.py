@@ -114,6 +114,16 @@ def test_the_architecture_may_be_named_by_either_name(tmp_path: Path) -> None:
             {"blocks.4.0.conv_pw.weight": torch.zeros(4, 5)},
             r"conv_pw needs a weight of \(4, 38400\), the file's is \(4, 5\)",
         ),
+        (
+            "timm:tf_efficientnet_b0",
+            {"blocks.4.0.routing_fn.weight": torch.zeros(4, 7)},
+            r"its input has 80 channels, the file's router takes 7",
+        ),
+        (
+            "timm:tf_efficientnet_b0",
+            {"blocks.4.0.routing_fn.bias": torch.zeros(5)},
+            r"a router has a weight \[experts, channels\] and a bias \[experts\]",
+        ),
     ],
 )
 def test_words_for_a_file_that_does_not_fit(

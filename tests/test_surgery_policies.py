@@ -200,6 +200,23 @@ def test_a_classifier_whose_weight_is_computed_is_left_alone(x: Tensor) -> None:
     assert "its weight is computed by a parametrization" in {s.name: s.reason for s in plan.skipped}["3"]
 
 
+@pytest.mark.parametrize("factor", [1.0, 2.0])
+def test_a_layer_with_a_forward_of_its_own_is_left_alone(factor: float, x: Tensor) -> None:
+    model = net()
+    usual = model[1].forward
+    model[1].forward = lambda x: usual(x) * factor
+    plan = cs.convert(model, cs.CondConv(), example=x).plan
+    assert "its forward is its own" in {skip.name: skip.reason for skip in plan.skipped}["1"]
+
+
+def test_a_part_in_torchscript_is_no_obstacle(x: Tensor) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # deprecated, and still in use
+        scripted = torch.jit.script(nn.Sequential(nn.Conv2d(4, 4, 1), nn.ReLU()))
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), scripted, nn.Conv2d(4, 4, 1))
+    assert set(conditional_layers(cs.convert(model, cs.CondConv(), example=x).model)) == {"2"}
+
+
 def test_a_single_layer_is_refused(x: Tensor) -> None:
     with pytest.raises(InputError, match=r"a single Conv2d[\s\S]*nn\.Sequential\(layer\)"):
         cs.convert(nn.Conv2d(3, 4, 1), cs.CondConv(), example=x, skip_stem=False)
@@ -211,6 +228,9 @@ def test_frozen_layers_stay_frozen(x: Tensor) -> None:
     converted = cs.convert(model, cs.CondConv(), example=x).model
     assert not any(parameter.requires_grad for parameter in converted[1].parameters())
     assert all(parameter.requires_grad for parameter in converted[3].parameters())
+    model[1].bias.requires_grad_(True)  # training biases alone is a method
+    converted = cs.convert(model, cs.CondConv(), example=x).model
+    assert [name for name, parameter in converted[1].named_parameters() if parameter.requires_grad] == ["bias"]
 
 
 @pytest.mark.parametrize("wrap", [DataParallel, torch.compile], ids=["DataParallel", "torch.compile"])
@@ -309,6 +329,17 @@ def test_a_model_that_refuses_float64_is_judged_by_its_own_noise(x: Tensor) -> N
     torch.manual_seed(0)
     with pytest.raises(ProofError, match="differs from the original"):
         cs.convert(OnlyFloat32(wrong=True), cs.CondConv(experts=3), example=x)
+
+
+def test_a_difference_that_nothing_explains_is_no_rounding(x: Tensor) -> None:
+    class Alters(OnlyFloat32):
+        def forward(self, x: Tensor) -> Tensor:
+            if self.second.weight.dim() == 4 and "forward" in vars(self.second):
+                raise TypeError("the layer must be itself")
+            return super().forward(x)
+
+    with pytest.raises(ProofError, match="differs from the original"):
+        cs.convert(Alters(wrong=True), cs.CondConv(experts=3), example=x)
 
 
 def test_targets_may_have_to_stay_float32(x: Tensor) -> None:

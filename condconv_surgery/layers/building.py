@@ -44,7 +44,10 @@ def conditional_like(module: nn.Conv2d | nn.Linear, variant: Variant) -> Conditi
             **asdict(ConvGeometry.of(module)), bias=has_bias, device=weight.device, dtype=weight.dtype, variant=variant
         )
         layer.standardisation = standardisation_of(module)
-    return layer.train(module.training).requires_grad_(weight.requires_grad)
+    layer.train(module.training).requires_grad_(weight.requires_grad)
+    if layer.bias is not None:
+        layer.bias.requires_grad_(module.bias.requires_grad)  # type: ignore[union-attr]
+    return layer
 
 
 def plain_like(layer: ConditionalConv2d[Any]) -> nn.Conv2d | nn.Linear:

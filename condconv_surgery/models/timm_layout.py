@@ -112,9 +112,12 @@ def to_timm_layout(model: nn.Module) -> State:
 
 
 def _shared_router(block: nn.Module, name: str, state: State) -> SharedRouter:
-    """The router of a block of the file. Raises ``AttributeError`` where a convolution has not the file's shape."""
-    experts, channels = state[f"{name}{_MARK}"].shape
-    layers = []
+    """The router of a block of the file. Raises ``AttributeError`` where it or a convolution has another shape."""
+    router, bias = state[f"{name}{_MARK}"], state.get(f"{name}.routing_fn.bias")
+    if router.dim() != 2 or bias is None or bias.shape != router.shape[:1]:
+        raise AttributeError("a router has a weight [experts, channels] and a bias [experts]")
+    experts, channels = router.shape
+    layers: list[str] = []
     for inner, module in block.named_modules():
         weight = state.get(f"{name}.{inner}.weight")
         if not isinstance(module, nn.Conv2d) or weight is None or weight.dim() != 2:
@@ -122,6 +125,8 @@ def _shared_router(block: nn.Module, name: str, state: State) -> SharedRouter:
         wanted = (experts, module.weight.numel())
         if weight.shape != wanted:
             raise AttributeError(f"{name}.{inner} needs a weight of {wanted}, the file's is {tuple(weight.shape)}")
+        if not layers and module.in_channels != channels:
+            raise AttributeError(f"its input has {module.in_channels} channels, the file's router takes {channels}")
         layers.append(f"{name}.{inner}")
     if not layers:
         raise AttributeError("none of its convolutions has a flat weight in the file")

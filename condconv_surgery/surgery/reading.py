@@ -35,6 +35,8 @@ def reading(model: nn.Module, layers: Mapping[str, nn.Module]) -> Iterator[Reads
     watch = _Watch(model, layers)
     handles = []
     for module in model.modules():
+        if isinstance(module, torch.jit.ScriptModule):  # takes no hooks, and holds no layers of Python
+            continue
         handles.append(module.register_forward_pre_hook(watch.enter, prepend=True))
         handles.append(module.register_forward_hook(watch.leave, always_call=True))
     try:

@@ -49,27 +49,21 @@ def explain(
         difference, before_exact = exact
         require(difference, before_exact, None, otherwise=found)
         return f"on this input the model amplifies rounding; in float64 {_words(difference)}", difference
-    noise = compare(before, _rounded_otherwise(original(), arguments, plan))
+    try:
+        noise = compare(before, _rounded_otherwise(original(), arguments, plan))
+    except Exception:  # a layer that does not run in float64 either: nothing can tell
+        noise = Difference(None, None)
     require(Difference(_beyond(found.eval, noise.eval), _beyond(found.train, noise.train)), before, None)
     why = "takes too much memory" if too_large else "does not run"
     how = f"the model {why} in float64, and as large a difference comes of rounding its layers otherwise"
     return f"{how}: {_words(noise)}", None
 
 
-def in_double(nested: Any) -> Any:
-    """Every floating-point tensor of nested arguments as float64."""
-
-    def double(leaf: Any) -> Any:
-        return leaf.double() if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf
-
-    return pytree.tree_map(double, nested)
-
-
 def _in_double(
     model: nn.Module, arguments: tuple[Any, ...], modes: tuple[bool, ...], change: Change
 ) -> tuple[Difference, Outputs] | None:
     """The difference and the original's outputs; ``None`` when the original does not run in float64."""
-    for given in (in_double(arguments), (in_double(arguments[0]), *arguments[1:])):  # targets may have to be float32
+    for given in (_doubled(arguments), (_doubled(arguments[0]), *arguments[1:])):  # targets may have to be float32
         try:
             before = run_both_modes(model, given, modes)
         except Exception:  # whatever a user's forward raises
@@ -77,6 +71,15 @@ def _in_double(
         change(model)
         return compare_with(model, given, modes, before), before
     return None
+
+
+def _doubled(nested: Any) -> Any:
+    """Every floating-point tensor of nested arguments as float64."""
+
+    def double(leaf: Any) -> Any:
+        return leaf.double() if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf
+
+    return pytree.tree_map(double, nested)
 
 
 def _rounded_otherwise(model: nn.Module, arguments: tuple[Any, ...], plan: Plan) -> Outputs:

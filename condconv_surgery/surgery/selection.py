@@ -94,7 +94,7 @@ def _none_at_all(found: Sites, source: str) -> InputError:
 def _reason_to_skip(site: ConvSite, selection: Selection, is_stem: bool) -> str:
     """Why ``site`` stays as it is; empty when it is converted. What cannot be comes before what is not wanted."""
     checks = (
-        _computed(site.module) if site.linear else _reason_impossible(site.module),
+        _reason_impossible(site.module),
         f"{site.read_by} computes with its weight outside of it" if site.read_by else "",
         "not called in a forward pass" if site.calls == 0 else "",
         NOT_INCLUDED if selection.include and not _matches(site, selection.include) else "",
@@ -113,8 +113,10 @@ def _reason_to_skip(site: ConvSite, selection: Selection, is_stem: bool) -> str:
 
 def _reason_impossible(module: nn.Module) -> str:
     cls = type(module)
+    if "forward" in vars(module):
+        return "its forward is its own, not that of its class (accelerate's remove_hook_from_module puts that back)"
     computed = _computed(module)
-    if computed:
+    if computed or isinstance(module, nn.Linear):
         return computed
     return "" if is_understood(cls) else f"{cls.__module__}.{cls.__qualname__} does not compute a plain convolution"
 
