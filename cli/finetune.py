@@ -160,6 +160,7 @@ def _train(options: TrainingOptions, resume: bool) -> TrainingResult | None:
     say(f"Loading {options.model}")
     torch.manual_seed(options.seed)  # of weights that start at random
     loaded = load_model(options.model, arch=options.arch, weights=options.weights, trust=options.trust)
+    loaded.float()  # a file may hold half of it: steps are too small for that
     result = train(loaded, options, resume=resume, watcher=console_watcher())
     return result if os.environ.get("RANK", "0") == "0" else None
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torchvision
 
 import condconv_surgery as cs
 from condconv_surgery.models.artifact import recipe_of
@@ -24,6 +25,7 @@ def data(tmp_path: Path) -> Path:
 
 
 QUICK = ("--image-size", 32, "--batch-size", 6, "--workers", 0, "--epochs", 2)
+NET = torchvision.models.mobilenet_v3_small()
 PLAIN = ("torchvision:mobilenet_v3_small", "--weights", "none")
 
 
@@ -77,6 +79,14 @@ def test_a_trained_model_is_trained_again(condconv: Run, data: Path, tmp_path: P
     assert code == 0, err
     assert json.loads(out)["heads"] == {"classifier.3": 4}
     assert cs.load(tmp_path / "two/best.safetensors")(torch.zeros(1, 3, 32, 32)).shape == (1, 4)
+
+
+def test_a_file_of_half_precision_is_trained_in_whole(condconv: Run, data: Path, tmp_path: Path) -> None:
+    torch.save({n: t.half() if t.is_floating_point() else t for n, t in NET.state_dict().items()}, tmp_path / "half.pt")
+    how = ("--arch", "torchvision:mobilenet_v3_small", "--data", data, "-o", tmp_path / "run", *QUICK)
+    code, _, err = condconv("finetune", tmp_path / "half.pt", *how)
+    assert code == 0, err
+    assert load_model(f"{tmp_path}/run/last.safetensors").classifier[3].weight.dtype == torch.float32  # type: ignore[index, union-attr]
 
 
 def test_a_run_is_repeated_from_its_recipe_alone(condconv: Run, data: Path, tmp_path: Path) -> None:

@@ -81,6 +81,8 @@ def test_warm_routers_move_routers_and_a_new_head_only_then_everything() -> None
 def test_warm_routers_need_routers() -> None:
     with pytest.raises(InputError, match="without routers"):
         learner(small_net(), layers={"warm_routers": 1})
+    with pytest.raises(InputError, match="whose routers are all frozen"):
+        learner(small_net(CondConv(2)), layers={"warm_routers": 1, "freeze": ["*router*"]})
 
 
 def test_frozen_layers_stay_to_the_bit_with_their_statistics() -> None:

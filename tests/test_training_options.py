@@ -36,6 +36,8 @@ def test_every_option_is_explained_in_the_file() -> None:
         ({"optimiser": {}}, r"Unknown option or section .*'optimiser'\.\n.*Nearest: optimizer"),
         ({"optimizer": {"learning_rate": 1}}, r"Unknown option in \[optimizer\]"),
         ({"data": 3}, "It is a section"),
+        ({"schedule": {"shape": "step"}}, r"shape is step and schedule.milestones is \[\](.|\n)*milestones=\[6,8\]"),
+        ({"schedule": {"milestones": [3]}}, r"shape is cosine and schedule.milestones is \[3\]"),
         (
             {"schedule": {"early_stop": 3}, "layers": {"batch_norm": "recalibrate"}},
             r"early_stop with (.|\n)*last epoch(.|\n)*--batch-norm train",

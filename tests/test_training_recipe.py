@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
@@ -271,6 +272,13 @@ def test_a_gradient_that_is_not_finite_stops_the_run_before_the_weights() -> Non
     assert torch.equal(model.head.weight, before)
 
 
+def test_weights_of_half_precision_are_refused_in_words() -> None:
+    with pytest.raises(
+        InputError, match=r"stem.weight is torch.bfloat16(.|\n)*trained in float32(.|\n)*model.float\(\)"
+    ):
+        learner(small_net().bfloat16())
+
+
 def test_distillation_is_hintons() -> None:
     s, t = torch.randn(4, 6), torch.randn(4, 6)
     p, q = F.softmax(t / 3, 1), F.log_softmax(s / 3, 1)
@@ -306,3 +314,12 @@ def test_a_teacher_of_other_classes_or_layers_is_refused() -> None:
         it.step([Batch(X, BATCH.labels % 3)], 0, 1)
     with pytest.raises(InputError, match=r"Unknown layer in distill\.features 'steam'"):
         learner(small_net(), distill={"teacher": "start", "features": ["steam"]})
+
+
+def test_a_teacher_from_a_file_is_built_by_trusted_packages(tmp_path: Path) -> None:
+    path = tmp_path / "teacher.pt"
+    torch.save(small_net().half(), path)  # a whole module, of half precision
+    with pytest.raises(InputError, match="--trust tests"):
+        learner(small_net(), distill={"teacher": f"{path}"})
+    it = learner(small_net(), trust=["tests"], distill={"teacher": f"{path}"})
+    it.step([BATCH], 0, 1)

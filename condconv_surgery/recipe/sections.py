@@ -114,6 +114,15 @@ class ScheduleOptions(Section):
     temperature_end: float = option(1.0, "temperature after annealing", low=0, above=True)
     temperature_steps: float = option(0.1, "share of all steps in which the temperature falls", low=0, high=1)
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if (self.shape == "step") != bool(self.milestones):
+            raise InputError(
+                f"schedule.shape is {self.shape} and schedule.milestones is {list(self.milestones)}.",
+                "The rate falls in steps at milestones, and no other shape has any.",
+                "--set schedule.shape=step --set schedule.milestones=[6,8], or neither",
+            )
+
 
 @dataclass(frozen=True)
 class LayerOptions(Section):

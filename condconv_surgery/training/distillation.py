@@ -92,11 +92,14 @@ class Teacher:
         return distillation_loss(student, teacher, self.options.temperature)
 
 
-def teacher_model(options: DistillOptions, start: nn.Module, heads: dict[str, int]) -> nn.Module | None:
+def teacher_model(
+    options: DistillOptions, start: nn.Module, heads: dict[str, int], trust: tuple[str, ...] = ()
+) -> nn.Module | None:
     """The teacher that the options name: a copy of the model as it starts, a model by name or file, or none.
 
     A converted model starts as the function of the original one, so its copy is the unconverted teacher. With a new
     head (``heads``) it knows nothing of the classes: ``InputError``, unless only features are compared.
+    trust: packages whose code may build a teacher from a file.
     """
     if not options.teacher:
         return None
@@ -108,5 +111,4 @@ def teacher_model(options: DistillOptions, start: nn.Module, heads: dict[str, in
         )
     if options.teacher == "start":
         return copy.deepcopy(start)
-    teacher: nn.Module = load_model(options.teacher)
-    return teacher
+    return load_model(options.teacher, trust=trust).float()

@@ -79,14 +79,21 @@ def freeze(model: nn.Module, patterns: tuple[str, ...]) -> list[nn.Module]:
 
 
 def routing_parameters(model: nn.Module, heads: Iterable[str] = ()) -> list[nn.Parameter]:
-    """What learns while routers warm up: the routers, and the new heads by name. Raises ``InputError`` for none."""
+    """What learns while routers warm up: the routers, and the new heads by name.
+
+    Raises ``InputError`` when there is no router, or none that is not frozen.
+    """
     found = roles(model)
-    if "router" not in found.values():
+    learning = [name for name, p in model.named_parameters() if found[name] == "router" and p.requires_grad]
+    if not learning:
+        without = "whose routers are all frozen" if "router" in found.values() else "without routers"
         raise InputError(
-            "--warm-routers for a model without routers.", "It needs a converted model.", "leave --warm-routers out"
+            f"--warm-routers for a model {without}.",
+            "It needs a converted model whose routers learn.",
+            "leave --warm-routers out",
         )
     new = {id(p) for name in heads for p in model.get_submodule(name).parameters()}
-    return [p for name, p in model.named_parameters() if found[name] == "router" or id(p) in new]
+    return [p for name, p in model.named_parameters() if name in learning or id(p) in new]
 
 
 def _kind(module: nn.Module, parameter: nn.Parameter) -> str:

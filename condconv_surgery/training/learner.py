@@ -57,7 +57,7 @@ class Learner:
         self.model = prepared(model, options, world)
         layers, engine = options.layers, options.engine
         self.average = averaged(model, engine)
-        teacher = teacher_model(options.distill, model, heads)
+        teacher = teacher_model(options.distill, model, heads, options.trust)
         self.shell = Shell(model, world) if engine.shard else None
         if engine.shard:  # after the copies: a sharded model has none
             for one in [model] if self.average is None else [model, self.average.module]:
@@ -189,6 +189,13 @@ def prepared(model: nn.Module, options: TrainingOptions, world: World) -> nn.Mod
     """``model`` on its device, in train mode, with frozen layers and statistics as the options say."""
     engine = options.engine
     check_sharding(engine, world)
+    for name, parameter in model.named_parameters():
+        if parameter.is_floating_point() and parameter.dtype != torch.float32:
+            raise InputError(
+                f"{name} is {parameter.dtype}.",
+                "Weights are trained in float32; the precision is that of what is computed with them.",
+                "model.float(), and --precision bf16",
+            )
     if engine.sync_batch_norm and world.device.type != "cuda":
         raise InputError(
             "sync_batch_norm on a CPU.",
