@@ -124,7 +124,8 @@ def test_what_stays_says_why() -> None:
     torch.testing.assert_close(conversion.model.eval()(x), model.eval()(x))
 
 
-def test_a_graph_with_nothing_to_lift_is_refused_in_words() -> None:
+@pytest.mark.parametrize("inplace", [False, True])
+def test_a_graph_with_nothing_to_lift_is_refused_in_words(inplace: bool) -> None:
     class Used(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -133,8 +134,10 @@ def test_a_graph_with_nothing_to_lift_is_refused_in_words() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return F.conv2d(x, self.used) * self.used.mean()
 
-    with pytest.raises(InputError, match=r"only F\.conv2d with used, which cannot become a module[\s\S]*lift_convolut"):
-        cs.convert(fx.symbolic_trace(Used()), cs.CondConv(), example=torch.randn(2, 4, 9, 9))
+    with pytest.raises(
+        InputError, match=r"No convolution to convert: F\.conv2d in the graph: used is used elsewhere too"
+    ):
+        cs.convert(fx.symbolic_trace(Used()), cs.CondConv(), example=torch.randn(2, 4, 9, 9), inplace=inplace)
 
 
 def test_a_failed_conversion_leaves_the_graph_as_it_was(graph: fx.GraphModule, x: Tensor) -> None:

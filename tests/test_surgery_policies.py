@@ -140,7 +140,8 @@ class OwnParameter(nn.Module):
 def test_a_functional_convolution_is_named(x: Tensor) -> None:
     plan = cs.convert(OwnParameter(head=True), cs.CondConv(), example=x, skip_stem=False).plan
     assert {s.name: s.reason for s in plan.skipped} == {
-        "kernel": "F.conv2d on a parameter, in OwnParameter.forward: converted in a torch.fx.GraphModule only"
+        "kernel": "F.conv2d on a parameter, in OwnParameter.forward: "
+        "converted if the whole model is a torch.fx.GraphModule"
     }
     with pytest.raises(InputError, match=r"has no nn.Conv2d, only F.conv2d with kernel[\s\S]*symbolic_trace"):
         cs.convert(OwnParameter(head=False), cs.CondConv(), example=x)
@@ -175,6 +176,31 @@ def test_a_replacement_that_would_not_be_called_is_refused(prove: bool, inplace:
     compiled = nn.Sequential(nn.Conv2d(3, 4, 1), torch.compile(nn.Conv2d(4, 4, 3), backend="eager"))
     with pytest.raises(InputError, match=r"1\._orig_mod would be replaced in vain"):
         cs.convert(compiled, cs.CondConv(), example=x, prove=prove, inplace=inplace)
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_a_block_that_cannot_be_routed_once_converted_is_refused(inplace: bool, x: Tensor) -> None:
+    class Rest(Listed):
+        def __init__(self) -> None:
+            super().__init__(named=True)
+            self.stem = nn.Conv2d(4, 4, 1)
+
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Sequential(Usual(), Rest()))
+    names = list(model.state_dict())
+    with pytest.raises(InputError, match=r"1\.1 cannot share a router[\s\S]*ModuleList[\s\S]*--routing layer"):
+        cs.convert(model, cs.CondConv(routing="block"), example=x, prove=False, inplace=inplace)
+    assert list(model.state_dict()) == names
+    assert [type(module) for module in model[1]] == [Usual, Rest]
+    assert not conditional_layers(model)
+
+
+class Usual(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.second(self.first(x))
 
 
 def test_a_layer_that_the_model_does_not_register_is_noted(x: Tensor) -> None:

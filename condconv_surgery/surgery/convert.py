@@ -103,7 +103,7 @@ def make_plan(
         if not isinstance(model, fx.GraphModule):
             return _plan(model, selection, arguments, variant)
         copied = copy.deepcopy(model)
-        left = lift_convolutions(copied)
+        left = _lift(copied, selection)
         return _with_left(_plan(copied, selection, arguments, variant), left)
 
 
@@ -122,9 +122,20 @@ def _convert_graph(model: fx.GraphModule, arguments: tuple[Any, ...], rule: _Rul
     """A graph stays a graph: its functional convolutions are modules first, then it is a model like any other."""
     target = model if inplace else copy.deepcopy(model)
     with undone_on_error(target):
-        left = lift_convolutions(target)
+        left = _lift(target, rule.selection)
         conversion = _convert(target, arguments, rule, inplace=True)
     return replace(conversion, plan=_with_left(conversion.plan, left))
+
+
+def _lift(model: fx.GraphModule, selection: Selection) -> tuple[Skip, ...]:
+    left = lift_convolutions(model)
+    if left and not selection.classifier and not any(isinstance(module, nn.Conv2d) for module in model.modules()):
+        raise InputError(
+            f"No convolution to convert: {left[0].reason}.",
+            "F.conv2d becomes a module where its weight is a parameter that nothing else uses, in calls that are alike.",
+            "another model, or --classifier",
+        )
+    return left
 
 
 def _with_left(plan: Plan, left: tuple[Skip, ...]) -> Plan:

@@ -16,7 +16,7 @@ from condconv_surgery.surgery.graph import ConvSite, Sites
 
 NOT_INCLUDED = "not matched by --include"
 
-FUNCTIONAL = "F.conv2d on a parameter, in {}.forward: converted in a torch.fx.GraphModule only"
+FUNCTIONAL = "F.conv2d on a parameter, in {}.forward: converted if the whole model is a torch.fx.GraphModule"
 
 
 @dataclass(frozen=True)
@@ -73,15 +73,9 @@ def select(found: Sites, selection: Selection, source: str = "the model") -> Pla
 def _none_at_all(found: Sites, source: str) -> InputError:
     if found.functional:
         name, who = found.functional[0]
-        if who == "GraphModule":
-            return InputError(
-                f"No convolution to convert: {source} has only F.conv2d with {name}, which cannot become a module.",
-                "A weight can that is a parameter, used in nothing else, with the same settings in each call.",
-                "lift_convolutions(graph): it returns the reason for each",
-            )
         return InputError(
             f"No convolution to convert: {source} has no nn.Conv2d, only F.conv2d with {name}, in {who}.forward.",
-            "Where the model is a torch.fx.GraphModule those are converted too.",
+            "Where the whole model is a torch.fx.GraphModule those are converted too.",
             "convert(torch.fx.symbolic_trace(model), ...)",
         )
     return InputError(

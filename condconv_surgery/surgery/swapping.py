@@ -8,8 +8,10 @@ from typing import Any, Literal
 
 from torch import nn
 
-from condconv_surgery.layers.routed_block import route_no_more
+from condconv_surgery.errors import InputError
+from condconv_surgery.layers.routed_block import RoutedBlock, route_no_more
 from condconv_surgery.recipe import Upcycling, Variant
+from condconv_surgery.surgery.block_graph import BlockError
 from condconv_surgery.surgery.block_routing import route_block
 from condconv_surgery.surgery.selection import Plan
 from condconv_surgery.surgery.upcycling import upcycle
@@ -38,7 +40,10 @@ def original_of(model: nn.Module, plan: Plan, before: Places) -> nn.Module:
 
 def swap(model: nn.Module, plan: Plan, variant: Variant, upcycling: Upcycling) -> Places:
     """Put conditional layers in place, the same one at every name of a site, and the routers of blocks; returns what
-    was there."""
+    was there.
+
+    Raises ``InputError`` where a block cannot have its router after all; everything is then as it was.
+    """
     shared = {name for router in plan.routers for name in router.layers}
     layers: Places = []
     before: Places = []
@@ -51,14 +56,24 @@ def swap(model: nn.Module, plan: Plan, variant: Variant, upcycling: Upcycling) -
         before += [(name, module) for name in site.names]
     _put(model, layers)
     for router in plan.routers:
-        route_block(model, router)
+        try:
+            route_block(model, router)
+        except BlockError as error:
+            restore(model, plan, before)
+            raise InputError(
+                f"{router.block} cannot share a router: with its layers converted, {error}.",
+                "Its layers can be held by attributes of modules, nn.ModuleList and the like, not by a list.",
+                f'--routing layer, or --exclude "{router.block}.*"',
+            ) from error
     return before
 
 
 def restore(model: nn.Module, plan: Plan, before: Places) -> None:
-    """Undo ``swap``."""
+    """Undo ``swap``, or the part of it that was done."""
     for router in plan.routers:
-        route_no_more(model.get_submodule(router.block))
+        block = model.get_submodule(router.block)
+        if isinstance(block, RoutedBlock):
+            route_no_more(block)
     _put(model, before)
 
 
