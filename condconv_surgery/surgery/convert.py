@@ -132,7 +132,7 @@ def _lift(model: fx.GraphModule, selection: Selection) -> tuple[Skip, ...]:
     if left and not selection.classifier and not any(isinstance(module, nn.Conv2d) for module in model.modules()):
         raise InputError(
             f"No convolution to convert: {left[0].reason}.",
-            "F.conv2d becomes a module where its weight is a parameter that nothing else uses, in calls that are alike.",
+            "F.conv2d becomes a module where its weight is a parameter that nothing else uses, in equal calls.",
             "another model, or --classifier",
         )
     return left
