@@ -16,7 +16,7 @@ from condconv_surgery.layers.dynamicconv import DynamicConv2d
 from condconv_surgery.layers.linear import ConditionalLinear
 from condconv_surgery.layers.mixture import ConvGeometry
 from condconv_surgery.layers.odconv import ODConv2d
-from condconv_surgery.layers.routing import Router
+from condconv_surgery.layers.routing import Router, make_router
 from condconv_surgery.layers.standardisation import standardisation_of
 from condconv_surgery.layers.subclasses import TF_SAME, layer_of_timm
 from condconv_surgery.recipe import CondConv, DynamicConv, ODConv, Variant
@@ -28,26 +28,38 @@ LAYERS: dict[type[Variant], type[ConditionalConv2d]] = {  # type: ignore[type-ar
 }
 
 
-def conditional_like(module: nn.Conv2d | nn.Linear, variant: Variant) -> ConditionalConv2d[Variant]:
+def conditional_like(
+    module: nn.Conv2d | nn.Linear, variant: Variant, *, initialise: bool = True
+) -> ConditionalConv2d[Variant]:
     """A conditional layer with the geometry, device, dtype, training flag and ``requires_grad`` of ``module``.
 
-    Its experts are freshly initialised, its router zeroed. A Linear gets a ``ConditionalLinear``.
+    Its router is zeroed, its experts freshly initialised; with ``initialise=False`` they hold anything, to be filled.
     """
     weight, has_bias = module.weight, module.bias is not None
+    device = weight.device if initialise else torch.device("meta")
     layer: ConditionalConv2d[Variant]
     if isinstance(module, nn.Linear):
         layer = ConditionalLinear(
-            module.in_features, module.out_features, has_bias, weight.device, weight.dtype, variant=variant
+            module.in_features, module.out_features, has_bias, device, weight.dtype, variant=variant
         )
     else:
         layer = LAYERS[type(variant)](
-            **asdict(ConvGeometry.of(module)), bias=has_bias, device=weight.device, dtype=weight.dtype, variant=variant
+            **asdict(ConvGeometry.of(module)), bias=has_bias, device=device, dtype=weight.dtype, variant=variant
         )
         layer.standardisation = standardisation_of(module)
-    layer.train(module.training).requires_grad_(weight.requires_grad)
-    if layer.bias is not None:
-        layer.bias.requires_grad_(module.bias.requires_grad)  # type: ignore[union-attr]
-    return layer
+    if not initialise:
+        _give_memory(layer, weight.device)
+    return layer.train(module.training).requires_grad_(weight.requires_grad)
+
+
+def _give_memory(layer: ConditionalConv2d[Variant], device: torch.device) -> None:
+    """Experts on ``device``, whatever is there, and a neutral router, for a layer made on the meta device."""
+    for name in ("weight", "bias"):
+        empty = getattr(layer, name)
+        if empty is not None:
+            setattr(layer, name, nn.Parameter(torch.empty_like(empty, device=device)))
+    if layer.router is not None:
+        layer.router = make_router(layer.geometry, layer.variant, device=device, dtype=layer.weight.dtype)
 
 
 def plain_like(layer: ConditionalConv2d[Any]) -> nn.Conv2d | nn.Linear:
