@@ -201,8 +201,8 @@ def test_selection_by_patterns(net: nn.Module, x: torch.Tensor) -> None:
 
 
 def test_a_model_without_convolutions() -> None:
-    with pytest.raises(InputError, match="Linear has none"):
-        cs.convert(nn.Linear(4, 4), cs.CondConv(), example=torch.randn(2, 4))
+    with pytest.raises(InputError, match="Sequential has none"):
+        cs.convert(nn.Sequential(nn.Linear(4, 4)), cs.CondConv(), example=torch.randn(2, 4))
     model = cs.convert(nn.Sequential(nn.Linear(4, 4)), cs.CondConv(), example=torch.randn(2, 4), classifier=True).model
     assert isinstance(model[0], ConditionalLinear)
 
