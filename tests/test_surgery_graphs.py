@@ -13,7 +13,7 @@ from torch.fx.passes.shape_prop import ShapeProp
 
 import condconv_surgery as cs
 from condconv_surgery.errors import InputError
-from condconv_surgery.layers import ConditionalConv2d, conditional_layers
+from condconv_surgery.layers import CondConv2d, ConditionalConv2d, conditional_layers
 from condconv_surgery.surgery import lift_convolutions
 
 
@@ -206,6 +206,11 @@ def test_a_conditional_classifier_is_one_node(x: Tensor) -> None:
     traced = fx.symbolic_trace(converted)
     assert [node.target for node in traced.graph.nodes if node.op == "call_module"] == ["0", "1", "2", "3"]
     assert torch.equal(traced(x), converted(x))
+
+
+def test_a_layer_alone_is_no_graph() -> None:
+    with pytest.raises(InputError, match=r"CondConv2d is the whole model[\s\S]*nn\.Sequential\(layer\)"):
+        fx.symbolic_trace(CondConv2d(3, 4, 1))
 
 
 def test_hooks_are_not_traced_twice(x: Tensor) -> None:

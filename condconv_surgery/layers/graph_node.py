@@ -22,7 +22,8 @@ def is_traced(x: object) -> bool:
 def as_node(module: nn.Module, x: Any, *rest: Any) -> Any:
     """The call of ``module`` as a node of the graph that ``x`` belongs to.
 
-    Raises ``InputError`` when the module has hooks: the tracer has run them already, and the node would again.
+    Raises ``InputError`` when the module has hooks: the tracer has run them already, and the node would again. And
+    when it is what is traced, so that there is nothing around it.
     """
     if module._forward_hooks or module._forward_pre_hooks:
         raise InputError(
@@ -30,4 +31,11 @@ def as_node(module: nn.Module, x: Any, *rest: Any) -> Any:
             "It can be traced without them, or by a tracer for which it is a leaf.",
             "class Tracer(torch.fx.Tracer): is_leaf_module = lambda self, m, name: isinstance(m, ConditionalConv2d)",
         )
-    return x.tracer.create_proxy("call_module", x.tracer.path_of_module(module), (x, *rest), {})
+    path = x.tracer.path_of_module(module)
+    if not path:
+        raise InputError(
+            f"This {type(module).__name__} is the whole model that is traced.",
+            "A node is the call of a module that another one holds.",
+            "torch.fx.symbolic_trace(nn.Sequential(layer))",
+        )
+    return x.tracer.create_proxy("call_module", path, (x, *rest), {})
