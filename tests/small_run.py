@@ -1,9 +1,9 @@
 """A small run in a process of its own, to be launched, killed and launched again:
 
-python -m tests.small_run OPTIONS.json [resume] [kill:RANK:STEP]
+python -m tests.small_run OPTIONS.json [resume] [norm] [kill:RANK:STEP]
 
-Its network has no batch norm and no dropout, so that several processes compute what one does. ``kill`` ends one
-process by SIGKILL, the first time only, as torchrun counts.
+Its network has no dropout, and without ``norm`` no batch norm, so that several processes compute what one does.
+``kill`` ends one process by SIGKILL, the first time only, as torchrun counts.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def main(arguments: list[str]) -> int:
             _, rank, step = argument.split(":")
             if os.environ.get("RANK", "0") == rank:
                 kill_before(int(step))
-    model = small_net(CondConv(experts=2), norm=False, dropout=0.0)
+    model = small_net(CondConv(experts=2), norm="norm" in arguments, dropout=0.0)
     result = finetune(model, options, resume="resume" in arguments)
     return 128 + result.stopped_by if result.stopped_by else 0
 

@@ -16,10 +16,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from condconv_surgery.models.artifact import load
 from condconv_surgery.recipe import TrainingOptions
+from condconv_surgery.training import evaluate
+from condconv_surgery.training.distributed import World
 from condconv_surgery.training.folders import find_pictures
+from condconv_surgery.training.loading import input_spec, open_data
 from condconv_surgery.training.state import LAST, read_state
 from tests.pictures import write_pictures
+from tests.small_networks import small_net
 from tests.small_run import run_and_exit
 
 ROOT = Path(__file__).parent.parent
@@ -99,6 +104,16 @@ def test_processes_train_as_one(folder: Path, processes: int) -> None:
             assert one[name] == pytest.approx(other[name], abs=1e-5), name
     for name, tensor in weights(alone).items():
         torch.testing.assert_close(tensor, weights(together)[name], atol=1e-5, rtol=1e-4)
+
+
+def test_what_is_scored_is_what_is_saved(folder: Path) -> None:
+    """Batch norms have seen other pictures in each process; those of the first are saved, and all score with them."""
+    options = options_for(folder, "run", engine={"ema": 0.9})
+    finish(launch(options, "norm", processes=2))
+    model = load(Path(options.output) / "last.safetensors", model=small_net())
+    scores = evaluate(model, open_data(options, input_spec(model, options), World()).val_loader)
+    assert scores is not None
+    assert rows(options)[-1]["val_loss"] == pytest.approx(scores.loss, abs=1e-6)
 
 
 def test_a_sharded_model_trains_as_a_whole_one(folder: Path) -> None:

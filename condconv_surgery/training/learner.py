@@ -127,10 +127,9 @@ class Learner:
         return self.shell.filled(self.scored)
 
     def share_buffers(self) -> None:
-        """The statistics of the first process for all, as DistributedDataParallel has it at each step."""
-        if self.shell is not None:
-            self.world.share_(list(self.scored.buffers()))
-            self.world.share_(list(self.model.buffers()))
+        """The statistics of the first process for all: what is scored is what it saves."""
+        self.world.share_(list(self.scored.buffers()))
+        self.world.share_(list(self.model.buffers()))
 
     def state(self, facts: dict[str, Any]) -> State:
         """All that a later process needs to go on, with some facts of the caller's own."""
