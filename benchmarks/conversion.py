@@ -43,7 +43,7 @@ class ConversionCost:
 def measure_conversion(name: str, experts: int, prove: bool, threads: int) -> ConversionCost:
     """Convert torchvision's ``name`` in a new process."""
     command = [sys.executable, "-m", "benchmarks.conversion", name, str(experts), str(int(prove)), str(threads)]
-    answer = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    answer = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
     return ConversionCost(**json.loads(answer.splitlines()[-1]))
 
 

@@ -75,8 +75,8 @@ def convert(
     inplace: change ``model`` itself. Otherwise it is left as it was.
     prove: run both models in both modes and compare; ``tolerance`` is absolute, in the output's units.
 
-    Raises ``InputError`` when nothing is left to convert or the example does not fit, and ``ProofError`` when the
-    outputs differ; the model is then as it was.
+    Raises ``InputError`` when nothing is left to convert, the example does not fit or the model would not call what
+    replaces a layer, and ``ProofError`` when the outputs differ; the model is then as it was.
     """
     patterns = (tuple(include or ()), tuple(exclude or ()))
     selection = Selection(*patterns, min_channels, skip_stem, skip_pooled, classifier, tuple(blocks or ()))
