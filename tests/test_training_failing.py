@@ -93,6 +93,22 @@ def test_what_the_machine_does_is_said_in_words(
     assert read_state(Path(options.output) / LAST).facts["progress"]["step"] == 4
 
 
+def test_layers_that_are_never_called_are_said_where_torch_needs_all(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the words of torch 2.14's DistributedDataParallel."""
+
+    def train_step(*args: object, **how: object) -> object:
+        raise RuntimeError(
+            "Expected to have finished reduction in the prior iteration before starting a new one. This error ...\n"
+            "Parameter indices which did not receive grad for rank 0: 12 13\n In addition, ..."
+        )
+
+    monkeypatch.setattr(learner_module, "train_step", train_step)
+    with pytest.raises(TrainingError, match=r"no part in .* for rank 0: 12 13\.\n(.|\n)*--freeze LAYER"):
+        finetune(small_net(), options_for(folder, "run"))
+
+
 def test_no_memory_for_the_model_itself_is_said_in_words(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def to(*args: object, **how: object) -> object:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")

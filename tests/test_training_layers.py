@@ -235,6 +235,11 @@ def test_options_that_meet_nothing_are_said(variant: Variant | None, words: list
     assert [line.partition(word)[1] for line, word in zip(lines, words, strict=True)] == words
     assert idle_options(small_net(DynamicConv(2)), options) == []
     assert idle_options(small_net(), TrainingOptions()) == []
+    alone = {"distill": {"features": ["inner"]}, "schedule": {"temperature_steps": 0.5}}
+    found = idle_options(small_net(DynamicConv(2)), TrainingOptions().updated(alone))
+    assert [line.partition(":")[0] for line in found] == ["distill.features", "schedule.temperature_steps"]
+    alone["distill"]["teacher"], alone["schedule"]["temperature"] = "start", 30.0  # type: ignore[assignment]
+    assert idle_options(small_net(DynamicConv(2)), TrainingOptions().updated(alone)) == []
 
 
 def test_layer_options_are_values() -> None:

@@ -87,6 +87,13 @@ def test_a_torchvision_set_in_one_piece_is_split() -> None:
     assert not {train.name(i) for i in range(len(train))} & {val.name(i) for i in range(len(val))}
 
 
+def test_a_torchvision_set_with_other_pictures_to_validate_on_is_refused() -> None:
+    with pytest.raises(
+        InputError, match=r"data\.val = pictures with --data torchvision:cifar10(.|\n)*leave data\.val out"
+    ):
+        require_data(DataOptions(folder="torchvision:cifar10", val="pictures"))
+
+
 def test_every_named_set_is_torchvisions() -> None:
     import inspect
 

@@ -1,4 +1,5 @@
-"""What a machine does to a run, in words: no memory left, a reading process killed, another process gone."""
+"""What torch says only in a traceback, in words: no memory left, a reading process killed, another process gone, and
+layers that several processes can't train because they are never called."""
 
 from __future__ import annotations
 
@@ -13,12 +14,13 @@ T = TypeVar("T")
 KEPT = "States saved before are kept."
 NO_MEMORY = ("out of memory", "can't allocate memory", "alloc_failed")
 READER_GONE = ("dataloader worker (pid", "dataloader worker gone")  # "in dataloader worker": what a reader raised
+UNUSED = "expected to have finished reduction in the prior iteration"
 PEER_GONE = ("connection closed by peer", "connection reset by peer", "socket closed", "remote process exited")
 
 
 @contextmanager
 def in_words(step: Callable[[], int] = lambda: 0) -> Iterator[None]:
-    """Turn torch's failures that the machine causes, not the program, into ``TrainingError``.
+    """Turn torch's failures that the machine or the model causes, not the program, into ``TrainingError``.
 
     step: how many steps are done. Torch raises ``RuntimeError`` for all of them, so its words decide.
     """
@@ -61,4 +63,15 @@ def _known(error: Exception, step: int) -> TrainingError | None:
             f"Its own lines say why. {KEPT}",
             "the same command with --resume; torchrun --max-restarts 3 does that by itself",
         )
+    if UNUSED in text:
+        return TrainingError(
+            f"Some layers that learn have no part in the model's answer: {_after(str(error), 'did not receive grad')}.",
+            "Several processes exchange the gradient of every parameter that learns.",
+            "--freeze LAYER for each that the model never calls, in a new run; or one process",
+        )
     return None
+
+
+def _after(text: str, words: str) -> str:
+    """The first line from ``words`` on, where torch tells the numbers or names of parameters."""
+    return next((line.strip().rstrip(".") for line in text.splitlines() if words in line), "torch names none")

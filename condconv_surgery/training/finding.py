@@ -43,6 +43,12 @@ def require_data(options: DataOptions) -> None:
         )
     if kind == "torchvision":
         require_known(name)
+        if options.val:
+            raise InputError(
+                f"data.val = {options.val} with --data {options.folder}.",
+                "torchvision's sets have their own pictures to validate on, or are split.",
+                "leave data.val out",
+            )
     elif kind == "hf":
         require_datasets()
     elif is_shards(options.folder):

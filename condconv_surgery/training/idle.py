@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from dataclasses import asdict
+
 from torch import nn
 
 from condconv_surgery.layers import routers
-from condconv_surgery.recipe.sections import LayerOptions
+from condconv_surgery.recipe.options import Section
+from condconv_surgery.recipe.sections import DistillOptions, LayerOptions, ScheduleOptions
 from condconv_surgery.recipe.training import TrainingOptions
 from condconv_surgery.training.meter import temperature_of
 
@@ -26,8 +30,18 @@ def idle_options(model: nn.Module, options: TrainingOptions) -> list[str]:
     lines = []
     if options.schedule.temperature is not None and temperature_of(model) is None:
         lines.append("schedule.temperature changes nothing: no layer has one. DynamicConv and ODConv layers have.")
-    plain = LayerOptions()
-    given = [name for name in OF_ROUTED if getattr(options.layers, name) != getattr(plain, name)]
-    if given and not routers(model):
-        lines.append(f"{', '.join(f'layers.{name}' for name in given)}: nothing, for no layer is conditional.")
+    routed = _given("layers", options.layers, LayerOptions(), OF_ROUTED)
+    if routed and not routers(model):
+        lines.append(f"{routed}: nothing, for no layer is conditional.")
+    taught = _given("distill", options.distill, DistillOptions(), asdict(options.distill))
+    if taught and not options.distill.teacher:
+        lines.append(f"{taught}: nothing, for there is no teacher. --distill start is the model as it begins.")
+    annealed = _given("schedule", options.schedule, ScheduleOptions(), ("temperature_end", "temperature_steps"))
+    if annealed and options.schedule.temperature is None:
+        lines.append(f"{annealed}: nothing without a first temperature: --temperature 30.")
     return lines
+
+
+def _given(section: str, options: Section, plain: Section, names: Iterable[str]) -> str:
+    """Which of ``names`` are not as they are without a word."""
+    return ", ".join(f"{section}.{name}" for name in names if getattr(options, name) != getattr(plain, name))
