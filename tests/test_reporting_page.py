@@ -172,6 +172,12 @@ def test_a_thousand_classes_fit_on_a_page_and_in_a_picture(measured: Report) -> 
     assert "100 of 1000 classes that differ most" in figure.axes[0].get_title()
 
 
+def test_a_model_that_multiplies_nothing_has_a_page_without_plots(tmp_path: Path) -> None:
+    found = report(nn.Sequential(nn.ReLU()), inputs=SPEC)
+    assert "<svg" not in found.to_html()
+    assert found.write_plots(tmp_path) == []
+
+
 def test_plots(measured: Report, tmp_path: Path) -> None:
     files = measured.write_plots(tmp_path / "plots")
     assert sorted(f.name for f in files) == sorted(

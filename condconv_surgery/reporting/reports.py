@@ -90,7 +90,7 @@ class Report:
         """PNG and SVG of the costs and, with pictures, of the routing; returns the files."""
         from condconv_surgery.reporting import drawing, plots
 
-        figures = {"layers": plots.layer_costs(self.profile, self.title)}
+        figures = {"layers": plots.layer_costs(self.profile, self.title)} if self.profile.macs.total else {}
         if self.routing and self.routing.layers:
             figures["experts"] = plots.experts_used(self.routing)
             liveliest = max(self.routing.layers, key=lambda layer: layer.variation)
