@@ -36,6 +36,7 @@ def test_every_option_is_explained_in_the_file() -> None:
         ({"optimiser": {}}, r"Unknown option or section .*'optimiser'\.\n.*Nearest: optimizer"),
         ({"optimizer": {"learning_rate": 1}}, r"Unknown option in \[optimizer\]"),
         ({"data": 3}, "It is a section"),
+        ({"distill": {"features": "[layer4]"}}, r"list of texts\.\n.*--set 'distill\.features=\[\"NAME\"\]'"),
         ({"schedule": {"shape": "step"}}, r"shape is step and schedule.milestones is \[\](.|\n)*milestones=\[6,8\]"),
         ({"schedule": {"milestones": [3]}}, r"shape is cosine and schedule.milestones is \[3\]"),
         (

@@ -136,6 +136,8 @@ def _allowed(rule: Rule) -> str:
 def _typed(shown: str, rule: Rule, default: object) -> str:
     if default is None:
         return f"leave {rule.flag or shown} out"
+    if rule.kind is str and rule.many:
+        return f"{rule.flag} NAME" if rule.flag else f"--set '{shown}=[\"NAME\"]'"  # quotes that a shell leaves alone
     example = rule.choices[0] if rule.choices else default
     if isinstance(example, tuple):
         example = list(example)
