@@ -29,16 +29,16 @@ def idle_options(model: nn.Module, options: TrainingOptions) -> list[str]:
     """A line for each option that is set and meets nothing in ``model``."""
     lines = []
     if options.schedule.temperature is not None and temperature_of(model) is None:
-        lines.append("schedule.temperature changes nothing: no layer has one. DynamicConv and ODConv layers have.")
+        lines.append("schedule.temperature: no effect, for no layer has one. DynamicConv and ODConv layers have.")
     routed = _given("layers", options.layers, LayerOptions(), OF_ROUTED)
     if routed and not routers(model):
-        lines.append(f"{routed}: nothing, for no layer is conditional.")
+        lines.append(f"{routed}: no effect, for no layer is conditional.")
     taught = _given("distill", options.distill, DistillOptions(), asdict(options.distill))
     if taught and not options.distill.teacher:
-        lines.append(f"{taught}: nothing, for there is no teacher. --distill start is the model as it begins.")
+        lines.append(f"{taught}: no effect without a teacher. --distill start is the model as it begins.")
     annealed = _given("schedule", options.schedule, ScheduleOptions(), ("temperature_end", "temperature_steps"))
     if annealed and options.schedule.temperature is None:
-        lines.append(f"{annealed}: nothing without a first temperature: --temperature 30.")
+        lines.append(f"{annealed}: no effect without a first temperature, as in --temperature 30.")
     return lines
 
 
