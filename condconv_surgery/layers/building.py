@@ -49,7 +49,10 @@ def conditional_like(
         layer.standardisation = standardisation_of(module)
     if not initialise:
         _give_memory(layer, weight.device)
-    return layer.train(module.training).requires_grad_(weight.requires_grad)
+    layer.train(module.training).requires_grad_(weight.requires_grad)
+    if layer.bias is not None:
+        layer.bias.requires_grad_(module.bias.requires_grad)  # type: ignore[union-attr]
+    return layer
 
 
 def _give_memory(layer: ConditionalConv2d[Variant], device: torch.device) -> None:
