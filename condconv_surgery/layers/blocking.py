@@ -73,7 +73,7 @@ def blocks_of(x: Tensor, experts: Tensor, groups: int) -> list[Block]:
     """
     batch, filters = x.shape[0], experts.shape[1]
     chunk = filters
-    if groups == 1 and x.device.type == "cpu":
+    if groups == 1 and x.device.type in ("cpu", "meta"):  # reports count on meta what a CPU would hold
         chunk = _filters_at_a_time(experts)
         most = MOST_CACHED_BYTES
     else:

@@ -105,7 +105,7 @@ def _unscale(
     columns = _columns(mixture, groups, per_group, area, grad)
     if columns is None:
         columns = grad.new_ones(batch, groups, per_group * area)
-    columns = columns.view(batch * groups, 1, per_group * area)
+    columns = columns.reshape(batch * groups, 1, per_group * area)
     left = product.sum(1) if by_out is None else (by_out.transpose(1, 2) @ product).squeeze(1)
     left = left.view(batch, groups, per_group, area)  # the filters are summed away
     grads = (
