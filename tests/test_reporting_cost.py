@@ -71,7 +71,7 @@ def allocated(model: nn.Module, x: torch.Tensor) -> int:
 
 @pytest.mark.parametrize("variant", [None, CondConv(4), ODConv(4), ODConv(1)], ids=str)
 def test_peak_is_what_the_allocator_gave(variant: CondConv | ODConv | None) -> None:
-    """Within 3%. Mixed kernels are most of it, up to 10 MiB at a time, or one larger kernel with its room."""
+    """Within 3%. Mixed kernels are most of it, up to 10 MiB at a time."""
     torch.manual_seed(0)
     model = torchvision.models.resnet18(weights=None).eval()
     x = torch.randn(16, 3, 64, 64)
