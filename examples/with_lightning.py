@@ -15,12 +15,18 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader
 from torchvision.datasets import ImageFolder
-from torchvision.transforms import v2
 
 import condconv_surgery as cs
 from condconv_surgery.recipe import InputSpec
-from condconv_surgery.recipe.sections import OptimizerOptions, ScheduleOptions
-from condconv_surgery.training import GateWatch, apply_schedule, balance_loss, fit_heads, parameter_groups
+from condconv_surgery.recipe.sections import AugmentOptions, OptimizerOptions, ScheduleOptions
+from condconv_surgery.training import (
+    GateWatch,
+    apply_schedule,
+    balance_loss,
+    fit_heads,
+    parameter_groups,
+    training_transform,
+)
 
 
 class FineTuning(lightning.LightningModule):
@@ -51,24 +57,13 @@ class FineTuning(lightning.LightningModule):
 def main(source: str, folder: str, output: str, epochs: int = 2) -> None:
     lightning.seed_everything(0, verbose=False)
     spec = InputSpec(height=64, width=64)
-    pictures = ImageFolder(folder, transform(spec))
+    pictures = ImageFolder(folder, training_transform(spec, AugmentOptions(crop=(0.7, 1.0), flip=0.0)))
     model = cs.load(source).train()
     fit_heads(model, tuple(pictures.classes), spec)  # a new last layer where there are other classes
     trainer = lightning.Trainer(max_epochs=epochs, gradient_clip_val=1.0, logger=False, enable_checkpointing=False)
     trainer.fit(FineTuning(model), DataLoader(pictures, batch_size=16, shuffle=True, drop_last=True))
     if trainer.is_global_zero:
         cs.save(model, output)
-
-
-def transform(spec: InputSpec) -> v2.Compose:
-    return v2.Compose(
-        [
-            v2.RandomResizedCrop((spec.height, spec.width), scale=(0.7, 1.0)),
-            v2.PILToTensor(),
-            v2.ToDtype(torch.float32, scale=True),
-            v2.Normalize(spec.mean, spec.std),
-        ]
-    )
 
 
 if __name__ == "__main__":

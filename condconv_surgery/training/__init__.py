@@ -24,6 +24,7 @@ from condconv_surgery.training.progress import TrainingResult
 from condconv_surgery.training.schedule import apply_schedule, lr_factor, temperature_at
 from condconv_surgery.training.statistics import recalibrate
 from condconv_surgery.training.step import train_step
+from condconv_surgery.training.transforms import training_transform
 
 __all__ = [
     "Batch",
@@ -45,4 +46,5 @@ __all__ = [
     "sharpness_loss",
     "temperature_at",
     "train_step",
+    "training_transform",
 ]
