@@ -71,14 +71,14 @@ def allocated(model: nn.Module, x: torch.Tensor) -> int:
 
 @pytest.mark.parametrize("variant", [None, CondConv(4), ODConv(4), ODConv(1)], ids=str)
 def test_peak_is_what_the_allocator_gave(variant: CondConv | ODConv | None) -> None:
-    """Within 3%. Mixed kernels are most of it, up to 10 MiB at a time."""
+    """Within 0.3 MB. Mixed kernels are most of it, up to 10 MiB at a time."""
     torch.manual_seed(0)
     model = torchvision.models.resnet18(weights=None).eval()
     x = torch.randn(16, 3, 64, 64)
     if variant is not None:
         model = convert(model, variant, prove=False).model
         assert peak_activations(model, (x,)) > 512 * 512 * 9 * 4
-        assert peak_activations(model, (x,)) == pytest.approx(allocated(model, x), rel=0.03)
+        assert peak_activations(model, (x,)) == pytest.approx(allocated(model, x), abs=0.3e6)
     else:  # a plain convolution of oneDNN also copies its weights into another order: 1.8 MB here
         assert 0 <= allocated(model, x) - peak_activations(model, (x,)) < 2e6
 

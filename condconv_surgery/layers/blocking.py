@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from condconv_surgery.layers.kernel_convolution import counts_as_cpu
 from condconv_surgery.layers.mixture import Mixture
 
 MOST_KERNEL_BYTES = 28 << 20
@@ -73,7 +74,7 @@ def blocks_of(x: Tensor, experts: Tensor, groups: int) -> list[Block]:
     """
     batch, filters = x.shape[0], experts.shape[1]
     chunk = filters
-    if groups == 1 and x.device.type in ("cpu", "meta"):  # reports count on meta what a CPU would hold
+    if groups == 1 and counts_as_cpu(x):
         chunk = _filters_at_a_time(experts)
         most = MOST_CACHED_BYTES
     else:

@@ -11,6 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
+def counts_as_cpu(x: Tensor) -> bool:
+    """On a CPU, or on meta, where reports find out what a CPU would hold."""
+    return x.device.type in ("cpu", "meta")
+
+
 def format_of(x: Tensor) -> torch.memory_format:
     """The memory format of the output, as ``nn.Conv2d`` takes it from its input."""
     last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
@@ -109,7 +114,7 @@ def _one_by_one(x: Tensor, groups: int) -> bool:
 
     Channels last keeps its layout that way; stacking the batch into the channels would not.
     """
-    return x.device.type == "cpu" and (groups == 1 or format_of(x) == torch.channels_last)
+    return counts_as_cpu(x) and (groups == 1 or format_of(x) == torch.channels_last)
 
 
 def _by_matrix_backward(
