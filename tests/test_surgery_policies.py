@@ -17,6 +17,7 @@ from torch.nn.utils import parametrizations, parametrize, prune
 import condconv_surgery as cs
 from condconv_surgery.errors import InputError, ProofError
 from condconv_surgery.layers import ConditionalConv2d, conditional_layers
+from condconv_surgery.recipe import Selection
 from condconv_surgery.surgery.convert import example_arguments, make_plan
 
 
@@ -164,33 +165,130 @@ class Listed(nn.Module):
         return self.last(self.hidden[0](self.stem(x)))
 
 
+class Closed(nn.Module):
+    """Calls a layer through a closure, which a copy of the model keeps, and by its name too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.named, self.last = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 1)
+        layer = self.named
+        self.again = lambda x: layer(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.again(self.named(self.stem(x))))
+
+
+def compiled_inside() -> nn.Module:
+    compiled = torch.compile(nn.Conv2d(4, 4, 3), backend="eager")
+    return nn.Sequential(nn.Conv2d(3, 4, 1), compiled, nn.Conv2d(4, 4, 1))
+
+
+HELD = {
+    "a list": (lambda: Listed(named=True), "named", "last"),
+    "a closure": (Closed, "named", "last"),
+    "compiled": (compiled_inside, "1._orig_mod", "2"),
+}
+
+
 @pytest.mark.parametrize("inplace", [False, True])
 @pytest.mark.parametrize("prove", [False, True])
-def test_a_replacement_that_would_not_be_called_is_refused(prove: bool, inplace: bool, x: Tensor) -> None:
+@pytest.mark.parametrize(("make", "held", "other"), HELD.values(), ids=HELD)
+def test_a_layer_called_from_where_no_replacement_reaches_is_left_alone(
+    make: Callable[[], nn.Module], held: str, other: str, prove: bool, inplace: bool, x: Tensor
+) -> None:
+    torch.manual_seed(0)
+    model = make()
+    layer = model.get_submodule(held)
+    with torch.compiler.set_stance("force_eager"):
+        before = model(x)
+    planned = make_plan(model, Selection(), (x,))
+    assert model.get_submodule(held) is layer
+    assert not layer._forward_hooks
+    conversion = cs.convert(model, cs.CondConv(), example=x, prove=prove, inplace=inplace)
+    reason = {skip.name: skip.reason for skip in conversion.plan.skipped}[held]
+    assert reason.startswith("called from where a replacement would not be: a list or a closure, say")
+    assert set(conditional_layers(conversion.model)) == {other} == {site.name for site in planned.kept}
+    assert conversion.plan.skipped == planned.skipped
+    with torch.compiler.set_stance("force_eager"):
+        torch.testing.assert_close(conversion.model(x), before)
+    with pytest.raises(InputError, match=r"all 1 convolutions of .* are skipped: called from where"):
+        make_plan(make(), Selection(include=(held,)), (x,))
+
+
+def test_a_held_layer_that_comes_first_is_the_stem(x: Tensor) -> None:
     model = Listed(named=True)
-    with pytest.raises(InputError, match=r"named would be replaced in vain[\s\S]*ModuleList[\s\S]*--exclude"):
-        cs.convert(model, cs.CondConv(), example=x, prove=prove, inplace=inplace)
+    model.hidden = [model.stem]
+    model.forward = lambda x: model.last(model.named(model.hidden[0](x)))
+    plan = make_plan(model, Selection(), (x,))
+    assert [site.name for site in plan.kept] == ["named", "last"]
+    assert [skip.name for skip in plan.skipped] == ["stem"]
+
+
+class Notices(Listed):
+    """Calls the hidden layer only once the named one is another."""
+
+    def __init__(self) -> None:
+        super().__init__(named=True)
+        self.stem = nn.Conv2d(4, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if isinstance(self.named, ConditionalConv2d):
+            return self.last(self.hidden[0](self.stem(x)) if x.sum() == x.sum() else x)
+        return self.last(self.named(self.stem(x)))
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_a_model_that_turns_away_from_a_replacement_is_refused(inplace: bool, x: Tensor) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), Notices())
+    with pytest.raises(InputError, match=r"1.named was replaced in vain[\s\S]*ModuleList[\s\S]*--exclude"):
+        cs.convert(model, cs.CondConv(), example=x, inplace=inplace)
     assert not conditional_layers(model)
-    converted = cs.convert(model, cs.CondConv(), example=x, prove=prove, exclude=["named"]).model
-    assert set(conditional_layers(converted)) == {"last"}
-    compiled = nn.Sequential(nn.Conv2d(3, 4, 1), torch.compile(nn.Conv2d(4, 4, 3), backend="eager"))
-    with pytest.raises(InputError, match=r"1\._orig_mod would be replaced in vain"):
-        cs.convert(compiled, cs.CondConv(), example=x, prove=prove, inplace=inplace)
+
+
+def test_a_model_that_tells_its_layers_by_identity_is_looked_at_as_it_is(x: Tensor) -> None:
+    class Keyed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second, self.third = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 1)
+            self.scales = {self.second: 2.0}
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.third(self.second(self.first(x)) * self.scales[self.second])
+
+    model = Keyed()
+    plan = make_plan(model, Selection(exclude=("second",)), (x,))
+    assert [site.name for site in plan.kept] == ["third"]
+    assert [note.partition(":")[0] for note in plan.notes] == [
+        "not run in eval mode with its layers exchanged",
+        "not run in train mode with its layers exchanged",
+    ]
+    converted = cs.convert(model, cs.CondConv(), example=x, exclude=["second"], inplace=True).model
+    torch.testing.assert_close(converted.scales, {model.second: 2.0})
+
+
+def test_a_direct_call_of_forward_is_named(x: Tensor) -> None:
+    class Direct(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second, self.third = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.third(self.second.forward(self.first(x)))
+
+    assert reasons(Direct(), x)["second"] == (
+        "Direct calls its forward directly, past its hooks (self.conv(x) in place of self.conv.forward(x) "
+        "makes its calls known)"
+    )
 
 
 @pytest.mark.parametrize("inplace", [False, True])
 def test_a_block_that_cannot_be_routed_once_converted_is_refused(inplace: bool, x: Tensor) -> None:
-    class Rest(Listed):
-        def __init__(self) -> None:
-            super().__init__(named=True)
-            self.stem = nn.Conv2d(4, 4, 1)
-
-    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Sequential(Usual(), Rest()))
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Sequential(Usual(), Notices()))
     names = list(model.state_dict())
-    with pytest.raises(InputError, match=r"1\.1 cannot share a router[\s\S]*ModuleList[\s\S]*--routing layer"):
+    with pytest.raises(InputError, match=r"1\.1 cannot share a router[\s\S]*torch.fx must[\s\S]*--routing layer"):
         cs.convert(model, cs.CondConv(routing="block"), example=x, prove=False, inplace=inplace)
     assert list(model.state_dict()) == names
-    assert [type(module) for module in model[1]] == [Usual, Rest]
+    assert [type(module) for module in model[1]] == [Usual, Notices]
     assert not conditional_layers(model)
 
 
@@ -395,15 +493,9 @@ def test_one_line_for_each_reason_not_to_trace(x: Tensor) -> None:
             return self.conv(x) if x.sum() > -1e9 else x
 
     model = nn.Sequential(*(Branches() for _ in range(5)))
-    notes = [n for n in make_plan(model, _selection(), example_arguments(model, x)).notes if n.startswith("not traced")]
+    notes = [n for n in make_plan(model, Selection(), example_arguments(model, x)).notes if n.startswith("not traced")]
     assert len(notes) == 1
     assert notes[0].startswith("not traced: the whole model, 0, 1 and 3 more: TraceError")
-
-
-def _selection() -> object:
-    from condconv_surgery.recipe import Selection
-
-    return Selection()
 
 
 def test_a_model_too_large_for_float64_is_judged_by_its_noise(x: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:

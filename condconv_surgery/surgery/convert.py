@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -20,7 +19,7 @@ from condconv_surgery.surgery.block_routing import share_routers
 from condconv_surgery.surgery.fingerprint import hash_weights
 from condconv_surgery.surgery.functional import lift_convolutions, undone_on_error
 from condconv_surgery.surgery.graph import find_sites
-from condconv_surgery.surgery.observation import observe, recording
+from condconv_surgery.surgery.observation import recording
 from condconv_surgery.surgery.proof import Difference, Outputs, compare_with, exceeds, require, run_both_modes
 from condconv_surgery.surgery.rounding import explain
 from condconv_surgery.surgery.selection import Plan, Skip, select
@@ -172,18 +171,17 @@ def _convert(model: nn.Module, arguments: tuple[Any, ...], rule: _Rule, inplace:
 def _run_converted(
     model: nn.Module, arguments: tuple[Any, ...], plan: Plan, before: Outputs | None, replaced: Places
 ) -> Difference | None:
-    """The difference from ``before``, where that is known. Raises ``InputError`` when a replaced layer is called."""
-    difference = None
+    """The difference from ``before``, where that is known. Raises ``InputError`` when a replaced layer is called.
+
+    (Most such layers the plan has left already; a model may notice that a layer is another.)
+    """
+    if before is None:
+        return None
     with recording(dict(replaced)) as called:
-        if before is not None:
-            difference = compare_with(model, arguments, plan.modes, before)
-        else:
-            for training in plan.modes:
-                with suppress(Exception):  # whether the model runs is for the proof to say
-                    observe(model, {}, arguments, training)
+        difference = compare_with(model, arguments, plan.modes, before)
     for name in called:
         raise InputError(
-            f"{name} would be replaced in vain: the model calls it from elsewhere, a list or a closure say.",
+            f"{name} was replaced in vain: once it was, the model called the old layer, from a list or a closure say.",
             "A layer can be replaced where only attributes of modules, nn.ModuleList and the like hold it.",
             f'nn.ModuleList(layers) in place of the list, or --exclude "{name}"',
         )

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from condconv_surgery.errors import InputError
 from condconv_surgery.surgery.observation import Calls, observe
-from condconv_surgery.surgery.reading import reading
+from condconv_surgery.surgery.reading import Reads, reading
+from condconv_surgery.surgery.stand_ins import Named, exchanged
 from condconv_surgery.surgery.tracing import listed, one_line, trace
 
 
@@ -30,6 +31,8 @@ class ConvSite:
     block: the nearest module around it that is not a bare container and holds more than one layer; ``""`` is the model.
     followed_by: class or function names that take its output; empty where the graph could not be traced.
     read_by: the class, if any, that computes with its weight outside of it.
+    bypassed_by: the class, if any, that calls its ``forward`` directly, past its hooks.
+    held: it is called from where no exchange in the module tree reaches, a list say.
     """
 
     names: tuple[str, ...]
@@ -42,6 +45,8 @@ class ConvSite:
     block: str
     followed_by: tuple[str, ...]
     read_by: str = ""
+    bypassed_by: str = ""
+    held: bool = False
 
     @property
     def name(self) -> str:
@@ -75,8 +80,8 @@ def find_sites(model: nn.Module, arguments: tuple[Any, ...]) -> Sites:
     """
     names = _names_by_identity(model)
     layers = {first: module for (first, *_), module in names}
-    with reading(model, layers) as reads:
-        seen, notes = _observe_both_modes(model, layers, arguments)
+    reads = Reads()
+    seen, notes = _observe_both_modes(model, names, arguments, reads)
     in_eval, in_train = seen.get(False, {}), seen.get(True, {})
     pooled = _pooled_at_twice_the_size(model, layers, arguments, in_eval)
     traces = trace(model, layers.values())
@@ -103,6 +108,8 @@ def find_sites(model: nn.Module, arguments: tuple[Any, ...]) -> Sites:
                 block=_block(first, modules),
                 followed_by=next((traces.followed_by[n] for n in all_names if n in traces.followed_by), ()),
                 read_by=reads.weights.get(first, ""),
+                bypassed_by=reads.forwards.get(first, ""),
+                held=any(c.elsewhere for c in (calls, train_calls) if c),
             )
         )
     ordered = tuple(sorted(sites, key=lambda site: site.order))
@@ -117,7 +124,7 @@ def _untraceable(reasons: Mapping[str, str]) -> list[str]:
     return [f"not traced: {listed(found)}: {reason}" for reason, found in names.items()]
 
 
-def _names_by_identity(model: nn.Module) -> list[tuple[tuple[str, ...], nn.Module]]:
+def _names_by_identity(model: nn.Module) -> Named:
     found: dict[int, tuple[list[str], nn.Module]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, (nn.Conv2d, nn.Linear)):
@@ -126,18 +133,21 @@ def _names_by_identity(model: nn.Module) -> list[tuple[tuple[str, ...], nn.Modul
 
 
 def _observe_both_modes(
-    model: nn.Module, layers: Mapping[str, nn.Module], arguments: tuple[Any, ...]
+    model: nn.Module, names: Named, arguments: tuple[Any, ...], reads: Reads
 ) -> tuple[dict[bool, dict[str, Calls]], list[str]]:
-    """The calls in each mode in which the model runs at all, and why not in the other."""
+    """The calls in each mode in which the model runs at all, and why not in the other; adds to ``reads``."""
     seen: dict[bool, dict[str, Calls]] = {}
     errors: list[Exception] = []
     notes = []
     for training in (False, True):
+        mode = "train" if training else "eval"
         try:
-            seen[training] = observe(model, layers, arguments, training)
+            seen[training], refusal = _observe_exchanged(model, names, arguments, training, reads)
         except Exception as error:  # whatever the user's forward raises
             errors.append(error)
-            notes.append(f"not run in {'train' if training else 'eval'} mode: {one_line(error)}")
+            notes.append(f"not run in {mode} mode: {one_line(error)}")
+        else:
+            notes += [f"not run in {mode} mode with its layers exchanged: {one_line(refusal)}"] if refusal else []
     if not seen:
         shapes = [tuple(a.shape) if isinstance(a, Tensor) else type(a).__name__ for a in arguments]
         raise InputError(
@@ -146,6 +156,21 @@ def _observe_both_modes(
             "convert(model, variant, example=...), or --input-size on the command line",
         ) from errors[0]
     return seen, notes
+
+
+def _observe_exchanged(
+    model: nn.Module, names: Named, arguments: tuple[Any, ...], training: bool, reads: Reads
+) -> tuple[dict[str, Calls], Exception | None]:
+    """The calls with a stand-in for each layer; where the model does not run so, of the model as it is, and why not."""
+    try:
+        with exchanged(model, names) as stand_ins, reading(model, stand_ins, reads):
+            return observe(model, stand_ins, arguments, training), None
+    except Exception as error:  # it may tell its layers by identity, or not run at all
+        refusal = error
+    layers = {first: module for (first, *_), module in names}
+    with reading(model, layers, reads):
+        calls = observe(model, layers, arguments, training)
+    return calls, refusal
 
 
 def _pooled_at_twice_the_size(

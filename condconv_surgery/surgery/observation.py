@@ -19,11 +19,15 @@ from condconv_surgery.running import device_of, in_mode
 
 @dataclass
 class Calls:
-    """The calls of one module: shapes of first input and output of each, and the place of the first among all."""
+    """The calls of one module: shapes of first input and output of each, and the place of the first among all.
+
+    elsewhere: another module with the same hooks ran, for which this one stands in (``surgery.stand_ins``).
+    """
 
     order: int
     inputs: list[tuple[int, ...]] = field(default_factory=list)
     outputs: list[tuple[int, ...]] = field(default_factory=list)
+    elsewhere: bool = False
 
 
 def observe(
@@ -60,16 +64,17 @@ def recording(layers: Mapping[str, nn.Module]) -> Iterator[dict[str, Calls]]:
     """The calls of ``layers`` (by name) within the block."""
     calls: dict[str, Calls] = {}
 
-    def hook(name: str) -> Any:
+    def hook(name: str, layer: nn.Module) -> Any:
         def record(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
             call = calls.setdefault(name, Calls(order=len(calls)))
+            call.elsewhere |= module is not layer
             for shapes, tensor in ((call.inputs, inputs[0] if inputs else None), (call.outputs, output)):
                 if isinstance(tensor, Tensor):
                     shapes.append(tuple(tensor.shape))
 
         return record
 
-    handles = [layer.register_forward_hook(hook(name)) for name, layer in layers.items()]
+    handles = [layer.register_forward_hook(hook(name, layer)) for name, layer in layers.items()]
     try:
         yield calls
     finally:

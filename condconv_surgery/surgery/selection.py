@@ -90,6 +90,14 @@ def _reason_to_skip(site: ConvSite, selection: Selection, is_stem: bool) -> str:
     checks = (
         _reason_impossible(site.module),
         f"{site.read_by} computes with its weight outside of it" if site.read_by else "",
+        f"{site.bypassed_by} calls its forward directly, past its hooks (self.conv(x) in place of self.conv.forward(x) "
+        "makes its calls known)"
+        if site.bypassed_by
+        else "",
+        "called from where a replacement would not be: a list or a closure, say (nn.ModuleList(layers) in place of the "
+        "list makes it known)"
+        if site.held
+        else "",
         "not called in a forward pass" if site.calls == 0 else "",
         NOT_INCLUDED if selection.include and not _matches(site, selection.include) else "",
         "matched by --exclude" if _matches(site, selection.exclude) else "",

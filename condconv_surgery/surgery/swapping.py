@@ -62,7 +62,7 @@ def swap(model: nn.Module, plan: Plan, variant: Variant, upcycling: Upcycling) -
             restore(model, plan, before)
             raise InputError(
                 f"{router.block} cannot share a router: with its layers converted, {error}.",
-                "Its layers can be held by attributes of modules, nn.ModuleList and the like, not by a list.",
+                "torch.fx must trace it with conditional layers in it too.",
                 f'--routing layer, or --exclude "{router.block}.*"',
             ) from error
     return before
