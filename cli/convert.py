@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from condconv_surgery.errors import InputError
+from condconv_surgery.errors import InputError, listed
 from condconv_surgery.recipe import VARIANTS, Selection, Upcycling, Variant, make_variant
 
 from .output import print_json, say
@@ -214,7 +214,7 @@ def _say_summary(summary: dict[str, Any], conversion: Conversion) -> None:
         say(f"Routers     {summary['routers']}, {len(conversion.plan.routers)} of them for a whole block")
     for reason in dict.fromkeys(row["reason"] for row in skipped):
         names = [row["name"] for row in skipped if row["reason"] == reason]
-        say(f"Left        {', '.join(names[:3])}{f' and {len(names) - 3} more' if len(names) > 3 else ''}: {reason}")
+        say(f"Left        {listed(names)}: {reason}")
     for note in conversion.plan.notes:
         say(f"Note        {note}")
     say(f"Parameters  {change('parameters', 1e6, 'M')}")

@@ -7,7 +7,7 @@ Every error that a user can cause has three parts. The command line prints them 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 
 class SurgeryError(Exception):
@@ -42,6 +42,17 @@ class DamagedFileError(SurgeryError):
 
 class TrainingError(SurgeryError):
     """Training could not go on: a non-finite loss, no memory, a state that does not fit the run."""
+
+
+def one_line(error: BaseException) -> str:
+    """The class of an error and the first line of what it says."""
+    text = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {text[0][:160]}" if text else type(error).__name__
+
+
+def listed(names: Sequence[str]) -> str:
+    """The first three names, and how many more."""
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def nearest(name: str, known: Iterable[str], count: int = 3) -> list[str]:

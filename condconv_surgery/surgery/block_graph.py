@@ -20,9 +20,9 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from condconv_surgery.errors import one_line
 from condconv_surgery.layers.routed_block import ROUTER, Forward
 from condconv_surgery.running import in_mode
-from condconv_surgery.surgery.tracing import one_line
 
 Graphs = dict[bool, fx.Graph]
 """By mode: ``False`` for eval, ``True`` for train."""

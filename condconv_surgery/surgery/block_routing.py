@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import nn
 
-from condconv_surgery.errors import InputError
+from condconv_surgery.errors import InputError, listed
 from condconv_surgery.layers import ConditionalConv2d, ConvGeometry
 from condconv_surgery.layers.routed_block import ROUTER, route_once
 from condconv_surgery.layers.routing import make_router
@@ -32,7 +32,6 @@ from condconv_surgery.surgery.block_graph import (
 from condconv_surgery.surgery.graph import ConvSite
 from condconv_surgery.surgery.observation import Calls, observe
 from condconv_surgery.surgery.selection import Plan, matches
-from condconv_surgery.surgery.tracing import listed
 
 Seen = dict[bool, dict[str, Calls]]
 

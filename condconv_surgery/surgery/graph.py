@@ -12,11 +12,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from condconv_surgery.errors import InputError
+from condconv_surgery.errors import InputError, listed, one_line
 from condconv_surgery.surgery.observation import Calls, observe
 from condconv_surgery.surgery.reading import Reads, reading
 from condconv_surgery.surgery.stand_ins import Named, exchanged
-from condconv_surgery.surgery.tracing import listed, one_line, trace
+from condconv_surgery.surgery.tracing import trace
 
 
 @dataclass(frozen=True)

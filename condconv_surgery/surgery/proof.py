@@ -11,11 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from condconv_surgery.errors import ProofError
+from condconv_surgery.errors import ProofError, one_line
 from condconv_surgery.meta import on_device
 from condconv_surgery.running import device_of, in_mode
 from condconv_surgery.surgery.observation import preserved_buffers
-from condconv_surgery.surgery.tracing import one_line
 
 TRAIN_FACTOR = 10.0
 """Batch statistics divide by small numbers and so amplify rounding: train mode is allowed this much more."""

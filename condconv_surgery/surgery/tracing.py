@@ -7,12 +7,14 @@ and nothing baked in that is not needed. A module that cannot be traced is left,
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import fx, nn
+
+from condconv_surgery.errors import one_line
 
 
 @dataclass
@@ -81,14 +83,3 @@ class _Tracer(fx.Tracer):
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return id(m) in self._wanted or id(m) not in self._containers
-
-
-def one_line(error: Exception) -> str:
-    """The class of an error and the first line of what it says."""
-    text = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {text[0][:160]}" if text else type(error).__name__
-
-
-def listed(names: Sequence[str]) -> str:
-    """The first three names, and how many more."""
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
