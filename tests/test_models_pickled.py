@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import ast
 import importlib.util
+import pickle
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ import torchvision
 from torch import nn
 
 import condconv_surgery as cs
-from condconv_surgery.errors import InputError
+from condconv_surgery.errors import DamagedFileError, InputError
 from condconv_surgery.models.allowlist import HELPER_ROOMS, LAYER_ROOMS, check_trust, name_of, resolve
 from condconv_surgery.models.sources import load_model
 from condconv_surgery.recipe import CondConv, Source, recipe_of
@@ -72,6 +73,40 @@ def test_a_module_of_ones_own_needs_its_package_named(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"--trust tests"):
         load_model(str(tmp_path / "m.safetensors"))
     assert torch.equal(load_model(str(tmp_path / "m.safetensors"), trust=("tests",))(X), original(X))
+
+
+@pytest.mark.parametrize("as_zip", [True, False])
+@pytest.mark.parametrize("whole", [True, False])
+def test_pickle_protocol_3_is_read_and_a_newer_one_is_named(whole: bool, as_zip: bool, tmp_path: Path) -> None:
+    original = torchvision.models.shufflenet_v2_x0_5(weights=None, num_classes=4).eval()
+    path, content = tmp_path / "m.pt", original if whole else original.state_dict()
+
+    def save(protocol: int) -> None:
+        torch.save(content, path, pickle_protocol=protocol, _use_new_zipfile_serialization=as_zip)
+
+    if as_zip or not whole:  # a whole module from before torch 1.6 lists no names
+        for protocol in (2, 3):
+            save(protocol)
+            assert torch.equal(load_model(str(path))(X), original(X))
+    for protocol in (4, 5):
+        save(protocol)
+        with pytest.raises(InputError, match=rf"with pickle protocol {protocol}\.[\s\S]*up to 3[\s\S]*state_dict"):
+            load_model(str(path))
+
+
+@pytest.mark.parametrize("protocol", [4, 5])
+def test_a_state_that_pickle_itself_wrote_is_named(protocol: int, tmp_path: Path) -> None:
+    (tmp_path / "m.pkl").write_bytes(pickle.dumps(nn.Linear(2, 2).state_dict(), protocol))
+    with pytest.raises(InputError, match=rf"m.pkl was written with pickle protocol {protocol}\."):
+        load_model(str(tmp_path / "m.pkl"))
+
+
+def test_a_damaged_file_gives_torchs_reason_and_not_its_advice(tmp_path: Path) -> None:
+    path = tmp_path / "m.pt"
+    path.write_bytes(b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19.\x80\x02" + pickle.FRAME + b"x" * 100)
+    with pytest.raises(DamagedFileError, match="cannot be read: Unsupported operand 149") as caught:
+        load_model(str(path))
+    assert "weights_only" not in str(caught.value)
 
 
 def test_a_training_state_with_its_options(tmp_path: Path) -> None:

@@ -7,6 +7,8 @@ torch's own restricted unpickler (``weights_only=True``) then reads the file wit
 from __future__ import annotations
 
 import pickle
+import warnings
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,9 @@ from condconv_surgery.models.allowlist import check_trust, resolve
 
 _FORBIDDEN = ("GLOBAL", "Can only", "Trying to call")
 """Words of torch's restricted unpickler for what it may not do; its other complaints are of a damaged file."""
+
+NEWEST_PROTOCOL = 3
+"""Of pickle, as far as torch's restricted unpickler goes: 4 brought frames and other ways to name a class."""
 
 DEEPEST = 200
 """Modules in modules."""
@@ -36,14 +41,20 @@ def load_pickle(path: Path, trust: tuple[str, ...] = ()) -> Any:
     names = _names(path)
     allowed = _allowed(names, trust, path)
     try:
-        with safe_globals(allowed):  # type: ignore[arg-type]
+        with safe_globals(allowed), warnings.catch_warnings():  # type: ignore[arg-type]
+            warnings.filterwarnings("ignore", "Detected pickle protocol", UserWarning)  # 3 is read like 2
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # the file's own arguments reach constructors: anything may go wrong there
         if isinstance(error, pickle.UnpicklingError) and any(words in str(error) for words in _FORBIDDEN):
             raise _refused(path, names) from error
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        if (protocol := _protocol(path)) > NEWEST_PROTOCOL:
+            raise InputError(
+                f"{path} was written with pickle protocol {protocol}.",
+                f"torch reads protocols up to {NEWEST_PROTOCOL} without running what is in a file; its own is 2.",
+                "torch.save(model.state_dict(), 'model.pt') where the model was made, without pickle_protocol",
+            ) from error
         raise DamagedFileError(
-            f"{path} is a torch file that cannot be read: {first}",
+            f"{path} is a torch file that cannot be read: {_reason(error)}",
             "It must be whole, written by torch.save, with versions of its packages like those installed here.",
             "copy or download it again, or save model.state_dict() where the model was made",
         ) from error
@@ -63,6 +74,26 @@ def check_module(model: nn.Module, path: Path) -> nn.Module:
             "save model.state_dict() where the model was made",
         ) from error
     return model
+
+
+def _protocol(path: Path) -> int:
+    """The pickle protocol that the file says it has; 0 where it says none."""
+    with path.open("rb") as file:
+        head = file.read(2)
+    if head == b"PK":
+        try:
+            with zipfile.ZipFile(path) as archive:
+                record = next(name for name in archive.namelist() if name.endswith("/data.pkl"))
+                head = archive.open(record).read(2)
+        except Exception:  # not whole: that is what reading it says, then
+            return 0
+    return head[1] if len(head) == 2 and head[:1] == pickle.PROTO else 0
+
+
+def _reason(error: Exception) -> str:
+    """What torch found, without its advice to run what is in the file."""
+    lines = [line for line in str(error).rpartition("WeightsUnpickler error:")[2].splitlines() if line.strip()]
+    return lines[0].strip() if lines else type(error).__name__
 
 
 def _names(path: Path) -> list[str]:
