@@ -13,6 +13,7 @@ from torch import Tensor, nn
 import condconv_surgery as cs
 from condconv_surgery.errors import InputError
 from condconv_surgery.layers import conditional_layers, set_temperature
+from condconv_surgery.models.layouts import write_layout
 from condconv_surgery.models.odconv_layout import to_odconv_layout
 from condconv_surgery.models.sources import load_model
 from condconv_surgery.recipe import CondConv, ODConv, Source, recipe_of
@@ -116,6 +117,16 @@ def test_what_their_layer_cannot_hold() -> None:
         to_odconv_layout(cs.convert(plain, ODConv(experts=2), example=X).model)
     with pytest.raises(InputError, match=r"^1 is a CondConv2d"):
         to_odconv_layout(cs.convert(plain, CondConv(experts=2), example=X).model)
+
+
+def test_a_model_on_meta_has_nothing_to_write(tmp_path: Path) -> None:
+    with torch.device("meta"):
+        plain = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3, bias=False))
+    model = cs.convert(plain, ODConv(experts=2), example=X, prove=False).model
+    for write in (lambda path: write_layout(model, "odconv", path), lambda path: cs.save(model, path)):
+        with pytest.raises(InputError, match=r"0.weight is on the meta device[\s\S]*load the weights"):
+            write(tmp_path / "m.safetensors")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_layers_in_other_places(tmp_path: Path) -> None:

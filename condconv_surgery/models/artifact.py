@@ -32,7 +32,7 @@ from condconv_surgery.models.container import (
     read_recipe,
     unique_tensors,
 )
-from condconv_surgery.models.files import replacing
+from condconv_surgery.models.files import replacing, require_values
 from condconv_surgery.models.pickled import check_module
 from condconv_surgery.models.recognition import recognise_module, same_modules
 from condconv_surgery.models.skeleton import Skeleton, describe, rebuild, transient_tensors
@@ -53,9 +53,10 @@ def save(model: nn.Module, path: str | Path) -> None:
     what its source builds, or has none, is described module by module; one that cannot be described either (hooks,
     local functions) needs ``load(path, model=skeleton)``. Training flags, ``requires_grad`` and hooks are not saved.
 
-    Raises ``InputError`` when the file cannot be written; an existing file is then unchanged.
+    Raises ``InputError`` when the file cannot be written or a tensor has no values; an existing file is then unchanged.
     """
     path = Path(path)
+    require_values(model.state_dict())
     tensors, aliases = unique_tensors(model.state_dict())
     recipe = _current_recipe(model)
     metadata = {"format": MAGIC, "recipe": json.dumps(recipe.to_dict()), "aliases": json.dumps(aliases)}

@@ -3,13 +3,26 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
+from torch import Tensor
 
 from condconv_surgery.errors import InputError
+
+
+def require_values(state: Mapping[str, Any]) -> None:
+    """Raise ``InputError`` for a tensor on the meta device: it has a shape, and nothing to write."""
+    for name, value in state.items():
+        if isinstance(value, Tensor) and value.is_meta:
+            raise InputError(
+                f"{name} is on the meta device: it has no values to write.",
+                "A file holds the values of every tensor.",
+                "load the weights, then convert (or model.to_empty(device=...) and load the converted ones)",
+            )
 
 
 @contextmanager

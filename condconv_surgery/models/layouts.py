@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from condconv_surgery.errors import InputError, unknown_name
 from condconv_surgery.layers import conditional_layers
-from condconv_surgery.models.files import replacing
+from condconv_surgery.models.files import replacing, require_values
 from condconv_surgery.models.odconv_layout import to_odconv_layout
 from condconv_surgery.models.timm_layout import to_timm_layout
 
@@ -21,8 +21,8 @@ LAYOUTS: dict[str, Callable[[nn.Module], dict[str, Tensor]]] = {"timm": to_timm_
 def write_layout(model: nn.Module, layout: str, path: str | Path) -> dict[str, Tensor]:
     """Write the state dict of ``model`` in a layout of ``LAYOUTS``; returns it.
 
-    Raises ``InputError`` for a name that is not there, a model that the layout cannot express, or a path that cannot be
-    written; an existing file is then unchanged.
+    Raises ``InputError`` for a name that is not there, a model that the layout cannot express or that has no values (on
+    meta), or a path that cannot be written; an existing file is then unchanged.
     """
     if layout not in LAYOUTS:
         raise unknown_name("layout", layout, list(LAYOUTS), "--layout timm")
@@ -30,6 +30,7 @@ def write_layout(model: nn.Module, layout: str, path: str | Path) -> dict[str, T
         raise InputError(
             "The model has no conditional layer.", "Without one its own state dict is the file.", "condconv convert"
         )
+    require_values(model.state_dict())
     state = LAYOUTS[layout](model)
     with replacing(Path(path)) as temporary:
         own = {name: tensor.detach().clone().contiguous() for name, tensor in state.items()}  # none share memory
