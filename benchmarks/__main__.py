@@ -1,4 +1,4 @@
-"""The command: ``python -m benchmarks layers|models|experts|memory|convert``.
+"""The command: ``python -m benchmarks layers|ways|models|experts|memory|convert``.
 
 Tables on stdout, progress on stderr.
 """
@@ -12,11 +12,12 @@ from pathlib import Path
 import torch
 
 from benchmarks.conversion import conversion_table, measure_conversion
-from benchmarks.geometries import MODELS, QUICK, sites
+from benchmarks.geometries import MODELS, QUICK, Site, sites
 from benchmarks.layers import VARIANTS, measure_layers
 from benchmarks.models import measure_model, peak_training_bytes
 from benchmarks.presenting import environment, layer_table, model_table, plot_experts, write_json
 from benchmarks.timing import use_clock
+from benchmarks.ways import measure_ways, ways_line
 from condconv_surgery.recipe import CondConv, Variant
 
 
@@ -26,14 +27,20 @@ def main(arguments: list[str] | None = None) -> None:
     torch.set_num_threads(options.threads)
     use_clock(options.clock)
     options.out.mkdir(parents=True, exist_ok=True)
-    {"layers": _layers, "models": _models, "experts": _experts, "memory": _memory, "convert": _convert}[options.what](
-        options
-    )
+    commands = {
+        "layers": _layers,
+        "ways": _ways,
+        "models": _models,
+        "experts": _experts,
+        "memory": _memory,
+        "convert": _convert,
+    }
+    commands[options.what](options)
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("what", choices=["layers", "models", "experts", "memory", "convert"])
+    parser.add_argument("what", choices=["layers", "ways", "models", "experts", "memory", "convert"])
     parser.add_argument("--quick", action="store_true", help="few geometries, models and repeats: minutes")
     parser.add_argument("--models", nargs="+", metavar="NAME", help=f"of torchvision; {', '.join(MODELS)}")
     parser.add_argument("--variants", nargs="+", choices=[*VARIANTS, "condconv8"], metavar="NAME")
@@ -50,12 +57,16 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _layers(options: argparse.Namespace) -> None:
-    chosen = sites(tuple(options.models or MODELS), options.pixels)
-    if options.quick and not options.models:
-        chosen = [site for site in chosen if str(site) in QUICK]
-    results = measure_layers(chosen, _variants(options), options.batch, _repeats(options), options.seconds)
+    results = measure_layers(_sites(options), _variants(options), options.batch, _repeats(options), options.seconds)
     print(layer_table(results))
     _write(options, "layers", [r.as_json() for r in results])
+
+
+def _ways(options: argparse.Namespace) -> None:
+    results = measure_ways(_sites(options), _variants(options), options.batch, _repeats(options), options.seconds)
+    print("measured / estimated milliseconds of a batch; * the chosen way, and its time over the fastest's")
+    print(*map(ways_line, results), sep="\n")
+    _write(options, "ways", [r.as_json() for r in results])
 
 
 def _models(options: argparse.Namespace) -> None:
@@ -106,6 +117,13 @@ def _convert(options: argparse.Namespace) -> None:
                 print(conversion_table([cost]), flush=True)
                 found.append(cost)
     _write(options, "convert", [{**asdict(cost), "peak/both": cost.ratio} for cost in found])
+
+
+def _sites(options: argparse.Namespace) -> list[Site]:
+    chosen = sites(tuple(options.models or MODELS), options.pixels)
+    if options.quick and not options.models:
+        chosen = [site for site in chosen if str(site) in QUICK]
+    return chosen
 
 
 def _variants(options: argparse.Namespace) -> dict[str, Variant]:

@@ -14,7 +14,9 @@ MODELS = ("resnet18", "resnet50", "mobilenet_v2", "efficientnet_b0")
 QUICK = (  # one of each kind: dense at a large and a small map, 1x1 at both, depthwise at both
     "resnet18 3x3 64->64 @56",
     "resnet18 3x3 256->256 @14",
+    "resnet18 3x3 512->512 @7",
     "resnet18 1x1/2 128->256 @28",
+    "resnet50 1x1 512->2048 @7",
     "mobilenet_v2 1x1 24->144 @56",
     "mobilenet_v2 1x1 160->960 @7",
     "mobilenet_v2 3x3 dw 192->192 @28",

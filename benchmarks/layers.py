@@ -60,7 +60,7 @@ def measure_layers(
 
 def check_layer(site: Site, variant: Variant, batch: int) -> dict[str, float]:
     """The largest difference of each contender from ours, in output and in the gradient of the input, relative."""
-    layer, x = _layer(site, variant), _input(site, batch)
+    layer, x = routed_layer(site, variant), random_input(site, batch)
     found, expected = {}, None
     for name, run in contenders(layer).items():
         y = run(x)
@@ -80,9 +80,9 @@ def _measure(
         wrong = {who: value for who, value in differences.items() if not value <= TOLERANCE}
         if wrong:
             raise AssertionError(f"{site} {name}: not the same function: {wrong}")
-    layer, x = _layer(site, variant), _input(site, batch)
+    layer, x = routed_layer(site, variant), random_input(site, batch)
     runs: dict[str, Callable[[Tensor], Tensor]] = {"static": site.conv(), **contenders(layer)}
-    make = _evaluation if mode == "eval" else _training
+    make = evaluation if mode == "eval" else training
     times = interleaved({who: make(run, x) for who, run in runs.items()}, repeats, seconds)
     ratios = {who: ratio(times, who, "ours") for who in runs if who not in ("static", "ours")}
     best = min(ratios, key=lambda who: ratios[who])
@@ -98,7 +98,8 @@ def _measure(
     )
 
 
-def _layer(site: Site, variant: Variant) -> Layer:
+def routed_layer(site: Site, variant: Variant) -> Layer:
+    """A conditional layer whose router answers each sample differently."""
     torch.manual_seed(0)
     layer = conditional_like(site.conv(), variant)
     for parameter in layer.router.parameters():
@@ -106,12 +107,15 @@ def _layer(site: Site, variant: Variant) -> Layer:
     return layer.eval()
 
 
-def _input(site: Site, batch: int) -> Tensor:
+def random_input(site: Site, batch: int) -> Tensor:
+    """[B, I, H, W], the same at each call."""
     torch.manual_seed(1)
     return torch.randn(batch, site.geometry.in_channels, *site.size, requires_grad=True)
 
 
-def _evaluation(run: Callable[[Tensor], Tensor], x: Tensor) -> Callable[[], object]:
+def evaluation(run: Callable[[Tensor], Tensor], x: Tensor) -> Callable[[], object]:
+    """A forward pass of ``run`` that records nothing."""
+
     def step() -> None:
         with torch.no_grad():
             run(x)
@@ -119,7 +123,8 @@ def _evaluation(run: Callable[[Tensor], Tensor], x: Tensor) -> Callable[[], obje
     return step
 
 
-def _training(run: Callable[[Tensor], Tensor], x: Tensor) -> Callable[[], object]:
+def training(run: Callable[[Tensor], Tensor], x: Tensor) -> Callable[[], object]:
+    """A forward and a backward pass of ``run``: gradients of ``x`` and of all parameters."""
     with torch.no_grad():
         direction = torch.randn_like(run(x))
     leaves = [x, *(p for p in run.parameters())] if isinstance(run, nn.Module) else [x]

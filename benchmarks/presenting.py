@@ -73,21 +73,33 @@ def write_json(path: Path, content: object) -> None:
 
 
 def plot_experts(path: Path, title: str, times: dict[str, dict[int, float]]) -> None:
-    """Time against the number of experts, one line for each contender, 1.0 being the static layer."""
+    """Time against the number of experts, 1.0 being the static layer.
+
+    times: by contender and mode, as in ``"ours (eval)"``; a colour for each contender, dashes for eval.
+    """
     import matplotlib as mpl
 
     mpl.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(6, 4))
+    figure, axes = plt.subplots(figsize=(6.5, 4))
+    colours = {who: f"C{i}" for i, who in enumerate(dict.fromkeys(name.split()[0] for name in times))}
     for name, by_experts in times.items():
-        axes.plot(list(by_experts), list(by_experts.values()), marker="o", label=name)
+        style = "--" if name.endswith("(eval)") else "-"
+        axes.plot(*zip(*by_experts.items(), strict=True), style, marker="o", color=colours[name.split()[0]], label=name)
     axes.set(xscale="log", yscale="log", xlabel="experts", ylabel="time / static", title=title)
-    axes.set_xticks(counts := sorted({n for line in times.values() for n in line}), [str(n) for n in counts])
+    counts = sorted({n for line in times.values() for n in line})
+    axes.set_xticks(counts, [str(n) for n in counts])
+    axes.set_xticks([], minor=True)
+    highest = max(value for line in times.values() for value in line.values())
+    shown = [tick for tick in (0.5, 0.75, 1, 1.5, 2, 3, 4, 6, 8, 12, 16) if tick < 1.2 * highest]
+    axes.set_yticks(shown, [f"{tick:g}" for tick in shown])
+    axes.set_yticks([], minor=True)
+    axes.set_ylim(bottom=0.9 * min(1.0, *(value for line in times.values() for value in line.values())))
     axes.axhline(1.0, color="grey", linewidth=0.8)
-    axes.legend()
+    axes.legend(fontsize="small")
     figure.tight_layout()
-    figure.savefig(path)
+    figure.savefig(path, dpi=120)
     plt.close(figure)
 
 

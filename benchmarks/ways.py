@@ -1,0 +1,95 @@
+"""Each way to compute a layer, timed beside its estimate (``layers.cost``): what the choice of a way is worth."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import Tensor
+
+from benchmarks.geometries import Site
+from benchmarks.layers import evaluation, random_input, routed_layer, training
+from benchmarks.timing import interleaved
+from condconv_surgery.layers.choice import candidates, choose
+from condconv_surgery.layers.cost import estimate
+from condconv_surgery.layers.ways import legal_ways
+from condconv_surgery.recipe import Variant
+
+
+@dataclass(frozen=True)
+class WaysResult:
+    """One geometry, variant and mode. By way: measured, and the estimate of a forward pass, both of the whole batch.
+
+    chosen: what ``choose`` takes. exported: what it takes in a program that is to be exported.
+    """
+
+    site: str
+    variant: str
+    mode: str
+    milliseconds: dict[str, float]
+    estimated: dict[str, float]
+    chosen: str
+    exported: str
+
+    @property
+    def regret(self) -> float:
+        """The time of the chosen way over that of the fastest."""
+        return self.milliseconds[self.chosen] / min(self.milliseconds.values())
+
+    def as_json(self) -> dict[str, object]:
+        """Plain values for JSON."""
+        return asdict(self)
+
+
+def measure_ways(
+    sites: Iterable[Site], variants: dict[str, Variant], batch: int, repeats: int, seconds: float
+) -> list[WaysResult]:
+    """Every legal way of every layer, in eval and in training."""
+    results = []
+    for site in sites:
+        for name, variant in variants.items():
+            for mode in ("eval", "train"):
+                result = _measure(site, name, variant, mode, batch, repeats, seconds)
+                print(ways_line(result), file=sys.stderr, flush=True)
+                results.append(result)
+    return results
+
+
+def ways_line(result: WaysResult) -> str:
+    """Measured / estimated milliseconds of each way, the chosen one marked."""
+    cells = [
+        f"{way}{'*' if way == result.chosen else ''} {value:.1f}/{result.estimated[way]:.1f}"
+        for way, value in result.milliseconds.items()
+    ]
+    return f"{result.site:36} {result.variant:10} {result.mode:5} {result.regret:5.2f}  " + "  ".join(cells)
+
+
+def _measure(
+    site: Site, name: str, variant: Variant, mode: str, batch: int, repeats: int, seconds: float
+) -> WaysResult:
+    x = random_input(site, batch)
+    make = evaluation if mode == "eval" else training
+    layer = routed_layer(site, variant)
+    with torch.no_grad():
+        mixture = layer.route(x)
+    ways = legal_ways(batch, mixture, layer.geometry)
+    layers = {way: routed_layer(site, variant) for way in ways}
+    for way, forced in layers.items():
+        forced.execution = way
+    times = interleaved({way: make(forced, x) for way, forced in layers.items()}, repeats, seconds)
+    milliseconds = {way: 1e3 * sorted(found)[len(found) // 2] for way, found in times.items()}
+
+    def estimated(way: str, like: Tensor = x) -> float:
+        return 1e3 * batch * estimate(way, like, layer.experts, mixture, layer.geometry)
+
+    return WaysResult(
+        str(site),
+        name,
+        mode,
+        milliseconds,
+        {way: estimated(way) for way in ways},
+        choose(x, layer.weight, mixture, layer.geometry),
+        min(candidates(mixture, layer.geometry, exporting=True), key=estimated),
+    )
