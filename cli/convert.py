@@ -37,6 +37,10 @@ def convert(
     block: Annotated[
         list[str] | None, typer.Option(help="Modules that share a router, a glob or re:REGEX; repeatable [found].")
     ] = None,
+    subclass: Annotated[
+        list[str] | None,
+        typer.Option(help="PACKAGE.CLASS that computes what nn.Conv2d computes, which the proof checks; repeatable."),
+    ] = None,
     include: Patterns = None,
     exclude: Patterns = None,
     min_channels: Annotated[int, typer.Option(help="Leave layers with fewer input or output channels.")] = 0,
@@ -61,8 +65,8 @@ def convert(
 ) -> None:
     """Replace the convolutions of a trained MODEL by conditional ones; same function at the start."""
     variant = make_variant(kind, experts=experts, reduction=reduction, routing=routing)
-    patterns = (tuple(include or ()), tuple(exclude or ()))
-    selection = Selection(*patterns, min_channels, skip_stem, skip_pooled, classifier, tuple(block or ()))
+    patterns, names = (tuple(include or ()), tuple(exclude or ())), (tuple(block or ()), tuple(subclass or ()))
+    selection = Selection(*patterns, min_channels, skip_stem, skip_pooled, classifier, *names)
     upcycling = Upcycling(diversity, seed)
     _check_sizes(input_size, tolerance)
     path = None if dry_run else writable(output)

@@ -45,7 +45,12 @@ def is_standardised(module: nn.Module) -> bool:
 def is_understood(cls: type[nn.Module]) -> bool:
     """Whether a class computes a convolution that a conditional layer can stand for."""
     plain = cls.forward is nn.Conv2d.forward and cls._conv_forward is nn.Conv2d._conv_forward  # type: ignore[attr-defined]
-    return plain or forward_of(cls) in PADDINGS or forward_of(cls) in STANDARDISED
+    return plain or is_known_otherwise(cls)
+
+
+def is_known_otherwise(cls: type[nn.Module]) -> bool:
+    """Whether a class computes something else than ``nn.Conv2d``, and it is known what."""
+    return forward_of(cls) in PADDINGS or forward_of(cls) in STANDARDISED
 
 
 def layer_of_timm(name: str) -> type[nn.Conv2d]:
@@ -64,4 +69,9 @@ def layer_of_timm(name: str) -> type[nn.Conv2d]:
 def forward_of(cls: type[nn.Module]) -> str:
     """The full name of the class that has the ``forward`` of ``cls``."""
     owner = next((base for base in cls.__mro__ if "forward" in vars(base)), cls)
-    return f"{owner.__module__}.{owner.__qualname__}"
+    return full_name(owner)
+
+
+def full_name(cls: type) -> str:
+    """Module and name of a class, as in ``torch.nn.modules.conv.Conv2d``."""
+    return f"{cls.__module__}.{cls.__qualname__}"

@@ -22,6 +22,8 @@ class Selection:
     classifier: also convert the last ``nn.Linear`` (a Linear is a 1x1 convolution).
     blocks: with ``routing="block"``, globs or ``re:`` over the names of the modules that share a router each; none
         means the smallest module around each layer that holds more than one converted layer.
+    subclasses: full names of classes (``package.module.Class``) that override ``nn.Conv2d.forward`` and compute the
+        same; their layers are converted like any other. The proof checks each call of one.
     """
 
     include: tuple[str, ...] = ()
@@ -31,10 +33,12 @@ class Selection:
     skip_pooled: bool = True
     classifier: bool = False
     blocks: tuple[str, ...] = ()
+    subclasses: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for flag, patterns in (("--include", self.include), ("--exclude", self.exclude), ("--block", self.blocks)):
             _require_patterns(flag, patterns)
+        _require_classes(self.subclasses)
         if isinstance(self.min_channels, bool) or not isinstance(self.min_channels, int) or self.min_channels < 0:
             raise InputError(
                 f"min_channels is {self.min_channels!r}.", "It must be a whole number, 0 or more.", "--min-channels 32"
@@ -57,6 +61,16 @@ class Upcycling:
             raise InputError(f"diversity is {self.diversity!r}.", "It must be a number, 0 or more.", "--diversity 0.1")
         if isinstance(self.seed, bool) or not isinstance(self.seed, int) or self.seed < 0:
             raise InputError(f"seed is {self.seed!r}.", "It must be a whole number, 0 or more.", "--seed 0")
+
+
+def _require_classes(names: object) -> None:
+    for name in names if isinstance(names, tuple) else (names,):
+        if not isinstance(name, str) or not re.fullmatch(r"[^\s.]+(\.[^\s.]+)+", name):
+            raise InputError(
+                f"--subclass {name!r} is no name of a class.",
+                "It is the full name, as a plan gives it where it leaves such a layer.",
+                "--subclass package.module.Class",
+            )
 
 
 def _require_patterns(flag: str, patterns: object) -> None:

@@ -16,6 +16,7 @@ from condconv_surgery.recipe import Recipe, Selection, Upcycling, Variant, attac
 from condconv_surgery.running import device_of, input_spec_of
 from condconv_surgery.surgery.acceptance import accept, eagerly
 from condconv_surgery.surgery.block_routing import share_routers
+from condconv_surgery.surgery.claims import checked, unchecked
 from condconv_surgery.surgery.fingerprint import hash_weights
 from condconv_surgery.surgery.functional import lift_convolutions, undone_on_error
 from condconv_surgery.surgery.graph import find_sites
@@ -54,6 +55,7 @@ def convert(
     skip_pooled: bool = True,
     classifier: bool = False,
     blocks: Sequence[str] | None = None,
+    subclasses: Sequence[str] | None = None,
     diversity: float = 0.1,
     seed: int = 0,
     inplace: bool = False,
@@ -69,16 +71,17 @@ def convert(
         taken off.
     example: an input, a tuple of all arguments, or what a detector takes; made from the model's own input
         specification when left out (3x224x224 when it has none).
-    include, exclude, min_channels, skip_stem, skip_pooled, classifier, blocks: see ``recipe.Selection``.
+    include, exclude, min_channels, skip_stem, skip_pooled, classifier, blocks, subclasses: see ``recipe.Selection``.
     diversity, seed: see ``recipe.Upcycling``.
     inplace: change ``model`` itself. Otherwise it is left as it was.
     prove: run both models in both modes and compare; ``tolerance`` is absolute, in the output's units.
 
     Raises ``InputError`` when nothing is left to convert, the example does not fit or the model would not call what
-    replaces a layer, and ``ProofError`` when the outputs differ; the model is then as it was.
+    replaces a layer, and ``ProofError`` when the outputs differ, or those of a layer of ``subclasses`` are not a plain
+    convolution's; the model is then as it was.
     """
-    patterns = (tuple(include or ()), tuple(exclude or ()))
-    selection = Selection(*patterns, min_channels, skip_stem, skip_pooled, classifier, tuple(blocks or ()))
+    patterns, names = (tuple(include or ()), tuple(exclude or ())), (tuple(blocks or ()), tuple(subclasses or ()))
+    selection = Selection(*patterns, min_channels, skip_stem, skip_pooled, classifier, *names)
     rule = _Rule(selection, variant, Upcycling(diversity, seed), prove, tolerance)
     inner = accept(model, inplace=inplace, prove=prove)
     arguments = example_arguments(inner, example)
@@ -100,10 +103,15 @@ def make_plan(
     model = accept(model)
     with eagerly(model):
         if not isinstance(model, fx.GraphModule):
-            return _plan(model, selection, arguments, variant)
+            return _noting_claims(_plan(model, selection, arguments, variant))
         copied = copy.deepcopy(model)
         left = _lift(copied, selection)
-        return _with_left(_plan(copied, selection, arguments, variant), left)
+        return _with_left(_noting_claims(_plan(copied, selection, arguments, variant)), left)
+
+
+def _noting_claims(plan: Plan) -> Plan:
+    """The plan that no proof follows, with what nobody checks."""
+    return replace(plan, notes=(*plan.notes, *unchecked(plan.kept)))
 
 
 @dataclass(frozen=True)
@@ -145,7 +153,12 @@ def _with_left(plan: Plan, left: tuple[Skip, ...]) -> Plan:
 
 def _convert(model: nn.Module, arguments: tuple[Any, ...], rule: _Rule, inplace: bool) -> Conversion:
     plan = _plan(model, rule.selection, arguments, rule.variant)
-    before = run_both_modes(model, arguments, plan.modes) if rule.prove else None
+    before = None
+    if rule.prove:
+        with checked(plan.kept):
+            before = run_both_modes(model, arguments, plan.modes)
+    else:
+        plan = _noting_claims(plan)
     recipe = _recipe_with_hash(model)
     target = model if inplace else copy_to_change(model, plan)
     change = partial(swap, plan=plan, variant=rule.variant, upcycling=rule.upcycling)

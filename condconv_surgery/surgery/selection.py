@@ -10,8 +10,9 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from condconv_surgery.errors import InputError
-from condconv_surgery.layers.subclasses import is_understood
+from condconv_surgery.layers.subclasses import full_name, is_understood
 from condconv_surgery.recipe import Selection, SharedRouter
+from condconv_surgery.surgery.claims import require_classes, what_would_be_lost
 from condconv_surgery.surgery.graph import ConvSite, Sites
 
 NOT_INCLUDED = "not matched by --include"
@@ -43,7 +44,8 @@ class Plan:
 
 
 def select(found: Sites, selection: Selection, source: str = "the model") -> Plan:
-    """Apply the rule. Raises ``InputError`` when it leaves nothing to convert."""
+    """Apply the rule. Raises ``InputError`` when it leaves nothing to convert, or names a class that is not there."""
+    require_classes(selection.subclasses, found.sites)
     convolutions = [site for site in found.sites if not site.linear]
     candidates = list(convolutions)
     if selection.classifier:
@@ -88,7 +90,7 @@ def _none_at_all(found: Sites, source: str) -> InputError:
 def _reason_to_skip(site: ConvSite, selection: Selection, is_stem: bool) -> str:
     """Why ``site`` stays as it is; empty when it is converted. What cannot be comes before what is not wanted."""
     checks = (
-        _reason_impossible(site.module),
+        _reason_impossible(site.module, selection.subclasses),
         f"{site.read_by} computes with its weight outside of it" if site.read_by else "",
         f"{site.bypassed_by} calls its forward directly, past its hooks (self.conv(x) in place of self.conv.forward(x) "
         "makes its calls known)"
@@ -113,14 +115,17 @@ def _reason_to_skip(site: ConvSite, selection: Selection, is_stem: bool) -> str:
     return next((reason for reason in checks if reason), "")
 
 
-def _reason_impossible(module: nn.Module) -> str:
+def _reason_impossible(module: nn.Module, subclasses: tuple[str, ...]) -> str:
     cls = type(module)
     if "forward" in vars(module):
         return "its forward is its own, not that of its class (accelerate's remove_hook_from_module puts that back)"
-    computed = _computed(module)
-    if computed or isinstance(module, nn.Linear):
+    computed, name = _computed(module), full_name(cls)
+    if computed:
         return computed
-    return "" if is_understood(cls) else f"{cls.__module__}.{cls.__qualname__} does not compute a plain convolution"
+    if isinstance(module, nn.Conv2d) and not is_understood(cls) and name not in subclasses:
+        return f"{name} does not compute a plain convolution, for all that is known; if it does: --subclass {name}"
+    lost = what_would_be_lost(module)
+    return f"it holds more than weight and bias, which would be lost: {lost}" if lost else ""
 
 
 def _computed(module: nn.Module) -> str:
