@@ -43,5 +43,5 @@ def meta_state(model: nn.Module) -> Iterator[None]:
 
 
 def on_device(nested: Any, device: torch.device) -> Any:
-    """Every tensor of nested arguments on ``device``."""
-    return pytree.tree_map(lambda leaf: leaf.to(device) if isinstance(leaf, Tensor) else leaf, nested)
+    """Copies of all tensors of nested arguments, on ``device``: a forward may change its input in place."""
+    return pytree.tree_map(lambda leaf: leaf.to(device, copy=True) if isinstance(leaf, Tensor) else leaf, nested)

@@ -13,7 +13,6 @@ that the block becomes a graph only where the graph is the block:
 from __future__ import annotations
 
 import inspect
-import random
 from collections.abc import Collection
 from typing import Any
 
@@ -22,7 +21,7 @@ from torch import fx, nn
 
 from condconv_surgery.errors import one_line
 from condconv_surgery.layers.routed_block import ROUTER, Forward
-from condconv_surgery.running import in_mode
+from condconv_surgery.running import in_mode, random_states, undisturbed
 
 Graphs = dict[bool, fx.Graph]
 """By mode: ``False`` for eval, ``True`` for train."""
@@ -94,30 +93,23 @@ def _require_plain(block: nn.Module, layers: Collection[nn.Module]) -> None:
 
 
 def _trace(block: nn.Module, layers: Collection[nn.Module]) -> fx.Graph:
-    attributes, before = set(block.__dict__), _random_state()
-    try:
-        graph = _Tracer(layers).trace(block)
-    except BlockError:
-        raise
-    except Exception as error:  # whatever a user's forward raises when run on proxies
-        raise BlockError(f"it cannot be traced: {one_line(error)}") from error
-    finally:
-        made = set(block.__dict__) - attributes
-        for name in made:
-            delattr(block, name)
-    if made:
-        raise BlockError("its forward makes tensors or attributes of its own")
-    if _random_state() != before:
-        raise BlockError("its forward draws random numbers, which a graph would repeat")
+    with undisturbed(block) as holdings:
+        before = random_states()
+        try:
+            graph = _Tracer(layers).trace(block)
+        except BlockError:
+            raise
+        except Exception as error:  # whatever a user's forward raises when run on proxies
+            raise BlockError(f"it cannot be traced: {one_line(error)}") from error
+        if holdings.exchanged():
+            raise BlockError("its forward makes tensors or attributes of its own")
+        if random_states() != before:
+            raise BlockError("its forward draws random numbers, which a graph would repeat")
     for layer in layers:
         for node in calls(graph, block, layer):
             if len(node.args) != 1 or node.kwargs:
                 raise BlockError(f"{node.target} is called with more than its input")
     return graph
-
-
-def _random_state() -> tuple[Any, bytes]:
-    return random.getstate(), torch.get_rng_state().numpy().tobytes()
 
 
 def _modes() -> tuple[bool, ...]:

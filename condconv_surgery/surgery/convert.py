@@ -13,7 +13,7 @@ from torch import fx, nn
 
 from condconv_surgery.errors import InputError
 from condconv_surgery.recipe import Recipe, Selection, Upcycling, Variant, attach_recipe, recipe_of
-from condconv_surgery.running import device_of, input_spec_of
+from condconv_surgery.running import device_of, input_spec_of, random_state_kept
 from condconv_surgery.surgery.acceptance import accept, eagerly
 from condconv_surgery.surgery.block_routing import share_routers
 from condconv_surgery.surgery.claims import checked, unchecked
@@ -24,7 +24,7 @@ from condconv_surgery.surgery.observation import recording
 from condconv_surgery.surgery.proof import Difference, Outputs, compare_with, exceeds, require, run_both_modes
 from condconv_surgery.surgery.rounding import explain
 from condconv_surgery.surgery.selection import Plan, Skip, select
-from condconv_surgery.surgery.swapping import Places, copy_to_change, original_of, restore, swap
+from condconv_surgery.surgery.swapping import Places, copy_of, copy_to_change, original_of, restore, swap
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ def convert(
     rule = _Rule(selection, variant, Upcycling(diversity, seed), prove, tolerance)
     inner = accept(model, inplace=inplace, prove=prove)
     arguments = example_arguments(inner, example)
-    with eagerly(inner):
+    with eagerly(inner), random_state_kept(inner):
         if isinstance(inner, fx.GraphModule):
             conversion = _convert_graph(inner, arguments, rule, inplace)
         else:
@@ -168,7 +168,7 @@ def _convert(model: nn.Module, arguments: tuple[Any, ...], rule: _Rule, inplace:
         difference = _run_converted(target, arguments, plan, before, undo)
         if before is not None and difference is not None:
             if rule.tolerance is None and exceeds(difference, before, None):
-                original = partial(original_of, target, plan, undo) if inplace else partial(copy.deepcopy, model)
+                original = partial(original_of, target, plan, undo) if inplace else partial(copy_of, model)
                 numbers = sum(parameter.numel() for parameter in target.parameters())
                 note, exact = explain(original, arguments, plan, change, numbers, before, difference)
                 plan = replace(plan, notes=(*plan.notes, note))

@@ -10,11 +10,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from condconv_surgery.meta import META, meta_state, on_device
-from condconv_surgery.running import device_of, in_mode
+from condconv_surgery.running import device_of, in_mode, undisturbed, without_gradients
 
 
 @dataclass
@@ -35,9 +34,9 @@ def observe(
 ) -> dict[str, Calls]:
     """The calls of ``layers`` (by name) in one forward pass of ``model``; those never called are absent.
 
-    The model's parameters, buffers and mode are as before afterwards. Raises what the model's forward raises.
+    The model is as before afterwards. Raises what the model's forward raises.
     """
-    with in_mode(model, training), torch.no_grad():
+    with in_mode(model, training), without_gradients(model):
         try:
             return _observe_on_meta(model, layers, arguments)
         except Exception:
@@ -46,7 +45,7 @@ def observe(
 
 
 def _observe_on_meta(model: nn.Module, layers: Mapping[str, nn.Module], arguments: tuple[Any, ...]) -> dict[str, Calls]:
-    with meta_state(model), recording(layers) as calls:
+    with undisturbed(model), meta_state(model), recording(layers) as calls:
         model(*on_device(arguments, META))
     return calls
 
@@ -54,7 +53,7 @@ def _observe_on_meta(model: nn.Module, layers: Mapping[str, nn.Module], argument
 def _observe_for_real(
     model: nn.Module, layers: Mapping[str, nn.Module], arguments: tuple[Any, ...]
 ) -> dict[str, Calls]:
-    with preserved_buffers(model), recording(layers) as calls:
+    with undisturbed(model), recording(layers) as calls:
         model(*on_device(arguments, device_of(model)))
     return calls
 
@@ -80,16 +79,3 @@ def recording(layers: Mapping[str, nn.Module]) -> Iterator[dict[str, Calls]]:
     finally:
         for handle in handles:
             handle.remove()
-
-
-@contextmanager
-def preserved_buffers(model: nn.Module) -> Iterator[None]:
-    """Running statistics as before, whatever ran in between."""
-    before = {name: buffer.clone() for name, buffer in model.named_buffers() if buffer is not None}
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            for name, buffer in model.named_buffers():
-                if name in before:
-                    buffer.copy_(before[name])

@@ -13,8 +13,7 @@ from torch.utils import _pytree as pytree
 
 from condconv_surgery.errors import ProofError, one_line
 from condconv_surgery.meta import on_device
-from condconv_surgery.running import device_of, in_mode
-from condconv_surgery.surgery.observation import preserved_buffers
+from condconv_surgery.running import device_of, in_mode, undisturbed, without_gradients
 
 TRAIN_FACTOR = 10.0
 """Batch statistics divide by small numbers and so amplify rounding: train mode is allowed this much more."""
@@ -50,14 +49,13 @@ class Outputs:
 
 
 def run_both_modes(model: nn.Module, arguments: tuple[Any, ...], modes: Sequence[bool] = (False, True)) -> Outputs:
-    """Run ``model`` in eval and in train mode; its mode and buffers are as before afterwards.
+    """Run ``model`` in eval and in train mode; it is as before afterwards.
 
     The random state is the same at the start of each run, so dropout draws the same masks for both models.
     """
     results: dict[bool, list[Tensor] | None] = {False: None, True: None}
     for training in modes:
-        with in_mode(model, training), preserved_buffers(model), torch.no_grad(), torch.random.fork_rng():
-            torch.manual_seed(0)
+        with in_mode(model, training), undisturbed(model), without_gradients(model):
             output = model(*on_device(arguments, device_of(model)))
         leaves = pytree.tree_leaves(output)
         results[training] = [leaf.detach().cpu() for leaf in leaves if isinstance(leaf, Tensor)]

@@ -6,7 +6,7 @@ import copy
 from dataclasses import replace
 from typing import Any, Literal
 
-from torch import nn
+from torch import Tensor, nn
 
 from condconv_surgery.errors import InputError
 from condconv_surgery.layers.routed_block import RoutedBlock, route_no_more
@@ -20,19 +20,32 @@ Places = list[tuple[str, nn.Module]]
 """Modules and where they are, or were."""
 
 
+def copy_of(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
+    """``copy.deepcopy``, also of a model with tensors that it has computed from its parameters: those as plain tensors.
+
+    (``torch.nn.utils.weight_norm`` and pruning keep such a weight, and compute it again before each call.)
+    """
+    memo = {} if memo is None else memo
+    for module in model.modules():
+        for value in vars(module).values():
+            if isinstance(value, Tensor) and not value.is_leaf:
+                memo.setdefault(id(value), value.detach().clone())
+    return copy.deepcopy(model, memo)
+
+
 def copy_to_change(model: nn.Module, plan: Plan) -> nn.Module:
     """A copy that has the original's own layers where they are about to be replaced: their weights are not copied in
     vain. (Those with hooks are, for a hook may be the method of a module that is copied.)"""
     layers = [site.module for site in plan.kept]
-    return copy.deepcopy(model, {id(m): m for m in layers if not m._forward_hooks and not m._forward_pre_hooks})
+    return copy_of(model, {id(m): m for m in layers if not m._forward_hooks and not m._forward_pre_hooks})
 
 
 def original_of(model: nn.Module, plan: Plan, before: Places) -> nn.Module:
     """A copy of what ``model`` was, without ever copying its experts."""
     memo: dict[int, Any] = {}
     for name, module in before:
-        memo[id(model.get_submodule(name))] = copy.deepcopy(module, memo)
-    original = copy.deepcopy(model, memo)
+        memo[id(model.get_submodule(name))] = copy_of(module, memo)
+    original = copy_of(model, memo)
     for router in plan.routers:
         route_no_more(original.get_submodule(router.block))
     return original

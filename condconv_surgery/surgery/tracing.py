@@ -15,6 +15,7 @@ import torch
 from torch import fx, nn
 
 from condconv_surgery.errors import one_line
+from condconv_surgery.running import undisturbed
 
 
 @dataclass
@@ -43,7 +44,8 @@ def _descend(module: nn.Module, name: str, wanted: set[int], containers: set[int
         return
     if not isinstance(module, (nn.ModuleList, nn.ModuleDict)):  # they have no forward to trace
         try:
-            graph = _Tracer(wanted, containers).trace(module)
+            with undisturbed(module):  # a forward may keep what it computes: here, proxies
+                graph = _Tracer(wanted, containers).trace(module)
         except Exception as error:  # whatever a user's forward raises when run on proxies
             traces.untraceable[name] = one_line(error)
         else:
