@@ -305,3 +305,18 @@ def test_odconv_resnet18_has_the_published_size(experts: int, millions: float) -
 def test_a_classifier_that_include_leaves_out_is_refused(net: nn.Module, x: torch.Tensor) -> None:
     with pytest.raises(InputError, match="--classifier asks for head, but --include does not match it"):
         cs.convert(net, cs.CondConv(experts=2), example=x, include=["stem"], skip_stem=False, classifier=True)
+
+
+@pytest.mark.parametrize("pattern", ["block.*", r"re:block\.\d"])
+def test_one_text_is_one_pattern(pattern: str) -> None:
+    """A ``*`` among its letters would match every layer."""
+    x = torch.randn(2, 3, 8, 8)
+    for given in (pattern, [pattern], (pattern,)):
+        kept = cs.convert(Net(), cs.CondConv(), example=x, include=given, prove=False).plan.kept
+        assert [site.name for site in kept] == ["block.0", "block.2"]
+        kept = cs.convert(Net(), cs.CondConv(), example=x, exclude=given, prove=False).plan.kept
+        assert [site.name for site in kept] == ["twice", "aux"]
+    with pytest.raises(InputError, match="it is a bare container"):  # found by its name
+        cs.convert(Net(), cs.CondConv(routing="block"), example=x, blocks="bloc[k]")
+    with pytest.raises(InputError, match="5 is no pattern"):
+        cs.convert(Net(), cs.CondConv(), example=x, include=5)

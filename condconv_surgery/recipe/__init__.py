@@ -1,6 +1,6 @@
 """Every decision as a frozen dataclass, checked when made, JSON in and out. Imports no torch."""
 
-from condconv_surgery.recipe.conversion import Selection, Upcycling
+from condconv_surgery.recipe.conversion import Selection, Upcycling, patterns_of
 from condconv_surgery.recipe.model import (
     FORMAT,
     ConvertedLayer,
@@ -39,6 +39,7 @@ __all__ = [
     "Variant",
     "attach_recipe",
     "make_variant",
+    "patterns_of",
     "recipe_of",
     "variant_from_dict",
 ]

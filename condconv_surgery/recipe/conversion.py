@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from condconv_surgery.errors import InputError
@@ -13,8 +14,8 @@ from condconv_surgery.errors import InputError
 class Selection:
     """Which layers to convert.
 
-    include, exclude: globs over layer names (``layer4.*``), or ``re:`` and a regular expression. No include
-        means every layer; exclude wins.
+    include, exclude: globs over layer names (``layer4.*``), or ``re:`` and a regular expression: one text, or several.
+        No include means every layer; exclude wins.
     min_channels: leave layers with fewer input or output channels.
     skip_stem: leave the first convolution, which sees the picture and not features.
     skip_pooled: leave convolutions over a 1x1 map (squeeze-and-excite), where mixing n kernels costs n times the
@@ -36,9 +37,14 @@ class Selection:
     subclasses: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        for flag, patterns in (("--include", self.include), ("--exclude", self.exclude), ("--block", self.blocks)):
-            _require_patterns(flag, patterns)
-        _require_classes(self.subclasses)
+        for name, flag in (("include", "--include"), ("exclude", "--exclude"), ("blocks", "--block")):
+            patterns = patterns_of(getattr(self, name))
+            object.__setattr__(self, name, patterns)
+            for pattern in patterns:
+                _require_pattern(flag, pattern)
+        object.__setattr__(self, "subclasses", patterns_of(self.subclasses))
+        for name in self.subclasses:
+            _require_class(name)
         if isinstance(self.min_channels, bool) or not isinstance(self.min_channels, int) or self.min_channels < 0:
             raise InputError(
                 f"min_channels is {self.min_channels!r}.", "It must be a whole number, 0 or more.", "--min-channels 32"
@@ -59,25 +65,28 @@ class Upcycling:
     def __post_init__(self) -> None:
         if not isinstance(self.diversity, (int, float)) or not 0 <= self.diversity < math.inf:
             raise InputError(f"diversity is {self.diversity!r}.", "It must be a number, 0 or more.", "--diversity 0.1")
-        if isinstance(self.seed, bool) or not isinstance(self.seed, int) or self.seed < 0:
-            raise InputError(f"seed is {self.seed!r}.", "It must be a whole number, 0 or more.", "--seed 0")
-
-
-def _require_classes(names: object) -> None:
-    for name in names if isinstance(names, tuple) else (names,):
-        if not isinstance(name, str) or not re.fullmatch(r"[^\s.]+(\.[^\s.]+)+", name):
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int) or not 0 <= self.seed < 2**64:
             raise InputError(
-                f"--subclass {name!r} is no name of a class.",
-                "It is the full name, as a plan gives it where it leaves such a layer.",
-                "--subclass package.module.Class",
+                f"seed is {self.seed!r}.", "It must be a whole number, at least 0 and below 2 to the 64.", "--seed 0"
             )
 
 
-def _require_patterns(flag: str, patterns: object) -> None:
-    if not isinstance(patterns, tuple):
-        raise InputError(f"{flag} is {patterns!r}.", "It must be a list of patterns.", '["layer4.*"]')
-    for pattern in patterns:
-        _require_pattern(flag, pattern)
+def patterns_of(given: object) -> tuple[str, ...]:
+    """One text is one pattern, ``None`` is none. Raises ``InputError`` for what holds no patterns."""
+    if given is None or isinstance(given, str):
+        return () if given is None else (given,)
+    if not isinstance(given, Iterable):
+        raise InputError(f"{given!r} is no pattern.", "A pattern is a text, and there can be a list.", '["layer4.*"]')
+    return tuple(given)
+
+
+def _require_class(name: object) -> None:
+    if not isinstance(name, str) or not re.fullmatch(r"[^\s.]+(\.[^\s.]+)+", name):
+        raise InputError(
+            f"--subclass {name!r} is no name of a class.",
+            "It is the full name, as a plan gives it where it leaves such a layer.",
+            "--subclass package.module.Class",
+        )
 
 
 def _require_pattern(flag: str, pattern: object) -> None:

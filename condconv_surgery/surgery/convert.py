@@ -12,7 +12,7 @@ import torch
 from torch import fx, nn
 
 from condconv_surgery.errors import InputError
-from condconv_surgery.recipe import Recipe, Selection, Upcycling, Variant, attach_recipe, recipe_of
+from condconv_surgery.recipe import Recipe, Selection, Upcycling, Variant, attach_recipe, patterns_of, recipe_of
 from condconv_surgery.running import device_of, input_spec_of, random_state_kept
 from condconv_surgery.surgery.acceptance import accept, eagerly
 from condconv_surgery.surgery.block_routing import share_routers
@@ -80,7 +80,7 @@ def convert(
     replaces a layer, and ``ProofError`` when the outputs differ, or those of a layer of ``subclasses`` are not a plain
     convolution's; the model is then as it was.
     """
-    patterns, names = (tuple(include or ()), tuple(exclude or ())), (tuple(blocks or ()), tuple(subclasses or ()))
+    patterns, names = (patterns_of(include), patterns_of(exclude)), (patterns_of(blocks), patterns_of(subclasses))
     selection = Selection(*patterns, min_channels, skip_stem, skip_pooled, classifier, *names)
     rule = _Rule(selection, variant, Upcycling(diversity, seed), prove, tolerance)
     inner = accept(model, inplace=inplace, prove=prove)
