@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import stat
 import struct
 import subprocess
 import sys
@@ -19,6 +21,7 @@ from condconv_surgery.errors import DamagedFileError, InputError
 from condconv_surgery.layers import conditional_layers
 from condconv_surgery.models.artifact import read_recipe
 from condconv_surgery.models.container import digest
+from condconv_surgery.models.recognition import recognise
 from condconv_surgery.models.sources import load_model
 from condconv_surgery.recipe import VARIANTS, CondConv, ODConv, Recipe, Source, attach_recipe, recipe_of
 from tests.test_surgery_convert import Net
@@ -242,3 +245,84 @@ def test_a_foreign_safetensors_file(tmp_path: Path) -> None:
 def test_a_fine_tuned_artifact_is_a_source(saved: tuple[Path, nn.Module]) -> None:
     model = load_model(str(saved[0]))
     assert torch.equal(model(EXAMPLE), saved[1](EXAMPLE))
+
+
+def doubled(*seen: object) -> torch.Tensor:
+    return seen[2] * 2
+
+
+def hooked() -> nn.Sequential:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3)).eval()
+    model[1].register_forward_hook(doubled)
+    return model
+
+
+def test_a_hook_on_a_converted_layer_is_not_lost_unsaid(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    converted = cs.convert(hooked(), CondConv(experts=2), example=EXAMPLE).model.eval()
+    scramble(converted)
+    cs.save(converted, tmp_path / "m.safetensors")
+    with pytest.raises(InputError, match=r"a CondConv2d has hooks(.|\n)*model=MyNet"):
+        cs.load(tmp_path / "m.safetensors")
+    assert torch.equal(cs.load(tmp_path / "m.safetensors", model=hooked())(EXAMPLE), converted(EXAMPLE))
+
+
+def test_one_package_as_a_text_is_trusted(tmp_path: Path) -> None:
+    cs.save(Net(), tmp_path / "m.safetensors")
+    assert type(cs.load(tmp_path / "m.safetensors", trust="tests")) is Net
+    with pytest.raises(InputError, match="--trust os would let a file run anything"):
+        cs.load(tmp_path / "m.safetensors", trust="os")
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o077, 0o002])
+def test_a_file_may_be_read_by_whom_others_may_be(tmp_path: Path, mask: int) -> None:
+    before = os.umask(mask)
+    try:
+        (tmp_path / "plain").write_bytes(b"")
+        cs.save(nn.Sequential(nn.Conv2d(3, 3, 1)), tmp_path / "m.safetensors")
+        modes = {(tmp_path / name).stat().st_mode for name in ("plain", "m.safetensors")}
+        assert len(modes) == 1
+        (tmp_path / "m.safetensors").chmod(0o640)
+        cs.save(nn.Sequential(nn.Conv2d(3, 3, 1)), tmp_path / "m.safetensors")
+        assert stat.S_IMODE((tmp_path / "m.safetensors").stat().st_mode) == 0o640
+    finally:
+        os.umask(before)
+
+
+@pytest.mark.parametrize("place", ["", ".", "folder"])
+def test_a_folder_is_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(
+        InputError, match=rf"{place or '.'} could not be written: it is a folder(.|\n)*model.safetensors"
+    ):
+        cs.save(nn.Sequential(nn.Conv2d(3, 3, 1)), place)
+    assert list(tmp_path.iterdir()) == [tmp_path / "folder"]
+    assert not any((tmp_path / "folder").iterdir())
+
+
+def test_a_torch_file_is_no_artifact(tmp_path: Path) -> None:
+    torch.save(nn.Conv2d(3, 3, 1).state_dict(), tmp_path / "m.pt")
+    with pytest.raises(InputError, match=r"m.pt is a torch file(.|\n)*condconv convert .*m.pt -o .*m.safetensors"):
+        cs.load(tmp_path / "m.pt")
+
+
+def test_a_run_does_not_change_what_a_model_is(tmp_path: Path) -> None:
+    """RAFT keeps the correlations of its last run; the small one has less layers than the family's first."""
+    torch.manual_seed(0)
+    model = torchvision.models.optical_flow.raft_small(weights=None).eval()
+    frames = (torch.rand(1, 3, 128, 128), torch.rand(1, 3, 128, 128))
+    with torch.no_grad():
+        expected = model(*frames, num_flow_updates=1)[0]
+    cs.save(model, tmp_path / "m.safetensors")
+    assert read_recipe(tmp_path / "m.safetensors").source == Source("torchvision:raft_small")
+    assert read_recipe(tmp_path / "m.safetensors").source == recognise(
+        {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    )
+    with torch.no_grad():
+        assert torch.equal(cs.load(tmp_path / "m.safetensors")(*frames, num_flow_updates=1)[0], expected)
+    model.add_module("mark", nn.Identity())  # described, module by module
+    attach_recipe(model, Recipe())
+    cs.save(model, tmp_path / "m.safetensors")
+    with torch.no_grad():
+        assert torch.equal(cs.load(tmp_path / "m.safetensors")(*frames, num_flow_updates=1)[0], expected)

@@ -15,7 +15,7 @@ from torch import nn
 
 import condconv_surgery as cs
 from condconv_surgery.errors import DamagedFileError, InputError
-from condconv_surgery.models.allowlist import HELPER_ROOMS, LAYER_ROOMS, check_trust, name_of, resolve
+from condconv_surgery.models.allowlist import HELPER_ROOMS, LAYER_ROOMS, name_of, resolve, trusted
 from condconv_surgery.models.sources import load_model
 from condconv_surgery.recipe import CondConv, Source, recipe_of
 from tests.small_networks import SmallNet, small_net
@@ -120,7 +120,7 @@ def test_a_training_state_with_its_options(tmp_path: Path) -> None:
 @pytest.mark.parametrize("package", ["os", "builtins", "subprocess", "torch", "importlib", "timm", "functools"])
 def test_what_holds_commands_cannot_be_trusted(package: str) -> None:
     with pytest.raises(InputError, match=rf"--trust {package} would let a file run anything"):
-        check_trust((package,))
+        trusted((package,))
 
 
 @pytest.mark.parametrize(

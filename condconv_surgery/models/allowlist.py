@@ -95,15 +95,20 @@ def resolve(name: str, trust: tuple[str, ...] = ()) -> Any:
     raise _asking(name, package)
 
 
-def check_trust(trust: Iterable[str]) -> None:
-    """Raise ``InputError`` for a package that cannot be trusted as a whole: it would allow a file to run anything."""
-    for package in trust:
+def trusted(trust: str | Iterable[str]) -> tuple[str, ...]:
+    """The packages that the user trusts; one text is one package.
+
+    Raises ``InputError`` for a package that cannot be trusted as a whole: it would allow a file to run anything.
+    """
+    packages = (trust,) if isinstance(trust, str) else tuple(trust)
+    for package in packages:
         if _commands(package) and package not in DATA_NAMES:
             raise InputError(
                 f"--trust {package} would let a file run anything.",
                 "A package of your own, or one of: " + ", ".join(DATA_NAMES) + " (their data classes only).",
                 "--trust mypackage",
             )
+    return packages
 
 
 def name_of(value: Any) -> str | None:

@@ -20,7 +20,7 @@ from torch import fx, nn
 
 from condconv_surgery.errors import DamagedFileError, InputError, nearest
 from condconv_surgery.layers import ConditionalConv2d, ConditionalLinear, routed_blocks
-from condconv_surgery.models.allowlist import check_trust
+from condconv_surgery.models.allowlist import trusted
 from condconv_surgery.models.building import build, exchange_heads, put_conditional
 from condconv_surgery.models.container import (
     MAGIC,
@@ -35,7 +35,7 @@ from condconv_surgery.models.container import (
 from condconv_surgery.models.files import replacing, require_values
 from condconv_surgery.models.pickled import check_module
 from condconv_surgery.models.recognition import recognise_module, same_modules
-from condconv_surgery.models.skeleton import Skeleton, describe, rebuild, transient_tensors
+from condconv_surgery.models.skeleton import describe, rebuild, transient_tensors
 from condconv_surgery.models.values import UndescribableError
 from condconv_surgery.recipe import ConvertedLayer, Recipe, SharedRouter, attach_recipe, recipe_of
 from condconv_surgery.surgery import BlockError, lift_convolutions, route_block
@@ -60,16 +60,15 @@ def save(model: nn.Module, path: str | Path) -> None:
     tensors, aliases = unique_tensors(model.state_dict())
     recipe = _current_recipe(model)
     metadata = {"format": MAGIC, "recipe": json.dumps(recipe.to_dict()), "aliases": json.dumps(aliases)}
-    rows = _needed_skeleton(model, recipe)
-    if rows is not None:
-        metadata["skeleton"] = json.dumps(rows)
+    metadata |= _description(model, recipe)
+    if "skeleton" in metadata:
         tensors |= {name: tensor.detach().clone() for name, tensor in transient_tensors(model).items()}
     metadata["tensors_sha256"] = digest(tensors)
     with replacing(path) as temporary:
         save_file(tensors, temporary, metadata)
 
 
-def load(path: str | Path, *, model: nn.Module | None = None, trust: tuple[str, ...] = ()) -> nn.Module:
+def load(path: str | Path, *, model: nn.Module | None = None, trust: str | tuple[str, ...] = ()) -> nn.Module:
     """The model that ``save`` wrote, in eval mode, on the CPU, carrying its recipe.
 
     model: the unconverted skeleton, for a model whose source only its author knows; it is changed and returned.
@@ -80,10 +79,10 @@ def load(path: str | Path, *, model: nn.Module | None = None, trust: tuple[str, 
     file that is truncated, altered or newer.
     """
     path = Path(path)
-    check_trust(trust)
+    packages = trusted(trust)
     content = read(path)
     recipe = content.recipe
-    skeleton = _skeleton(content, trust) if model is None else model
+    skeleton = _skeleton(content, packages) if model is None else model
     if isinstance(skeleton, fx.GraphModule) and recipe.layers:
         lift_convolutions(skeleton)  # as convert did, whose names of them the file has
     try:
@@ -130,15 +129,15 @@ def _shared_routers(model: nn.Module) -> tuple[SharedRouter, ...]:
     )
 
 
-def _needed_skeleton(model: nn.Module, recipe: Recipe) -> Skeleton | None:
-    """The description of a model that its source does not rebuild as it is; ``None`` if it does, or for want of one."""
+def _description(model: nn.Module, recipe: Recipe) -> dict[str, str]:
+    """The skeleton of a model that its source does not rebuild as it is, or why it has none, for the metadata."""
     library = recipe.source.name.partition(":")[0]
     if library not in ("", "torchvision", "timm") or (library and same_modules(model, recipe.source, recipe.heads)):
-        return None  # a user's factory is not called again to compare
+        return {}  # a user's factory is not called again to compare
     try:
-        return describe(model)
-    except UndescribableError:
-        return None
+        return {"skeleton": json.dumps(describe(model))}
+    except UndescribableError as error:
+        return {"undescribed": error.what}
 
 
 def _skeleton(content: Content, trust: tuple[str, ...]) -> nn.Module:
@@ -149,7 +148,7 @@ def _skeleton(content: Content, trust: tuple[str, ...]) -> nn.Module:
         return check_module(rebuild(content.skeleton, trust, most_numbers=numbers), path)
     if not source.name:
         raise InputError(
-            f"{path} does not say how its model is built: it was saved from a class that only its author has.",
+            f"{path} does not say how its model is built: {content.undescribed or 'only its author knows'}.",
             "Give the unconverted model, with any weights.",
             f'condconv_surgery.load("{path}", model=MyNet())',
         )

@@ -13,6 +13,7 @@ from torch import nn
 from condconv_surgery.errors import InputError, unknown_name
 from condconv_surgery.layers import ConvGeometry, conditional_like
 from condconv_surgery.recipe import ConvertedLayer, Source
+from condconv_surgery.surgery.upcycling import move_hooks
 
 
 def build(source: Source, trust: tuple[str, ...] = ()) -> nn.Module:
@@ -39,7 +40,7 @@ def exchange_heads(model: nn.Module, heads: dict[str, int]) -> None:
 
 
 def put_conditional(skeleton: nn.Module, row: ConvertedLayer) -> None:
-    """Exchange a plain layer for an empty conditional one, at every name that it has.
+    """Exchange a plain layer for an empty conditional one with its hooks, at every name that it has.
 
     Raises ``AttributeError`` when there is no such layer there.
     """
@@ -49,6 +50,7 @@ def put_conditional(skeleton: nn.Module, row: ConvertedLayer) -> None:
     if plain.weight.shape[:2] != ConvGeometry.of(plain).weight_shape[:2]:
         raise AttributeError(f"{row.names[0]} is not what its weight is")
     layer = conditional_like(plain, row.variant)
+    move_hooks(plain, layer)
     for name in row.names:
         skeleton.set_submodule(name, layer, strict=True)
 

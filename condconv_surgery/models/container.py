@@ -14,9 +14,11 @@ from torch import Tensor
 
 from condconv_surgery.errors import DamagedFileError, InputError
 from condconv_surgery.models.skeleton import Skeleton
+from condconv_surgery.models.sniffing import SAFETENSORS, sniff
 from condconv_surgery.recipe import Recipe
 
 MAGIC = "condconv-surgery"
+_WANTED = "An artifact is one whole .safetensors file that condconv wrote."
 
 
 @dataclass(frozen=True)
@@ -24,7 +26,8 @@ class Content:
     """What an artifact holds.
 
     tensors: each once. aliases: for each further name of a tensor the one it is stored under.
-    skeleton: the modules, where the recipe's source alone does not rebuild them.
+    skeleton: the modules, where the recipe's source alone does not rebuild them. undescribed: why there is none, where
+        there should be.
     """
 
     path: Path
@@ -32,6 +35,7 @@ class Content:
     tensors: dict[str, Tensor]
     aliases: dict[str, str]
     skeleton: Skeleton | None
+    undescribed: str = ""
 
     def all_tensors(self) -> dict[str, Tensor]:
         """The tensors under all their names."""
@@ -51,7 +55,7 @@ def read(path: Path) -> Content:
         raise damaged(path, f"an alias points to {unknown[0]!r}, which is not there")
     if digest(tensors) != metadata.get("tensors_sha256"):
         raise damaged(path, "its tensors are not the ones that were written")
-    return Content(path, recipe, tensors, aliases, skeleton)
+    return Content(path, recipe, tensors, aliases, skeleton, metadata.get("undescribed", ""))
 
 
 def read_recipe(path: str | Path) -> Recipe:
@@ -114,11 +118,16 @@ def _opened(path: Path) -> Any:
     try:
         return safe_open(path, "pt")
     except (SafetensorError, OSError) as error:
+        kind = sniff(path)
+        if kind != SAFETENSORS:
+            raise InputError(f"{path} is {kind}.", _WANTED, _converting(path)) from error
         raise DamagedFileError(
-            f"{path} cannot be read as safetensors: {error}.",
-            "An artifact is one whole .safetensors file that condconv wrote.",
-            "copy it again, or convert the original again",
+            f"{path} cannot be read as safetensors: {error}.", _WANTED, "copy it again, or convert the original again"
         ) from error
+
+
+def _converting(path: Path) -> str:
+    return f"condconv convert {path} -o {path.with_suffix('.safetensors')}"
 
 
 def _metadata(path: Path, file: Any) -> dict[str, str]:

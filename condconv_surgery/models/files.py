@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import stat
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,12 +30,20 @@ def require_values(state: Mapping[str, Any]) -> None:
 def replacing(path: Path) -> Iterator[Path]:
     """A temporary path beside ``path``, which takes its name when the block ends well, on disk before that.
 
-    Raises ``InputError`` when it cannot be written; ``path`` is then as it was and nothing is left behind.
+    The file may be read by whom a file that ``open`` makes may be. Raises ``InputError`` when it cannot be written;
+    ``path`` is then as it was and nothing is left behind.
     """
+    if path.is_dir():  # Path("") too
+        raise InputError(
+            f"{path} could not be written: it is a folder.", "A file has a name.", f"{path / 'model.safetensors'}"
+        )
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         try:
+            temporary.touch()
+            mode = (path if path.exists() else temporary).stat().st_mode
             yield temporary
+            temporary.chmod(stat.S_IMODE(mode))  # some libraries make files that only their owner may read
             with temporary.open("rb+") as file:
                 os.fsync(file.fileno())
             temporary.replace(path)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
 from condconv_surgery.errors import DamagedFileError, InputError, SurgeryError
-from condconv_surgery.models.allowlist import check_trust, resolve
+from condconv_surgery.models.allowlist import resolve, trusted
 
 _FORBIDDEN = ("GLOBAL", "Can only", "Trying to call")
 """Words of torch's restricted unpickler for what it may not do; its other complaints are of a damaged file."""
@@ -29,7 +29,7 @@ DEEPEST = 200
 """Modules in modules."""
 
 
-def load_pickle(path: Path, trust: tuple[str, ...] = ()) -> Any:
+def load_pickle(path: Path, trust: str | tuple[str, ...] = ()) -> Any:
     """What ``torch.save`` put into ``path``, on the CPU.
 
     trust: packages whose classes and functions the file may name beside those of ``allowlist``.
@@ -37,9 +37,9 @@ def load_pickle(path: Path, trust: tuple[str, ...] = ()) -> Any:
     Raises ``InputError`` for a name that is not allowed, saying which package to trust, and ``DamagedFileError`` for a
     file that cannot be read.
     """
-    check_trust(trust)
+    packages = trusted(trust)
     names = _names(path)
-    allowed = _allowed(names, trust, path)
+    allowed = _allowed(names, packages, path)
     try:
         with safe_globals(allowed), warnings.catch_warnings():  # type: ignore[arg-type]
             warnings.filterwarnings("ignore", "Detected pickle protocol", UserWarning)  # 3 is read like 2

@@ -117,13 +117,21 @@ def _matches(shapes: Shapes, library: str, families: dict[str, list[str]]) -> li
     tops = _tops(shapes)
     matches = []
     for names in filter(None, families.values()):
-        if not any(_tops(candidate) == tops for candidate in _variations(library, names[0])):
+        if not any(_akin(_tops(candidate), tops, library) for candidate in _variations(library, names[0])):
             continue
         for name in names:
             source = _fits(shapes, library, name)
             if source is not None:
                 matches.append(source)
     return matches
+
+
+def _akin(first: frozenset[str], tops: frozenset[str], library: str) -> bool:
+    """The family of a model with the top-level names ``first`` may have one with ``tops``.
+
+    In torchvision a member may have less than another: ``raft_small`` has no ``mask_predictor``.
+    """
+    return first == tops or (library == "torchvision" and bool(tops) and (first > tops or first < tops))
 
 
 def _fits(shapes: Shapes, library: str, name: str) -> Source | None:

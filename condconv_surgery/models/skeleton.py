@@ -26,6 +26,9 @@ Skeleton = list[dict[str, Any]]
 _OWN_KEYS = frozenset(nn.Module().__dict__)
 """What every module has: tables of parameters, buffers, children and hooks, and the training flag."""
 
+_KEPT_BY_A_RUN = ("corr_pyramid", "attention_bias_cache")
+"""In RAFT of torchvision; in LeViT, TinyViT and EfficientFormer of timm."""
+
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
@@ -41,6 +44,8 @@ def describe(model: nn.Module, *, without_hooks: bool = False) -> Skeleton:
 
     def number(module: nn.Module) -> int:
         if id(module) not in numbers:
+            if not without_hooks and any(getattr(module, kind) for kind in _HOOKS):
+                raise UndescribableError(f"a {type(module).__name__} has hooks")
             numbers[id(module)] = len(modules)
             modules.append(plain_like(module) if isinstance(module, ConditionalConv2d) else module)
         return numbers[id(module)]
@@ -49,10 +54,7 @@ def describe(model: nn.Module, *, without_hooks: bool = False) -> Skeleton:
     tensors: dict[int, int] = {}
     rows: Skeleton = []
     while len(rows) < len(modules):  # describing a module adds its children to the list
-        module = modules[len(rows)]
-        if not without_hooks and any(getattr(module, kind) for kind in _HOOKS):
-            raise UndescribableError(f"a {type(module).__name__} has hooks")
-        rows.append(_row(module, ValueWriter(number), tensors))
+        rows.append(_row(modules[len(rows)], ValueWriter(number), tensors))
     return rows
 
 
@@ -102,7 +104,7 @@ def _row(module: nn.Module, writer: ValueWriter, tensors: dict[int, int]) -> dic
     return {
         "class": name_in_file(plain_class_of(module)),
         "state": {
-            key: writer.write(value, f"{type(module).__name__}.{key}")
+            key: writer.write(_as_before_a_run(module, key, value), f"{type(module).__name__}.{key}")
             for key, value in module.__dict__.items()
             if key not in _OWN_KEYS and not isinstance(value, Recipe)
         },
@@ -115,6 +117,12 @@ def _row(module: nn.Module, writer: ValueWriter, tensors: dict[int, int]) -> dic
             if name not in own
         },
     }
+
+
+def _as_before_a_run(module: nn.Module, key: str, value: Any) -> Any:
+    """An attribute's value, or an empty list or dict for what a forward pass keeps for itself and makes anew."""
+    known = type(module).__module__.startswith(("torchvision.", "timm."))
+    return type(value)() if known and key in _KEPT_BY_A_RUN and isinstance(value, (list, dict)) else value
 
 
 def _check_size(rows: Skeleton, most_numbers: int | None) -> None:

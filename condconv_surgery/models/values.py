@@ -27,6 +27,7 @@ class UndescribableError(InputError):
     """Part of a module cannot be written as JSON, so the module cannot be rebuilt from its file alone."""
 
     def __init__(self, what: str) -> None:
+        self.what = what
         super().__init__(f"The model cannot be described without its code: {what}.")
 
 

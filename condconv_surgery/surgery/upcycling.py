@@ -35,7 +35,7 @@ def upcycle(
         expert.copy_(own.to(weight.device).mul_(scale).add_(exact))  # [O, I/G, kh, kw]
     if layer.bias is not None and module.bias is not None:
         layer.bias.copy_(module.bias.detach().expand_as(layer.bias))
-    _move_hooks(module, layer)
+    move_hooks(module, layer)
     return layer
 
 
@@ -60,7 +60,8 @@ def _scale(weight: Tensor) -> float:
     return 1.0 / math.sqrt(3.0 * math.prod(weight.shape[1:]))
 
 
-def _move_hooks(module: nn.Module, layer: nn.Module) -> None:
+def move_hooks(module: nn.Module, layer: nn.Module) -> None:
+    """Give ``layer`` the hooks of the ``module`` that it replaces."""
     for kind in (
         "_forward_hooks",
         "_forward_hooks_with_kwargs",
