@@ -117,6 +117,8 @@ def test_a_dry_run_writes_nothing(condconv, tmp_path: Path) -> None:
     [
         (["missing.pt"], "does not exist"),
         (["."], "is a folder"),
+        ([""], "No model was named"),
+        ([*SMALL, "--seed", 10**24], "seed is 1000000000000000000000000"),
         ([*SMALL, "--experts", "0"], "experts is 0"),
         ([*SMALL, "--include", "layer5.*"], '--include "layer5.*" matched 0 of 56'),
         ([*SMALL, "--include", "re:("], "not a regular expression"),
@@ -233,3 +235,37 @@ def test_what_cannot_be_counted_leaves_no_file(condconv: Run, tmp_path: Path, mo
     assert code == 2
     assert "does not run" in err
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("classes", [5, 0, 1000])
+@pytest.mark.parametrize("file", ["m.pt", "m.safetensors"])
+def test_the_classes_of_a_file_are_its_own(condconv: Run, tmp_path: Path, classes: int, file: str) -> None:
+    model = torchvision.models.shufflenet_v2_x0_5(weights=None)
+    if file == "m.pt":
+        torch.save(model.state_dict(), tmp_path / file)
+    else:
+        cs.save(model, tmp_path / file)
+    code, _, err = condconv("convert", tmp_path / file, "--num-classes", classes, "-o", tmp_path / "c.safetensors")
+    assert code == 2
+    assert f"--num-classes {classes} with {tmp_path / file}" in err
+    assert not (tmp_path / "c.safetensors").exists()
+
+
+def test_an_artifact_has_an_architecture(condconv: Run, tmp_path: Path) -> None:
+    cs.save(torchvision.models.shufflenet_v2_x0_5(weights=None), tmp_path / "m.safetensors")
+    arguments = (tmp_path / "m.safetensors", "--arch", "torchvision:resnet18", "-o", tmp_path / "c.safetensors")
+    code, _, err = condconv("convert", *arguments)
+    assert code == 2
+    assert "--arch torchvision:resnet18 with" in err
+
+
+def test_what_is_fetched_is_not_said_on_stdout(condconv: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def unreachable(*_: object, **__: object) -> None:
+        raise OSError("no route to host")
+
+    monkeypatch.setenv("TORCH_HOME", f"{tmp_path}")
+    monkeypatch.setattr(torch.hub, "download_url_to_file", unreachable)
+    code, out, err = condconv("convert", "torchvision:squeezenet1_0", "--json", "-o", tmp_path / "c.safetensors")
+    assert (code, out) == (2, "")
+    assert 'Downloading: "https' in err
+    assert "no route to host" in err

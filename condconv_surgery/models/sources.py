@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from contextlib import redirect_stdout
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,6 +12,7 @@ from torch import Tensor, nn
 
 from condconv_surgery.errors import InputError, unknown_name
 from condconv_surgery.models import artifact
+from condconv_surgery.models.allowlist import trusted
 from condconv_surgery.models.building import build, put_conditional, require_timm
 from condconv_surgery.models.checkpoints import read_checkpoint, read_tensors
 from condconv_surgery.models.filling import fill_foreign, modern_names
@@ -42,7 +45,7 @@ def load_model(
     weights: str = "default",
     num_classes: int | None = None,
     input_size: int | None = None,
-    trust: tuple[str, ...] = (),
+    trust: str | tuple[str, ...] = (),
 ) -> nn.Module:
     """The model that ``spec`` names, in eval mode on the CPU, carrying its ``Recipe``.
 
@@ -55,8 +58,10 @@ def load_model(
 
     Raises ``InputError`` and ``DamagedFileError``, each in words.
     """
+    if not spec.strip():
+        raise InputError("No model was named: the text is empty.", "MODEL is a name or a file.", "torchvision:resnet18")
     if _looks_like_file(spec):
-        model = _from_file(Path(spec), arch, num_classes, trust)
+        model = _from_file(Path(spec), arch, num_classes, trusted(trust))
     else:
         if arch is not None:
             raise InputError(f"--arch {arch} with {spec}.", "--arch says what a file of weights is.", "leave it out")
@@ -75,7 +80,15 @@ def _looks_like_file(spec: str) -> bool:
 
 
 def _from_file(path: Path, arch: str | None, num_classes: int | None, trust: tuple[str, ...]) -> nn.Module:
+    if num_classes is not None and arch is None:
+        raise InputError(
+            f"--num-classes {num_classes} with {path}.",
+            "The weights in a file say themselves how many classes they tell apart.",
+            "leave it out: condconv finetune gives a model the classes of its pictures",
+        )
     if artifact.is_artifact(path):
+        if arch is not None:
+            raise InputError(f"--arch {arch} with {path}.", "What condconv wrote says what it is.", "leave it out")
         return artifact.load(path, trust=trust)
     content = read_checkpoint(path, trust)
     if isinstance(content, nn.Module) and arch is None:
@@ -168,13 +181,14 @@ def _pretrained(source: Source) -> nn.Module:
     """The model with the library's own weights; random ones when it has none, and from a user's factory as they are."""
     library, _, name = source.name.partition(":")
     try:
-        if library == "torchvision" and name in torchvision.models.list_models():
-            weights = default_weights(name)
-            if weights is not None:
-                return build_published(name, weights)
-        if library == "timm" and name in require_timm().list_pretrained():
-            model: nn.Module = require_timm().create_model(name, pretrained=True)
-            return model.eval()
+        with redirect_stdout(sys.stderr):  # what is being fetched is no result
+            if library == "torchvision" and name in torchvision.models.list_models():
+                weights = default_weights(name)
+                if weights is not None:
+                    return build_published(name, weights)
+            if library == "timm" and name in require_timm().list_pretrained():
+                model: nn.Module = require_timm().create_model(name, pretrained=True)
+                return model.eval()
     except (OSError, RuntimeError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise InputError(
