@@ -17,6 +17,8 @@ from torch import Tensor, nn
 
 import condconv_surgery as cs
 from condconv_surgery.layers import conditional_layers
+from condconv_surgery.reporting.counting import count
+from condconv_surgery.reporting.memory import peak_activations
 from condconv_surgery.running import undisturbed
 from condconv_surgery.surgery.block_graph import BlockError, trace_block
 
@@ -253,3 +255,28 @@ def test_memory_given_back_by_a_forward_is_restored() -> None:
     assert weight is model.a.weight
     assert weight.data_ptr() == view.data_ptr()
     assert torch.equal(weight, before)
+
+
+class GivesItsMean(RunningMean):
+    """Its output is the buffer itself, changed in place by what it has seen."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        factor = 1.0 if type(self.b) is nn.Conv2d else 2.0  # so that a conversion changes the function
+        self.mean.mul_(0.9).add_(Two.forward(self, x).mean((0, 2, 3)).detach(), alpha=0.1 * factor)
+        return self.mean
+
+
+def test_an_output_that_is_a_buffer_is_compared_as_it_was_then(x: Tensor) -> None:
+    with pytest.raises(cs.errors.ProofError, match="differs from the original"):
+        cs.convert(GivesItsMean(), cs.CondConv(experts=2), example=x)
+
+
+@pytest.mark.parametrize("kind", FORWARDS)
+def test_a_report_leaves_the_model_as_it_was(kind: type[Two], x: Tensor) -> None:
+    model = kind()
+    before, given = picture_of(model), x.clone()
+    counted = count(model, (x,))
+    assert peak_activations(model, (x,)) > 0
+    assert counted.modules[model.b].macs == 2 * 4 * 4 * 9 * 12 * 12
+    assert_same(before, picture_of(model))
+    assert torch.equal(x, given)

@@ -20,7 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from condconv_surgery.errors import InputError
 from condconv_surgery.meta import META, meta_state, on_device
 from condconv_surgery.reporting.inputs import materialized
-from condconv_surgery.running import device_of, in_mode
+from condconv_surgery.running import device_of, in_mode, undisturbed, without_gradients
 
 
 @dataclass
@@ -51,14 +51,15 @@ def count(model: nn.Module, arguments: tuple[Any, ...]) -> Counts:
 
     Raises ``InputError`` when the model does not run on the arguments. The model is as before afterwards.
     """
-    with in_mode(model, training=False), torch.no_grad(), _products_visible():
+    with in_mode(model, training=False), without_gradients(model), _products_visible():
         try:
-            with meta_state(model):
+            with undisturbed(model), meta_state(model):
                 return _run(model, on_device(arguments, META))
         except Exception:  # boxes, topk, .item(): code that needs values
             pass
         try:
-            return _run(model, materialized(arguments, device_of(model)))
+            with undisturbed(model):
+                return _run(model, materialized(arguments, device_of(model)))
         except Exception as error:
             shapes = [tuple(a.shape) if isinstance(a, Tensor) else type(a).__name__ for a in arguments]
             raise InputError(

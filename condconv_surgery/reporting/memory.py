@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from condconv_surgery.layers.blocks import OPERATOR, forward_in_blocks
 from condconv_surgery.meta import META, meta_state, on_device
 from condconv_surgery.reporting.inputs import materialized
-from condconv_surgery.running import device_of, in_mode
+from condconv_surgery.running import device_of, in_mode, undisturbed, without_gradients
 
 
 def peak_activations(model: nn.Module, arguments: tuple[Any, ...]) -> int:
@@ -22,14 +22,14 @@ def peak_activations(model: nn.Module, arguments: tuple[Any, ...]) -> int:
     Mixed kernels are among them, the block that ``layers.blocks`` holds for a batch too. What a library takes inside an
     operator (patches as columns, weights in another order) is not, nor are weights and input.
     """
-    with in_mode(model, training=False), torch.no_grad():
+    with in_mode(model, training=False), without_gradients(model):
         try:
             inputs = on_device(arguments, META)
-            with meta_state(model), _Lifetimes() as lifetimes:
+            with undisturbed(model), meta_state(model), _Lifetimes() as lifetimes:
                 model(*inputs)
         except Exception:  # code that needs values
             inputs = materialized(arguments, device_of(model))
-            with _Lifetimes() as lifetimes:
+            with undisturbed(model), _Lifetimes() as lifetimes:
                 model(*inputs)
     return int(lifetimes.peak)
 

@@ -56,9 +56,9 @@ def run_both_modes(model: nn.Module, arguments: tuple[Any, ...], modes: Sequence
     results: dict[bool, list[Tensor] | None] = {False: None, True: None}
     for training in modes:
         with in_mode(model, training), undisturbed(model), without_gradients(model):
-            output = model(*on_device(arguments, device_of(model)))
-        leaves = pytree.tree_leaves(output)
-        results[training] = [leaf.detach().cpu() for leaf in leaves if isinstance(leaf, Tensor)]
+            leaves = pytree.tree_leaves(model(*on_device(arguments, device_of(model))))
+            # copied here: an output may be a buffer, whose values are about to be as before
+            results[training] = [leaf.detach().to("cpu", copy=True) for leaf in leaves if isinstance(leaf, Tensor)]
     return Outputs(results[False], results[True])
 
 
