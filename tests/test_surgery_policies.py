@@ -313,9 +313,40 @@ def test_layers_that_share_a_weight_keep_sharing_it(x: Tensor) -> None:
     model[2].weight = model[1].weight
     conversion = cs.convert(model, cs.CondConv(), example=x)
     skipped = {skip.name: skip.reason for skip in conversion.plan.skipped}
-    assert skipped["1"] == skipped["2"] == "Conv2d computes with its weight outside of it"
+    assert skipped["1"] == "2.weight is the same parameter as one of its own, and would not be any more"
+    assert skipped["2"] == "1.weight is the same parameter as one of its own, and would not be any more"
     assert conversion.model[1].weight is conversion.model[2].weight
     assert [site.name for site in conversion.plan.kept] == ["3"]
+
+
+class Tied(nn.Module):
+    """A weight or a bias that another layer, never called, or the parent holds too; and a layer with two names."""
+
+    def __init__(self, kind: str, by: str) -> None:
+        super().__init__()
+        self.stem, self.tied, self.free = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 3), nn.Conv2d(4, 4, 1)
+        self.again = self.free
+        if by == "spare":
+            self.spare = nn.Conv2d(4, 4, 3)
+            setattr(self.spare, kind, getattr(self.tied, kind))
+        else:
+            self.own = getattr(self.tied, kind)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.again(self.free(self.tied(self.stem(x))))
+
+
+@pytest.mark.parametrize("kind", ["weight", "bias"])
+@pytest.mark.parametrize("by", ["spare", "own"])
+def test_a_tie_is_not_cut(kind: str, by: str, x: Tensor) -> None:
+    model = Tied(kind, by)
+    conversion = cs.convert(model, cs.CondConv(), example=x)
+    skipped = {skip.name: skip.reason for skip in conversion.plan.skipped}
+    other = f"spare.{kind}" if by == "spare" else "own"
+    assert skipped["tied"] == f"{other} is the same parameter as one of its own, and would not be any more"
+    assert skipped.get("spare", "") == ("" if by == "own" else skipped["tied"].replace("spare", "tied"))
+    assert [site.names for site in conversion.plan.kept] == [("free", "again")]
+    assert getattr(conversion.model.tied, kind) is conversion.model.get_parameter(other)
 
 
 def test_a_classifier_whose_weight_is_computed_is_left_alone(x: Tensor) -> None:

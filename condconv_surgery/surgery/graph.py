@@ -33,6 +33,7 @@ class ConvSite:
     read_by: the class, if any, that computes with its weight outside of it.
     bypassed_by: the class, if any, that calls its ``forward`` directly, past its hooks.
     held: it is called from where no exchange in the module tree reaches, a list say.
+    tied_to: another name of its weight or bias, in another module; empty when only this one holds them.
     """
 
     names: tuple[str, ...]
@@ -47,6 +48,7 @@ class ConvSite:
     read_by: str = ""
     bypassed_by: str = ""
     held: bool = False
+    tied_to: str = ""
 
     @property
     def name(self) -> str:
@@ -91,6 +93,7 @@ def find_sites(model: nn.Module, arguments: tuple[Any, ...]) -> Sites:
         for who in sorted(reads.nameless)
     ]
     modules = dict(model.named_modules(remove_duplicate=False))
+    holders = _holders(model)
     sites = []
     for all_names, module in names:
         first = all_names[0]
@@ -110,6 +113,9 @@ def find_sites(model: nn.Module, arguments: tuple[Any, ...]) -> Sites:
                 read_by=reads.weights.get(first, ""),
                 bypassed_by=reads.forwards.get(first, ""),
                 held=any(c.elsewhere for c in (calls, train_calls) if c),
+                tied_to=next(
+                    (n for p in module.parameters(recurse=False) for m, n in holders[id(p)] if m != id(module)), ""
+                ),
             )
         )
     ordered = tuple(sorted(sites, key=lambda site: site.order))
@@ -122,6 +128,16 @@ def _untraceable(reasons: Mapping[str, str]) -> list[str]:
     for name, reason in reasons.items():
         names.setdefault(reason, []).append(name or "the whole model")
     return [f"not traced: {listed(found)}: {reason}" for reason, found in names.items()]
+
+
+def _holders(model: nn.Module) -> dict[int, list[tuple[int, str]]]:
+    """For each parameter (by identity) the modules that hold it, by identity, and its name in each."""
+    found: dict[int, list[tuple[int, str]]] = {}
+    for path, module in model.named_modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                found.setdefault(id(parameter), []).append((id(module), f"{path}.{name}" if path else name))
+    return found
 
 
 def _names_by_identity(model: nn.Module) -> Named:

@@ -91,6 +91,7 @@ def _reason_to_skip(site: ConvSite, selection: Selection, is_stem: bool) -> str:
     """Why ``site`` stays as it is; empty when it is converted. What cannot be comes before what is not wanted."""
     checks = (
         _reason_impossible(site.module, selection.subclasses),
+        f"{site.tied_to} is the same parameter as one of its own, and would not be any more" if site.tied_to else "",
         f"{site.read_by} computes with its weight outside of it" if site.read_by else "",
         f"{site.bypassed_by} calls its forward directly, past its hooks (self.conv(x) in place of self.conv.forward(x) "
         "makes its calls known)"
