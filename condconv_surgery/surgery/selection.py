@@ -17,6 +17,13 @@ from condconv_surgery.surgery.graph import ConvSite, Sites
 
 NOT_INCLUDED = "not matched by --include"
 
+_STATE_HOOKS = (
+    "_state_dict_hooks",
+    "_state_dict_pre_hooks",
+    "_load_state_dict_pre_hooks",
+    "_load_state_dict_post_hooks",
+)
+
 FUNCTIONAL = "F.conv2d on a parameter, in {}.forward: converted if the whole model is a torch.fx.GraphModule"
 
 
@@ -125,6 +132,8 @@ def _reason_impossible(module: nn.Module, subclasses: tuple[str, ...]) -> str:
         return computed
     if isinstance(module, nn.Conv2d) and not is_understood(cls) and name not in subclasses:
         return f"{name} does not compute a plain convolution, for all that is known; if it does: --subclass {name}"
+    if any(getattr(module, kind) for kind in _STATE_HOOKS):
+        return "hooks on its state dict (register_state_dict_pre_hook and the like) know its keys, not those of experts"
     lost = what_would_be_lost(module)
     return f"it holds more than weight and bias, which would be lost: {lost}" if lost else ""
 

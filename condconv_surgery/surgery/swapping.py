@@ -14,7 +14,7 @@ from condconv_surgery.recipe import Upcycling, Variant
 from condconv_surgery.surgery.block_graph import BlockError
 from condconv_surgery.surgery.block_routing import route_block
 from condconv_surgery.surgery.selection import Plan
-from condconv_surgery.surgery.upcycling import upcycle
+from condconv_surgery.surgery.upcycling import has_hooks, move_hooks, upcycle
 
 Places = list[tuple[str, nn.Module]]
 """Modules and where they are, or were."""
@@ -37,14 +37,16 @@ def copy_to_change(model: nn.Module, plan: Plan) -> nn.Module:
     """A copy that has the original's own layers where they are about to be replaced: their weights are not copied in
     vain. (Those with hooks are, for a hook may be the method of a module that is copied.)"""
     layers = [site.module for site in plan.kept]
-    return copy_of(model, {id(m): m for m in layers if not m._forward_hooks and not m._forward_pre_hooks})
+    return copy_of(model, {id(m): m for m in layers if not has_hooks(m)})
 
 
 def original_of(model: nn.Module, plan: Plan, before: Places) -> nn.Module:
     """A copy of what ``model`` was, without ever copying its experts."""
     memo: dict[int, Any] = {}
     for name, module in before:
-        memo[id(model.get_submodule(name))] = copy_of(module, memo)
+        layer = model.get_submodule(name)
+        if id(layer) not in memo:
+            memo[id(layer)] = _copy_with_hooks_of(layer, module, memo)
     original = copy_of(model, memo)
     for router in plan.routers:
         route_no_more(original.get_submodule(router.block))
@@ -90,6 +92,18 @@ def restore(model: nn.Module, plan: Plan, before: Places) -> None:
     _put(model, before)
 
 
+def _copy_with_hooks_of(layer: nn.Module, module: nn.Module, memo: dict[int, Any]) -> nn.Module:
+    """A copy of ``module`` with the hooks that went to ``layer``, which keeps them."""
+    move_hooks(layer, module)
+    try:
+        return copy_of(module, memo)
+    finally:
+        move_hooks(module, layer)
+
+
 def _put(model: nn.Module, places: Places) -> None:
+    """Put modules in their places, each with the hooks of what was there."""
+    for name, module in {id(module): (name, module) for name, module in places}.values():
+        move_hooks(model.get_submodule(name), module)
     for name, module in places:
         model.set_submodule(name, module)

@@ -17,12 +17,22 @@ from torch import Tensor, nn
 from condconv_surgery.layers import ConditionalConv2d, conditional_like
 from condconv_surgery.recipe import Upcycling, Variant
 
+_HOOKS = (
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+)
+
 
 @torch.no_grad()
 def upcycle(
     module: nn.Conv2d | nn.Linear, variant: Variant, upcycling: Upcycling, name: str = ""
 ) -> ConditionalConv2d[Variant]:
-    """The conditional twin of ``module``: its hooks move along, its weight is copied into every expert.
+    """The conditional twin of ``module``: its weight is copied into every expert. (Hooks move with ``move_hooks``.)
 
     name: makes the noise of one layer independent of which others are converted.
     """
@@ -35,7 +45,6 @@ def upcycle(
         expert.copy_(own.to(weight.device).mul_(scale).add_(exact))  # [O, I/G, kh, kw]
     if layer.bias is not None and module.bias is not None:
         layer.bias.copy_(module.bias.detach().expand_as(layer.bias))
-    move_hooks(module, layer)
     return layer
 
 
@@ -60,16 +69,17 @@ def _scale(weight: Tensor) -> float:
     return 1.0 / math.sqrt(3.0 * math.prod(weight.shape[1:]))
 
 
+def has_hooks(module: nn.Module) -> bool:
+    """Whether a hook is called when ``module`` is, or when its gradients are there."""
+    return any(getattr(module, kind) for kind in _HOOKS)
+
+
 def move_hooks(module: nn.Module, layer: nn.Module) -> None:
-    """Give ``layer`` the hooks of the ``module`` that it replaces."""
-    for kind in (
-        "_forward_hooks",
-        "_forward_hooks_with_kwargs",
-        "_forward_hooks_always_called",
-        "_forward_pre_hooks",
-        "_forward_pre_hooks_with_kwargs",
-        "_backward_hooks",
-        "_backward_pre_hooks",
-    ):
-        getattr(layer, kind).update(getattr(module, kind))
-    layer._is_full_backward_hook = module._is_full_backward_hook
+    """Give ``layer`` the hooks of the ``module`` that it replaces, and ``module`` those of ``layer``.
+
+    They exchange the dictionaries themselves, which the handles of the hooks refer to: ``handle.remove()`` works on.
+    """
+    for kind in (*_HOOKS, "_is_full_backward_hook"):
+        old, new = getattr(module, kind), getattr(layer, kind)
+        setattr(layer, kind, old)
+        setattr(module, kind, new)
