@@ -110,6 +110,12 @@ def test_a_class_that_computes_the_same_is_converted(cls: type[nn.Conv2d], inpla
     assert type(plain_like(conversion.model[1])) is nn.Conv2d
 
 
+def test_one_name_is_one_class_as_one_pattern_is_one_pattern(x: Tensor) -> None:
+    assert Selection(subclasses=claims(Renamed)).subclasses == (claims(Renamed),)  # type: ignore[arg-type]
+    plan = cs.convert(net(Renamed(4, 4, 3)), cs.CondConv(), example=x, subclasses=claims(Renamed)).plan
+    assert [site.name for site in plan.kept] == ["1", "3"]
+
+
 def test_the_reason_to_skip_ends_in_what_to_type(x: Tensor) -> None:
     plan = cs.convert(net(Renamed(4, 4, 3)), cs.CondConv(), example=x).plan
     reason = {skip.name: skip.reason for skip in plan.skipped}["1"]
