@@ -67,15 +67,16 @@ def test_the_mixed_kernel_is_standardised_as_timm_standardises_a_kernel(name: st
 def test_a_converted_model_is_the_same_function_saved_and_loaded(
     variant: cs.recipe.Variant, name: str, tmp_path: Path
 ) -> None:
-    model = nn.Sequential(nn.Conv2d(3, 8, 1), standardised(name), nn.ReLU(), standardised(name, "3x3"))
-    conversion = cs.convert(model, variant, example=torch.randn(2, 3, 12, 12))
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), standardised(name), nn.ReLU(), standardised(name, "3x3")).double()
+    conversion = cs.convert(model, variant, example=torch.randn(2, 3, 12, 12, dtype=torch.float64))
     assert [site.name for site in conversion.plan.kept] == ["1", "3"]
     converted = conversion.model.eval()
-    x = torch.randn(2, 3, 12, 12)
-    torch.testing.assert_close(converted(x), model.eval()(x), rtol=1e-4, atol=1e-5)
+    x = torch.randn(2, 3, 12, 12, dtype=torch.float64)  # in float32 a standardised kernel amplifies rounding
+    torch.testing.assert_close(converted(x), model.eval()(x), rtol=0, atol=1e-11)
     scramble(converted)
     cs.save(converted, tmp_path / "m.safetensors")
-    assert torch.equal(cs.load(tmp_path / "m.safetensors")(x), converted(x))
+    # a file rebuilds timm's layer, and with it the scale, which may differ in its last bit
+    torch.testing.assert_close(cs.load(tmp_path / "m.safetensors")(x), converted(x), rtol=0, atol=1e-13)
 
 
 @pytest.mark.parametrize("name", CLASSES)
