@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from benchmarks.contenders import Layer, contenders
 from benchmarks.geometries import Site
-from benchmarks.timing import interleaved, ratio
+from benchmarks.timing import interleaved, milliseconds, ratio
 from condconv_surgery.layers import conditional_like
 from condconv_surgery.recipe import CondConv, ODConv, Variant
 
@@ -91,7 +91,7 @@ def _measure(
         site.count,
         name,
         mode,
-        {who: 1e3 * sorted(found)[len(found) // 2] for who, found in times.items()},
+        milliseconds(times),
         ratio(times, "ours", "static"),
         best,
         ratios[best],

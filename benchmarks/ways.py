@@ -11,7 +11,7 @@ from torch import Tensor
 
 from benchmarks.geometries import Site
 from benchmarks.layers import evaluation, random_input, routed_layer, training
-from benchmarks.timing import interleaved
+from benchmarks.timing import interleaved, milliseconds
 from condconv_surgery.layers.choice import candidates, choose
 from condconv_surgery.layers.cost import estimate
 from condconv_surgery.layers.ways import legal_ways
@@ -79,7 +79,6 @@ def _measure(
     for way, forced in layers.items():
         forced.execution = way
     times = interleaved({way: make(forced, x) for way, forced in layers.items()}, repeats, seconds)
-    milliseconds = {way: 1e3 * sorted(found)[len(found) // 2] for way, found in times.items()}
 
     def estimated(way: str, like: Tensor = x) -> float:
         return 1e3 * batch * estimate(way, like, layer.experts, mixture, layer.geometry)
@@ -88,7 +87,7 @@ def _measure(
         str(site),
         name,
         mode,
-        milliseconds,
+        milliseconds(times),
         {way: estimated(way) for way in ways},
         choose(x, layer.weight, mixture, layer.geometry),
         min(candidates(mixture, layer.geometry, exporting=True), key=estimated),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from condconv_surgery.layers.cost import estimate
+from condconv_surgery.layers.cost import estimate, scales_belong_in_the_kernel
 from condconv_surgery.layers.mixture import ConvGeometry, Mixture
 from condconv_surgery.layers.ways import legal_ways, one_kernel_for_all
 
@@ -27,11 +27,14 @@ def choose(x: Tensor, experts: Tensor, mixture: Mixture, geometry: ConvGeometry)
     if batch == 1:
         return "static" if one_kernel_for_all(mixture) and not scales_belong_in_the_kernel(x, geometry) else "plain"
     ways = candidates(mixture, geometry, torch.compiler.is_exporting())
-    best = ways[0]
-    for way in ways[1:]:  # not min(): a compiler that keeps sizes symbolic cannot take it
-        if _seconds(way, x, experts, mixture, geometry) < _seconds(best, x, experts, mixture, geometry):
-            best = way
-    return best
+    if len(ways) == 1:
+        return ways[0]
+    seconds = [estimate(way, x, experts.shape[0], mixture, geometry) for way in ways]
+    best = 0
+    for i in range(1, len(ways)):  # not min(): a compiler that keeps sizes symbolic cannot take it
+        if seconds[i] < seconds[best]:
+            best = i
+    return ways[best]
 
 
 def candidates(mixture: Mixture, geometry: ConvGeometry, exporting: bool) -> list[str]:
@@ -44,15 +47,3 @@ def candidates(mixture: Mixture, geometry: ConvGeometry, exporting: bool) -> lis
     if exporting:
         return [way for way in legal if way != NEEDS_THIS_PACKAGE and way not in ONE_BY_ONE]
     return [way for way in legal if way in (NEEDS_THIS_PACKAGE, "static")]
-
-
-def _seconds(way: str, x: Tensor, experts: Tensor, mixture: Mixture, geometry: ConvGeometry) -> float:
-    return estimate(way, x, experts.shape[0], mixture, geometry)
-
-
-def scales_belong_in_the_kernel(x: Tensor, geometry: ConvGeometry) -> bool:
-    """Whether ``in_scale`` and ``out_scale`` touch fewer numbers in a kernel than in the activations of a sample.
-
-    In the kernel they also cost no memory: nothing of the size of an activation is kept for their gradients.
-    """
-    return geometry.weight_numel <= geometry.activations(x)

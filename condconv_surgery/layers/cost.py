@@ -16,6 +16,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from condconv_surgery.layers.mixture import ConvGeometry, Mixture
+from condconv_surgery.layers.ways import one_kernel_for_all
 
 NOMINAL_BATCH = 32
 """The batch that decides whether a tensor is large; a real one may be symbolic."""
@@ -63,18 +64,21 @@ class Work(NamedTuple):
             given=geometry.out_channels * positions * item,
         )
 
-    @property
-    def small_kernel(self) -> bool:
-        """Its scales are fewer numbers in the kernel than in the activations."""
-        return self.kernel <= self.taken + self.given
+
+def scales_belong_in_the_kernel(x: Tensor, geometry: ConvGeometry) -> bool:
+    """Whether ``in_scale`` and ``out_scale`` touch fewer numbers in a kernel than in the activations of a sample.
+
+    In the kernel they also cost no memory: nothing of the size of an activation is kept for their gradients.
+    """
+    return geometry.weight_numel <= geometry.activations(x)
 
 
 def estimate(way: str, x: Tensor, experts: int, mixture: Mixture, geometry: ConvGeometry) -> float:
     """Seconds for one sample of ``x`` [B, I, H, W] by ``way``, which must be legal for it; ``x`` may be on meta."""
     work = Work.of(x, geometry)
     scales = [scale for scale in (mixture.in_scale, mixture.out_scale) if scale is not None]
-    in_kernel = way == "blocks" and work.small_kernel
-    one_kernel = mixture.gate is None and mixture.spatial is None and not (in_kernel and scales)
+    in_kernel = way == "blocks" and scales_belong_in_the_kernel(x, geometry)
+    one_kernel = one_kernel_for_all(mixture) and not (in_kernel and scales)
     seconds = _multiplied(way, work, experts, geometry) + _moved(way, work, experts, geometry, one_kernel)
     if mixture.in_scale is not None and not in_kernel:
         seconds += _written_and_read(work.taken)

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from condconv_surgery.errors import InputError
-from condconv_surgery.layers.choice import choose, scales_belong_in_the_kernel
+from condconv_surgery.layers.choice import choose
+from condconv_surgery.layers.cost import scales_belong_in_the_kernel
 from condconv_surgery.layers.mixture import ConvGeometry, Mixture
 from condconv_surgery.layers.precision import is_autocast_on
 from condconv_surgery.layers.ways import WAYS, Way, legal_ways

@@ -20,6 +20,7 @@ from condconv_surgery.layers.routed_block import ROUTER, plain_class_of
 from condconv_surgery.models.allowlist import resolve
 from condconv_surgery.models.values import UndescribableError, ValueReader, ValueWriter, name_in_file
 from condconv_surgery.recipe import Recipe
+from condconv_surgery.surgery.upcycling import has_hooks
 
 Skeleton = list[dict[str, Any]]
 
@@ -28,8 +29,6 @@ _OWN_KEYS = frozenset(nn.Module().__dict__)
 
 _KEPT_BY_A_RUN = ("corr_pyramid", "attention_bias_cache")
 """In RAFT of torchvision; in LeViT, TinyViT and EfficientFormer of timm."""
-
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 def describe(model: nn.Module, *, without_hooks: bool = False) -> Skeleton:
@@ -44,7 +43,7 @@ def describe(model: nn.Module, *, without_hooks: bool = False) -> Skeleton:
 
     def number(module: nn.Module) -> int:
         if id(module) not in numbers:
-            if not without_hooks and any(getattr(module, kind) for kind in _HOOKS):
+            if not without_hooks and has_hooks(module):
                 raise UndescribableError(f"a {type(module).__name__} has hooks")
             numbers[id(module)] = len(modules)
             modules.append(plain_like(module) if isinstance(module, ConditionalConv2d) else module)
