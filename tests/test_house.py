@@ -12,7 +12,19 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-ROOMS = ["errors", "recipe", "meta", "running", "layers", "surgery", "models", "training", "reporting", "cli"]
+ROOMS = [
+    "errors",
+    "recipe",
+    "meta",
+    "running",
+    "undisturbed",
+    "layers",
+    "surgery",
+    "models",
+    "training",
+    "reporting",
+    "cli",
+]
 FORBIDDEN = {("training", "surgery"), ("reporting", "surgery"), ("training", "reporting"), ("reporting", "training")}
 
 

@@ -19,8 +19,8 @@ import condconv_surgery as cs
 from condconv_surgery.layers import conditional_layers
 from condconv_surgery.reporting.counting import count
 from condconv_surgery.reporting.memory import peak_activations
-from condconv_surgery.running import undisturbed
 from condconv_surgery.surgery.block_graph import BlockError, trace_block
+from condconv_surgery.undisturbed import undisturbed
 
 
 class Two(nn.Module):

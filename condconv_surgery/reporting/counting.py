@@ -20,7 +20,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from condconv_surgery.errors import InputError
 from condconv_surgery.meta import META, meta_state, on_device
 from condconv_surgery.reporting.inputs import materialized
-from condconv_surgery.running import device_of, in_mode, undisturbed, without_gradients
+from condconv_surgery.running import device_of, in_mode, without_gradients
+from condconv_surgery.undisturbed import undisturbed
 
 
 @dataclass

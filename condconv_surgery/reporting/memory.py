@@ -13,7 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from condconv_surgery.layers.blocks import OPERATOR, forward_in_blocks
 from condconv_surgery.meta import META, meta_state, on_device
 from condconv_surgery.reporting.inputs import materialized
-from condconv_surgery.running import device_of, in_mode, undisturbed, without_gradients
+from condconv_surgery.running import device_of, in_mode, without_gradients
+from condconv_surgery.undisturbed import undisturbed
 
 
 def peak_activations(model: nn.Module, arguments: tuple[Any, ...]) -> int:

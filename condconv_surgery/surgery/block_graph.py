@@ -21,15 +21,15 @@ from torch import fx, nn
 
 from condconv_surgery.errors import one_line
 from condconv_surgery.layers.routed_block import ROUTER, Forward
-from condconv_surgery.running import in_mode, random_states, undisturbed
+from condconv_surgery.running import in_mode
+from condconv_surgery.surgery.upcycling import has_hooks
+from condconv_surgery.undisturbed import random_states, undisturbed
 
 Graphs = dict[bool, fx.Graph]
 """By mode: ``False`` for eval, ``True`` for train."""
 
 CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 """Bare ones: a router would be one more member of theirs."""
-
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 class BlockError(Exception):
@@ -88,7 +88,7 @@ def _require_plain(block: nn.Module, layers: Collection[nn.Module]) -> None:
     wanted = set(layers)
     for name, inner in block.named_modules():
         stepped_over = inner is not block and inner not in wanted and _holds(inner, wanted)
-        if stepped_over and any(getattr(inner, kind) for kind in _HOOKS):
+        if stepped_over and has_hooks(inner):
             raise BlockError(f"{name} inside it has hooks, which a graph would not call")
 
 

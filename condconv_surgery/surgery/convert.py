@@ -13,7 +13,7 @@ from torch import fx, nn
 
 from condconv_surgery.errors import InputError
 from condconv_surgery.recipe import Recipe, Selection, Upcycling, Variant, attach_recipe, patterns_of, recipe_of
-from condconv_surgery.running import device_of, input_spec_of, random_state_kept
+from condconv_surgery.running import device_of, input_spec_of
 from condconv_surgery.surgery.acceptance import accept, eagerly
 from condconv_surgery.surgery.block_routing import share_routers
 from condconv_surgery.surgery.claims import checked, unchecked
@@ -25,6 +25,7 @@ from condconv_surgery.surgery.proof import Difference, Outputs, compare_with, ex
 from condconv_surgery.surgery.rounding import explain
 from condconv_surgery.surgery.selection import Plan, Skip, select
 from condconv_surgery.surgery.swapping import Places, copy_of, copy_to_change, original_of, restore, swap
+from condconv_surgery.undisturbed import random_state_kept
 
 
 @dataclass(frozen=True)

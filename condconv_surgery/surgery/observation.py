@@ -13,7 +13,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from condconv_surgery.meta import META, meta_state, on_device
-from condconv_surgery.running import device_of, in_mode, undisturbed, without_gradients
+from condconv_surgery.running import device_of, in_mode, without_gradients
+from condconv_surgery.undisturbed import undisturbed
 
 
 @dataclass

@@ -13,7 +13,8 @@ from torch.utils import _pytree as pytree
 
 from condconv_surgery.errors import ProofError, one_line
 from condconv_surgery.meta import on_device
-from condconv_surgery.running import device_of, in_mode, undisturbed, without_gradients
+from condconv_surgery.running import device_of, in_mode, without_gradients
+from condconv_surgery.undisturbed import undisturbed
 
 TRAIN_FACTOR = 10.0
 """Batch statistics divide by small numbers and so amplify rounding: train mode is allowed this much more."""

@@ -15,7 +15,7 @@ import torch
 from torch import fx, nn
 
 from condconv_surgery.errors import one_line
-from condconv_surgery.running import undisturbed
+from condconv_surgery.undisturbed import undisturbed
 
 
 @dataclass
