@@ -10,7 +10,7 @@ import torch
 from condconv_surgery.errors import InputError
 from condconv_surgery.layers import ConvGeometry, Mixture, blocking, blocks, conditional_like
 from condconv_surgery.layers.execution import WAYS, execute, legal_ways
-from condconv_surgery.recipe import CondConv, ODConv, Variant
+from condconv_surgery.recipe import CondConv, DynamicConv, ODConv, Variant
 from tests.geometries import GEOMETRIES, without_bias
 from tests.reference import per_sample_loop
 from tests.variants import scramble
@@ -314,3 +314,14 @@ def test_a_scale_alone_is_differentiated_in_every_way() -> None:
     for way in legal_ways(3, mixture, geometry):
         found = values_and_gradients(execute(x, experts, None, mixture, geometry, way), [mixture.spatial])
         torch.testing.assert_close(found[1], expected[1], rtol=0, atol=1e-11)
+
+
+@pytest.mark.parametrize("variant", [CondConv(experts=4), ODConv(experts=4), DynamicConv(experts=4)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
+def test_autocast_casts_what_it_casts_for_a_plain_convolution(dtype: torch.dtype, variant: Variant) -> None:
+    plain = torch.nn.Conv2d(6, 12, 3).to(dtype)
+    layer = conditional_like(plain, variant)
+    x = torch.randn(2, 6, 8, 8, dtype=dtype)
+    with torch.autocast("cpu", torch.bfloat16):
+        expected, found = plain(x), layer(x)
+    assert found.dtype == expected.dtype == (dtype if dtype == torch.float64 else torch.bfloat16)

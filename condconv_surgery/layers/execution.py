@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from condconv_surgery.errors import InputError
 from condconv_surgery.layers.choice import choose
 from condconv_surgery.layers.cost import scales_belong_in_the_kernel
 from condconv_surgery.layers.mixture import ConvGeometry, Mixture
-from condconv_surgery.layers.precision import is_autocast_on
+from condconv_surgery.layers.precision import autocast
 from condconv_surgery.layers.ways import WAYS, Way, legal_ways
 
 SCALES_ITS_KERNELS = ("blocks", "plain")
@@ -23,11 +22,10 @@ def execute(
 ) -> Tensor:
     """``y_b = out_scale_b * conv(in_scale_b * x_b, W_b) + bias_b``.
 
-    x: [B, I, H, W]. experts: [E, O, I/G, kh, kw]. bias: [E, O] or None. Returns [B, O, H', W'], in the dtype of
-    autocast where it is on. way: one of ``WAYS``, or ``"auto"``. Raises ``InputError`` when ``way`` is not legal here.
+    x: [B, I, H, W]. experts: [E, O, I/G, kh, kw]. bias: [E, O] or None. Returns [B, O, H', W'], in the dtype
+    that autocast gives ``x``. way: one of ``WAYS``, or ``"auto"``. Raises ``InputError`` for a ``way`` not legal here.
     """
-    if is_autocast_on(x):
-        x = x.to(torch.get_autocast_dtype(x.device.type))  # the operators of ``blocks`` are unknown to autocast
+    x = autocast(x)  # the operators of ``blocks`` are unknown to it
     name = choose(x, experts, mixture, geometry) if way == "auto" else _legal(way, x, mixture, geometry)
     scaled = mixture.in_scale is not None or mixture.out_scale is not None
     if not scaled or (name in SCALES_ITS_KERNELS and scales_belong_in_the_kernel(x, geometry)):
