@@ -106,7 +106,7 @@ def test_channels_last_and_sliced_inputs(variant: Variant, name: str) -> None:
 def test_export_with_a_dynamic_batch(variant: Variant, name: str) -> None:
     layer = make(variant, name).eval()
     program = torch.export.export(
-        layer, (torch.randn(3, 8, 6, 6),), dynamic_shapes={"x": {0: torch.export.Dim("batch")}}
+        layer, (torch.randn(3, 8, 6, 6),), dynamic_shapes={"input": {0: torch.export.Dim("batch")}}
     )
     for batch in (1, 2, 5):
         x = torch.randn(batch, 8, 6, 6)

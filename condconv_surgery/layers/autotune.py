@@ -48,11 +48,13 @@ def _inputs(model: nn.Module, arguments: tuple[Any, ...]) -> dict[Layer, tuple[T
     """
     found: dict[Layer, tuple[Tensor, Mixture | None]] = {}
 
-    def note(layer: nn.Module, given: tuple[Any, ...]) -> None:
+    def note(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         assert isinstance(layer, ConditionalConv2d)
+        given = (*args, *kwargs.values())
         found.setdefault(layer, (given[0].detach(), given[1] if len(given) > 1 else None))
 
-    handles = [layer.register_forward_pre_hook(note) for layer in conditional_layers(model).values()]
+    layers = conditional_layers(model).values()
+    handles = [layer.register_forward_pre_hook(note, with_kwargs=True) for layer in layers]
     try:
         with torch.no_grad(), in_mode(model, training=False):
             model(*arguments)

@@ -129,23 +129,23 @@ class ConditionalConv2d(nn.Module, Generic[V]):
         mixture: Mixture = self.router(x)
         return mixture
 
-    def forward(self, x: Tensor, mixture: Mixture | None = None) -> Tensor:
-        """mixture: of each sample; the layer's own router's when left out."""
-        if is_traced(x):
-            node: Tensor = as_node(self, x) if mixture is None else as_node(self, x, mixture)
+    def forward(self, input: Tensor, mixture: Mixture | None = None) -> Tensor:
+        """input: named as in ``nn.Conv2d``. mixture: of each sample; the layer's own router's when left out."""
+        if is_traced(input):
+            node: Tensor = as_node(self, input) if mixture is None else as_node(self, input, mixture)
             return node
-        if x.dim() == 3:
-            return self.forward(x.unsqueeze(0), mixture).squeeze(0)
-        if x.dim() != 4 or x.shape[1] != self.geometry.in_channels:
+        if input.dim() == 3:
+            return self.forward(input.unsqueeze(0), mixture).squeeze(0)
+        if input.dim() != 4 or input.shape[1] != self.geometry.in_channels:
             raise InputError(
-                f"{type(self).__name__} was given an input of shape {tuple(x.shape)}.",
+                f"{type(self).__name__} was given an input of shape {tuple(input.shape)}.",
                 f"It takes [B, {self.geometry.in_channels}, H, W] or [{self.geometry.in_channels}, H, W].",
             )
-        mixture = self.route(x) if mixture is None else mixture
+        mixture = self.route(input) if mixture is None else mixture
         experts: Tensor = self.weight
         if self.standardisation is not None:
             experts, mixture = self.standardisation(experts, mixture)
-        return execute(x, experts, self.bias, mixture, self.geometry, self.execution)
+        return execute(input, experts, self.bias, mixture, self.geometry, self.execution)
 
     def paper_weights(self) -> tuple[Tensor, Tensor | None]:
         """Experts and bias as the paper and other implementations hold them, with plain sigmoids in the router.

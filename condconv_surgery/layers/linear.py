@@ -33,19 +33,20 @@ class ConditionalLinear(ConditionalConv2d[Variant]):
         self.in_features = in_features
         self.out_features = out_features
 
-    def forward(self, x: Tensor, mixture: Mixture | None = None) -> Tensor:
-        if is_traced(x):
-            node: Tensor = as_node(self, x) if mixture is None else as_node(self, x, mixture)
+    def forward(self, input: Tensor, mixture: Mixture | None = None) -> Tensor:
+        if is_traced(input):
+            node: Tensor = as_node(self, input) if mixture is None else as_node(self, input, mixture)
             return node
-        if x.dim() == 1:
-            return self.forward(x.unsqueeze(0), mixture).squeeze(0)
-        if x.shape[-1] != self.in_features:
+        if input.dim() == 1:
+            return self.forward(input.unsqueeze(0), mixture).squeeze(0)
+        if input.shape[-1] != self.in_features:
             raise InputError(
-                f"{type(self).__name__} was given an input of shape {tuple(x.shape)}.",
+                f"{type(self).__name__} was given an input of shape {tuple(input.shape)}.",
                 f"Its last dimension must be {self.in_features}.",
             )
-        middle = x.shape[1:-1]
-        tokens = x.reshape(x.shape[0], middle.numel(), self.in_features).transpose(1, 2).unsqueeze(-1)  # [B, I, N, 1]
+        middle = input.shape[1:-1]
+        flat = input.reshape(input.shape[0], middle.numel(), self.in_features)
+        tokens = flat.transpose(1, 2).unsqueeze(-1)  # [B, I, N, 1]
         mixture = self.route(tokens) if mixture is None else mixture
         y = execute(tokens, self.weight, self.bias, mixture, self.geometry, self.execution)
-        return y.squeeze(-1).transpose(1, 2).reshape(x.shape[0], *middle, self.out_features)
+        return y.squeeze(-1).transpose(1, 2).reshape(input.shape[0], *middle, self.out_features)

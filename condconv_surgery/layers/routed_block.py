@@ -8,6 +8,7 @@ class, with its children, attributes and hooks.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, ClassVar
@@ -38,8 +39,10 @@ class RoutedBlock(nn.Module):
 
     router: Router
 
-    def forward(self, *args: Any) -> Any:
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the block computes, its conditional layers given the mixture of the block's router."""
+        if kwargs:  # a graph names its inputs as it likes
+            args = inspect.signature(self.routed_from.forward).bind(self, *args, **kwargs).args[1:]
         return self.routed_train(*args) if self.training else self.routed_eval(*args)
 
 

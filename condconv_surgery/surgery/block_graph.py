@@ -107,6 +107,8 @@ def _trace(block: nn.Module, layers: Collection[nn.Module]) -> fx.Graph:
             raise BlockError("its forward draws random numbers, which a graph would repeat")
     for layer in layers:
         for node in calls(graph, block, layer):
+            if not node.args and list(node.kwargs) == ["input"]:
+                node.args, node.kwargs = (node.kwargs["input"],), {}
             if len(node.args) != 1 or node.kwargs:
                 raise BlockError(f"{node.target} is called with more than its input")
     return graph

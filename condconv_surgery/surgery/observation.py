@@ -5,6 +5,7 @@ The pass runs on the meta device where it can: the model's own code, no memory, 
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -65,18 +66,25 @@ def recording(layers: Mapping[str, nn.Module]) -> Iterator[dict[str, Calls]]:
     calls: dict[str, Calls] = {}
 
     def hook(name: str, layer: nn.Module) -> Any:
-        def record(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+        def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
             call = calls.setdefault(name, Calls(order=len(calls)))
             call.elsewhere |= module is not layer
-            for shapes, tensor in ((call.inputs, inputs[0] if inputs else None), (call.outputs, output)):
+            for shapes, tensor in ((call.inputs, _first_input(module, args, kwargs)), (call.outputs, output)):
                 if isinstance(tensor, Tensor):
                     shapes.append(tuple(tensor.shape))
 
         return record
 
-    handles = [layer.register_forward_hook(hook(name, layer)) for name, layer in layers.items()]
+    handles = [layer.register_forward_hook(hook(name, layer), with_kwargs=True) for name, layer in layers.items()]
     try:
         yield calls
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _first_input(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """What the first parameter of the module's forward was given, by position or by keyword; ``None`` for nothing."""
+    if args:
+        return args[0]
+    return next((kwargs[name] for name in inspect.signature(module.forward).parameters if name in kwargs), None)
