@@ -224,7 +224,7 @@ def _say_summary(summary: dict[str, Any], conversion: Conversion) -> None:
     say(f"Parameters  {change('parameters', 1e6, 'M')}")
     say(f"MACs        {change('macs', 1e6, 'M')} per picture")
     for mode, gap in summary["difference"].items():
-        text = "not run (see the note)" if gap is None else f"{gap:.2g} at most between original and converted"
+        text = "not compared (see the note)" if gap is None else f"{gap:.2g} at most between original and converted"
         say(f"Difference  {mode}: {text}")
     say(f"Wrote       {summary['output']}")
     say(f"Next        condconv finetune {summary['output']} --data FOLDER -o RUN")

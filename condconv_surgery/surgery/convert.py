@@ -12,7 +12,16 @@ import torch
 from torch import fx, nn
 
 from condconv_surgery.errors import InputError
-from condconv_surgery.recipe import Recipe, Selection, Upcycling, Variant, attach_recipe, patterns_of, recipe_of
+from condconv_surgery.recipe import (
+    VARIANTS,
+    Recipe,
+    Selection,
+    Upcycling,
+    Variant,
+    attach_recipe,
+    patterns_of,
+    recipe_of,
+)
 from condconv_surgery.running import device_of, input_spec_of
 from condconv_surgery.surgery.acceptance import accept, eagerly
 from condconv_surgery.surgery.block_routing import share_routers
@@ -21,7 +30,16 @@ from condconv_surgery.surgery.fingerprint import hash_weights
 from condconv_surgery.surgery.functional import lift_convolutions, undone_on_error
 from condconv_surgery.surgery.graph import find_sites
 from condconv_surgery.surgery.observation import recording
-from condconv_surgery.surgery.proof import Difference, Outputs, compare_with, exceeds, require, run_both_modes
+from condconv_surgery.surgery.proof import (
+    HALF,
+    Difference,
+    Outputs,
+    compare_with,
+    exceeds,
+    require,
+    require_tensors,
+    run_both_modes,
+)
 from condconv_surgery.surgery.rounding import explain
 from condconv_surgery.surgery.selection import Plan, Skip, select
 from condconv_surgery.surgery.swapping import Places, copy_of, copy_to_change, original_of, restore, swap
@@ -75,11 +93,11 @@ def convert(
     include, exclude, min_channels, skip_stem, skip_pooled, classifier, blocks, subclasses: see ``recipe.Selection``.
     diversity, seed: see ``recipe.Upcycling``.
     inplace: change ``model`` itself. Otherwise it is left as it was.
-    prove: run both models in both modes and compare; ``tolerance`` is absolute, in the output's units.
+    prove: run both models in both modes and compare; ``tolerance`` is absolute, in the output's units, 0 or more.
 
-    Raises ``InputError`` when nothing is left to convert, the example does not fit or the model would not call what
-    replaces a layer, and ``ProofError`` when the outputs differ, or those of a layer of ``subclasses`` are not a plain
-    convolution's; the model is then as it was.
+    Raises ``InputError`` when nothing is left to convert, the example does not fit, the model gives back nothing that
+    can be compared or would not call what replaces a layer; ``ProofError`` when the outputs differ, or those of a
+    layer of ``subclasses`` are not a plain convolution's. The model is then as it was.
     """
     patterns, names = (patterns_of(include), patterns_of(exclude)), (patterns_of(blocks), patterns_of(subclasses))
     selection = Selection(*patterns, min_channels, skip_stem, skip_pooled, classifier, *names)
@@ -125,6 +143,18 @@ class _Rule:
     prove: bool
     tolerance: float | None
 
+    def __post_init__(self) -> None:
+        if not isinstance(self.variant, Variant) or type(self.variant) is Variant:
+            known = ", ".join(f"{cls.__name__}()" for cls in VARIANTS.values())
+            raise InputError(
+                f"convert was given the variant {self.variant!r}.",
+                f"It takes an object: one of {known}.",
+                "convert(model, CondConv(experts=4))",
+            )
+        number: object = self.tolerance
+        if number is not None and not (isinstance(number, (int, float)) and number >= 0):
+            raise InputError(f"tolerance is {self.tolerance!r}.", "It must be a number, 0 or more.", "tolerance=1e-4")
+
 
 def _convert_graph(model: fx.GraphModule, arguments: tuple[Any, ...], rule: _Rule, inplace: bool) -> Conversion:
     """A graph stays a graph: its functional convolutions are modules first, then it is a model like any other."""
@@ -157,7 +187,8 @@ def _convert(model: nn.Module, arguments: tuple[Any, ...], rule: _Rule, inplace:
     before = None
     if rule.prove:
         with checked(plan.kept):
-            before = run_both_modes(model, arguments, plan.modes)
+            before = replace(run_both_modes(model, arguments, plan.modes), half=_is_half(plan))
+        plan = replace(plan, notes=(*plan.notes, *require_tensors(before)))
     else:
         plan = _noting_claims(plan)
     recipe = _recipe_with_hash(model)
@@ -180,6 +211,11 @@ def _convert(model: nn.Module, arguments: tuple[Any, ...], rule: _Rule, inplace:
         raise
     attach_recipe(target, recipe)
     return Conversion(target, plan, difference, exact)
+
+
+def _is_half(plan: Plan) -> bool:
+    """Some layer of the plan computes in half precision."""
+    return any(p.dtype in HALF for site in plan.kept for p in site.module.parameters(recurse=False))
 
 
 def _run_converted(

@@ -9,12 +9,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
-from condconv_surgery.errors import ProofError, one_line
+from condconv_surgery.errors import InputError, ProofError, one_line
 from condconv_surgery.meta import on_device
 from condconv_surgery.running import device_of, in_mode, without_gradients
+from condconv_surgery.surgery.outputs import tensors_of
 from condconv_surgery.undisturbed import undisturbed
+
+HALF = (torch.float16, torch.bfloat16, torch.complex32)
 
 TRAIN_FACTOR = 10.0
 """Batch statistics divide by small numbers and so amplify rounding: train mode is allowed this much more."""
@@ -25,7 +27,8 @@ class Gap:
     """The largest difference over all outputs.
 
     absolute: in the output's own units. relative: divided by the largest magnitude of the original's outputs.
-    agreement: the share of samples whose largest output is at the same place (top-1), of the first [B, C] output.
+    agreement: the share of samples whose largest output is at the same place (top-1), of the first [B, C] output of
+    floating point.
     """
 
     absolute: float
@@ -35,7 +38,7 @@ class Gap:
 
 @dataclass(frozen=True)
 class Difference:
-    """Both modes; ``None`` where the original itself does not run in that mode on the example."""
+    """Both modes; ``None`` where the original does not run in that mode, or gives no number back, on the example."""
 
     eval: Gap | None
     train: Gap | None
@@ -43,10 +46,16 @@ class Difference:
 
 @dataclass(frozen=True)
 class Outputs:
-    """All tensors that a model gave back, in each mode, on the CPU."""
+    """All tensors that a model gave back, in each mode, on the CPU.
+
+    kind: the class of what it gave back. half: layers whose outputs are to be compared compute in half precision,
+    whatever the precision of what the model gives back.
+    """
 
     eval: list[Tensor] | None
     train: list[Tensor] | None
+    kind: str = ""
+    half: bool = False
 
 
 def run_both_modes(model: nn.Module, arguments: tuple[Any, ...], modes: Sequence[bool] = (False, True)) -> Outputs:
@@ -55,12 +64,29 @@ def run_both_modes(model: nn.Module, arguments: tuple[Any, ...], modes: Sequence
     The random state is the same at the start of each run, so dropout draws the same masks for both models.
     """
     results: dict[bool, list[Tensor] | None] = {False: None, True: None}
+    kind = ""
     for training in modes:
         with in_mode(model, training), undisturbed(model), without_gradients(model):
-            leaves = pytree.tree_leaves(model(*on_device(arguments, device_of(model))))
+            output = model(*on_device(arguments, device_of(model)))
+            kind = type(output).__name__
             # copied here: an output may be a buffer, whose values are about to be as before
-            results[training] = [leaf.detach().to("cpu", copy=True) for leaf in leaves if isinstance(leaf, Tensor)]
-    return Outputs(results[False], results[True])
+            results[training] = [tensor.detach().to("cpu", copy=True) for tensor in tensors_of(output)]
+    return Outputs(results[False], results[True], kind)
+
+
+def require_tensors(before: Outputs) -> tuple[str, ...]:
+    """A note for each mode in which the original gave no number back, so that nothing is compared.
+
+    Raises ``InputError`` where no mode gave a tensor: such a model cannot be proven.
+    """
+    if not (before.eval or before.train):
+        raise InputError(
+            f"The model gives back a {before.kind}, in which there is no tensor: nothing would be compared.",
+            "The proof compares tensors and arrays in lists, tuples, dicts and the attributes of objects.",
+            "a forward that returns its tensors, or convert(..., prove=False)",
+        )
+    modes = (("eval", before.eval), ("train", before.train))
+    return tuple(f"nothing compared in {name} mode: the outputs hold no number" for name, o in modes if _is_empty(o))
 
 
 def compare_with(model: nn.Module, arguments: tuple[Any, ...], modes: Sequence[bool], before: Outputs) -> Difference:
@@ -100,10 +126,11 @@ def require(
         if gap.absolute <= limit:
             continue
         shown = getattr(otherwise, name, None) or gap
+        rounding = f"--tolerance {shown.absolute * 2:.1g} if that is rounding, or "
         raise ProofError(
             f"The converted model differs from the original by {shown.absolute:.3g} in {name} mode.",
             f"At most {limit:.3g} is allowed (outputs reach {_magnitude(outputs):.3g}).",
-            f"--tolerance {shown.absolute * 2:.1g} if that is rounding, or --exclude the layers at fault",
+            f"{rounding if shown.absolute < math.inf else ''}--exclude the layers at fault",
         )
 
 
@@ -113,17 +140,19 @@ def _limits(
     rows = []
     for name, gap, outputs in (("eval", difference.eval, before.eval), ("train", difference.train, before.train)):
         if gap is not None and outputs is not None:
-            limit = allowed(outputs, tolerance) * (TRAIN_FACTOR if name == "train" else 1.0)
+            limit = allowed(outputs, tolerance, before.half) * (TRAIN_FACTOR if name == "train" else 1.0)
             rows.append((name, gap, limit, outputs))
     return rows
 
 
-def allowed(outputs: Sequence[Tensor], tolerance: float | None) -> float:
-    """The tolerance as given, else ``1e-4`` of the outputs' magnitude in float32, ``5e-2`` in half precision."""
+def allowed(outputs: Sequence[Tensor], tolerance: float | None, half: bool = False) -> float:
+    """The tolerance as given, else ``1e-4`` of the outputs' magnitude in float32, ``5e-2`` in half precision.
+
+    half: they come of half precision, whatever their own is.
+    """
     if tolerance is not None:
         return tolerance
-    half = any(t.dtype in (torch.float16, torch.bfloat16) for t in outputs)
-    share = 5e-2 if half else 1e-4
+    share = 5e-2 if half or any(t.dtype in HALF for t in outputs) else 1e-4
     return share * _magnitude(outputs)
 
 
@@ -132,8 +161,11 @@ def _gap(before: list[Tensor] | None, after: list[Tensor] | None) -> Gap | None:
         return None
     if [t.shape for t in before] != [t.shape for t in after]:
         return Gap(math.inf, math.inf, 0.0)
+    if _is_empty(before):
+        return None
     absolute = max((_largest(a, b) for a, b in zip(before, after, strict=True)), default=0.0)
-    logits = next((pair for pair in zip(before, after, strict=True) if pair[0].dim() == 2), None)
+    pairs = zip(before, after, strict=True)
+    logits = next((pair for pair in pairs if pair[0].dim() == 2 and pair[0].numel() and _is_real(*pair)), None)
     agreement = None if logits is None else float((logits[0].argmax(1) == logits[1].argmax(1)).float().mean())
     return Gap(absolute, absolute / max(_magnitude(before), 1e-30), agreement)
 
@@ -141,12 +173,25 @@ def _gap(before: list[Tensor] | None, after: list[Tensor] | None) -> Gap | None:
 def _largest(a: Tensor, b: Tensor) -> float:
     if a.numel() == 0:
         return 0.0
-    if not a.is_floating_point():
+    if not (a.is_floating_point() or a.is_complex()):
         return 0.0 if torch.equal(a, b) else math.inf
     same = (a == b) | (a.isnan() & b.isnan())  # infinities and NaN of the original are no difference
-    gap = float((a.double() - b.double()).abs().masked_fill(same, 0.0).max())
+    gap = float((_wide(a) - _wide(b)).abs().masked_fill(same, 0.0).max())
     return math.inf if math.isnan(gap) else gap
 
 
 def _magnitude(outputs: Sequence[Tensor]) -> float:
-    return max((float(t.double().abs().nan_to_num(posinf=0.0).max()) for t in outputs if t.numel()), default=0.0)
+    return max((float(_wide(t).abs().nan_to_num(posinf=0.0).max()) for t in outputs if t.numel()), default=0.0)
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.complex128 if tensor.is_complex() else torch.float64)
+
+
+def _is_real(*tensors: Tensor) -> bool:
+    return all(tensor.is_floating_point() for tensor in tensors)
+
+
+def _is_empty(outputs: list[Tensor] | None) -> bool:
+    """The model ran, and gave no number back."""
+    return outputs is not None and not any(tensor.numel() for tensor in outputs)

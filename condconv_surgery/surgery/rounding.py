@@ -13,6 +13,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
@@ -45,7 +46,7 @@ def explain(
     """
     too_large = 8 * numbers > FLOAT64_BYTES
     exact = None if too_large else _in_double(original().double(), arguments, plan.modes, change)
-    if exact is not None:
+    if exact is not None and _covers(exact[0], found):
         difference, before_exact = exact
         require(difference, before_exact, None, otherwise=found)
         return f"on this input the model amplifies rounding; in float64 {_words(difference)}", difference
@@ -54,9 +55,15 @@ def explain(
     except Exception:  # a layer that does not run in float64 either: nothing can tell
         noise = Difference(None, None)
     require(Difference(_beyond(found.eval, noise.eval), _beyond(found.train, noise.train)), before, None)
-    why = "takes too much memory" if too_large else "does not run"
+    why = "takes too much memory" if too_large else "gives no number back" if exact else "does not run"
     how = f"the model {why} in float64, and as large a difference comes of rounding its layers otherwise"
     return f"{how}: {_words(noise)}", None
+
+
+def _covers(exact: Difference, found: Difference) -> bool:
+    """Every mode that was compared is compared in float64 too. (A detector may find nothing in it.)"""
+    pairs = ((exact.eval, found.eval), (exact.train, found.train))
+    return all(gap is not None for gap, other in pairs if other is not None)
 
 
 def _in_double(
@@ -74,9 +81,11 @@ def _in_double(
 
 
 def _doubled(nested: Any) -> Any:
-    """Every floating-point tensor of nested arguments as float64."""
+    """Every floating-point tensor of nested arguments as float64, complex ones as complex128."""
 
     def double(leaf: Any) -> Any:
+        if isinstance(leaf, Tensor) and leaf.is_complex():
+            return leaf.to(torch.complex128)
         return leaf.double() if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf
 
     return pytree.tree_map(double, nested)
@@ -89,9 +98,9 @@ def _rounded_otherwise(model: nn.Module, arguments: tuple[Any, ...], plan: Plan)
     return run_both_modes(model, arguments, plan.modes)
 
 
-def _forward_in_double(layer: nn.Module, x: Tensor) -> Tensor:
-    output: Tensor = copy.deepcopy(layer).double().forward(x.double())
-    return output.to(x.dtype)
+def _forward_in_double(layer: nn.Module, input: Tensor) -> Tensor:
+    output: Tensor = copy.deepcopy(layer).double().forward(input.double())
+    return output.to(input.dtype)
 
 
 def _beyond(gap: Gap | None, noise: Gap | None) -> Gap | None:
