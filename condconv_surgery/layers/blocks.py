@@ -14,6 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from condconv_surgery.layers import native
 from condconv_surgery.layers.blocking import blocks_of, room_for
 from condconv_surgery.layers.kernel_convolution import (
     convolve,
@@ -33,18 +34,22 @@ to a network, since layers of large maps hold most of its activations and few of
 def convolve_in_blocks(x: Tensor, experts: Tensor, mixture: Mixture, geometry: ConvGeometry) -> Tensor:
     """``conv(x_b, K_b)`` with every part of ``mixture`` in the kernel: [B, I, H, W] -> [B, O, H', W']."""
     x, padding = geometry.pad(x)
-    keep = torch.is_grad_enabled() and _keeps_kernels(x, mixture, geometry)
     shape = (list(geometry.stride), list(padding), list(geometry.dilation), geometry.groups)
+    if native.fits(x, experts, geometry.stride, geometry.groups) and native.may_be_called():
+        return native.convolve(x, experts, mixture, *shape[:3])
+    keep = torch.is_grad_enabled() and _keeps_kernels(x, experts, mixture, geometry)
     y: Tensor = _forward(x, experts, *mixture, *shape, keep)[0]
     return y
 
 
-def _keeps_kernels(x: Tensor, mixture: Mixture, geometry: ConvGeometry) -> bool:
+def _keeps_kernels(x: Tensor, experts: Tensor, mixture: Mixture, geometry: ConvGeometry) -> bool:
     """Whether forward keeps the kernels for backward. Scaled ones never: their gradients need them unscaled too.
 
     Nothing here depends on the batch, so that one compiled graph serves every batch.
     """
     if mixture.gate is None or any(part is not None for part in mixture[1:]):
+        return False
+    if native.fits(x, experts, geometry.stride, geometry.groups):
         return False
     return geometry.weight_numel <= MOST_KEPT_SHARE * geometry.activations(x)
 
@@ -67,6 +72,8 @@ def forward_in_blocks(
     With it the kernels [B, O, I/G, kh, kw] if backward is to find them, else an empty tensor.
     """
     mixture = Mixture(gate, spatial, in_scale, out_scale)
+    if not keep and native.fits(x, experts, stride, groups):
+        return native.convolve(x, experts, mixture, stride, padding, dilation), x.new_empty(0)
     batch, blocks = x.shape[0], blocks_of(x, experts, groups)
     kept = _kernels(experts, mixture, groups, batch, x.dtype) if keep else x.new_empty(0)
     if len(blocks) == 1 and is_stacked(x, experts.shape, padding, groups):  # its output is whole already
@@ -127,6 +134,9 @@ def _backward(
     needs: list[bool],
 ) -> list[Tensor]:
     mixture = Mixture(gate, spatial, in_scale, out_scale)
+    if not kept.numel() and native.fits(x, experts, stride, groups):
+        found = native.convolve_backward(grad, x, experts, mixture, stride, padding, dilation, needs)
+        return [x.new_empty(0) if value is None else value for value in found]
     grads = _empty_gradients(x, experts, mixture)
     sums = Mixture(*(None if part is None else g for part, g in zip(mixture, grads[2:], strict=True)))
     for total in grads[1:]:

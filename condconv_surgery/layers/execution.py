@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from condconv_surgery.errors import InputError
+from condconv_surgery.layers import native
 from condconv_surgery.layers.choice import choose
 from condconv_surgery.layers.cost import scales_belong_in_the_kernel
 from condconv_surgery.layers.mixture import ConvGeometry, Mixture
@@ -28,13 +29,20 @@ def execute(
     x = autocast(x)  # the operators of ``blocks`` are unknown to it
     name = choose(x, experts, mixture, geometry) if way == "auto" else _legal(way, x, mixture, geometry)
     scaled = mixture.in_scale is not None or mixture.out_scale is not None
-    if not scaled or (name in SCALES_ITS_KERNELS and scales_belong_in_the_kernel(x, geometry)):
+    if not scaled or _takes_scales(name, x, experts, geometry):
         y = WAYS[name](x, experts, mixture, geometry)
     else:
         y = _scale_activations(WAYS[name], x, experts, mixture, geometry)
     if bias is not None:
         y = y + mix_bias(bias, mixture.gate).to(y.dtype)[:, :, None, None]
     return y
+
+
+def _takes_scales(way: str, x: Tensor, experts: Tensor, geometry: ConvGeometry) -> bool:
+    """Whether ``way`` applies ``in_scale`` and ``out_scale`` itself, and should."""
+    if way == "blocks" and native.fits(x, experts, geometry.stride, geometry.groups):
+        return True
+    return way in SCALES_ITS_KERNELS and scales_belong_in_the_kernel(x, geometry)
 
 
 def mix_bias(bias: Tensor, gate: Tensor | None) -> Tensor:

@@ -1,0 +1,573 @@
+// A convolution whose kernel is mixed anew for each sample, and its gradients, on a CPU in float32:
+//
+//     y_b = after_b * conv(before_b * x_b, K_b),    K_b = spatial_b * sum_e gate[b,e] * experts[e]
+//
+// No kernel is ever written to memory. Sixteen filters ("a panel") and some channels of all experts are brought into the
+// second level of cache once; for each sample they are mixed into the first level and used there by a matrix product
+// whose other factor is read straight from the picture, at the offsets of the taps.
+//
+// One loop does all arithmetic (``tile``): sum[j][:] += rows[j][offsets[k]] * panel[k][:]. For a convolution a row is a
+// position of the output and k runs over channels and taps; for the gradient of the kernel a row is a channel and a tap
+// and k runs over the positions; the gradient of the input is a convolution again, with as many phases as the stride has.
+
+#include <ATen/Parallel.h>
+#include <torch/extension.h>
+
+#include <algorithm>
+#include <vector>
+
+namespace {
+
+using at::Tensor;
+using Maybe = std::optional<Tensor>;
+using Sizes = std::vector<int64_t>;
+typedef float Vec __attribute__((vector_size(32), aligned(4), may_alias));
+
+constexpr int64_t LANES = 8;
+constexpr int64_t WIDE = 2 * LANES;      // filters of a panel
+constexpr int64_t TALL = 6;              // rows of a tile: 12 sums, 2 of the panel and 1 number fill 16 registers
+constexpr int64_t DEPTH = 288;           // rows of a panel: 18 KB, half of a first level of cache
+constexpr int64_t POSITIONS = 256;       // of a gradient's panel: 16 KB
+constexpr int64_t INPUT_BYTES = 16 << 20;  // of padded input at a time: it stays in the third level
+
+inline Vec load(const float* p) { return *reinterpret_cast<const Vec*>(p); }
+inline void store(float* p, Vec v) { *reinterpret_cast<Vec*>(p) = v; }
+inline float sum_of(Vec v) { return ((v[0] + v[4]) + (v[1] + v[5])) + ((v[2] + v[6]) + (v[3] + v[7])); }
+const float* data_of(const Maybe& t) { return t ? t->const_data_ptr<float>() : nullptr; }
+
+// ahead: from a row to that which takes its place in the next tile; its numbers are asked for while this one computes.
+template <int ROWS>
+void tile(const float* base, const int64_t* rows, const int64_t* offsets, int64_t depth, const float* panel, float* sum,
+          int64_t ahead) {
+  Vec c[ROWS][2];
+  const float* r[ROWS];
+#pragma GCC unroll 6
+  for (int j = 0; j < ROWS; j++) {
+    r[j] = base + rows[j];
+    c[j][0] = load(sum + j * WIDE);
+    c[j][1] = load(sum + j * WIDE + LANES);
+  }
+  for (int64_t k = 0; k < depth; k++) {
+    const Vec left = load(panel + k * WIDE), right = load(panel + k * WIDE + LANES);
+    const int64_t o = offsets[k];
+    __builtin_prefetch(r[ROWS - 1] + o + ahead);
+#pragma GCC unroll 6
+    for (int j = 0; j < ROWS; j++) {
+      const float a = r[j][o];
+      c[j][0] += a * left;
+      c[j][1] += a * right;
+    }
+  }
+#pragma GCC unroll 6
+  for (int j = 0; j < ROWS; j++) {
+    store(sum + j * WIDE, c[j][0]);
+    store(sum + j * WIDE + LANES, c[j][1]);
+  }
+}
+
+// sum[j][:] += sum_k base[rows[j] + offsets[k]] * panel[k][:] for ``count`` rows.
+void tiles(const float* base, const int64_t* rows, int64_t count, const int64_t* offsets, int64_t depth,
+           const float* panel, float* sum) {
+  while (count > 0) {  // the last rows in two halves: a tile of one row waits for its own sums
+    const int64_t some = count >= 2 * TALL || count <= TALL ? std::min(count, TALL) : (count + 1) / 2;
+    const int64_t ahead = count >= 2 * some ? rows[2 * some - 1] - rows[some - 1] : 0;
+    switch (some) {
+      case 6: tile<6>(base, rows, offsets, depth, panel, sum, ahead); break;
+      case 5: tile<5>(base, rows, offsets, depth, panel, sum, ahead); break;
+      case 4: tile<4>(base, rows, offsets, depth, panel, sum, ahead); break;
+      case 3: tile<3>(base, rows, offsets, depth, panel, sum, ahead); break;
+      case 2: tile<2>(base, rows, offsets, depth, panel, sum, ahead); break;
+      default: tile<1>(base, rows, offsets, depth, panel, sum, ahead);
+    }
+    rows += some, sum += some * WIDE, count -= some;
+  }
+}
+
+inline void transpose(Vec* r) {
+  Vec t[LANES], u[LANES];
+  for (int i = 0; i < LANES; i += 2) {
+    t[i] = __builtin_shufflevector(r[i], r[i + 1], 0, 8, 1, 9, 4, 12, 5, 13);
+    t[i + 1] = __builtin_shufflevector(r[i], r[i + 1], 2, 10, 3, 11, 6, 14, 7, 15);
+  }
+  for (int i = 0; i < LANES; i += 4)
+    for (int j = 0; j < 2; j++) {
+      u[i + 2 * j] = __builtin_shufflevector(t[i + j], t[i + j + 2], 0, 1, 8, 9, 4, 5, 12, 13);
+      u[i + 2 * j + 1] = __builtin_shufflevector(t[i + j], t[i + j + 2], 2, 3, 10, 11, 6, 7, 14, 15);
+    }
+  for (int i = 0; i < 4; i++) {
+    r[i] = __builtin_shufflevector(u[i], u[i + 4], 0, 1, 2, 3, 8, 9, 10, 11);
+    r[i + 4] = __builtin_shufflevector(u[i], u[i + 4], 4, 5, 6, 7, 12, 13, 14, 15);
+  }
+}
+
+// to[k][f] = from[f][k] for 16 rows at ``from + f * step``, of which ``count`` exist; the others are zeros.
+void transpose_rows(const float* from, int64_t step, int64_t count, int64_t depth, float* to) {
+  int64_t k = 0;
+  if (count == WIDE)
+    for (; k + LANES <= depth; k += LANES)
+      for (int64_t half = 0; half < WIDE; half += LANES) {
+        Vec r[LANES];
+        for (int i = 0; i < LANES; i++) r[i] = load(from + (half + i) * step + k);
+        transpose(r);
+        for (int i = 0; i < LANES; i++) store(to + (k + i) * WIDE + half, r[i]);
+      }
+  for (; k < depth; k++)
+    for (int64_t f = 0; f < WIDE; f++) to[k * WIDE + f] = f < count ? from[f * step + k] : 0.f;
+}
+
+// What experts [E, O, I, kh, kw] are to a convolution, or to its transpose, whose filters are the input's channels.
+struct Experts {
+  const float* weight;
+  int64_t experts, filters, channels, taps, expert_step, filter_step, channel_step;
+
+  Experts(const Tensor& t, bool transposed)
+      : weight(t.const_data_ptr<float>()),
+        experts(t.size(0)),
+        filters(t.size(transposed ? 2 : 1)),
+        channels(t.size(transposed ? 1 : 2)),
+        taps(t.size(3) * t.size(4)),
+        expert_step(t.stride(0)),
+        filter_step(t.stride(transposed ? 2 : 1)),
+        channel_step(t.stride(transposed ? 1 : 2)) {
+    TORCH_CHECK(t.stride(4) == 1 && t.stride(3) == t.size(4), "the taps of an expert must be contiguous");
+  }
+  int64_t panels() const { return (filters + WIDE - 1) / WIDE; }
+  int64_t count(int64_t panel) const { return std::min(WIDE, filters - panel * WIDE); }
+};
+
+// Some taps, and the positions that they serve: all of a convolution; of its transpose those of one phase of the stride.
+struct Phase {
+  Sizes taps, reach, positions, outputs;  // reach: the offset of a tap in a padded channel; outputs: where results go
+};
+
+struct Chunk {  // of channels: all taps of each
+  int64_t first, channels, depth;
+};
+
+std::vector<Chunk> chunks_of(int64_t channels, int64_t taps) {
+  std::vector<Chunk> chunks;
+  const int64_t most = std::max<int64_t>(1, DEPTH / taps);
+  for (int64_t c = 0; c < channels; c += most) {
+    const int64_t some = std::min(most, channels - c);
+    chunks.push_back({c, some, some * taps});
+  }
+  return chunks;
+}
+
+// The numbers of one expert, or of a mixture of all, as a panel [depth][16].
+class Packer {
+ public:
+  Packer(const Experts& e, const Phase& phase, int64_t most)
+      : experts_(e), phase_(phase), at_(most), rows_(WIDE * most) {
+    whole_ = e.channel_step == e.taps && (int64_t)phase.taps.size() == e.taps;
+  }
+
+  void pack(int64_t panel, const Chunk& chunk, int64_t expert, float* to) {
+    const float* from = start(panel, chunk) + expert * experts_.expert_step;
+    const int64_t count = experts_.count(panel);
+    if (whole_) return transpose_rows(from, experts_.filter_step, count, chunk.depth, to);
+    find(chunk);
+    for (int64_t k = 0; k < chunk.depth; k++)
+      for (int64_t f = 0; f < WIDE; f++) to[k * WIDE + f] = f < count ? from[f * experts_.filter_step + at_[k]] : 0.f;
+  }
+
+  // For few samples: mixed first, transposed after.
+  bool mixes() const { return whole_; }
+  void pack_mixed(int64_t panel, const Chunk& chunk, const float* gate, float* to) {
+    const float* from = start(panel, chunk);
+    const int64_t count = experts_.count(panel);
+    for (int64_t f = 0; f < count; f++) {
+      const float* w = from + f * experts_.filter_step;
+      float* row = rows_.data() + f * chunk.depth;
+      int64_t k = 0;
+      for (; k + LANES <= chunk.depth; k += LANES) {
+        Vec sum = gate[0] * load(w + k);
+        for (int64_t e = 1; e < experts_.experts; e++) sum += gate[e] * load(w + e * experts_.expert_step + k);
+        store(row + k, sum);
+      }
+      for (; k < chunk.depth; k++) {
+        row[k] = 0.f;
+        for (int64_t e = 0; e < experts_.experts; e++) row[k] += gate[e] * w[e * experts_.expert_step + k];
+      }
+    }
+    transpose_rows(rows_.data(), chunk.depth, count, chunk.depth, to);
+  }
+
+  // grad[e][filter][channel][tap] = panel[k][f]: the inverse of ``pack``, for whole kernels.
+  void unpack(int64_t panel, const Chunk& chunk, int64_t expert, const float* from, float* grad) const {
+    float* to = grad + (start(panel, chunk) - experts_.weight) + expert * experts_.expert_step;
+    for (int64_t f = 0; f < experts_.count(panel); f++)
+      for (int64_t k = 0; k < chunk.depth; k++) to[f * experts_.filter_step + k] = from[k * WIDE + f];
+  }
+
+ private:
+  const float* start(int64_t panel, const Chunk& chunk) const {
+    return experts_.weight + panel * WIDE * experts_.filter_step + chunk.first * experts_.channel_step;
+  }
+  void find(const Chunk& chunk) {
+    const int64_t taps = phase_.taps.size();
+    for (int64_t k = 0; k < chunk.depth; k++) at_[k] = k / taps * experts_.channel_step + phase_.taps[k % taps];
+  }
+
+  const Experts& experts_;
+  const Phase& phase_;
+  bool whole_;
+  Sizes at_;
+  std::vector<float> rows_;
+};
+
+// mixed[k][f] = sum_e gate[e] * panels[e][k][f]; the panels of two experts are ``step`` apart.
+template <int EXPERTS>
+void mix(const float* panels, int64_t step, int64_t experts, const float* gate, int64_t depth, float* mixed) {
+  const int64_t n = EXPERTS ? EXPERTS : experts;
+  for (int64_t k = 0; k < depth * WIDE; k += WIDE) {
+    Vec left = gate[0] * load(panels + k), right = gate[0] * load(panels + k + LANES);
+#pragma GCC unroll 8
+    for (int64_t e = 1; e < n; e++) {
+      left += gate[e] * load(panels + e * step + k);
+      right += gate[e] * load(panels + e * step + k + LANES);
+    }
+    store(mixed + k, left);
+    store(mixed + k + LANES, right);
+  }
+}
+
+void mix_panels(const float* panels, int64_t step, int64_t experts, const float* gate, int64_t depth, float* mixed) {
+  switch (experts) {
+    case 2: return mix<2>(panels, step, experts, gate, depth, mixed);
+    case 4: return mix<4>(panels, step, experts, gate, depth, mixed);
+    case 8: return mix<8>(panels, step, experts, gate, depth, mixed);
+    default: return mix<0>(panels, step, experts, gate, depth, mixed);
+  }
+}
+
+void scale_taps(const float* spatial, const Sizes& taps, int64_t depth, const float* from, float* to) {
+  for (int64_t k = 0; k < depth; k++) {
+    const float s = spatial[taps[k % taps.size()]];
+    store(to + k * WIDE, s * load(from + k * WIDE));
+    store(to + k * WIDE + LANES, s * load(from + k * WIDE + LANES));
+  }
+}
+
+struct Margins {
+  int64_t top, bottom, left, right;
+};
+
+// Samples with margins of zeros, times a number for each channel.
+struct Picture {
+  Tensor held;
+  const float* data;
+  int64_t row, channel, sample;  // steps in numbers
+
+  Picture(const Tensor& x, const float* scale, Margins m) {
+    const int64_t B = x.size(0), I = x.size(1), H = x.size(2), W = x.size(3);
+    row = m.left + W + m.right;
+    channel = (m.top + H + m.bottom) * row;
+    held = x;
+    if (scale || channel != H * W) {
+      channel = (channel + 15) / 16 * 16;
+      if (channel / 16 % 2 == 0) channel += 16;  // an odd number of cache lines: channels share no cache set
+      held = at::empty({B, I, channel}, x.options());
+      const float* from = x.const_data_ptr<float>();
+      float* to = held.mutable_data_ptr<float>();
+      at::parallel_for(0, B * I, 16, [&](int64_t begin, int64_t end) {
+        for (int64_t map = begin; map < end; map++) copy(from + map * H * W, H, W, scale ? scale[map] : 1.f, m, to + map * channel);
+      });
+    }
+    data = held.const_data_ptr<float>();
+    sample = I * channel;
+  }
+
+ private:
+  void copy(const float* from, int64_t H, int64_t W, float scale, Margins m, float* to) const {
+    std::fill(to, to + m.top * row, 0.f);
+    to += m.top * row;
+    for (int64_t h = 0; h < H; h++, from += W, to += row) {
+      std::fill(to, to + m.left, 0.f);
+      for (int64_t w = 0; w < W; w++) to[m.left + w] = scale * from[w];
+      std::fill(to + m.left + W, to + row, 0.f);
+    }
+    std::fill(to, to + m.bottom * row, 0.f);
+  }
+};
+
+// base[c * channel + reach of the tap] for the channels of a chunk, counted from its first.
+Sizes offsets_of(const Chunk& chunk, const Phase& phase, int64_t channel) {
+  Sizes offsets(chunk.depth);
+  const int64_t taps = phase.taps.size();
+  for (int64_t k = 0; k < chunk.depth; k++) offsets[k] = k / taps * channel + phase.reach[k % taps];
+  return offsets;
+}
+
+int64_t samples_at_a_time(const Tensor& x, Margins m) {
+  const int64_t map = (x.size(2) + m.top + m.bottom) * (x.size(3) + m.left + m.right);
+  return std::max<int64_t>(1, INPUT_BYTES / (4 * x.size(1) * map));
+}
+
+struct Gates {  // of each sample, or null
+  const float *gate, *spatial, *before, *after;
+};
+
+// y[b, filter, outputs[p]] = after * sum over channels and taps, for the filters of one panel, samples and positions.
+void convolve_panel(const Experts& experts, const Phase& phase, const Picture& picture, const Gates& gates, int64_t panel,
+                    int64_t first, int64_t last, int64_t from, int64_t to, float* y, int64_t size) {
+  const int64_t n = last - first, positions = to - from, count = experts.count(panel);
+  const auto chunks = chunks_of(experts.channels, phase.taps.size());
+  const int64_t depth = chunks[0].depth, step = depth * WIDE;
+  Packer packer(experts, phase, depth);
+  const bool mixed_first = gates.gate && n <= experts.experts && packer.mixes();
+  std::vector<float> packed(mixed_first ? 0 : experts.experts * step), mixed(step), sums(n * positions * WIDE);
+  for (const Chunk& chunk : chunks) {
+    const Sizes offsets = offsets_of(chunk, phase, picture.channel);
+    if (!mixed_first)
+      for (int64_t e = 0; e < experts.experts; e++) packer.pack(panel, chunk, e, packed.data() + e * step);
+    for (int64_t b = 0; b < n; b++) {
+      const float* gate = gates.gate ? gates.gate + (first + b) * experts.experts : nullptr;
+      const float* kernel = mixed.data();
+      if (!gate) kernel = packed.data();
+      else if (mixed_first) packer.pack_mixed(panel, chunk, gate, mixed.data());
+      else mix_panels(packed.data(), step, experts.experts, gate, chunk.depth, mixed.data());
+      if (gates.spatial) {
+        scale_taps(gates.spatial + (first + b) * experts.taps, phase.taps, chunk.depth, kernel, mixed.data());
+        kernel = mixed.data();
+      }
+      const float* base = picture.data + b * picture.sample + chunk.first * picture.channel;
+      tiles(base, phase.positions.data() + from, positions, offsets.data(), chunk.depth, kernel, sums.data() + b * positions * WIDE);
+    }
+  }
+  for (int64_t b = 0; b < n; b++)
+    for (int64_t f = 0; f < count; f++) {
+      const int64_t map = (first + b) * experts.filters + panel * WIDE + f;
+      const float scale = gates.after ? gates.after[map] : 1.f;
+      const float* sum = sums.data() + b * positions * WIDE + f;
+      for (int64_t p = 0; p < positions; p++) y[map * size + phase.outputs[from + p]] = scale * sum[p * WIDE];
+    }
+}
+
+// All phases over all samples, some samples at a time; each thread takes panels, and a part of the positions where
+// there are fewer panels than threads.
+Tensor convolve_phases(const Tensor& x, const Experts& experts, const Gates& gates, const std::vector<Phase>& phases,
+                       Margins margins, int64_t height, int64_t width) {
+  const int64_t B = x.size(0), some = samples_at_a_time(x, margins), panels = experts.panels();
+  int64_t written = 0;
+  for (const Phase& phase : phases) written += phase.outputs.size();
+  const Sizes shape{B, experts.filters, height, width};
+  Tensor y = written == height * width ? at::empty(shape, x.options()) : at::zeros(shape, x.options());
+  float* out = y.mutable_data_ptr<float>();
+  for (int64_t b = 0; b < B; b += some) {
+    const int64_t n = std::min(some, B - b);
+    const Picture picture(x.narrow(0, b, n), gates.before ? gates.before + b * experts.channels : nullptr, margins);
+    for (const Phase& phase : phases) {
+      const int64_t size = phase.positions.size();
+      const int64_t parts = std::min((at::get_num_threads() + panels - 1) / panels, std::max<int64_t>(1, size / TALL));
+      at::parallel_for(0, panels * parts, 1, [&](int64_t begin, int64_t end) {
+        for (int64_t unit = begin; unit < end; unit++) {
+          const int64_t part = unit % parts, from = size * part / parts, to = size * (part + 1) / parts;
+          convolve_panel(experts, phase, picture, gates, unit / parts, b, b + n, from, to, out, height * width);
+        }
+      });
+    }
+  }
+  return y;
+}
+
+struct Geometry {
+  int64_t kh, kw, sh, sw, ph, pw, dh, dw;
+  int64_t outputs(int64_t size, bool tall) const {
+    return tall ? (size + 2 * ph - dh * (kh - 1) - 1) / sh + 1 : (size + 2 * pw - dw * (kw - 1) - 1) / sw + 1;
+  }
+};
+
+Geometry geometry_of(const Tensor& experts, const Sizes& stride, const Sizes& padding, const Sizes& dilation) {
+  return {experts.size(3), experts.size(4), stride[0], stride[1], padding[0], padding[1], dilation[0], dilation[1]};
+}
+
+Phase forward_phase(const Geometry& g, int64_t row, int64_t height, int64_t width) {
+  Phase phase;
+  for (int64_t t = 0; t < g.kh * g.kw; t++) {
+    phase.taps.push_back(t);
+    phase.reach.push_back(t / g.kw * g.dh * row + t % g.kw * g.dw);
+  }
+  for (int64_t p = 0; p < height * width; p++) {
+    phase.positions.push_back(p / width * g.sh * row + p % width * g.sw);
+    phase.outputs.push_back(p);
+  }
+  return phase;
+}
+
+Tensor convolve(const Tensor& x, const Tensor& experts, const Maybe& gate, const Maybe& spatial, const Maybe& before,
+                const Maybe& after, const Sizes& stride, const Sizes& padding, const Sizes& dilation) {
+  const Geometry g = geometry_of(experts, stride, padding, dilation);
+  const int64_t height = g.outputs(x.size(2), true), width = g.outputs(x.size(3), false);
+  const Phase phase = forward_phase(g, x.size(3) + 2 * g.pw, height, width);
+  const Gates gates{data_of(gate), data_of(spatial), data_of(before), data_of(after)};
+  return convolve_phases(x, Experts(experts, false), gates, {phase}, {g.ph, g.ph, g.pw, g.pw}, height, width);
+}
+
+// Of one dimension: which taps serve a pixel, and where in the gradient they read, by the pixel's place in the stride.
+struct Steps {
+  int64_t before, after;                   // margins of the gradient
+  std::vector<Sizes> taps, reach, pixels, starts;  // of each phase
+
+  Steps(int64_t kernel, int64_t stride, int64_t padding, int64_t dilation, int64_t size, int64_t outputs) {
+    before = (dilation * (kernel - 1) + stride - 1) / stride;
+    after = std::max<int64_t>(0, (size - 1 + padding) / stride - outputs + 1);
+    for (int64_t phase = 0; phase < stride; phase++) {
+      Sizes taps_here, reach_here, pixels_here, starts_here;
+      for (int64_t k = 0; k < kernel; k++)
+        if ((phase - k * dilation) % stride == 0) {
+          taps_here.push_back(k);
+          reach_here.push_back((phase - k * dilation) / stride + before);
+        }
+      for (int64_t h = 0; h < size; h++)
+        if ((h + padding) % stride == phase) {
+          pixels_here.push_back(h);
+          starts_here.push_back((h + padding) / stride);
+        }
+      taps.push_back(taps_here), reach.push_back(reach_here), pixels.push_back(pixels_here), starts.push_back(starts_here);
+    }
+  }
+};
+
+// The gradient of the input [B, I, H, W] from that of the output.
+Tensor input_gradient(const Tensor& grad, const Tensor& experts, const Maybe& gate, const Maybe& spatial,
+                      const Maybe& before, const Maybe& after, const Sizes& stride, const Sizes& padding,
+                      const Sizes& dilation, int64_t height, int64_t width) {
+  const Geometry g = geometry_of(experts, stride, padding, dilation);
+  const Steps tall(g.kh, g.sh, g.ph, g.dh, height, grad.size(2)), wide(g.kw, g.sw, g.pw, g.dw, width, grad.size(3));
+  const int64_t row = wide.before + grad.size(3) + wide.after;
+  std::vector<Phase> phases;
+  for (size_t a = 0; a < tall.taps.size(); a++)
+    for (size_t c = 0; c < wide.taps.size(); c++) {
+      Phase phase;
+      for (size_t i = 0; i < tall.taps[a].size(); i++)
+        for (size_t j = 0; j < wide.taps[c].size(); j++) {
+          phase.taps.push_back(tall.taps[a][i] * g.kw + wide.taps[c][j]);
+          phase.reach.push_back(tall.reach[a][i] * row + wide.reach[c][j]);
+        }
+      for (size_t i = 0; i < tall.pixels[a].size(); i++)
+        for (size_t j = 0; j < wide.pixels[c].size(); j++) {
+          phase.positions.push_back(tall.starts[a][i] * row + wide.starts[c][j]);
+          phase.outputs.push_back(tall.pixels[a][i] * width + wide.pixels[c][j]);
+        }
+      if (!phase.positions.empty() && !phase.taps.empty()) phases.push_back(phase);  // else zeros, or no pixels
+    }
+  const Gates gates{data_of(gate), data_of(spatial), data_of(after), data_of(before)};
+  const Margins margins{tall.before, tall.after, wide.before, wide.after};
+  return convolve_phases(grad, Experts(experts, true), gates, phases, margins, height, width);
+}
+
+// What one panel and one chunk add up over the samples.
+struct Sums {
+  float *gate, *spatial, *before, *after;  // [B, E], [B, taps], [B, I], [B, O]: of this unit alone, or null
+};
+
+// The gradients of the kernel's parts for the filters of a panel and the channels of a chunk.
+void differentiate_panel(const Experts& experts, const Phase& phase, const Picture& picture, const Gates& gates,
+                         const float* grad, int64_t panel, const Chunk& chunk, int64_t first, int64_t last,
+                         const float* packed, float* to_experts, const Sums& sums) {
+  const int64_t n = experts.experts, step = chunk.depth * WIDE, count = experts.count(panel), taps = experts.taps;
+  const int64_t positions = phase.positions.size();
+  const Sizes rows = offsets_of(chunk, phase, picture.channel);
+  std::vector<float> of_kernel(step), side(std::min(positions, POSITIONS) * WIDE);
+  for (int64_t b = first; b < last; b++) {
+    std::fill(of_kernel.begin(), of_kernel.end(), 0.f);
+    const float* base = picture.data + (b - first) * picture.sample + chunk.first * picture.channel;
+    const float* grad_maps = grad + (b * experts.filters + panel * WIDE) * positions;
+    for (int64_t p = 0; p < positions; p += POSITIONS) {
+      const int64_t some = std::min(POSITIONS, positions - p);
+      transpose_rows(grad_maps + p, positions, count, some, side.data());
+      tiles(base, rows.data(), chunk.depth, phase.positions.data() + p, some, side.data(), of_kernel.data());
+    }
+    const float* gate = gates.gate ? gates.gate + b * n : nullptr;
+    const float* spatial = gates.spatial ? gates.spatial + b * taps : nullptr;
+    const float* before = gates.before ? gates.before + b * experts.channels + chunk.first : nullptr;
+    Vec after[2] = {Vec{} + 1.f, Vec{} + 1.f}, to_after[2] = {{}, {}};
+    if (gates.after)
+      for (int64_t f = 0; f < WIDE; f++) after[f / LANES][f % LANES] = f < count ? gates.after[b * experts.filters + panel * WIDE + f] : 0.f;
+    const bool scaled = spatial || before || gates.after;
+    std::vector<float> to_gate(n * LANES);
+    for (int64_t k = 0; k < chunk.depth; k++) {
+      Vec d[2] = {load(of_kernel.data() + k * WIDE), load(of_kernel.data() + k * WIDE + LANES)};
+      if (scaled) {
+        Vec mixed[2] = {{}, {}};
+        for (int64_t e = 0; e < n; e++)
+          for (int h = 0; h < 2; h++) mixed[h] += (gate ? gate[e] : 1.f) * load(packed + e * step + k * WIDE + h * LANES);
+        const float s = spatial ? spatial[k % taps] : 1.f, c = before ? before[k / taps] : 1.f;
+        const Vec product[2] = {d[0] * mixed[0], d[1] * mixed[1]};
+        const float left = sum_of(product[0] * after[0] + product[1] * after[1]);
+        if (sums.before) sums.before[b * experts.channels + chunk.first + k / taps] += left * s;
+        if (sums.spatial) sums.spatial[b * taps + k % taps] += left * c;
+        for (int h = 0; h < 2; h++) {
+          to_after[h] += product[h] * (s * c);
+          d[h] *= after[h] * (s * c);
+        }
+      }
+      for (int64_t e = 0; e < n; e++) {
+        const float g = gate ? gate[e] : 1.f;
+        float* to = to_experts + e * step + k * WIDE;
+        const float* from = packed + e * step + k * WIDE;
+        store(to, load(to) + g * d[0]);
+        store(to + LANES, load(to + LANES) + g * d[1]);
+        store(to_gate.data() + e * LANES, load(to_gate.data() + e * LANES) + d[0] * load(from) + d[1] * load(from + LANES));
+      }
+    }
+    if (sums.gate)
+      for (int64_t e = 0; e < n; e++) sums.gate[b * n + e] += sum_of(load(to_gate.data() + e * LANES));
+    if (sums.after)
+      for (int64_t f = 0; f < count; f++) sums.after[b * experts.filters + panel * WIDE + f] += to_after[f / LANES][f % LANES];
+  }
+}
+
+// The gradients of the experts and of the gate, spatial, before and after parts; an undefined one where a part is absent.
+std::vector<Tensor> kernel_gradients(const Tensor& grad, const Tensor& x, const Tensor& weight, const Maybe& gate,
+                                     const Maybe& spatial, const Maybe& before, const Maybe& after, const Sizes& stride,
+                                     const Sizes& padding, const Sizes& dilation) {
+  const Geometry g = geometry_of(weight, stride, padding, dilation);
+  const Experts experts(weight, false);
+  const Margins margins{g.ph, g.ph, g.pw, g.pw};
+  const Phase phase = forward_phase(g, x.size(3) + 2 * g.pw, grad.size(2), grad.size(3));
+  const auto chunks = chunks_of(experts.channels, experts.taps);
+  const int64_t B = x.size(0), some = samples_at_a_time(x, margins), panels = experts.panels(), parts = chunks.size();
+  const Gates gates{data_of(gate), data_of(spatial), data_of(before), data_of(after)};
+  // one slice for each unit that could add to the same numbers at the same time
+  auto slices = [&](const Maybe& part, int64_t count) {
+    return part ? at::zeros({count, B, part->numel() / B}, x.options()) : Tensor();
+  };
+  Tensor of_gate = slices(gate, panels * parts), of_spatial = slices(spatial, panels * parts);
+  Tensor of_before = slices(before, panels), of_after = slices(after, parts);
+  auto slice = [](const Tensor& t, int64_t i) { return t.defined() ? t.mutable_data_ptr<float>() + i * t.stride(0) : nullptr; };
+  Tensor total = at::zeros({panels, experts.experts, experts.channels * experts.taps, WIDE}, x.options());
+  Tensor to_experts = at::empty(weight.sizes(), x.options());
+  const float* from = grad.const_data_ptr<float>();
+  float *totals = total.mutable_data_ptr<float>(), *to = to_experts.mutable_data_ptr<float>();
+  for (int64_t b = 0; b < B; b += some) {
+    const int64_t n = std::min(some, B - b);
+    const Picture picture(x.narrow(0, b, n), nullptr, margins);
+    at::parallel_for(0, panels * parts, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t unit = begin; unit < end; unit++) {
+        const int64_t panel = unit / parts, part = unit % parts;
+        const Chunk& chunk = chunks[part];
+        const int64_t step = chunk.depth * WIDE;
+        Packer packer(experts, phase, chunk.depth);
+        std::vector<float> packed(experts.experts * step);
+        for (int64_t e = 0; e < experts.experts; e++) packer.pack(panel, chunk, e, packed.data() + e * step);
+        float* of_unit = totals + (panel * experts.channels + chunk.first) * experts.taps * WIDE * experts.experts;
+        const Sums sums{slice(of_gate, unit), slice(of_spatial, unit), slice(of_before, panel), slice(of_after, part)};
+        differentiate_panel(experts, phase, picture, gates, from, panel, chunk, b, b + n, packed.data(), of_unit, sums);
+        if (b + n == B)
+          for (int64_t e = 0; e < experts.experts; e++) packer.unpack(panel, chunk, e, of_unit + e * step, to);
+      }
+    });
+  }
+  auto added = [](const Tensor& t, const Maybe& part) { return t.defined() ? t.sum(0).view(part->sizes()) : Tensor(); };
+  return {to_experts, added(of_gate, gate), added(of_spatial, spatial), added(of_before, before), added(of_after, after)};
+}
+
+}  // namespace
+
+PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
+  m.def("convolve", &convolve, pybind11::call_guard<pybind11::gil_scoped_release>());
+  m.def("input_gradient", &input_gradient, pybind11::call_guard<pybind11::gil_scoped_release>());
+  m.def("kernel_gradients", &kernel_gradients, pybind11::call_guard<pybind11::gil_scoped_release>());
+}
