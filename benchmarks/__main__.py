@@ -18,6 +18,7 @@ from benchmarks.models import measure_model, peak_training_bytes
 from benchmarks.presenting import environment, layer_table, model_table, plot_experts, write_json
 from benchmarks.timing import use_clock
 from benchmarks.ways import measure_ways, ways_line
+from condconv_surgery.layers import native
 from condconv_surgery.recipe import CondConv, Variant
 
 
@@ -26,6 +27,8 @@ def main(arguments: list[str] | None = None) -> None:
     options = _parser().parse_args(arguments)
     torch.set_num_threads(options.threads)
     use_clock(options.clock)
+    if options.native:
+        native.enable()
     options.out.mkdir(parents=True, exist_ok=True)
     commands = {
         "layers": _layers,
@@ -52,6 +55,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--clock", choices=["wall", "cpu"], default="wall", help="cpu: for one thread on a busy machine"
     )
+    parser.add_argument("--native", action="store_true", help="with the compiled kernels; results/native-*.json")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"), help="folder for JSON and the plot")
     return parser
 
@@ -94,7 +98,7 @@ def _experts(options: argparse.Namespace) -> None:
                     line[count] = value / result.milliseconds["static"]
     for name, line in lines.items():
         print(f"{name:16}", "  ".join(f"{n}: {value:.2f}" for n, value in line.items()))
-    plot_experts(options.out / "experts.png", f"{site}, batch {options.batch}", lines)
+    plot_experts(options.out / f"{_prefix(options)}experts.png", f"{site}, batch {options.batch}", lines)
     _write(options, "experts", lines)
 
 
@@ -139,10 +143,15 @@ def _write(options: argparse.Namespace, name: str, results: object) -> None:
     content = {
         "environment": environment(options.threads),
         "clock": options.clock,
+        "native": options.native,
         "batch": options.batch,
         "results": results,
     }
-    write_json(options.out / f"{name}.json", content)
+    write_json(options.out / f"{_prefix(options)}{name}.json", content)
+
+
+def _prefix(options: argparse.Namespace) -> str:
+    return "native-" if options.native else ""
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ import torchvision
 from torch import Tensor, nn
 
 from benchmarks.timing import interleaved, ratio
-from condconv_surgery.layers import conditional_layers
+from condconv_surgery.layers import conditional_layers, native
 from condconv_surgery.recipe import Variant
 from condconv_surgery.surgery import convert
 
@@ -77,6 +77,7 @@ def copy_bandwidth(size: int = 256 << 20) -> float:
 def peak_training_bytes(name: str, variant: str, batch: int) -> int:
     """Peak resident memory of one training step with SGD momentum, in a process of its own."""
     command = [sys.executable, "-m", "benchmarks.models", name, variant, str(batch)]
+    command += ["native"] if native.is_enabled() else []
     answer = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     return int(answer.split()[-1])
 
@@ -136,5 +137,7 @@ def _training(model: nn.Module, x: Tensor) -> Callable[[], object]:
 if __name__ == "__main__":
     from benchmarks.layers import VARIANTS
 
-    _, model_name, variant_name, batch_size = sys.argv
+    _, model_name, variant_name, batch_size, *with_native = sys.argv
+    if with_native:
+        native.enable()
     print(_peak_here(model_name, VARIANTS.get(variant_name), int(batch_size)))

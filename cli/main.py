@@ -9,6 +9,7 @@ import typer
 
 from condconv_surgery import __version__
 from condconv_surgery.errors import SurgeryError
+from condconv_surgery.layers import native as kernels
 
 from .convert import convert
 from .exporting import export
@@ -43,8 +44,18 @@ def condconv(
     version: Annotated[
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version and exit.")
     ] = False,
+    native: Annotated[
+        bool,
+        typer.Option(
+            "--native",
+            envvar="CONDCONV_NATIVE",
+            help="Compute dense layers by C++ kernels, compiled at first use (x86 with AVX2, g++, ninja).",
+        ),
+    ] = False,
 ) -> None:
     """Give a trained convolutional network conditional convolutions."""
+    if native:
+        kernels.enable()
 
 
 def run() -> None:

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from condconv_surgery.cli import main as command_line
+from typer.testing import CliRunner
 
 from condconv_surgery.errors import InputError
 from condconv_surgery.layers import CondConv2d, ConvGeometry, Mixture, ODConv2d, native
@@ -226,3 +228,14 @@ def test_the_lock_of_a_killed_build_is_taken_away(monkeypatch: pytest.MonkeyPatc
     os.utime(lock, (long_ago, long_ago))
     native._build_folder()
     assert not lock.exists()
+
+
+@pytest.mark.parametrize(("arguments", "environment"), [(["--native"], {}), ([], {"CONDCONV_NATIVE": "1"}), ([], {})])
+def test_the_command_line_turns_it_on(
+    arguments: list[str], environment: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    called = []
+    monkeypatch.setattr(native, "enable", lambda: called.append(True))
+    result = CliRunner().invoke(command_line.app, [*arguments, "convert", "no-such-file.pt"], env=environment)
+    assert result.exit_code != 0
+    assert called == ([True] if arguments or environment else [])
