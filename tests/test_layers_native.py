@@ -150,7 +150,8 @@ class TestCompiled:
         assert not native.fits(x, torch.randn(2, 16, 8, 17, 17), (1, 1), 1)
         pointwise = ConvGeometry.make(8, 16, 1)
         assert taken(x, torch.randn(2, 16, 8, 1, 1), pointwise)
-        assert not taken(torch.randn(2, 8, 14, 14), torch.randn(2, 16, 8, 1, 1), pointwise)
+        assert not taken(torch.randn(2, 8, 15, 15), torch.randn(2, 16, 8, 1, 1), pointwise)
+        assert taken(torch.randn(1, 8, 15, 15), torch.randn(2, 16, 8, 1, 1), pointwise)
         native.disable()
         try:
             assert not taken(x, experts, geometry)

@@ -26,7 +26,7 @@ typedef float Vec __attribute__((vector_size(32), aligned(4), may_alias));
 constexpr int64_t LANES = 8;
 constexpr int64_t WIDE = 2 * LANES;      // filters of a panel
 constexpr int64_t TALL = 6;              // rows of a tile: 12 sums, 2 of the panel and 1 number fill 16 registers
-constexpr int64_t DEPTH = 288;           // rows of a panel: 18 KB, half of a first level of cache
+constexpr int64_t DEPTH = 288;           // rows of a panel: 18 KB, half of a first level of cache; of 1x1 half as many
 constexpr int64_t POSITIONS = 256;       // of a gradient's panel: 16 KB
 constexpr int64_t INPUT_BYTES = 16 << 20;  // of padded input at a time: it stays in the third level
 
@@ -115,6 +115,21 @@ void transpose_rows(const float* from, int64_t step, int64_t count, int64_t dept
     for (int64_t f = 0; f < WIDE; f++) to[k * WIDE + f] = f < count ? from[f * step + k] : 0.f;
 }
 
+// to[f][p] = scale[f] * from[p][f] for ``count`` of 16 filters whose rows are ``step`` apart; no scale: ones.
+void transpose_back(const float* from, int64_t positions, int64_t count, const float* scale, float* to, int64_t step) {
+  int64_t p = 0;
+  if (count == WIDE)
+    for (; p + LANES <= positions; p += LANES)
+      for (int64_t half = 0; half < WIDE; half += LANES) {
+        Vec r[LANES];
+        for (int i = 0; i < LANES; i++) r[i] = load(from + (p + i) * WIDE + half);
+        transpose(r);
+        for (int i = 0; i < LANES; i++) store(to + (half + i) * step + p, scale ? scale[half + i] * r[i] : r[i]);
+      }
+  for (; p < positions; p++)
+    for (int64_t f = 0; f < count; f++) to[f * step + p] = scale ? scale[f] * from[p * WIDE + f] : from[p * WIDE + f];
+}
+
 // What experts [E, O, I, kh, kw] are to a convolution, or to its transpose, whose filters are the input's channels.
 struct Experts {
   const float* weight;
@@ -138,6 +153,7 @@ struct Experts {
 // Some taps, and the positions that they serve: all of a convolution; of its transpose those of one phase of the stride.
 struct Phase {
   Sizes taps, reach, positions, outputs;  // reach: the offset of a tap in a padded channel; outputs: where results go
+  bool whole = false;                     // the outputs are all there are, in order
 };
 
 struct Chunk {  // of channels: all taps of each
@@ -146,7 +162,8 @@ struct Chunk {  // of channels: all taps of each
 
 std::vector<Chunk> chunks_of(int64_t channels, int64_t taps) {
   std::vector<Chunk> chunks;
-  const int64_t most = std::max<int64_t>(1, DEPTH / taps);
+  // with one tap each row reads a cache line of its own
+  const int64_t most = taps == 1 ? DEPTH / 2 : std::max<int64_t>(1, DEPTH / taps);
   for (int64_t c = 0; c < channels; c += most) {
     const int64_t some = std::min(most, channels - c);
     chunks.push_back({c, some, some * taps});
@@ -158,8 +175,9 @@ std::vector<Chunk> chunks_of(int64_t channels, int64_t taps) {
 class Packer {
  public:
   Packer(const Experts& e, const Phase& phase, int64_t most)
-      : experts_(e), phase_(phase), at_(most), rows_(WIDE * most) {
-    whole_ = e.channel_step == e.taps && (int64_t)phase.taps.size() == e.taps;
+      : experts_(e), phase_(phase), whole_(e.channel_step == e.taps && (int64_t)phase.taps.size() == e.taps) {
+    if (whole_) rows_.resize(WIDE * most);
+    else at_.resize(most);
   }
 
   void pack(int64_t panel, const Chunk& chunk, int64_t expert, float* to) {
@@ -205,8 +223,9 @@ class Packer {
     return experts_.weight + panel * WIDE * experts_.filter_step + chunk.first * experts_.channel_step;
   }
   void find(const Chunk& chunk) {
-    const int64_t taps = phase_.taps.size();
-    for (int64_t k = 0; k < chunk.depth; k++) at_[k] = k / taps * experts_.channel_step + phase_.taps[k % taps];
+    int64_t k = 0;
+    for (int64_t c = 0; c < chunk.channels; c++)
+      for (const int64_t tap : phase_.taps) at_[k++] = c * experts_.channel_step + tap;
   }
 
   const Experts& experts_;
@@ -242,11 +261,12 @@ void mix_panels(const float* panels, int64_t step, int64_t experts, const float*
 }
 
 void scale_taps(const float* spatial, const Sizes& taps, int64_t depth, const float* from, float* to) {
-  for (int64_t k = 0; k < depth; k++) {
-    const float s = spatial[taps[k % taps.size()]];
-    store(to + k * WIDE, s * load(from + k * WIDE));
-    store(to + k * WIDE + LANES, s * load(from + k * WIDE + LANES));
-  }
+  for (int64_t k = 0; k < depth;)
+    for (const int64_t tap : taps) {
+      store(to + k * WIDE, spatial[tap] * load(from + k * WIDE));
+      store(to + k * WIDE + LANES, spatial[tap] * load(from + k * WIDE + LANES));
+      k++;
+    }
 }
 
 struct Margins {
@@ -293,9 +313,10 @@ struct Picture {
 
 // base[c * channel + reach of the tap] for the channels of a chunk, counted from its first.
 Sizes offsets_of(const Chunk& chunk, const Phase& phase, int64_t channel) {
-  Sizes offsets(chunk.depth);
-  const int64_t taps = phase.taps.size();
-  for (int64_t k = 0; k < chunk.depth; k++) offsets[k] = k / taps * channel + phase.reach[k % taps];
+  Sizes offsets;
+  offsets.reserve(chunk.depth);
+  for (int64_t c = 0; c < chunk.channels; c++)
+    for (const int64_t reach : phase.reach) offsets.push_back(c * channel + reach);
   return offsets;
 }
 
@@ -308,15 +329,23 @@ struct Gates {  // of each sample, or null
   const float *gate, *spatial, *before, *after;
 };
 
+// What a thread keeps from one panel to the next.
+struct Room {
+  Packer packer;
+  std::vector<float> packed, mixed, sums;
+};
+
 // y[b, filter, outputs[p]] = after * sum over channels and taps, for the filters of one panel, samples and positions.
 void convolve_panel(const Experts& experts, const Phase& phase, const Picture& picture, const Gates& gates, int64_t panel,
-                    int64_t first, int64_t last, int64_t from, int64_t to, float* y, int64_t size) {
+                    int64_t first, int64_t last, int64_t from, int64_t to, float* y, int64_t size, Room& room) {
   const int64_t n = last - first, positions = to - from, count = experts.count(panel);
   const auto chunks = chunks_of(experts.channels, phase.taps.size());
   const int64_t depth = chunks[0].depth, step = depth * WIDE;
-  Packer packer(experts, phase, depth);
+  auto& [packer, packed, mixed, sums] = room;
   const bool mixed_first = gates.gate && n <= experts.experts && packer.mixes();
-  std::vector<float> packed(mixed_first ? 0 : experts.experts * step), mixed(step), sums(n * positions * WIDE);
+  packed.resize(mixed_first ? 0 : experts.experts * step);
+  mixed.resize(step);
+  sums.assign(n * positions * WIDE, 0.f);
   for (const Chunk& chunk : chunks) {
     const Sizes offsets = offsets_of(chunk, phase, picture.channel);
     if (!mixed_first)
@@ -335,13 +364,18 @@ void convolve_panel(const Experts& experts, const Phase& phase, const Picture& p
       tiles(base, phase.positions.data() + from, positions, offsets.data(), chunk.depth, kernel, sums.data() + b * positions * WIDE);
     }
   }
-  for (int64_t b = 0; b < n; b++)
-    for (int64_t f = 0; f < count; f++) {
-      const int64_t map = (first + b) * experts.filters + panel * WIDE + f;
-      const float scale = gates.after ? gates.after[map] : 1.f;
-      const float* sum = sums.data() + b * positions * WIDE + f;
-      for (int64_t p = 0; p < positions; p++) y[map * size + phase.outputs[from + p]] = scale * sum[p * WIDE];
+  for (int64_t b = 0; b < n; b++) {
+    const int64_t map = (first + b) * experts.filters + panel * WIDE;
+    const float *scale = gates.after ? gates.after + map : nullptr, *sum = sums.data() + b * positions * WIDE;
+    if (phase.whole) {
+      transpose_back(sum, positions, count, scale, y + map * size + from, size);
+      continue;
     }
+    for (int64_t f = 0; f < count; f++) {
+      float* out = y + (map + f) * size;
+      for (int64_t p = 0; p < positions; p++) out[phase.outputs[from + p]] = (scale ? scale[f] : 1.f) * sum[p * WIDE + f];
+    }
+  }
 }
 
 // All phases over all samples, some samples at a time; each thread takes panels, and a part of the positions where
@@ -361,9 +395,10 @@ Tensor convolve_phases(const Tensor& x, const Experts& experts, const Gates& gat
       const int64_t size = phase.positions.size();
       const int64_t parts = std::min((at::get_num_threads() + panels - 1) / panels, std::max<int64_t>(1, size / TALL));
       at::parallel_for(0, panels * parts, 1, [&](int64_t begin, int64_t end) {
+        Room room{Packer(experts, phase, chunks_of(experts.channels, phase.taps.size())[0].depth), {}, {}, {}};
         for (int64_t unit = begin; unit < end; unit++) {
           const int64_t part = unit % parts, from = size * part / parts, to = size * (part + 1) / parts;
-          convolve_panel(experts, phase, picture, gates, unit / parts, b, b + n, from, to, out, height * width);
+          convolve_panel(experts, phase, picture, gates, unit / parts, b, b + n, from, to, out, height * width, room);
         }
       });
     }
@@ -384,14 +419,17 @@ Geometry geometry_of(const Tensor& experts, const Sizes& stride, const Sizes& pa
 
 Phase forward_phase(const Geometry& g, int64_t row, int64_t height, int64_t width) {
   Phase phase;
-  for (int64_t t = 0; t < g.kh * g.kw; t++) {
-    phase.taps.push_back(t);
-    phase.reach.push_back(t / g.kw * g.dh * row + t % g.kw * g.dw);
-  }
-  for (int64_t p = 0; p < height * width; p++) {
-    phase.positions.push_back(p / width * g.sh * row + p % width * g.sw);
-    phase.outputs.push_back(p);
-  }
+  for (int64_t i = 0; i < g.kh; i++)
+    for (int64_t j = 0; j < g.kw; j++) {
+      phase.taps.push_back(i * g.kw + j);
+      phase.reach.push_back(i * g.dh * row + j * g.dw);
+    }
+  for (int64_t h = 0; h < height; h++)
+    for (int64_t w = 0; w < width; w++) {
+      phase.positions.push_back(h * g.sh * row + w * g.sw);
+      phase.outputs.push_back(h * width + w);
+    }
+  phase.whole = true;
   return phase;
 }
 
@@ -487,17 +525,17 @@ void differentiate_panel(const Experts& experts, const Phase& phase, const Pictu
       for (int64_t f = 0; f < WIDE; f++) after[f / LANES][f % LANES] = f < count ? gates.after[b * experts.filters + panel * WIDE + f] : 0.f;
     const bool scaled = spatial || before || gates.after;
     std::vector<float> to_gate(n * LANES);
-    for (int64_t k = 0; k < chunk.depth; k++) {
+    for (int64_t k = 0, channel = 0, tap = 0; k < chunk.depth; k++) {
       Vec d[2] = {load(of_kernel.data() + k * WIDE), load(of_kernel.data() + k * WIDE + LANES)};
       if (scaled) {
         Vec mixed[2] = {{}, {}};
         for (int64_t e = 0; e < n; e++)
           for (int h = 0; h < 2; h++) mixed[h] += (gate ? gate[e] : 1.f) * load(packed + e * step + k * WIDE + h * LANES);
-        const float s = spatial ? spatial[k % taps] : 1.f, c = before ? before[k / taps] : 1.f;
+        const float s = spatial ? spatial[tap] : 1.f, c = before ? before[channel] : 1.f;
         const Vec product[2] = {d[0] * mixed[0], d[1] * mixed[1]};
         const float left = sum_of(product[0] * after[0] + product[1] * after[1]);
-        if (sums.before) sums.before[b * experts.channels + chunk.first + k / taps] += left * s;
-        if (sums.spatial) sums.spatial[b * taps + k % taps] += left * c;
+        if (sums.before) sums.before[b * experts.channels + chunk.first + channel] += left * s;
+        if (sums.spatial) sums.spatial[b * taps + tap] += left * c;
         for (int h = 0; h < 2; h++) {
           to_after[h] += product[h] * (s * c);
           d[h] *= after[h] * (s * c);
@@ -511,6 +549,7 @@ void differentiate_panel(const Experts& experts, const Phase& phase, const Pictu
         store(to + LANES, load(to + LANES) + g * d[1]);
         store(to_gate.data() + e * LANES, load(to_gate.data() + e * LANES) + d[0] * load(from) + d[1] * load(from + LANES));
       }
+      if (++tap == taps) tap = 0, channel++;
     }
     if (sums.gate)
       for (int64_t e = 0; e < n; e++) sums.gate[b * n + e] += sum_of(load(to_gate.data() + e * LANES));

@@ -30,9 +30,9 @@ SOURCE = Path(__file__).with_suffix(".cpp")
 MOST_TAPS = 256
 """Positions of a kernel: the compiled code mixes all of a channel at a time, in a part of the first level of cache."""
 
-FEW_POSITIONS = 100
-"""Up to so many output positions a 1x1 layer is faster here than as a batched matrix product: 1.9 against 2.3 of static
-at 7 px, 1.3 against 1.3 at 14 px, 0.9 against 0.6 at 56 px."""
+FEW_POSITIONS = 200
+"""Up to so many output positions a 1x1 layer is faster here than as a batched matrix product: 1.6 to 1.9 against 2.1 to 2.5
+of static at 7 px, 0.8 to 1.1 against 1.0 to 1.3 at 14 px, but 0.6 against 0.5 at 28 px (512 channels)."""
 
 LONGEST_BUILD = 600
 """Seconds after which a lock is that of a process that is no more."""
@@ -109,15 +109,17 @@ def is_enabled() -> bool:
 def fits(x: Tensor, experts: Tensor, stride: tuple[int, int] | list[int], groups: int) -> bool:
     """Whether the compiled code is in use and takes ``x`` [B, I, H, W], padded or not, and ``experts``.
 
-    Nothing here depends on the batch, so that one compiled graph serves every batch.
+    Never a comparison of the batch with anything but 1, so that one compiled graph serves every batch.
     """
     if _compiled is None or groups != 1 or x.device.type != "cpu":
         return False
     if x.dtype != torch.float32 or experts.dtype != torch.float32 or format_of(x) != torch.contiguous_format:
         return False
     taps = experts.shape[3] * experts.shape[4]
-    small = x.shape[2] // stride[0] * (x.shape[3] // stride[1]) <= FEW_POSITIONS
-    return bool(small if taps == 1 else taps <= MOST_TAPS)
+    if taps > 1:
+        return bool(taps <= MOST_TAPS)
+    positions = x.shape[2] // stride[0] * (x.shape[3] // stride[1])
+    return bool(x.shape[0] == 1 or positions <= FEW_POSITIONS)
 
 
 def may_be_called() -> bool:
