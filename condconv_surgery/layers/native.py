@@ -31,8 +31,8 @@ MOST_TAPS = 256
 """Positions of a kernel: the compiled code mixes all of a channel at a time, in a part of the first level of cache."""
 
 FEW_POSITIONS = 200
-"""Up to so many output positions a 1x1 layer is faster here than as a batched matrix product: 1.6 to 1.9 against 2.1 to 2.5
-of static at 7 px, 0.8 to 1.1 against 1.0 to 1.3 at 14 px, but 0.6 against 0.5 at 28 px (512 channels)."""
+"""Up to so many output positions a 1x1 layer is faster here than as a batched matrix product: 1.6 to 1.9 against 2.1 to
+2.5 of static at 7 px, 0.8 to 1.1 against 1.0 to 1.3 at 14 px, but 0.6 against 0.5 at 28 px (512 channels)."""
 
 LONGEST_BUILD = 600
 """Seconds after which a lock is that of a process that is no more."""
