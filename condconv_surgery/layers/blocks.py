@@ -134,10 +134,10 @@ def _backward(
     needs: list[bool],
 ) -> list[Tensor]:
     mixture = Mixture(gate, spatial, in_scale, out_scale)
-    if not kept.numel() and native.fits(x, experts, stride, groups):
-        found = native.convolve_backward(grad, x, experts, mixture, stride, padding, dilation, needs)
-        return [x.new_empty(0) if value is None else value for value in found]
     grads = _empty_gradients(x, experts, mixture)
+    if not kept.numel() and native.fits(x, experts, stride, groups):  # as in forward, unless enabled since
+        values = native.convolve_backward(grad, x, experts, mixture, stride, padding, dilation, needs)
+        return [room if value is None else _as_promised(value, room) for value, room in zip(values, grads, strict=True)]
     sums = Mixture(*(None if part is None else g for part, g in zip(mixture, grads[2:], strict=True)))
     for total in grads[1:]:
         total.zero_()
@@ -236,6 +236,12 @@ def _empty_output(x: Tensor, experts: Tensor, stride: list[int], padding: list[i
     return torch.empty(
         (x.shape[0], experts.shape[1], *size), dtype=x.dtype, device=x.device, memory_format=format_of(x)
     )
+
+
+def _as_promised(value: Tensor, room: Tensor) -> Tensor:
+    """``value``, in the dtype and the strides of ``room``, which a compiler was told of."""
+    same = value.dtype == room.dtype and value.stride() == room.stride()
+    return value if same else room.copy_(value)
 
 
 def _empty_gradients(x: Tensor, experts: Tensor, mixture: Mixture) -> list[Tensor]:

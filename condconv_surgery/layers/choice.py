@@ -26,7 +26,8 @@ def choose(x: Tensor, experts: Tensor, mixture: Mixture, geometry: ConvGeometry)
     if batch == 0:
         return "static"
     if batch == 1:
-        if native.fits(x, experts, geometry.stride, geometry.groups) and native.may_be_called():
+        mixes = any(part is not None for part in mixture)
+        if mixes and native.fits(x, experts, geometry.stride, geometry.groups) and native.may_be_called():
             return NEEDS_THIS_PACKAGE
         return "static" if one_kernel_for_all(mixture) and not scales_belong_in_the_kernel(x, geometry) else "plain"
     ways = candidates(mixture, geometry, torch.compiler.is_exporting())

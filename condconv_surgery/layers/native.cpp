@@ -2,13 +2,14 @@
 //
 //     y_b = after_b * conv(before_b * x_b, K_b),    K_b = spatial_b * sum_e gate[b,e] * experts[e]
 //
-// No kernel is ever written to memory. Sixteen filters ("a panel") and some channels of all experts are brought into the
-// second level of cache once; for each sample they are mixed into the first level and used there by a matrix product
-// whose other factor is read straight from the picture, at the offsets of the taps.
+// No kernel is ever written to memory. Sixteen filters ("a panel") and some channels of all experts are brought into
+// the second level of cache once; for each sample they are mixed into the first level and used there by a matrix
+// product whose other factor is read straight from the picture, at the offsets of the taps.
 //
 // One loop does all arithmetic (``tile``): sum[j][:] += rows[j][offsets[k]] * panel[k][:]. For a convolution a row is a
 // position of the output and k runs over channels and taps; for the gradient of the kernel a row is a channel and a tap
-// and k runs over the positions; the gradient of the input is a convolution again, with as many phases as the stride has.
+// and k runs over the positions; the gradient of the input is a convolution again, with as many phases as the stride
+// has.
 
 #include <ATen/Parallel.h>
 #include <torch/extension.h>
@@ -24,10 +25,10 @@ using Sizes = std::vector<int64_t>;
 typedef float Vec __attribute__((vector_size(32), aligned(4), may_alias));
 
 constexpr int64_t LANES = 8;
-constexpr int64_t WIDE = 2 * LANES;      // filters of a panel
-constexpr int64_t TALL = 6;              // rows of a tile: 12 sums, 2 of the panel and 1 number fill 16 registers
-constexpr int64_t DEPTH = 288;           // rows of a panel: 18 KB, half of a first level of cache; of 1x1 half as many
-constexpr int64_t POSITIONS = 256;       // of a gradient's panel: 16 KB
+constexpr int64_t WIDE = 2 * LANES;  // filters of a panel
+constexpr int64_t TALL = 6;          // rows of a tile: 12 sums, 2 of the panel and 1 number fill 16 registers
+constexpr int64_t DEPTH = 288;       // rows of a panel: 18 KB, half of a first level of cache; of 1x1 half as many
+constexpr int64_t POSITIONS = 256;   // of a gradient's panel: 16 KB
 constexpr int64_t INPUT_BYTES = 16 << 20;  // of padded input at a time: it stays in the third level
 
 inline Vec load(const float* p) { return *reinterpret_cast<const Vec*>(p); }
@@ -72,12 +73,23 @@ void tiles(const float* base, const int64_t* rows, int64_t count, const int64_t*
     const int64_t some = count >= 2 * TALL || count <= TALL ? std::min(count, TALL) : (count + 1) / 2;
     const int64_t ahead = count >= 2 * some ? rows[2 * some - 1] - rows[some - 1] : 0;
     switch (some) {
-      case 6: tile<6>(base, rows, offsets, depth, panel, sum, ahead); break;
-      case 5: tile<5>(base, rows, offsets, depth, panel, sum, ahead); break;
-      case 4: tile<4>(base, rows, offsets, depth, panel, sum, ahead); break;
-      case 3: tile<3>(base, rows, offsets, depth, panel, sum, ahead); break;
-      case 2: tile<2>(base, rows, offsets, depth, panel, sum, ahead); break;
-      default: tile<1>(base, rows, offsets, depth, panel, sum, ahead);
+      case 6:
+        tile<6>(base, rows, offsets, depth, panel, sum, ahead);
+        break;
+      case 5:
+        tile<5>(base, rows, offsets, depth, panel, sum, ahead);
+        break;
+      case 4:
+        tile<4>(base, rows, offsets, depth, panel, sum, ahead);
+        break;
+      case 3:
+        tile<3>(base, rows, offsets, depth, panel, sum, ahead);
+        break;
+      case 2:
+        tile<2>(base, rows, offsets, depth, panel, sum, ahead);
+        break;
+      default:
+        tile<1>(base, rows, offsets, depth, panel, sum, ahead);
     }
     rows += some, sum += some * WIDE, count -= some;
   }
@@ -141,19 +153,18 @@ struct Experts {
         filters(t.size(transposed ? 2 : 1)),
         channels(t.size(transposed ? 1 : 2)),
         taps(t.size(3) * t.size(4)),
-        expert_step(t.stride(0)),
-        filter_step(t.stride(transposed ? 2 : 1)),
-        channel_step(t.stride(transposed ? 1 : 2)) {
-    TORCH_CHECK(t.stride(4) == 1 && t.stride(3) == t.size(4), "the taps of an expert must be contiguous");
-  }
+        expert_step(t.size(1) * t.size(2) * taps),
+        filter_step(transposed ? taps : t.size(2) * taps),
+        channel_step(transposed ? t.size(2) * taps : taps) {}
   int64_t panels() const { return (filters + WIDE - 1) / WIDE; }
   int64_t count(int64_t panel) const { return std::min(WIDE, filters - panel * WIDE); }
 };
 
-// Some taps, and the positions that they serve: all of a convolution; of its transpose those of one phase of the stride.
+// Some taps, and the positions that they serve: all of a convolution; of its transpose those of one phase of the
+// stride.
 struct Phase {
   Sizes taps, reach, positions, outputs;  // reach: the offset of a tap in a padded channel; outputs: where results go
-  bool whole = false;                     // the outputs are all there are, in order
+  bool in_order = false;                  // the outputs are all there are, one after the other
 };
 
 struct Chunk {  // of channels: all taps of each
@@ -175,22 +186,24 @@ std::vector<Chunk> chunks_of(int64_t channels, int64_t taps) {
 class Packer {
  public:
   Packer(const Experts& e, const Phase& phase, int64_t most)
-      : experts_(e), phase_(phase), whole_(e.channel_step == e.taps && (int64_t)phase.taps.size() == e.taps) {
-    if (whole_) rows_.resize(WIDE * most);
-    else at_.resize(most);
+      : experts_(e), phase_(phase), contiguous_(e.channel_step == e.taps && (int64_t)phase.taps.size() == e.taps) {
+    if (contiguous_)
+      rows_.resize(WIDE * most);
+    else
+      at_.resize(most);
   }
 
   void pack(int64_t panel, const Chunk& chunk, int64_t expert, float* to) {
     const float* from = start(panel, chunk) + expert * experts_.expert_step;
     const int64_t count = experts_.count(panel);
-    if (whole_) return transpose_rows(from, experts_.filter_step, count, chunk.depth, to);
+    if (contiguous_) return transpose_rows(from, experts_.filter_step, count, chunk.depth, to);
     find(chunk);
     for (int64_t k = 0; k < chunk.depth; k++)
       for (int64_t f = 0; f < WIDE; f++) to[k * WIDE + f] = f < count ? from[f * experts_.filter_step + at_[k]] : 0.f;
   }
 
   // For few samples: mixed first, transposed after.
-  bool mixes() const { return whole_; }
+  bool mixes() const { return contiguous_; }
   void pack_mixed(int64_t panel, const Chunk& chunk, const float* gate, float* to) {
     const float* from = start(panel, chunk);
     const int64_t count = experts_.count(panel);
@@ -230,7 +243,7 @@ class Packer {
 
   const Experts& experts_;
   const Phase& phase_;
-  bool whole_;
+  bool contiguous_;
   Sizes at_;
   std::vector<float> rows_;
 };
@@ -253,10 +266,14 @@ void mix(const float* panels, int64_t step, int64_t experts, const float* gate, 
 
 void mix_panels(const float* panels, int64_t step, int64_t experts, const float* gate, int64_t depth, float* mixed) {
   switch (experts) {
-    case 2: return mix<2>(panels, step, experts, gate, depth, mixed);
-    case 4: return mix<4>(panels, step, experts, gate, depth, mixed);
-    case 8: return mix<8>(panels, step, experts, gate, depth, mixed);
-    default: return mix<0>(panels, step, experts, gate, depth, mixed);
+    case 2:
+      return mix<2>(panels, step, experts, gate, depth, mixed);
+    case 4:
+      return mix<4>(panels, step, experts, gate, depth, mixed);
+    case 8:
+      return mix<8>(panels, step, experts, gate, depth, mixed);
+    default:
+      return mix<0>(panels, step, experts, gate, depth, mixed);
   }
 }
 
@@ -291,7 +308,8 @@ struct Picture {
       const float* from = x.const_data_ptr<float>();
       float* to = held.mutable_data_ptr<float>();
       at::parallel_for(0, B * I, 16, [&](int64_t begin, int64_t end) {
-        for (int64_t map = begin; map < end; map++) copy(from + map * H * W, H, W, scale ? scale[map] : 1.f, m, to + map * channel);
+        for (int64_t map = begin; map < end; map++)
+          copy(from + map * H * W, H, W, scale ? scale[map] : 1.f, m, to + map * channel);
       });
     }
     data = held.const_data_ptr<float>();
@@ -322,7 +340,8 @@ Sizes offsets_of(const Chunk& chunk, const Phase& phase, int64_t channel) {
 
 int64_t samples_at_a_time(const Tensor& x, Margins m) {
   const int64_t map = (x.size(2) + m.top + m.bottom) * (x.size(3) + m.left + m.right);
-  return std::max<int64_t>(1, INPUT_BYTES / (4 * x.size(1) * map));
+  return std::max<int64_t>(
+      1, INPUT_BYTES / (4 * std::max(x.size(1), WIDE) * map));  // a panel's sums are as many as 16 channels
 }
 
 struct Gates {  // of each sample, or null
@@ -336,8 +355,9 @@ struct Room {
 };
 
 // y[b, filter, outputs[p]] = after * sum over channels and taps, for the filters of one panel, samples and positions.
-void convolve_panel(const Experts& experts, const Phase& phase, const Picture& picture, const Gates& gates, int64_t panel,
-                    int64_t first, int64_t last, int64_t from, int64_t to, float* y, int64_t size, Room& room) {
+void convolve_panel(const Experts& experts, const Phase& phase, const Picture& picture, const Gates& gates,
+                    int64_t panel, int64_t first, int64_t last, int64_t from, int64_t to, float* y, int64_t size,
+                    Room& room) {
   const int64_t n = last - first, positions = to - from, count = experts.count(panel);
   const auto chunks = chunks_of(experts.channels, phase.taps.size());
   const int64_t depth = chunks[0].depth, step = depth * WIDE;
@@ -353,27 +373,32 @@ void convolve_panel(const Experts& experts, const Phase& phase, const Picture& p
     for (int64_t b = 0; b < n; b++) {
       const float* gate = gates.gate ? gates.gate + (first + b) * experts.experts : nullptr;
       const float* kernel = mixed.data();
-      if (!gate) kernel = packed.data();
-      else if (mixed_first) packer.pack_mixed(panel, chunk, gate, mixed.data());
-      else mix_panels(packed.data(), step, experts.experts, gate, chunk.depth, mixed.data());
+      if (!gate)
+        kernel = packed.data();
+      else if (mixed_first)
+        packer.pack_mixed(panel, chunk, gate, mixed.data());
+      else
+        mix_panels(packed.data(), step, experts.experts, gate, chunk.depth, mixed.data());
       if (gates.spatial) {
         scale_taps(gates.spatial + (first + b) * experts.taps, phase.taps, chunk.depth, kernel, mixed.data());
         kernel = mixed.data();
       }
       const float* base = picture.data + b * picture.sample + chunk.first * picture.channel;
-      tiles(base, phase.positions.data() + from, positions, offsets.data(), chunk.depth, kernel, sums.data() + b * positions * WIDE);
+      tiles(base, phase.positions.data() + from, positions, offsets.data(), chunk.depth, kernel,
+            sums.data() + b * positions * WIDE);
     }
   }
   for (int64_t b = 0; b < n; b++) {
     const int64_t map = (first + b) * experts.filters + panel * WIDE;
     const float *scale = gates.after ? gates.after + map : nullptr, *sum = sums.data() + b * positions * WIDE;
-    if (phase.whole) {
+    if (phase.in_order) {
       transpose_back(sum, positions, count, scale, y + map * size + from, size);
       continue;
     }
     for (int64_t f = 0; f < count; f++) {
       float* out = y + (map + f) * size;
-      for (int64_t p = 0; p < positions; p++) out[phase.outputs[from + p]] = (scale ? scale[f] : 1.f) * sum[p * WIDE + f];
+      for (int64_t p = 0; p < positions; p++)
+        out[phase.outputs[from + p]] = (scale ? scale[f] : 1.f) * sum[p * WIDE + f];
     }
   }
 }
@@ -417,6 +442,31 @@ Geometry geometry_of(const Tensor& experts, const Sizes& stride, const Sizes& pa
   return {experts.size(3), experts.size(4), stride[0], stride[1], padding[0], padding[1], dilation[0], dilation[1]};
 }
 
+// All that the loops rely on. Sizes are those of a forward pass on ``x``.
+void check(const Tensor& x, const Tensor& experts, const Maybe& gate, const Maybe& spatial, const Maybe& before,
+           const Maybe& after, const Geometry& g) {
+  auto given = [](const Tensor& t, at::IntArrayRef sizes, const char* name) {
+    TORCH_CHECK(t.device().is_cpu() && t.scalar_type() == at::kFloat && t.is_contiguous(), name,
+                " must be a contiguous float32 tensor on the CPU");
+    TORCH_CHECK(t.sizes() == sizes, name, " has the sizes ", t.sizes(), ", it must have ", sizes);
+  };
+  TORCH_CHECK(x.dim() == 4 && x.numel() > 0 && experts.dim() == 5 && experts.numel() > 0,
+              "nothing to convolve: x has the sizes ", x.sizes(), ", the experts have ", experts.sizes());
+  const int64_t B = x.size(0), E = experts.size(0), O = experts.size(1), I = x.size(1);
+  given(x, x.sizes(), "x");
+  given(experts, {E, O, I, g.kh, g.kw}, "experts");
+  if (gate)
+    given(*gate, {B, E}, "the gate");
+  else
+    TORCH_CHECK(E == 1, E, " experts need a gate");
+  if (spatial) given(*spatial, {B, g.kh, g.kw}, "the spatial part");
+  if (before) given(*before, {B, I}, "the scale of the input");
+  if (after) given(*after, {B, O}, "the scale of the output");
+  TORCH_CHECK(x.size(2) + 2 * g.ph > g.dh * (g.kh - 1) && x.size(3) + 2 * g.pw > g.dw * (g.kw - 1),
+              "Kernel size can't be greater than actual input size: x has the sizes ", x.sizes(), ", the experts ",
+              experts.sizes());
+}
+
 Phase forward_phase(const Geometry& g, int64_t row, int64_t height, int64_t width) {
   Phase phase;
   for (int64_t i = 0; i < g.kh; i++)
@@ -429,13 +479,14 @@ Phase forward_phase(const Geometry& g, int64_t row, int64_t height, int64_t widt
       phase.positions.push_back(h * g.sh * row + w * g.sw);
       phase.outputs.push_back(h * width + w);
     }
-  phase.whole = true;
+  phase.in_order = true;
   return phase;
 }
 
 Tensor convolve(const Tensor& x, const Tensor& experts, const Maybe& gate, const Maybe& spatial, const Maybe& before,
                 const Maybe& after, const Sizes& stride, const Sizes& padding, const Sizes& dilation) {
   const Geometry g = geometry_of(experts, stride, padding, dilation);
+  check(x, experts, gate, spatial, before, after, g);
   const int64_t height = g.outputs(x.size(2), true), width = g.outputs(x.size(3), false);
   const Phase phase = forward_phase(g, x.size(3) + 2 * g.pw, height, width);
   const Gates gates{data_of(gate), data_of(spatial), data_of(before), data_of(after)};
@@ -444,7 +495,7 @@ Tensor convolve(const Tensor& x, const Tensor& experts, const Maybe& gate, const
 
 // Of one dimension: which taps serve a pixel, and where in the gradient they read, by the pixel's place in the stride.
 struct Steps {
-  int64_t before, after;                   // margins of the gradient
+  int64_t before, after;                           // margins of the gradient
   std::vector<Sizes> taps, reach, pixels, starts;  // of each phase
 
   Steps(int64_t kernel, int64_t stride, int64_t padding, int64_t dilation, int64_t size, int64_t outputs) {
@@ -462,16 +513,28 @@ struct Steps {
           pixels_here.push_back(h);
           starts_here.push_back((h + padding) / stride);
         }
-      taps.push_back(taps_here), reach.push_back(reach_here), pixels.push_back(pixels_here), starts.push_back(starts_here);
+      taps.push_back(taps_here), reach.push_back(reach_here), pixels.push_back(pixels_here),
+          starts.push_back(starts_here);
     }
   }
 };
 
+void check_gradient(const Tensor& grad, const Tensor& x, const Tensor& experts, const Geometry& g) {
+  const Sizes sizes{x.size(0), experts.size(1), g.outputs(x.size(2), true), g.outputs(x.size(3), false)};
+  TORCH_CHECK(grad.is_contiguous() && grad.scalar_type() == at::kFloat && grad.device().is_cpu() &&
+                  grad.sizes() == at::IntArrayRef(sizes),
+              "the gradient has the sizes ", grad.sizes(), ", it must be contiguous, float32, and have ",
+              at::IntArrayRef(sizes));
+}
+
 // The gradient of the input [B, I, H, W] from that of the output.
-Tensor input_gradient(const Tensor& grad, const Tensor& experts, const Maybe& gate, const Maybe& spatial,
-                      const Maybe& before, const Maybe& after, const Sizes& stride, const Sizes& padding,
-                      const Sizes& dilation, int64_t height, int64_t width) {
+Tensor input_gradient(const Tensor& grad, const Tensor& x, const Tensor& experts, const Maybe& gate,
+                      const Maybe& spatial, const Maybe& before, const Maybe& after, const Sizes& stride,
+                      const Sizes& padding, const Sizes& dilation) {
   const Geometry g = geometry_of(experts, stride, padding, dilation);
+  check(x, experts, gate, spatial, before, after, g);
+  check_gradient(grad, x, experts, g);
+  const int64_t height = x.size(2), width = x.size(3);
   const Steps tall(g.kh, g.sh, g.ph, g.dh, height, grad.size(2)), wide(g.kw, g.sw, g.pw, g.dw, width, grad.size(3));
   const int64_t row = wide.before + grad.size(3) + wide.after;
   std::vector<Phase> phases;
@@ -488,6 +551,7 @@ Tensor input_gradient(const Tensor& grad, const Tensor& experts, const Maybe& ga
           phase.positions.push_back(tall.starts[a][i] * row + wide.starts[c][j]);
           phase.outputs.push_back(tall.pixels[a][i] * width + wide.pixels[c][j]);
         }
+      phase.in_order = g.sh == 1 && g.sw == 1;
       if (!phase.positions.empty() && !phase.taps.empty()) phases.push_back(phase);  // else zeros, or no pixels
     }
   const Gates gates{data_of(gate), data_of(spatial), data_of(after), data_of(before)};
@@ -522,7 +586,8 @@ void differentiate_panel(const Experts& experts, const Phase& phase, const Pictu
     const float* before = gates.before ? gates.before + b * experts.channels + chunk.first : nullptr;
     Vec after[2] = {Vec{} + 1.f, Vec{} + 1.f}, to_after[2] = {{}, {}};
     if (gates.after)
-      for (int64_t f = 0; f < WIDE; f++) after[f / LANES][f % LANES] = f < count ? gates.after[b * experts.filters + panel * WIDE + f] : 0.f;
+      for (int64_t f = 0; f < WIDE; f++)
+        after[f / LANES][f % LANES] = f < count ? gates.after[b * experts.filters + panel * WIDE + f] : 0.f;
     const bool scaled = spatial || before || gates.after;
     std::vector<float> to_gate(n * LANES);
     for (int64_t k = 0, channel = 0, tap = 0; k < chunk.depth; k++) {
@@ -530,7 +595,8 @@ void differentiate_panel(const Experts& experts, const Phase& phase, const Pictu
       if (scaled) {
         Vec mixed[2] = {{}, {}};
         for (int64_t e = 0; e < n; e++)
-          for (int h = 0; h < 2; h++) mixed[h] += (gate ? gate[e] : 1.f) * load(packed + e * step + k * WIDE + h * LANES);
+          for (int h = 0; h < 2; h++)
+            mixed[h] += (gate ? gate[e] : 1.f) * load(packed + e * step + k * WIDE + h * LANES);
         const float s = spatial ? spatial[tap] : 1.f, c = before ? before[channel] : 1.f;
         const Vec product[2] = {d[0] * mixed[0], d[1] * mixed[1]};
         const float left = sum_of(product[0] * after[0] + product[1] * after[1]);
@@ -547,22 +613,27 @@ void differentiate_panel(const Experts& experts, const Phase& phase, const Pictu
         const float* from = packed + e * step + k * WIDE;
         store(to, load(to) + g * d[0]);
         store(to + LANES, load(to + LANES) + g * d[1]);
-        store(to_gate.data() + e * LANES, load(to_gate.data() + e * LANES) + d[0] * load(from) + d[1] * load(from + LANES));
+        store(to_gate.data() + e * LANES,
+              load(to_gate.data() + e * LANES) + d[0] * load(from) + d[1] * load(from + LANES));
       }
       if (++tap == taps) tap = 0, channel++;
     }
     if (sums.gate)
       for (int64_t e = 0; e < n; e++) sums.gate[b * n + e] += sum_of(load(to_gate.data() + e * LANES));
     if (sums.after)
-      for (int64_t f = 0; f < count; f++) sums.after[b * experts.filters + panel * WIDE + f] += to_after[f / LANES][f % LANES];
+      for (int64_t f = 0; f < count; f++)
+        sums.after[b * experts.filters + panel * WIDE + f] += to_after[f / LANES][f % LANES];
   }
 }
 
-// The gradients of the experts and of the gate, spatial, before and after parts; an undefined one where a part is absent.
+// The gradients of the experts and of the gate, spatial, before and after parts; an undefined one where a part is
+// absent.
 std::vector<Tensor> kernel_gradients(const Tensor& grad, const Tensor& x, const Tensor& weight, const Maybe& gate,
                                      const Maybe& spatial, const Maybe& before, const Maybe& after, const Sizes& stride,
                                      const Sizes& padding, const Sizes& dilation) {
   const Geometry g = geometry_of(weight, stride, padding, dilation);
+  check(x, weight, gate, spatial, before, after, g);
+  check_gradient(grad, x, weight, g);
   const Experts experts(weight, false);
   const Margins margins{g.ph, g.ph, g.pw, g.pw};
   const Phase phase = forward_phase(g, x.size(3) + 2 * g.pw, grad.size(2), grad.size(3));
@@ -575,7 +646,9 @@ std::vector<Tensor> kernel_gradients(const Tensor& grad, const Tensor& x, const 
   };
   Tensor of_gate = slices(gate, panels * parts), of_spatial = slices(spatial, panels * parts);
   Tensor of_before = slices(before, panels), of_after = slices(after, parts);
-  auto slice = [](const Tensor& t, int64_t i) { return t.defined() ? t.mutable_data_ptr<float>() + i * t.stride(0) : nullptr; };
+  auto slice = [](const Tensor& t, int64_t i) {
+    return t.defined() ? t.mutable_data_ptr<float>() + i * t.stride(0) : nullptr;
+  };
   Tensor total = at::zeros({panels, experts.experts, experts.channels * experts.taps, WIDE}, x.options());
   Tensor to_experts = at::empty(weight.sizes(), x.options());
   const float* from = grad.const_data_ptr<float>();
@@ -600,7 +673,8 @@ std::vector<Tensor> kernel_gradients(const Tensor& grad, const Tensor& x, const 
     });
   }
   auto added = [](const Tensor& t, const Maybe& part) { return t.defined() ? t.sum(0).view(part->sizes()) : Tensor(); };
-  return {to_experts, added(of_gate, gate), added(of_spatial, spatial), added(of_before, before), added(of_after, after)};
+  return {to_experts, added(of_gate, gate), added(of_spatial, spatial), added(of_before, before),
+          added(of_after, after)};
 }
 
 }  // namespace

@@ -10,16 +10,18 @@ import hashlib
 import importlib.util
 import logging
 import os
+import platform
 import shutil
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from condconv_surgery.errors import InputError, one_line
 from condconv_surgery.layers.kernel_convolution import format_of
@@ -27,21 +29,21 @@ from condconv_surgery.layers.mixture import Mixture
 
 SOURCE = Path(__file__).with_suffix(".cpp")
 
-MOST_TAPS = 256
-"""Positions of a kernel: the compiled code mixes all of a channel at a time, in a part of the first level of cache."""
+MOST_TAPS = 81
+"""Positions of a kernel: the compiled code mixes all of a channel at a time, in a part of the first level of cache, and
+adds up the gradients of the positions in memory of its own for each such part."""
 
 FEW_POSITIONS = 200
 """Up to so many output positions a 1x1 layer is faster here than as a batched matrix product: 1.6 to 1.9 against 2.1 to
 2.5 of static at 7 px, 0.8 to 1.1 against 1.0 to 1.3 at 14 px, but 0.6 against 0.5 at 28 px (512 channels)."""
 
-LONGEST_BUILD = 600
-"""Seconds after which a lock is that of a process that is no more."""
+NAME = "condconv_surgery_native"
 
 _compiled: Any = None
 
 
 def enable() -> None:
-    """Compile the code, if this machine has not yet (half a minute), and use it from now on in this process.
+    """Use the compiled code from now on in this process; it is compiled first, in half a minute, if it is not yet.
 
     Raises ``InputError`` where it cannot be compiled or would not run.
     """
@@ -53,46 +55,75 @@ def enable() -> None:
             "They are for x86 processors with AVX2.",
             "the same without them",
         )
-    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # it misses a GPU that is not asked for
     try:
-        folder = _build_folder()
-        with _ninja_found():
-            from torch.utils import cpp_extension  # slow to import, and needs setuptools
-
-            flags = ["-O3", "-mavx2", "-mfma", "-fopenmp"]
-            name = "condconv_surgery_native"
-            _compiled = cpp_extension.load(name, [str(SOURCE)], extra_cflags=flags, build_directory=str(folder))
+        built = _cache() / f"{NAME}.so"
+        _compiled = _imported(built) if built.exists() else _built(built)
     except Exception as error:  # no compiler, ninja or headers; a compiler without vectors; no room
         raise InputError(
-            f"The native kernels could not be compiled: {one_line(error)}",
-            "That takes a C++ compiler (g++ 12 or newer, or clang), ninja and setuptools.",
-            'pip install "condconv-surgery[native]", or the same without them',
+            f"The native kernels could not be compiled: {_reason(error)}",
+            "That takes g++ 12 or newer, Python's headers, ninja and setuptools.",
+            'pip install "condconv-surgery[native]" for the last two, or the same without them',
         ) from error
 
 
-def _build_folder() -> Path:
-    """Of this source, torch and Python, in the user's cache; without the lock of a process that was killed in it."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "condconv_surgery"
+def _cache() -> Path:
+    """The folder of this source, torch, Python and processor in the user's cache."""
+    given = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    cache = given if given.is_absolute() else Path.home() / ".cache"
     digest = hashlib.sha256(SOURCE.read_bytes()).hexdigest()[:12]
-    folder = cache / f"{digest}-torch{torch.__version__}-{sys.implementation.cache_tag}"
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = folder / "lock"  # of torch, which waits for it without end
-    if lock.exists() and time.time() - lock.stat().st_mtime > LONGEST_BUILD:
-        lock.unlink(missing_ok=True)
+    versions = f"{digest}-torch{torch.__version__}-{sys.implementation.cache_tag}-{platform.machine()}"
+    folder = cache / "condconv_surgery" / versions
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     return folder
+
+
+def _built(target: Path) -> Any:
+    """Compiled in a folder of its own, so that processes do not meet and a killed one leaves nothing half-made."""
+    logger = logging.getLogger("torch.utils.cpp_extension")
+    level = logger.level
+    logger.setLevel(logging.ERROR)  # it misses a GPU that is not asked for
+    try:
+        with TemporaryDirectory(dir=target.parent) as folder, _ninja_found():
+            from torch.utils import cpp_extension  # slow to import, and needs setuptools
+
+            cpp_extension.JIT_EXTENSION_VERSIONER.entries.pop(NAME, None)  # it takes a failed build for done
+            # -fopenmp for the compiler alone: at link time the library takes the OpenMP runtime that torch brings
+            flags = ["-O3", "-mavx2", "-mfma", "-fopenmp"]
+            module = cpp_extension.load(NAME, [str(SOURCE)], extra_cflags=flags, build_directory=folder)
+            Path(folder, target.name).replace(target)
+            return module
+    finally:
+        logger.setLevel(level)
+
+
+def _imported(built: Path) -> Any:
+    spec = importlib.util.spec_from_file_location(NAME, built)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 @contextmanager
 def _ninja_found() -> Iterator[None]:
     """The package's ninja is on the path, as it is in an activated environment."""
-    path = os.environ.get("PATH", "")
-    spec = importlib.util.find_spec("ninja")
-    if shutil.which("ninja") is None and spec is not None:
-        os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), path])
+    path = os.environ.get("PATH")
+    if shutil.which("ninja") is None and importlib.util.find_spec("ninja") is not None:
+        import ninja
+
+        os.environ["PATH"] = os.pathsep.join(filter(None, [ninja.BIN_DIR, path]))
     try:
         yield
     finally:
-        os.environ["PATH"] = path
+        if path is not None:
+            os.environ["PATH"] = path
+
+
+def _reason(error: Exception) -> str:
+    """The compiler's own first error, or else the first line."""
+    lines = [line.strip() for line in str(error).splitlines() if "error:" in line]
+    return lines[0] if lines else one_line(error)
 
 
 def disable() -> None:
@@ -111,7 +142,7 @@ def fits(x: Tensor, experts: Tensor, stride: tuple[int, int] | list[int], groups
 
     Never a comparison of the batch with anything but 1, so that one compiled graph serves every batch.
     """
-    if _compiled is None or groups != 1 or x.device.type != "cpu":
+    if _compiled is None or groups != 1 or x.device.type != "cpu" or experts.device != x.device:
         return False
     if x.dtype != torch.float32 or experts.dtype != torch.float32 or format_of(x) != torch.contiguous_format:
         return False
@@ -123,11 +154,18 @@ def fits(x: Tensor, experts: Tensor, stride: tuple[int, int] | list[int], groups
 
 
 def may_be_called() -> bool:
-    """Whether ``convolve`` can be called as it is: nothing is recorded or compiled.
+    """Whether ``convolve`` can be called as it is: nothing records, traces, counts, transforms or compiles.
 
-    The operator of ``blocks``, which those need around it, costs as much as a small layer.
+    The operator of ``blocks``, which those see, costs as much as a small layer.
     """
-    return not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    return not (
+        torch.is_grad_enabled()
+        or torch.compiler.is_compiling()
+        or torch._C._get_tracing_state() is not None
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+    )
 
 
 def convolve(
@@ -152,11 +190,9 @@ def convolve_backward(
 
     needs: of these, which are asked for; the others may be None.
     """
-    grad, x, parts = grad.contiguous(), x.contiguous(), _parts(experts, mixture)
-    geometry = (stride, padding, dilation)
-    to_x = _compiled.input_gradient(grad, *parts, *geometry, *x.shape[2:]) if needs[0] else None
-    rest = _compiled.kernel_gradients(grad, x, *parts, *geometry) if any(needs[1:]) else [None] * 5
-    return [to_x, *rest]
+    given = (grad.contiguous(), x.contiguous(), *_parts(experts, mixture), stride, padding, dilation)
+    to_x = _compiled.input_gradient(*given) if needs[0] else None
+    return [to_x, *(_compiled.kernel_gradients(*given) if any(needs[1:]) else [None] * 5)]
 
 
 def _parts(experts: Tensor, mixture: Mixture) -> list[Tensor | None]:
