@@ -133,7 +133,7 @@ class TestCompiled:
             y = execute(given[0], given[1], None, given[2], geometry, "blocks")
             found = torch.autograd.grad(y.sum(), [leaves[i] for i in asked])
             for i, a in zip(asked, found, strict=True):
-                torch.testing.assert_close(a, expected[i], rtol=1e-4, atol=1e-4)
+                assert (a - expected[i]).abs().max() <= 2e-5 * expected[i].abs().max()
 
     @pytest.mark.parametrize("layout", ["strided", "transposed", "expanded"])
     def test_inputs_that_are_views(self, layout: str) -> None:
@@ -201,11 +201,12 @@ class TestCompiled:
                 layer(torch.randn(4, 8, 2, 2))
         with torch.no_grad():
             for gate in (torch.rand(2, 2), torch.rand(4, 3)):
-                with pytest.raises(RuntimeError, match=r"the gate has the sizes \[. .\], it must have \[4, 2\]"):
+                with pytest.raises(RuntimeError, match=r"the gate has the sizes \[., .\], it must have \[4, 2\]"):
                     layer(torch.randn(4, 8, 9, 9), Mixture(gate))
             meta = torch.randn(2, 16, 8, 3, 3, device="meta")
             assert not taken(torch.randn(4, 8, 9, 9), meta, layer.geometry)
 
+    @pytest.mark.filterwarnings("ignore::FutureWarning")  # forward derivatives of torch script their rules
     def test_nothing_is_hidden_from_who_looks_on(self) -> None:
         """Counters, tracers, transforms and forward derivatives see the operators, not a call that they cannot see."""
         layer, x = CondConv2d(8, 16, 3, variant=CondConv(experts=2)).eval(), torch.randn(1, 8, 9, 9)

@@ -27,7 +27,7 @@ def choose(x: Tensor, experts: Tensor, mixture: Mixture, geometry: ConvGeometry)
         return "static"
     if batch == 1:
         mixes = any(part is not None for part in mixture)
-        if mixes and native.fits(x, experts, geometry.stride, geometry.groups) and native.may_be_called():
+        if mixes and native.may_be_called() and native.fits(x, experts, geometry.stride, geometry.groups):
             return NEEDS_THIS_PACKAGE
         return "static" if one_kernel_for_all(mixture) and not scales_belong_in_the_kernel(x, geometry) else "plain"
     ways = candidates(mixture, geometry, torch.compiler.is_exporting())
