@@ -55,6 +55,8 @@ def condconv(
 ) -> None:
     """Give a trained convolutional network conditional convolutions."""
     if native:
+        if not kernels.is_built():
+            say("Compiling the native kernels, once: half a minute ...")
         kernels.enable()
 
 

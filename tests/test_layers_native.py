@@ -313,6 +313,8 @@ def test_the_command_line_turns_it_on(
 ) -> None:
     called = []
     monkeypatch.setattr(native, "enable", lambda: called.append(True))
+    monkeypatch.setattr(native, "is_built", lambda: False)
     result = CliRunner().invoke(command_line.app, [*arguments, "convert", "no-such-file.pt"], env=environment)
     assert result.exit_code != 0
     assert called == ([True] if arguments or environment else [])
+    assert ("Compiling" in result.output) == bool(called)

@@ -56,8 +56,7 @@ def enable() -> None:
             "the same without them",
         )
     try:
-        built = _cache() / f"{NAME}.so"
-        _compiled = _imported(built) if built.exists() else _built(built)
+        _compiled = _imported(_target()) if is_built() else _built(_target())
     except Exception as error:  # no compiler, ninja or headers; a compiler without vectors; no room
         raise InputError(
             f"The native kernels could not be compiled: {_reason(error)}",
@@ -66,19 +65,23 @@ def enable() -> None:
         ) from error
 
 
-def _cache() -> Path:
-    """The folder of this source, torch, Python and processor in the user's cache."""
+def is_built() -> bool:
+    """``enable`` has nothing to compile."""
+    return _target().exists()
+
+
+def _target() -> Path:
+    """The library of this source, torch, Python and processor in the user's cache."""
     given = Path(os.environ.get("XDG_CACHE_HOME", ""))
     cache = given if given.is_absolute() else Path.home() / ".cache"
     digest = hashlib.sha256(SOURCE.read_bytes()).hexdigest()[:12]
     versions = f"{digest}-torch{torch.__version__}-{sys.implementation.cache_tag}-{platform.machine()}"
-    folder = cache / "condconv_surgery" / versions
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    return folder
+    return cache / "condconv_surgery" / versions / f"{NAME}.so"
 
 
 def _built(target: Path) -> Any:
     """Compiled in a folder of its own, so that processes do not meet and a killed one leaves nothing half-made."""
+    target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     logger = logging.getLogger("torch.utils.cpp_extension")
     level = logger.level
     logger.setLevel(logging.ERROR)  # it misses a GPU that is not asked for
