@@ -9,7 +9,6 @@ import typer
 
 from condconv_surgery import __version__
 from condconv_surgery.errors import SurgeryError
-from condconv_surgery.layers import native as kernels
 
 from .convert import convert
 from .exporting import export
@@ -55,6 +54,8 @@ def condconv(
 ) -> None:
     """Give a trained convolutional network conditional convolutions."""
     if native:
+        from condconv_surgery.layers import native as kernels  # torch, which help and typos need not wait for
+
         if not kernels.is_built():
             say("Compiling the native kernels, once: half a minute ...")
         kernels.enable()
