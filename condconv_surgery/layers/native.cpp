@@ -66,31 +66,15 @@ void tile(const float* base, const int64_t* rows, const int64_t* offsets, int64_
   }
 }
 
+constexpr decltype(&tile<1>) TILES[TALL] = {tile<1>, tile<2>, tile<3>, tile<4>, tile<5>, tile<6>};  // by rows
+
 // sum[j][:] += sum_k base[rows[j] + offsets[k]] * panel[k][:] for ``count`` rows.
 void tiles(const float* base, const int64_t* rows, int64_t count, const int64_t* offsets, int64_t depth,
            const float* panel, float* sum) {
   while (count > 0) {  // the last rows in two halves: a tile of one row waits for its own sums
     const int64_t some = count >= 2 * TALL || count <= TALL ? std::min(count, TALL) : (count + 1) / 2;
     const int64_t ahead = count >= 2 * some ? rows[2 * some - 1] - rows[some - 1] : 0;
-    switch (some) {
-      case 6:
-        tile<6>(base, rows, offsets, depth, panel, sum, ahead);
-        break;
-      case 5:
-        tile<5>(base, rows, offsets, depth, panel, sum, ahead);
-        break;
-      case 4:
-        tile<4>(base, rows, offsets, depth, panel, sum, ahead);
-        break;
-      case 3:
-        tile<3>(base, rows, offsets, depth, panel, sum, ahead);
-        break;
-      case 2:
-        tile<2>(base, rows, offsets, depth, panel, sum, ahead);
-        break;
-      default:
-        tile<1>(base, rows, offsets, depth, panel, sum, ahead);
-    }
+    TILES[some - 1](base, rows, offsets, depth, panel, sum, ahead);
     rows += some, sum += some * WIDE, count -= some;
   }
 }
@@ -227,8 +211,7 @@ class Packer {
   // grad[e][filter][channel][tap] = panel[k][f]: the inverse of ``pack``, for whole kernels.
   void unpack(int64_t panel, const Chunk& chunk, int64_t expert, const float* from, float* grad) const {
     float* to = grad + (start(panel, chunk) - experts_.weight) + expert * experts_.expert_step;
-    for (int64_t f = 0; f < experts_.count(panel); f++)
-      for (int64_t k = 0; k < chunk.depth; k++) to[f * experts_.filter_step + k] = from[k * WIDE + f];
+    transpose_back(from, chunk.depth, experts_.count(panel), nullptr, to, experts_.filter_step);
   }
 
  private:
@@ -571,7 +554,7 @@ void differentiate_panel(const Experts& experts, const Phase& phase, const Pictu
   const int64_t n = experts.experts, step = chunk.depth * WIDE, count = experts.count(panel), taps = experts.taps;
   const int64_t positions = phase.positions.size();
   const Sizes rows = offsets_of(chunk, phase, picture.channel);
-  std::vector<float> of_kernel(step), side(std::min(positions, POSITIONS) * WIDE);
+  std::vector<float> of_kernel(step), mixture(step), side(std::min(positions, POSITIONS) * WIDE);
   for (int64_t b = first; b < last; b++) {
     std::fill(of_kernel.begin(), of_kernel.end(), 0.f);
     const float* base = picture.data + (b - first) * picture.sample + chunk.first * picture.channel;
@@ -589,16 +572,14 @@ void differentiate_panel(const Experts& experts, const Phase& phase, const Pictu
       for (int64_t f = 0; f < WIDE; f++)
         after[f / LANES][f % LANES] = f < count ? gates.after[b * experts.filters + panel * WIDE + f] : 0.f;
     const bool scaled = spatial || before || gates.after;
+    const float* mixed = gate ? mixture.data() : packed;
+    if (scaled && gate) mix_panels(packed, step, n, gate, chunk.depth, mixture.data());
     std::vector<float> to_gate(n * LANES);
     for (int64_t k = 0, channel = 0, tap = 0; k < chunk.depth; k++) {
       Vec d[2] = {load(of_kernel.data() + k * WIDE), load(of_kernel.data() + k * WIDE + LANES)};
       if (scaled) {
-        Vec mixed[2] = {{}, {}};
-        for (int64_t e = 0; e < n; e++)
-          for (int h = 0; h < 2; h++)
-            mixed[h] += (gate ? gate[e] : 1.f) * load(packed + e * step + k * WIDE + h * LANES);
         const float s = spatial ? spatial[tap] : 1.f, c = before ? before[channel] : 1.f;
-        const Vec product[2] = {d[0] * mixed[0], d[1] * mixed[1]};
+        const Vec product[2] = {d[0] * load(mixed + k * WIDE), d[1] * load(mixed + k * WIDE + LANES)};
         const float left = sum_of(product[0] * after[0] + product[1] * after[1]);
         if (sums.before) sums.before[b * experts.channels + chunk.first + channel] += left * s;
         if (sums.spatial) sums.spatial[b * taps + tap] += left * c;

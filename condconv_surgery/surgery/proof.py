@@ -163,8 +163,8 @@ def _gap(before: list[Tensor] | None, after: list[Tensor] | None) -> Gap | None:
         return Gap(math.inf, math.inf, 0.0)
     if _is_empty(before):
         return None
-    absolute = max((_largest(a, b) for a, b in zip(before, after, strict=True)), default=0.0)
-    pairs = zip(before, after, strict=True)
+    pairs = list(zip(before, after, strict=True))
+    absolute = max(_largest(a, b) for a, b in pairs)
     logits = next((pair for pair in pairs if pair[0].dim() == 2 and pair[0].numel() and _is_real(*pair)), None)
     agreement = None if logits is None else float((logits[0].argmax(1) == logits[1].argmax(1)).float().mean())
     return Gap(absolute, absolute / max(_magnitude(before), 1e-30), agreement)
