@@ -18,8 +18,8 @@ from typer.testing import CliRunner
 
 from condconv_surgery.errors import InputError
 from condconv_surgery.layers import CondConv2d, ConvGeometry, Mixture, ODConv2d, blocks, native
-from condconv_surgery.layers.choice import choose
 from condconv_surgery.layers.execution import execute
+from condconv_surgery.layers.native import building
 from condconv_surgery.recipe import CondConv
 from tests.geometries import GEOMETRIES, without_bias
 from tests.reference import per_sample_loop
@@ -41,6 +41,19 @@ MORE = {
     "several panels and chunks": dict(in_channels=70, out_channels=50, kernel_size=3, padding=1),
     "whole panels": dict(in_channels=64, out_channels=32, kernel_size=3, padding=1),
     "more padding than kernel": dict(in_channels=4, out_channels=16, kernel_size=1, padding=2),
+    "depthwise, rows of every length": dict(in_channels=3, out_channels=3, kernel_size=3, padding=1, groups=3),
+    "depthwise 5x5, stride 2": dict(in_channels=4, out_channels=4, kernel_size=5, stride=2, padding=2, groups=4),
+    "depthwise, pixels that no tap reaches": dict(in_channels=3, out_channels=3, kernel_size=2, stride=3, groups=3),
+    "depthwise, uneven everything": dict(
+        in_channels=3, out_channels=3, kernel_size=(5, 3), stride=(1, 3), padding=(1, 3), dilation=(2, 1), groups=3
+    ),
+    "depthwise, stride 2 one way": dict(
+        in_channels=3, out_channels=3, kernel_size=3, stride=(2, 1), padding=2, dilation=(1, 2), groups=3
+    ),
+    "depthwise, more padding than kernel": dict(
+        in_channels=2, out_channels=2, kernel_size=(1, 2), padding=(2, 3), groups=2
+    ),
+    "depthwise, large kernel": dict(in_channels=2, out_channels=2, kernel_size=9, padding=4, groups=2),
     "large kernel": dict(in_channels=3, out_channels=16, kernel_size=9, padding=4),
 }
 
@@ -68,16 +81,23 @@ class TestCompiled:
         for batch in (1, 2, 7):
             x, experts, bias, mixture = make_case(geometry, MIXTURES[parts], batch, False, torch.float32)
             if not taken(x, experts, geometry):
-                assert geometry.groups > 1 or geometry.pointwise
+                assert (geometry.groups > 1 and not geometry.depthwise) or geometry.pointwise
                 return
             leaves = [t for t in (x, experts, *mixture) if t is not None]
             expected = values_and_gradients(per_sample_loop(x, experts, bias, mixture, geometry), leaves)
             actual = values_and_gradients(execute(x, experts, bias, mixture, geometry, "blocks"), leaves)
             with torch.no_grad():  # past the operator, and for views of other strides
-                assert torch.equal(execute(x, experts, bias, mixture, geometry, "blocks"), actual[0])
                 strided = x.transpose(2, 3).contiguous().transpose(2, 3)
-                if native.fits(strided, experts, geometry.stride, 1):
-                    assert torch.equal(execute(strided, experts, bias, mixture, geometry, "blocks"), actual[0])
+                for view in (x, strided):
+                    if not native.fits(view, experts, geometry.stride, geometry.groups):
+                        continue
+                    assert torch.equal(execute(view, experts, bias, mixture, geometry, "blocks"), actual[0])
+                    at_once = native.convolve_at_once(view, experts, mixture, geometry)
+                    if at_once is None:
+                        assert mixture.gate is None
+                        assert mixture.spatial is None
+                    else:
+                        assert torch.equal(execute(view, experts, bias, mixture, geometry), actual[0])
             for a, e in zip(actual, expected, strict=True):
                 assert (a - e).abs().max() <= 2e-5 * max(1.0, e.abs().max().item())
 
@@ -169,12 +189,46 @@ class TestCompiled:
         finally:
             native.enable()
 
-    def test_a_batch_of_one_is_convolved_by_it_when_nothing_is_recorded(self) -> None:
+    def test_the_dispatcher_is_passed_by_when_nothing_is_recorded(self) -> None:
         geometry = ConvGeometry.make(8, 16, 3, 1, 1)
         x, experts, mixture = torch.randn(1, 8, 9, 9), torch.randn(2, 16, 8, 3, 3), Mixture(torch.rand(1, 2))
-        assert choose(x, experts, mixture, geometry) == "plain"
+        assert native.convolve_at_once(x, experts, mixture, geometry) is None
         with torch.no_grad():
-            assert choose(x, experts, mixture, geometry) == "blocks"
+            assert native.convolve_at_once(x, experts, mixture, geometry) is not None
+            assert native.convolve_at_once(x[:0], experts, Mixture(mixture.gate[:0]), geometry) is None
+            assert native.convolve_at_once(x, experts[:1], Mixture(), geometry) is None
+            scale = Mixture(in_scale=torch.rand(1, 8))
+            assert native.convolve_at_once(x, experts[:1], scale, geometry) is not None
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                assert native.convolve_at_once(x, experts, mixture, geometry) is None
+                assert execute(x, experts, None, mixture, geometry).dtype == torch.bfloat16
+
+    @pytest.mark.parametrize("kernel", [3, 5])
+    @pytest.mark.parametrize("stride", [1, 2, 3])
+    def test_depthwise_rows_of_every_length(self, kernel: int, stride: int) -> None:
+        geometry = ConvGeometry.make(2, 2, kernel, stride, kernel // 2, groups=2)
+        torch.manual_seed(0)
+        for width in range(1, 36):
+            x, experts = torch.randn(2, 2, 5, width, requires_grad=True), torch.randn(1, 2, 1, kernel, kernel)
+            leaves = [x, experts.requires_grad_()]
+            mixture = Mixture(out_scale=torch.ones(2, 2))
+            expected = values_and_gradients(per_sample_loop(x, experts, None, mixture, geometry), leaves)
+            actual = values_and_gradients(execute(x, experts, None, mixture, geometry, "blocks"), leaves)
+            for a, e in zip(actual, expected, strict=True):
+                assert (a - e).abs().max() <= 2e-5 * max(1.0, e.abs().max().item())
+
+    @pytest.mark.parametrize("stride", [1, 2])
+    def test_what_is_no_number_stays_where_it_is(self, stride: int) -> None:
+        """Not in the other maps, nor in the rows next to it."""
+        for groups in (1, 4):
+            geometry = ConvGeometry.make(4, 4, 3, stride, 1, groups=groups)
+            x, experts = torch.randn(3, 4, 7, 7), torch.randn(2, *geometry.weight_shape)
+            x[1, 2, 3, 6] = torch.nan
+            mixture = Mixture(torch.rand(3, 2))
+            expected = per_sample_loop(x, experts, None, mixture, geometry)
+            with torch.no_grad():
+                actual = execute(x, experts, None, mixture, geometry)
+            torch.testing.assert_close(actual, expected, equal_nan=True, rtol=1e-4, atol=1e-5)
 
     @pytest.mark.parametrize("layer", [CondConv2d(8, 16, 3, variant=CondConv(experts=2)), ODConv2d(8, 16, 3)])
     def test_a_compiled_layer_and_autocast(self, layer: torch.nn.Module) -> None:
@@ -281,7 +335,7 @@ class TestCompiled:
         pytest.importorskip("ninja")
         without = "/nowhere"
         monkeypatch.setenv("PATH", without)
-        with native._ninja_found():
+        with building._ninja_found():
             assert shutil.which("ninja") is not None
         assert os.environ["PATH"] == without
 
@@ -295,7 +349,7 @@ def test_a_compiler_that_fails_is_said_in_words(monkeypatch: pytest.MonkeyPatch,
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
     monkeypatch.setattr(cpp_extension, "load", fail)
-    monkeypatch.setattr(native, "_compiled", None)
+    monkeypatch.setattr(building, "_compiled", None)
     with pytest.raises(InputError, match=r"Ninja is required(.|\n)*g\+\+ 12(.|\n)*condconv-surgery\[native\]"):
         native.enable()
     assert not native.is_enabled()

@@ -35,8 +35,6 @@ def convolve_in_blocks(x: Tensor, experts: Tensor, mixture: Mixture, geometry: C
     """``conv(x_b, K_b)`` with every part of ``mixture`` in the kernel: [B, I, H, W] -> [B, O, H', W']."""
     x, padding = geometry.pad(x)
     shape = (list(geometry.stride), list(padding), list(geometry.dilation), geometry.groups)
-    if native.may_be_called() and native.fits(x, experts, geometry.stride, geometry.groups):
-        return native.convolve(x, experts, mixture, *shape[:3])
     keep = torch.is_grad_enabled() and _keeps_kernels(x, experts, mixture, geometry)
     y: Tensor = _forward(x, experts, *mixture, *shape, keep)[0]
     return y

@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from condconv_surgery.layers import native
 from condconv_surgery.layers.cost import estimate, scales_belong_in_the_kernel
 from condconv_surgery.layers.mixture import ConvGeometry, Mixture
 from condconv_surgery.layers.ways import legal_ways, one_kernel_for_all
@@ -26,9 +25,6 @@ def choose(x: Tensor, experts: Tensor, mixture: Mixture, geometry: ConvGeometry)
     if batch == 0:
         return "static"
     if batch == 1:
-        mixes = any(part is not None for part in mixture)
-        if mixes and native.may_be_called() and native.fits(x, experts, geometry.stride, geometry.groups):
-            return NEEDS_THIS_PACKAGE
         return "static" if one_kernel_for_all(mixture) and not scales_belong_in_the_kernel(x, geometry) else "plain"
     ways = candidates(mixture, geometry, torch.compiler.is_exporting())
     if len(ways) == 1:

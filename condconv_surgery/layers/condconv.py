@@ -13,6 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from condconv_surgery.layers import native
 from condconv_surgery.layers.conditional import ConditionalConv2d
 from condconv_surgery.layers.mixture import ConvGeometry, Mixture
 from condconv_surgery.layers.routing import Router, router_for, zero_linear_
@@ -35,7 +36,10 @@ class CondConvRouter(Router):
         self.weight_factor = self.bias_factor = 2.0 / variant.experts
 
     def mix(self, pooled: Tensor) -> Mixture:
-        return Mixture(gate=self.weight_factor * torch.sigmoid(self.linear(pooled)))
+        gate = native.sigmoid_gates(pooled, self.linear, self.weight_factor)
+        if gate is None:
+            gate = self.weight_factor * torch.sigmoid(self.linear(pooled))
+        return Mixture(gate)
 
     def zero_(self) -> CondConvRouter:
         zero_linear_(self.linear)

@@ -26,6 +26,10 @@ def execute(
     x: [B, I, H, W]. experts: [E, O, I/G, kh, kw]. bias: [E, O] or None. Returns [B, O, H', W'], in the dtype
     that autocast gives ``x``. way: one of ``WAYS``, or ``"auto"``. Raises ``InputError`` for a ``way`` not legal here.
     """
+    if way == "auto":
+        y = native.convolve_at_once(x, experts, mixture, geometry)
+        if y is not None:
+            return _with_bias(y, bias, mixture)
     x = autocast(x)  # the operators of ``blocks`` are unknown to it
     name = choose(x, experts, mixture, geometry) if way == "auto" else _legal(way, x, mixture, geometry)
     scaled = mixture.in_scale is not None or mixture.out_scale is not None
@@ -33,9 +37,11 @@ def execute(
         y = WAYS[name](x, experts, mixture, geometry)
     else:
         y = _scale_activations(WAYS[name], x, experts, mixture, geometry)
-    if bias is not None:
-        y = y + mix_bias(bias, mixture.gate).to(y.dtype)[:, :, None, None]
-    return y
+    return _with_bias(y, bias, mixture)
+
+
+def _with_bias(y: Tensor, bias: Tensor | None, mixture: Mixture) -> Tensor:
+    return y if bias is None else y + mix_bias(bias, mixture.gate).to(y.dtype)[:, :, None, None]
 
 
 def _takes_scales(way: str, x: Tensor, experts: Tensor, geometry: ConvGeometry) -> bool:

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from condconv_surgery.layers import native
 from condconv_surgery.layers.conditional import ConditionalConv2d
 from condconv_surgery.layers.mixture import ConvGeometry, Mixture
 from condconv_surgery.layers.routing import Router, router_for, temperature_buffer, zero_linear_
@@ -59,18 +60,24 @@ class ODConvRouter(Router):
         self.weight_factor = 2.0 ** sum(part is not None for part in (self.channel, self.filter, self.spatial))
 
     def mix(self, pooled: Tensor) -> Mixture:
-        heads = [head for head in (self.channel, self.filter, self.spatial, self.kernel) if head is not None]
+        heads = [self.channel, self.filter, self.spatial, self.kernel]
+        relu = self.activation == "relu"
+        parts = native.attention(pooled, self.reduce, self.norm, relu, heads, self.temperature)
+        if parts is not None:
+            return self._mixture(parts)
+        present = [head for head in heads if head is not None]
         # one matrix for all heads: at batch 1 a small operator costs more than the copy of its weights
-        weight, bias = torch.cat([head.weight for head in heads]), torch.cat([head.bias for head in heads])
+        weight, bias = torch.cat([head.weight for head in present]), torch.cat([head.bias for head in present])
         z = F.linear(self._hidden(pooled), weight, bias) / self.temperature  # [B, I + O + kh*kw + E]
         gate = None if self.kernel is None else torch.softmax(z[:, -self.kernel.out_features :], dim=1)
-        scales = list((2.0 * torch.sigmoid(z)).split_with_sizes([head.out_features for head in heads], 1))
-        return Mixture(
-            in_scale=scales.pop(0),
-            out_scale=None if self.filter is None else scales.pop(0),
-            spatial=None if self.spatial is None else scales.pop(0).reshape(-1, *self.kernel_size),
-            gate=gate,
-        )
+        scales = list((2.0 * torch.sigmoid(z)).split_with_sizes([head.out_features for head in present], 1))
+        return self._mixture([*(None if head is None else scales.pop(0) for head in heads[:3]), gate])
+
+    def _mixture(self, parts: list[Tensor | None]) -> Mixture:
+        """From what the heads say: of channels, filters, positions and experts."""
+        in_scale, out_scale, spatial, gate = parts
+        spatial = None if spatial is None else spatial.reshape(-1, *self.kernel_size)
+        return Mixture(gate, spatial, in_scale, out_scale)
 
     def zero_(self) -> ODConvRouter:
         for part in (self.channel, self.filter, self.spatial, self.kernel):

@@ -11,30 +11,17 @@
 // and k runs over the positions; the gradient of the input is a convolution again, with as many phases as the stride
 // has.
 
-#include <ATen/Parallel.h>
-#include <torch/extension.h>
+#pragma once
 
-#include <algorithm>
-#include <vector>
+#include "common.h"
 
 namespace {
 
-using at::Tensor;
-using Maybe = std::optional<Tensor>;
-using Sizes = std::vector<int64_t>;
-typedef float Vec __attribute__((vector_size(32), aligned(4), may_alias));
-
-constexpr int64_t LANES = 8;
 constexpr int64_t WIDE = 2 * LANES;  // filters of a panel
 constexpr int64_t TALL = 6;          // rows of a tile: 12 sums, 2 of the panel and 1 number fill 16 registers
 constexpr int64_t DEPTH = 288;       // rows of a panel: 18 KB, half of a first level of cache; of 1x1 half as many
 constexpr int64_t POSITIONS = 256;   // of a gradient's panel: 16 KB
 constexpr int64_t INPUT_BYTES = 16 << 20;  // of padded input at a time: it stays in the third level
-
-inline Vec load(const float* p) { return *reinterpret_cast<const Vec*>(p); }
-inline void store(float* p, Vec v) { *reinterpret_cast<Vec*>(p) = v; }
-inline float sum_of(Vec v) { return ((v[0] + v[4]) + (v[1] + v[5])) + ((v[2] + v[6]) + (v[3] + v[7])); }
-const float* data_of(const Maybe& t) { return t ? t->const_data_ptr<float>() : nullptr; }
 
 // ahead: from a row to that which takes its place in the next tile; its numbers are asked for while this one computes.
 template <int ROWS>
@@ -148,7 +135,7 @@ struct Experts {
 // stride.
 struct Phase {
   Sizes taps, reach, positions, outputs;  // reach: the offset of a tap in a padded channel; outputs: where results go
-  bool in_order = false;                  // the outputs are all there are, one after the other
+  bool in_order = false;                  // the outputs are all there are, one after the other, and not listed
 };
 
 struct Chunk {  // of channels: all taps of each
@@ -269,10 +256,6 @@ void scale_taps(const float* spatial, const Sizes& taps, int64_t depth, const fl
     }
 }
 
-struct Margins {
-  int64_t top, bottom, left, right;
-};
-
 // Samples with margins of zeros, times a number for each channel.
 struct Picture {
   Tensor held;
@@ -326,10 +309,6 @@ int64_t samples_at_a_time(const Tensor& x, Margins m) {
   return std::max<int64_t>(
       1, INPUT_BYTES / (4 * std::max(x.size(1), WIDE) * map));  // a panel's sums are as many as 16 channels
 }
-
-struct Gates {  // of each sample, or null
-  const float *gate, *spatial, *before, *after;
-};
 
 // What a thread keeps from one panel to the next.
 struct Room {
@@ -392,7 +371,7 @@ Tensor convolve_phases(const Tensor& x, const Experts& experts, const Gates& gat
                        Margins margins, int64_t height, int64_t width) {
   const int64_t B = x.size(0), some = samples_at_a_time(x, margins), panels = experts.panels();
   int64_t written = 0;
-  for (const Phase& phase : phases) written += phase.outputs.size();
+  for (const Phase& phase : phases) written += phase.positions.size();
   const Sizes shape{B, experts.filters, height, width};
   Tensor y = written == height * width ? at::empty(shape, x.options()) : at::zeros(shape, x.options());
   float* out = y.mutable_data_ptr<float>();
@@ -414,42 +393,6 @@ Tensor convolve_phases(const Tensor& x, const Experts& experts, const Gates& gat
   return y;
 }
 
-struct Geometry {
-  int64_t kh, kw, sh, sw, ph, pw, dh, dw;
-  int64_t outputs(int64_t size, bool tall) const {
-    return tall ? (size + 2 * ph - dh * (kh - 1) - 1) / sh + 1 : (size + 2 * pw - dw * (kw - 1) - 1) / sw + 1;
-  }
-};
-
-Geometry geometry_of(const Tensor& experts, const Sizes& stride, const Sizes& padding, const Sizes& dilation) {
-  return {experts.size(3), experts.size(4), stride[0], stride[1], padding[0], padding[1], dilation[0], dilation[1]};
-}
-
-// All that the loops rely on. Sizes are those of a forward pass on ``x``.
-void check(const Tensor& x, const Tensor& experts, const Maybe& gate, const Maybe& spatial, const Maybe& before,
-           const Maybe& after, const Geometry& g) {
-  auto given = [](const Tensor& t, at::IntArrayRef sizes, const char* name) {
-    TORCH_CHECK(t.device().is_cpu() && t.scalar_type() == at::kFloat && t.is_contiguous(), name,
-                " must be a contiguous float32 tensor on the CPU");
-    TORCH_CHECK(t.sizes() == sizes, name, " has the sizes ", t.sizes(), ", it must have ", sizes);
-  };
-  TORCH_CHECK(x.dim() == 4 && x.numel() > 0 && experts.dim() == 5 && experts.numel() > 0,
-              "nothing to convolve: x has the sizes ", x.sizes(), ", the experts have ", experts.sizes());
-  const int64_t B = x.size(0), E = experts.size(0), O = experts.size(1), I = x.size(1);
-  given(x, x.sizes(), "x");
-  given(experts, {E, O, I, g.kh, g.kw}, "experts");
-  if (gate)
-    given(*gate, {B, E}, "the gate");
-  else
-    TORCH_CHECK(E == 1, E, " experts need a gate");
-  if (spatial) given(*spatial, {B, g.kh, g.kw}, "the spatial part");
-  if (before) given(*before, {B, I}, "the scale of the input");
-  if (after) given(*after, {B, O}, "the scale of the output");
-  TORCH_CHECK(x.size(2) + 2 * g.ph > g.dh * (g.kh - 1) && x.size(3) + 2 * g.pw > g.dw * (g.kw - 1),
-              "Kernel size can't be greater than actual input size: x has the sizes ", x.sizes(), ", the experts ",
-              experts.sizes());
-}
-
 Phase forward_phase(const Geometry& g, int64_t row, int64_t height, int64_t width) {
   Phase phase;
   for (int64_t i = 0; i < g.kh; i++)
@@ -457,11 +400,9 @@ Phase forward_phase(const Geometry& g, int64_t row, int64_t height, int64_t widt
       phase.taps.push_back(i * g.kw + j);
       phase.reach.push_back(i * g.dh * row + j * g.dw);
     }
+  phase.positions.reserve(height * width);
   for (int64_t h = 0; h < height; h++)
-    for (int64_t w = 0; w < width; w++) {
-      phase.positions.push_back(h * g.sh * row + w * g.sw);
-      phase.outputs.push_back(h * width + w);
-    }
+    for (int64_t w = 0; w < width; w++) phase.positions.push_back(h * g.sh * row + w * g.sw);
   phase.in_order = true;
   return phase;
 }
@@ -469,45 +410,11 @@ Phase forward_phase(const Geometry& g, int64_t row, int64_t height, int64_t widt
 Tensor convolve(const Tensor& x, const Tensor& experts, const Maybe& gate, const Maybe& spatial, const Maybe& before,
                 const Maybe& after, const Sizes& stride, const Sizes& padding, const Sizes& dilation) {
   const Geometry g = geometry_of(experts, stride, padding, dilation);
-  check(x, experts, gate, spatial, before, after, g);
+  check(x, experts, gate, spatial, before, after, g, false);
   const int64_t height = g.outputs(x.size(2), true), width = g.outputs(x.size(3), false);
   const Phase phase = forward_phase(g, x.size(3) + 2 * g.pw, height, width);
   const Gates gates{data_of(gate), data_of(spatial), data_of(before), data_of(after)};
   return convolve_phases(x, Experts(experts, false), gates, {phase}, {g.ph, g.ph, g.pw, g.pw}, height, width);
-}
-
-// Of one dimension: which taps serve a pixel, and where in the gradient they read, by the pixel's place in the stride.
-struct Steps {
-  int64_t before, after;                           // margins of the gradient
-  std::vector<Sizes> taps, reach, pixels, starts;  // of each phase
-
-  Steps(int64_t kernel, int64_t stride, int64_t padding, int64_t dilation, int64_t size, int64_t outputs) {
-    before = (dilation * (kernel - 1) + stride - 1) / stride;
-    after = std::max<int64_t>(0, (size - 1 + padding) / stride - outputs + 1);
-    for (int64_t phase = 0; phase < stride; phase++) {
-      Sizes taps_here, reach_here, pixels_here, starts_here;
-      for (int64_t k = 0; k < kernel; k++)
-        if ((phase - k * dilation) % stride == 0) {
-          taps_here.push_back(k);
-          reach_here.push_back((phase - k * dilation) / stride + before);
-        }
-      for (int64_t h = 0; h < size; h++)
-        if ((h + padding) % stride == phase) {
-          pixels_here.push_back(h);
-          starts_here.push_back((h + padding) / stride);
-        }
-      taps.push_back(taps_here), reach.push_back(reach_here), pixels.push_back(pixels_here),
-          starts.push_back(starts_here);
-    }
-  }
-};
-
-void check_gradient(const Tensor& grad, const Tensor& x, const Tensor& experts, const Geometry& g) {
-  const Sizes sizes{x.size(0), experts.size(1), g.outputs(x.size(2), true), g.outputs(x.size(3), false)};
-  TORCH_CHECK(grad.is_contiguous() && grad.scalar_type() == at::kFloat && grad.device().is_cpu() &&
-                  grad.sizes() == at::IntArrayRef(sizes),
-              "the gradient has the sizes ", grad.sizes(), ", it must be contiguous, float32, and have ",
-              at::IntArrayRef(sizes));
 }
 
 // The gradient of the input [B, I, H, W] from that of the output.
@@ -515,7 +422,7 @@ Tensor input_gradient(const Tensor& grad, const Tensor& x, const Tensor& experts
                       const Maybe& spatial, const Maybe& before, const Maybe& after, const Sizes& stride,
                       const Sizes& padding, const Sizes& dilation) {
   const Geometry g = geometry_of(experts, stride, padding, dilation);
-  check(x, experts, gate, spatial, before, after, g);
+  check(x, experts, gate, spatial, before, after, g, false);
   check_gradient(grad, x, experts, g);
   const int64_t height = x.size(2), width = x.size(3);
   const Steps tall(g.kh, g.sh, g.ph, g.dh, height, grad.size(2)), wide(g.kw, g.sw, g.pw, g.dw, width, grad.size(3));
@@ -613,7 +520,7 @@ std::vector<Tensor> kernel_gradients(const Tensor& grad, const Tensor& x, const 
                                      const Maybe& spatial, const Maybe& before, const Maybe& after, const Sizes& stride,
                                      const Sizes& padding, const Sizes& dilation) {
   const Geometry g = geometry_of(weight, stride, padding, dilation);
-  check(x, weight, gate, spatial, before, after, g);
+  check(x, weight, gate, spatial, before, after, g, false);
   check_gradient(grad, x, weight, g);
   const Experts experts(weight, false);
   const Margins margins{g.ph, g.ph, g.pw, g.pw};
@@ -659,9 +566,3 @@ std::vector<Tensor> kernel_gradients(const Tensor& grad, const Tensor& x, const 
 }
 
 }  // namespace
-
-PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
-  m.def("convolve", &convolve, pybind11::call_guard<pybind11::gil_scoped_release>());
-  m.def("input_gradient", &input_gradient, pybind11::call_guard<pybind11::gil_scoped_release>());
-  m.def("kernel_gradients", &kernel_gradients, pybind11::call_guard<pybind11::gil_scoped_release>());
-}

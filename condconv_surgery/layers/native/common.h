@@ -1,0 +1,104 @@
+// What the kernels share: vectors, the parts of a mixture, the geometry of a convolution, and what is asked of tensors.
+
+#pragma once
+
+#include <ATen/Parallel.h>
+#include <torch/extension.h>
+
+#include <algorithm>
+#include <vector>
+
+namespace {
+
+using at::Tensor;
+using Maybe = std::optional<Tensor>;
+using Sizes = std::vector<int64_t>;
+typedef float Vec __attribute__((vector_size(32), aligned(4), may_alias));
+
+constexpr int64_t LANES = 8;
+
+inline Vec load(const float* p) { return *reinterpret_cast<const Vec*>(p); }
+inline void store(float* p, Vec v) { *reinterpret_cast<Vec*>(p) = v; }
+inline float sum_of(Vec v) { return ((v[0] + v[4]) + (v[1] + v[5])) + ((v[2] + v[6]) + (v[3] + v[7])); }
+const float* data_of(const Maybe& t) { return t ? t->const_data_ptr<float>() : nullptr; }
+
+struct Margins {
+  int64_t top, bottom, left, right;
+};
+
+struct Gates {  // of each sample, or null
+  const float *gate, *spatial, *before, *after;
+};
+
+struct Geometry {
+  int64_t kh, kw, sh, sw, ph, pw, dh, dw;
+  int64_t outputs(int64_t size, bool tall) const {
+    return tall ? (size + 2 * ph - dh * (kh - 1) - 1) / sh + 1 : (size + 2 * pw - dw * (kw - 1) - 1) / sw + 1;
+  }
+};
+
+Geometry geometry_of(const Tensor& experts, const Sizes& stride, const Sizes& padding, const Sizes& dilation) {
+  return {experts.size(3), experts.size(4), stride[0], stride[1], padding[0], padding[1], dilation[0], dilation[1]};
+}
+
+// All that the loops rely on. Sizes are those of a forward pass on ``x``.
+void check(const Tensor& x, const Tensor& experts, const Maybe& gate, const Maybe& spatial, const Maybe& before,
+           const Maybe& after, const Geometry& g, bool depthwise) {
+  auto given = [](const Tensor& t, at::IntArrayRef sizes, const char* name) {
+    TORCH_CHECK(t.device().is_cpu() && t.scalar_type() == at::kFloat && t.is_contiguous(), name,
+                " must be a contiguous float32 tensor on the CPU");
+    TORCH_CHECK(t.sizes() == sizes, name, " has the sizes ", t.sizes(), ", it must have ", sizes);
+  };
+  TORCH_CHECK(x.dim() == 4 && x.numel() > 0 && experts.dim() == 5 && experts.numel() > 0,
+              "nothing to convolve: x has the sizes ", x.sizes(), ", the experts have ", experts.sizes());
+  const int64_t B = x.size(0), E = experts.size(0), O = experts.size(1), I = x.size(1);
+  given(x, x.sizes(), "x");
+  TORCH_CHECK(!depthwise || O == I, O, " filters for ", I, " channels of a depthwise convolution");
+  given(experts, {E, O, depthwise ? 1 : I, g.kh, g.kw}, "experts");
+  if (gate)
+    given(*gate, {B, E}, "the gate");
+  else
+    TORCH_CHECK(E == 1, E, " experts need a gate");
+  if (spatial) given(*spatial, {B, g.kh, g.kw}, "the spatial part");
+  if (before) given(*before, {B, I}, "the scale of the input");
+  if (after) given(*after, {B, O}, "the scale of the output");
+  TORCH_CHECK(x.size(2) + 2 * g.ph > g.dh * (g.kh - 1) && x.size(3) + 2 * g.pw > g.dw * (g.kw - 1),
+              "Kernel size can't be greater than actual input size: x has the sizes ", x.sizes(), ", the experts ",
+              experts.sizes());
+}
+
+// Of one dimension: which taps serve a pixel, and where in the gradient they read, by the pixel's place in the stride.
+struct Steps {
+  int64_t before, after;                           // margins of the gradient
+  std::vector<Sizes> taps, reach, pixels, starts;  // of each phase
+
+  Steps(int64_t kernel, int64_t stride, int64_t padding, int64_t dilation, int64_t size, int64_t outputs) {
+    before = (dilation * (kernel - 1) + stride - 1) / stride;
+    after = std::max<int64_t>(0, (size - 1 + padding) / stride - outputs + 1);
+    for (int64_t phase = 0; phase < stride; phase++) {
+      Sizes taps_here, reach_here, pixels_here, starts_here;
+      for (int64_t k = 0; k < kernel; k++)
+        if ((phase - k * dilation) % stride == 0) {
+          taps_here.push_back(k);
+          reach_here.push_back((phase - k * dilation) / stride + before);
+        }
+      for (int64_t h = 0; h < size; h++)
+        if ((h + padding) % stride == phase) {
+          pixels_here.push_back(h);
+          starts_here.push_back((h + padding) / stride);
+        }
+      taps.push_back(taps_here), reach.push_back(reach_here), pixels.push_back(pixels_here),
+          starts.push_back(starts_here);
+    }
+  }
+};
+
+void check_gradient(const Tensor& grad, const Tensor& x, const Tensor& experts, const Geometry& g) {
+  const Sizes sizes{x.size(0), experts.size(1), g.outputs(x.size(2), true), g.outputs(x.size(3), false)};
+  TORCH_CHECK(grad.is_contiguous() && grad.scalar_type() == at::kFloat && grad.device().is_cpu() &&
+                  grad.sizes() == at::IntArrayRef(sizes),
+              "the gradient has the sizes ", grad.sizes(), ", it must be contiguous, float32, and have ",
+              at::IntArrayRef(sizes));
+}
+
+}  // namespace

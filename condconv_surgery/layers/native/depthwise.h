@@ -1,0 +1,268 @@
+// A depthwise convolution whose kernel is mixed anew for each sample, and its gradients, on a CPU in float32:
+//
+//     y[b,c] = conv(x[b,c], K[b,c]),    K[b,c] = after[b,c] * before[b,c] * spatial_b * sum_e gate[b,e] * experts[e,c]
+//
+// A map at a time: it is copied between margins of zeros in the second level of cache, and there each tap of the kernel
+// is one number times eight positions side by side. A map that is walked through with a stride is copied such that
+// these eight lie side by side too.
+
+#pragma once
+
+#include "common.h"
+
+namespace {
+
+constexpr int64_t RUNS = 8;               // in a tile: 8 sums, the tap and 1 factor leave room in 16 registers
+constexpr int64_t TAPS = 9;               // of a gradient at a time: 9 sums, the gradient and 1 factor
+constexpr int64_t LEAST_WORK = 16 << 10;  // vectors times taps for a thread
+
+// A map [H, W] between margins. Column c is number c / sections of section c % sections.
+class PaddedMap {
+ public:
+  PaddedMap(int64_t H, int64_t W, Margins m, int64_t sections, int64_t rows, int64_t pitch)
+      : height_(H), width_(W), margins_(m), sections_(sections), rows_(rows), pitch_(pitch) {
+    held_.resize(sections * rows * pitch + LANES);  // a run may begin at the last number
+  }
+
+  int64_t at(int64_t row, int64_t column) const {
+    return ((column % sections_) * rows_ + row) * pitch_ + column / sections_;
+  }
+  const float* data() const { return held_.data(); }
+
+  // The margins are zeros from the start, and stay.
+  void fill(const float* from) {
+    const int64_t last = std::min(height_, rows_ - margins_.top);
+    for (int64_t s = 0; s < sections_; s++) {
+      const int64_t first = (margins_.left - s + sections_ - 1) / sections_;  // number of the first column inside
+      const int64_t skip = first * sections_ + s - margins_.left;
+      const int64_t count = std::min((width_ - skip + sections_ - 1) / sections_, pitch_ - first);
+      float* to = held_.data() + (s * rows_ + margins_.top) * pitch_ + first;
+      for (int64_t h = 0; h < last; h++) copy(from + h * width_ + skip, count, to + h * pitch_);
+    }
+  }
+
+ private:
+  void copy(const float* from, int64_t count, float* to) const {
+    if (sections_ == 1)
+      for (int64_t i = 0; i < count; i++) to[i] = from[i];
+    else if (sections_ == 2)
+      for (int64_t i = 0; i < count; i++) to[i] = from[2 * i];
+    else
+      for (int64_t i = 0; i < count; i++) to[i] = from[sections_ * i];
+  }
+
+  int64_t height_, width_;
+  Margins margins_;
+  int64_t sections_, rows_, pitch_;
+  std::vector<float> held_;
+};
+
+// Some taps and the positions that they serve: all of a convolution; of its transpose those of one phase of the stride.
+struct Window {
+  Sizes taps, offsets;        // offsets: of a tap in the padded map, from where a position starts
+  Sizes starts, to, count;    // of runs of up to eight positions: in the padded map, in the result, how many
+  int64_t step = 1;           // in the result, from one position to the next
+  bool overwritten = false;   // what a run writes behind its end is written again by the next
+
+  void add_row(int64_t start, int64_t first, int64_t positions) {
+    for (int64_t w = 0; w < positions; w += LANES) {
+      starts.push_back(start + w), to.push_back(first + w * step), count.push_back(std::min(LANES, positions - w));
+    }
+  }
+};
+
+// sums[j] = sum_t kernel[t] * base[starts[j] + offsets[t]], for eight positions from each start.
+template <int N>
+void slide(const float* base, const int64_t* starts, const Sizes& offsets, const float* kernel, Vec* sums) {
+  Vec c[N] = {};
+  const float* r[N];
+#pragma GCC unroll 8
+  for (int j = 0; j < N; j++) r[j] = base + starts[j];
+  for (size_t t = 0; t < offsets.size(); t++) {
+    const Vec k = Vec{} + kernel[t];
+    const int64_t o = offsets[t];
+#pragma GCC unroll 8
+    for (int j = 0; j < N; j++) c[j] += k * load(r[j] + o);
+  }
+#pragma GCC unroll 8
+  for (int j = 0; j < N; j++) sums[j] = c[j];
+}
+
+constexpr decltype(&slide<1>) SLIDES[RUNS] = {slide<1>, slide<2>, slide<3>, slide<4>,
+                                              slide<5>, slide<6>, slide<7>, slide<8>};  // by runs
+
+void slide_over(const Window& window, const float* base, const float* kernel, float* y, int64_t size) {
+  const int64_t runs = window.starts.size();
+  Vec sums[RUNS];
+  for (int64_t r = 0; r < runs; r += RUNS) {
+    const int64_t some = std::min(RUNS, runs - r);
+    SLIDES[some - 1](base, window.starts.data() + r, window.offsets, kernel, sums);
+    for (int64_t j = 0; j < some; j++) {
+      const int64_t to = window.to[r + j], count = window.count[r + j];
+      if (window.step == 1 && (count == LANES || (window.overwritten && to + LANES <= size)))
+        store(y + to, sums[j]);
+      else
+        for (int64_t p = 0; p < count; p++) y[to + p * window.step] = sums[j][p];
+    }
+  }
+}
+
+// K[b,c] for one sample and channel, [taps].
+void mix_taps(const Tensor& experts, const Gates& gates, int64_t b, int64_t c, float* kernel) {
+  const int64_t E = experts.size(0), C = experts.size(1), taps = experts.size(3) * experts.size(4);
+  const float* w = experts.const_data_ptr<float>() + c * taps;
+  const float scale = (gates.before ? gates.before[b * C + c] : 1.f) * (gates.after ? gates.after[b * C + c] : 1.f);
+  std::fill(kernel, kernel + taps, 0.f);
+  for (int64_t e = 0; e < E; e++, w += C * taps) {
+    const float g = (gates.gate ? gates.gate[b * E + e] : 1.f) * scale;
+    for (int64_t t = 0; t < taps; t++) kernel[t] += g * w[t];
+  }
+  if (gates.spatial)
+    for (int64_t t = 0; t < taps; t++) kernel[t] *= gates.spatial[b * taps + t];
+}
+
+// of_map(map, b, c) for every map [H, W] of x [B, C, H, W]; each thread has a copy of ``padded`` for them.
+template <typename Work>
+void for_each_map(const Tensor& x, const PaddedMap& padded, int64_t work, const Work& of_map) {
+  const int64_t C = x.size(1), area = x.size(2) * x.size(3);
+  const float* from = x.const_data_ptr<float>();
+  at::parallel_for(0, x.size(0) * C, 1 + LEAST_WORK / (1 + work), [&](int64_t begin, int64_t end) {
+    PaddedMap map = padded;
+    for (int64_t m = begin; m < end; m++) {
+      map.fill(from + m * area);
+      of_map(map, m / C, m % C);
+    }
+  });
+}
+
+int64_t work_of(const std::vector<Window>& windows) {
+  int64_t work = 0;
+  for (const Window& window : windows) work += window.starts.size() * window.taps.size();
+  return work;
+}
+
+// All windows over each map of x, into a map of y.
+void slide_all(const Tensor& x, const Tensor& experts, const Gates& gates, const std::vector<Window>& windows,
+               const PaddedMap& padded, Tensor& y) {
+  const int64_t C = x.size(1), size = y.size(2) * y.size(3);
+  float* to = y.mutable_data_ptr<float>();
+  for_each_map(x, padded, work_of(windows), [&](const PaddedMap& map, int64_t b, int64_t c) {
+    std::vector<float> kernel(experts.size(3) * experts.size(4)), some(kernel.size());
+    mix_taps(experts, gates, b, c, kernel.data());
+    for (const Window& window : windows) {
+      for (size_t t = 0; t < window.taps.size(); t++) some[t] = kernel[window.taps[t]];
+      slide_over(window, map.data(), some.data(), to + (b * C + c) * size, size);
+    }
+  });
+}
+
+// A forward pass: the padded map that it reads, and its one window.
+struct Forward {
+  PaddedMap map;
+  Window window;
+
+  Forward(const Tensor& x, const Geometry& g, int64_t height, int64_t width)
+      : map(x.size(2), x.size(3), {g.ph, 0, g.pw, 0}, g.sw, (height - 1) * g.sh + (g.kh - 1) * g.dh + 1,
+            (g.kw - 1) * g.dw / g.sw + 1 + (width + LANES - 1) / LANES * LANES) {
+    for (int64_t i = 0; i < g.kh; i++)
+      for (int64_t j = 0; j < g.kw; j++) {
+        window.taps.push_back(i * g.kw + j);
+        window.offsets.push_back(map.at(i * g.dh, j * g.dw));
+      }
+    for (int64_t h = 0; h < height; h++) window.add_row(map.at(h * g.sh, 0), h * width, width);
+    window.overwritten = true;
+  }
+};
+
+Tensor depthwise_convolve(const Tensor& x, const Tensor& experts, const Maybe& gate, const Maybe& spatial,
+                          const Maybe& before, const Maybe& after, const Sizes& stride, const Sizes& padding,
+                          const Sizes& dilation) {
+  const Geometry g = geometry_of(experts, stride, padding, dilation);
+  check(x, experts, gate, spatial, before, after, g, true);
+  const int64_t height = g.outputs(x.size(2), true), width = g.outputs(x.size(3), false);
+  const Forward forward(x, g, height, width);
+  Tensor y = at::empty({x.size(0), x.size(1), height, width}, x.options());
+  const Gates gates{data_of(gate), data_of(spatial), data_of(before), data_of(after)};
+  slide_all(x, experts, gates, {forward.window}, forward.map, y);
+  return y;
+}
+
+// The gradient of the input [B, C, H, W] from that of the output.
+Tensor depthwise_input_gradient(const Tensor& grad, const Tensor& x, const Tensor& experts, const Maybe& gate,
+                                const Maybe& spatial, const Maybe& before, const Maybe& after, const Sizes& stride,
+                                const Sizes& padding, const Sizes& dilation) {
+  const Geometry g = geometry_of(experts, stride, padding, dilation);
+  check(x, experts, gate, spatial, before, after, g, true);
+  check_gradient(grad, x, experts, g);
+  const int64_t height = x.size(2), width = x.size(3);
+  const Steps tall(g.kh, g.sh, g.ph, g.dh, height, grad.size(2)), wide(g.kw, g.sw, g.pw, g.dw, width, grad.size(3));
+  const Margins margins{tall.before, tall.after, wide.before, wide.after};
+  const PaddedMap map(grad.size(2), grad.size(3), margins, 1, tall.before + grad.size(2) + tall.after,
+                      wide.before + grad.size(3) + wide.after + LANES);
+  std::vector<Window> windows;
+  int64_t written = 0;
+  for (size_t a = 0; a < tall.taps.size(); a++)
+    for (size_t c = 0; c < wide.taps.size(); c++) {
+      Window window;
+      for (size_t i = 0; i < tall.taps[a].size(); i++)
+        for (size_t j = 0; j < wide.taps[c].size(); j++) {
+          window.taps.push_back(tall.taps[a][i] * g.kw + wide.taps[c][j]);
+          window.offsets.push_back(map.at(tall.reach[a][i], wide.reach[c][j]));
+        }
+      if (window.taps.empty() || tall.pixels[a].empty() || wide.pixels[c].empty()) continue;  // zeros, or no pixels
+      window.step = g.sw;
+      window.overwritten = g.sh == 1;
+      for (size_t i = 0; i < tall.pixels[a].size(); i++)
+        window.add_row(map.at(tall.starts[a][i], wide.starts[c][0]), tall.pixels[a][i] * width + wide.pixels[c][0],
+                       wide.pixels[c].size());
+      written += tall.pixels[a].size() * wide.pixels[c].size();
+      windows.push_back(window);
+    }
+  Tensor to_x = written == height * width ? at::empty(x.sizes(), x.options()) : at::zeros(x.sizes(), x.options());
+  const Gates gates{data_of(gate), data_of(spatial), data_of(before), data_of(after)};
+  slide_all(grad, experts, gates, windows, map, to_x);
+  return to_x;
+}
+
+// to[t] = sum over runs of side * base[starts + offsets[t]].
+template <int N>
+void dot(const float* base, const Sizes& starts, const int64_t* offsets, const float* side, float* to) {
+  Vec c[N] = {};
+  for (size_t r = 0; r < starts.size(); r++) {
+    const Vec s = load(side + r * LANES);
+    const float* at = base + starts[r];
+#pragma GCC unroll 9
+    for (int t = 0; t < N; t++) c[t] += s * load(at + offsets[t]);
+  }
+#pragma GCC unroll 9
+  for (int t = 0; t < N; t++) to[t] = sum_of(c[t]);
+}
+
+constexpr decltype(&dot<1>) DOTS[TAPS] = {dot<1>, dot<2>, dot<3>, dot<4>, dot<5>,
+                                          dot<6>, dot<7>, dot<8>, dot<9>};  // by taps
+
+// The gradient of each sample's kernel, [B, C, 1, kh, kw], from that of the output.
+Tensor depthwise_kernel_gradient(const Tensor& grad, const Tensor& x, const Tensor& experts, const Sizes& stride,
+                                 const Sizes& padding, const Sizes& dilation) {
+  const Geometry g = geometry_of(experts, stride, padding, dilation);
+  check(x, experts[0].unsqueeze(0), {}, {}, {}, {}, g, true);
+  check_gradient(grad, x, experts, g);
+  const int64_t C = x.size(1), area = grad.size(2) * grad.size(3);
+  const Forward forward(x, g, grad.size(2), grad.size(3));
+  const Window& window = forward.window;
+  const int64_t taps = window.taps.size(), runs = window.starts.size();
+  Tensor to_kernels = at::empty({x.size(0), C, 1, g.kh, g.kw}, x.options());
+  const float* from = grad.const_data_ptr<float>();
+  float* to = to_kernels.mutable_data_ptr<float>();
+  for_each_map(x, forward.map, taps * runs, [&](const PaddedMap& map, int64_t b, int64_t c) {
+    std::vector<float> side(runs * LANES);  // zeros behind the end of a row
+    for (int64_t r = 0; r < runs; r++)
+      std::copy_n(from + (b * C + c) * area + window.to[r], window.count[r], side.data() + r * LANES);
+    for (int64_t t = 0; t < taps; t += TAPS)
+      DOTS[std::min(TAPS, taps - t) - 1](map.data(), window.starts, window.offsets.data() + t, side.data(),
+                                         to + (b * C + c) * taps + t);
+  });
+  return to_kernels;
+}
+
+}  // namespace
