@@ -3,6 +3,7 @@
 #pragma once
 
 #include <ATen/Parallel.h>
+#include <immintrin.h>
 #include <torch/extension.h>
 
 #include <algorithm>
@@ -15,10 +16,19 @@ using Maybe = std::optional<Tensor>;
 using Sizes = std::vector<int64_t>;
 typedef float Vec __attribute__((vector_size(32), aligned(4), may_alias));
 
+typedef int Mask __attribute__((vector_size(32)));
+
 constexpr int64_t LANES = 8;
 
 inline Vec load(const float* p) { return *reinterpret_cast<const Vec*>(p); }
 inline void store(float* p, Vec v) { *reinterpret_cast<Vec*>(p) = v; }
+// The first ``count`` lanes, and zeros; of a count that is not from 1 to 7, all of them or none.
+inline Mask mask_of(int64_t count) {
+  Mask m;
+  for (int i = 0; i < LANES; i++) m[i] = i < count ? -1 : 0;
+  return m;
+}
+inline Vec load_some(const float* p, Mask m) { return _mm256_maskload_ps(p, (__m256i)m); }
 inline float sum_of(Vec v) { return ((v[0] + v[4]) + (v[1] + v[5])) + ((v[2] + v[6]) + (v[3] + v[7])); }
 const float* data_of(const Maybe& t) { return t ? t->const_data_ptr<float>() : nullptr; }
 

@@ -19,7 +19,8 @@ namespace {
 
 constexpr int64_t WIDE = 2 * LANES;  // filters of a panel
 constexpr int64_t TALL = 6;          // rows of a tile: 12 sums, 2 of the panel and 1 number fill 16 registers
-constexpr int64_t DEPTH = 288;       // rows of a panel: 18 KB, half of a first level of cache; of 1x1 half as many
+constexpr int64_t DEPTH = 288;       // rows of a panel: 18 KB, half of a first level of cache
+constexpr int64_t POINTWISE_DEPTH = 80;  // of 1x1: each reads cache lines of its own, 16 KB of them at 7 px
 constexpr int64_t POSITIONS = 256;   // of a gradient's panel: 16 KB
 constexpr int64_t INPUT_BYTES = 16 << 20;  // of padded input at a time: it stays in the third level
 
@@ -144,8 +145,7 @@ struct Chunk {  // of channels: all taps of each
 
 std::vector<Chunk> chunks_of(int64_t channels, int64_t taps) {
   std::vector<Chunk> chunks;
-  // with one tap each row reads a cache line of its own
-  const int64_t most = taps == 1 ? DEPTH / 2 : std::max<int64_t>(1, DEPTH / taps);
+  const int64_t most = taps == 1 ? POINTWISE_DEPTH : std::max<int64_t>(1, DEPTH / taps);
   for (int64_t c = 0; c < channels; c += most) {
     const int64_t some = std::min(most, channels - c);
     chunks.push_back({c, some, some * taps});

@@ -14,47 +14,65 @@ namespace {
 
 constexpr int64_t RUNS = 8;               // in a tile: 8 sums, the tap and 1 factor leave room in 16 registers
 constexpr int64_t TAPS = 9;               // of a gradient at a time: 9 sums, the gradient and 1 factor
+constexpr int64_t CHANNELS = 64;          // whose kernels are mixed at a time
 constexpr int64_t LEAST_WORK = 16 << 10;  // vectors times taps for a thread
 
 // A map [H, W] between margins. Column c is number c / sections of section c % sections.
 class PaddedMap {
  public:
   PaddedMap(int64_t H, int64_t W, Margins m, int64_t sections, int64_t rows, int64_t pitch)
-      : height_(H), width_(W), margins_(m), sections_(sections), rows_(rows), pitch_(pitch) {
-    held_.resize(sections * rows * pitch + LANES);  // a run may begin at the last number
+      : height_(std::min(H, rows - m.top)),
+        width_(W),
+        margins_(m),
+        sections_(sections),
+        pitch_(std::max(pitch, (m.left + W + sections - 1) / sections)),
+        section_(rows * pitch_ + LANES) {  // a run may begin at the last number, and a copied row may end there
+    held_.resize(sections * section_ + LANES);
+    const int64_t rest = W % (sections == 2 ? 2 * LANES : LANES);
+    rest_[0] = mask_of(rest), rest_[1] = mask_of(rest - LANES);
   }
 
   int64_t at(int64_t row, int64_t column) const {
-    return ((column % sections_) * rows_ + row) * pitch_ + column / sections_;
+    return column % sections_ * section_ + row * pitch_ + column / sections_;
   }
   const float* data() const { return held_.data(); }
 
   // The margins are zeros from the start, and stay.
   void fill(const float* from) {
-    const int64_t last = std::min(height_, rows_ - margins_.top);
-    for (int64_t s = 0; s < sections_; s++) {
-      const int64_t first = (margins_.left - s + sections_ - 1) / sections_;  // number of the first column inside
-      const int64_t skip = first * sections_ + s - margins_.left;
-      const int64_t count = std::min((width_ - skip + sections_ - 1) / sections_, pitch_ - first);
-      float* to = held_.data() + (s * rows_ + margins_.top) * pitch_ + first;
-      for (int64_t h = 0; h < last; h++) copy(from + h * width_ + skip, count, to + h * pitch_);
+    for (int64_t h = 0; h < height_; h++, from += width_) {
+      const int64_t row = margins_.top + h;
+      if (sections_ == 1)
+        copy(from, held_.data() + at(row, margins_.left));
+      else if (sections_ == 2)
+        part(from, held_.data() + at(row, margins_.left), held_.data() + at(row, margins_.left + 1));
+      else
+        for (int64_t w = 0; w < width_; w++) held_[at(row, margins_.left + w)] = from[w];
     }
   }
 
  private:
-  void copy(const float* from, int64_t count, float* to) const {
-    if (sections_ == 1)
-      for (int64_t i = 0; i < count; i++) to[i] = from[i];
-    else if (sections_ == 2)
-      for (int64_t i = 0; i < count; i++) to[i] = from[2 * i];
-    else
-      for (int64_t i = 0; i < count; i++) to[i] = from[sections_ * i];
+  // Both write zeros behind the last number: on a margin, or where the next row goes.
+  void copy(const float* from, float* to) const {
+    int64_t w = 0;
+    for (; w + LANES <= width_; w += LANES) store(to + w, load(from + w));
+    if (w < width_) store(to + w, load_some(from + w, rest_[0]));
+  }
+
+  void part(const float* from, float* even, float* odd) const {
+    int64_t w = 0;
+    auto put = [&](Vec a, Vec b) {
+      store(even + w / 2, __builtin_shufflevector(a, b, 0, 2, 4, 6, 8, 10, 12, 14));
+      store(odd + w / 2, __builtin_shufflevector(a, b, 1, 3, 5, 7, 9, 11, 13, 15));
+    };
+    for (; w + 2 * LANES <= width_; w += 2 * LANES) put(load(from + w), load(from + w + LANES));
+    if (w < width_) put(load_some(from + w, rest_[0]), load_some(from + w + LANES, rest_[1]));
   }
 
   int64_t height_, width_;
   Margins margins_;
-  int64_t sections_, rows_, pitch_;
+  int64_t sections_, pitch_, section_;
   std::vector<float> held_;
+  Mask rest_[2];
 };
 
 // Some taps and the positions that they serve: all of a convolution; of its transpose those of one phase of the stride.
@@ -107,27 +125,58 @@ void slide_over(const Window& window, const float* base, const float* kernel, fl
   }
 }
 
-// K[b,c] for one sample and channel, [taps].
-void mix_taps(const Tensor& experts, const Gates& gates, int64_t b, int64_t c, float* kernel) {
-  const int64_t E = experts.size(0), C = experts.size(1), taps = experts.size(3) * experts.size(4);
-  const float* w = experts.const_data_ptr<float>() + c * taps;
-  const float scale = (gates.before ? gates.before[b * C + c] : 1.f) * (gates.after ? gates.after[b * C + c] : 1.f);
-  std::fill(kernel, kernel + taps, 0.f);
-  for (int64_t e = 0; e < E; e++, w += C * taps) {
-    const float g = (gates.gate ? gates.gate[b * E + e] : 1.f) * scale;
-    for (int64_t t = 0; t < taps; t++) kernel[t] += g * w[t];
-  }
-  if (gates.spatial)
-    for (int64_t t = 0; t < taps; t++) kernel[t] *= gates.spatial[b * taps + t];
-}
+// K[b,c] of one sample and channel after the other, made for some channels at a time.
+class Kernels {
+ public:
+  Kernels(const Tensor& experts, const Gates& gates)
+      : weight_(experts.const_data_ptr<float>()),
+        gates_(gates),
+        experts_(experts.size(0)),
+        channels_(experts.size(1)),
+        taps_(experts.size(3) * experts.size(4)),
+        held_(std::min(channels_, CHANNELS) * taps_) {}
 
-// of_map(map, b, c) for every map [H, W] of x [B, C, H, W]; each thread has a copy of ``padded`` for them.
-template <typename Work>
-void for_each_map(const Tensor& x, const PaddedMap& padded, int64_t work, const Work& of_map) {
+  const float* of(int64_t b, int64_t c) {
+    if (b != sample_ || c / CHANNELS != block_) mix(sample_ = b, block_ = c / CHANNELS);
+    return held_.data() + (c - block_ * CHANNELS) * taps_;
+  }
+
+ private:
+  void mix(int64_t b, int64_t block) {
+    const int64_t first = block * CHANNELS, channels = std::min(CHANNELS, channels_ - first), size = channels * taps_;
+    float* __restrict to = held_.data();
+    for (int64_t e = 0; e < experts_; e++) {
+      const float g = gates_.gate ? gates_.gate[b * experts_ + e] : 1.f;
+      const float* from = weight_ + (e * channels_ + first) * taps_;
+      if (e == 0)
+        for (int64_t i = 0; i < size; i++) to[i] = g * from[i];
+      else
+        for (int64_t i = 0; i < size; i++) to[i] += g * from[i];
+    }
+    for (const float* scale : {gates_.before, gates_.after})
+      if (scale)
+        for (int64_t c = 0; c < channels; c++)
+          for (int64_t t = 0; t < taps_; t++) to[c * taps_ + t] *= scale[b * channels_ + first + c];
+    if (gates_.spatial)
+      for (int64_t c = 0; c < channels; c++)
+        for (int64_t t = 0; t < taps_; t++) to[c * taps_ + t] *= gates_.spatial[b * taps_ + t];
+  }
+
+  const float* weight_;
+  Gates gates_;
+  int64_t experts_, channels_, taps_, sample_ = -1, block_ = -1;
+  std::vector<float> held_;
+};
+
+// For every map [H, W] of x [B, C, H, W]; each thread has a copy of ``padded`` for them, and makes one ``of_map``, which
+// is called with the padded map, the sample and the channel.
+template <typename Make>
+void for_each_map(const Tensor& x, const PaddedMap& padded, int64_t work, const Make& make) {
   const int64_t C = x.size(1), area = x.size(2) * x.size(3);
   const float* from = x.const_data_ptr<float>();
   at::parallel_for(0, x.size(0) * C, 1 + LEAST_WORK / (1 + work), [&](int64_t begin, int64_t end) {
     PaddedMap map = padded;
+    auto of_map = make();
     for (int64_t m = begin; m < end; m++) {
       map.fill(from + m * area);
       of_map(map, m / C, m % C);
@@ -146,13 +195,15 @@ void slide_all(const Tensor& x, const Tensor& experts, const Gates& gates, const
                const PaddedMap& padded, Tensor& y) {
   const int64_t C = x.size(1), size = y.size(2) * y.size(3);
   float* to = y.mutable_data_ptr<float>();
-  for_each_map(x, padded, work_of(windows), [&](const PaddedMap& map, int64_t b, int64_t c) {
-    std::vector<float> kernel(experts.size(3) * experts.size(4)), some(kernel.size());
-    mix_taps(experts, gates, b, c, kernel.data());
-    for (const Window& window : windows) {
-      for (size_t t = 0; t < window.taps.size(); t++) some[t] = kernel[window.taps[t]];
-      slide_over(window, map.data(), some.data(), to + (b * C + c) * size, size);
-    }
+  for_each_map(x, padded, work_of(windows), [&] {
+    return [&, kernels = Kernels(experts, gates), some = std::vector<float>(experts.size(3) * experts.size(4))](
+               const PaddedMap& map, int64_t b, int64_t c) mutable {
+      const float* kernel = kernels.of(b, c);
+      for (const Window& window : windows) {
+        for (size_t t = 0; t < window.taps.size(); t++) some[t] = kernel[window.taps[t]];
+        slide_over(window, map.data(), some.data(), to + (b * C + c) * size, size);
+      }
+    };
   });
 }
 
@@ -254,13 +305,14 @@ Tensor depthwise_kernel_gradient(const Tensor& grad, const Tensor& x, const Tens
   Tensor to_kernels = at::empty({x.size(0), C, 1, g.kh, g.kw}, x.options());
   const float* from = grad.const_data_ptr<float>();
   float* to = to_kernels.mutable_data_ptr<float>();
-  for_each_map(x, forward.map, taps * runs, [&](const PaddedMap& map, int64_t b, int64_t c) {
-    std::vector<float> side(runs * LANES);  // zeros behind the end of a row
-    for (int64_t r = 0; r < runs; r++)
-      std::copy_n(from + (b * C + c) * area + window.to[r], window.count[r], side.data() + r * LANES);
-    for (int64_t t = 0; t < taps; t += TAPS)
-      DOTS[std::min(TAPS, taps - t) - 1](map.data(), window.starts, window.offsets.data() + t, side.data(),
-                                         to + (b * C + c) * taps + t);
+  for_each_map(x, forward.map, taps * runs, [&] {
+    return [&, side = std::vector<float>(runs * LANES)](const PaddedMap& map, int64_t b, int64_t c) mutable {
+      for (int64_t r = 0; r < runs; r++)  // zeros behind the end of a row stay
+        std::copy_n(from + (b * C + c) * area + window.to[r], window.count[r], side.data() + r * LANES);
+      for (int64_t t = 0; t < taps; t += TAPS)
+        DOTS[std::min(TAPS, taps - t) - 1](map.data(), window.starts, window.offsets.data() + t, side.data(),
+                                           to + (b * C + c) * taps + t);
+    };
   });
   return to_kernels;
 }
