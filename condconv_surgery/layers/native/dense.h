@@ -22,7 +22,9 @@ constexpr int64_t TALL = 6;          // rows of a tile: 12 sums, 2 of the panel 
 constexpr int64_t DEPTH = 288;       // rows of a panel: 18 KB, half of a first level of cache
 constexpr int64_t POINTWISE_DEPTH = 80;  // of 1x1: each reads cache lines of its own, 16 KB of them at 7 px
 constexpr int64_t POSITIONS = 256;   // of a gradient's panel: 16 KB
-constexpr int64_t INPUT_BYTES = 16 << 20;  // of padded input at a time: it stays in the third level
+// Padded input at a time: what little stays in the second level and needs few pages, but twice the experts, which are
+// packed anew for each time; never more than stays in the third.
+constexpr int64_t LEAST_INPUT = 2 << 20, MOST_INPUT = 16 << 20;
 
 // ahead: from a row to that which takes its place in the next tile; its numbers are asked for while this one computes.
 template <int ROWS>
@@ -304,10 +306,11 @@ Sizes offsets_of(const Chunk& chunk, const Phase& phase, int64_t channel) {
   return offsets;
 }
 
-int64_t samples_at_a_time(const Tensor& x, Margins m) {
+int64_t samples_at_a_time(const Tensor& x, Margins m, const Experts& experts) {
   const int64_t map = (x.size(2) + m.top + m.bottom) * (x.size(3) + m.left + m.right);
-  return std::max<int64_t>(
-      1, INPUT_BYTES / (4 * std::max(x.size(1), WIDE) * map));  // a panel's sums are as many as 16 channels
+  const int64_t bytes = 4 * experts.experts * experts.filters * experts.channels * experts.taps;
+  return std::max<int64_t>(1, std::clamp(2 * bytes, LEAST_INPUT, MOST_INPUT) /
+                                  (4 * std::max(x.size(1), WIDE) * map));  // a panel's sums are as many as 16 channels
 }
 
 // What a thread keeps from one panel to the next.
@@ -369,7 +372,7 @@ void convolve_panel(const Experts& experts, const Phase& phase, const Picture& p
 // there are fewer panels than threads.
 Tensor convolve_phases(const Tensor& x, const Experts& experts, const Gates& gates, const std::vector<Phase>& phases,
                        Margins margins, int64_t height, int64_t width) {
-  const int64_t B = x.size(0), some = samples_at_a_time(x, margins), panels = experts.panels();
+  const int64_t B = x.size(0), some = samples_at_a_time(x, margins, experts), panels = experts.panels();
   int64_t written = 0;
   for (const Phase& phase : phases) written += phase.positions.size();
   const Sizes shape{B, experts.filters, height, width};
@@ -526,7 +529,7 @@ std::vector<Tensor> kernel_gradients(const Tensor& grad, const Tensor& x, const 
   const Margins margins{g.ph, g.ph, g.pw, g.pw};
   const Phase phase = forward_phase(g, x.size(3) + 2 * g.pw, grad.size(2), grad.size(3));
   const auto chunks = chunks_of(experts.channels, experts.taps);
-  const int64_t B = x.size(0), some = samples_at_a_time(x, margins), panels = experts.panels(), parts = chunks.size();
+  const int64_t B = x.size(0), some = samples_at_a_time(x, margins, experts), panels = experts.panels(), parts = chunks.size();
   const Gates gates{data_of(gate), data_of(spatial), data_of(before), data_of(after)};
   // one slice for each unit that could add to the same numbers at the same time
   auto slices = [&](const Maybe& part, int64_t count) {
