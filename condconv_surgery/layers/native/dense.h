@@ -170,6 +170,11 @@ class Packer {
     const float* from = start(panel, chunk) + expert * experts_.expert_step;
     const int64_t count = experts_.count(panel);
     if (contiguous_) return transpose_rows(from, experts_.filter_step, count, chunk.depth, to);
+    if ((int64_t)phase_.taps.size() == experts_.taps) {
+      for (int64_t c = 0; c < chunk.channels; c++)
+        pack_channel(from + c * experts_.channel_step, count, to + c * experts_.taps * WIDE);
+      return;
+    }
     find(chunk);
     for (int64_t k = 0; k < chunk.depth; k++)
       for (int64_t f = 0; f < WIDE; f++) to[k * WIDE + f] = f < count ? from[f * experts_.filter_step + at_[k]] : 0.f;
@@ -206,6 +211,13 @@ class Packer {
  private:
   const float* start(int64_t panel, const Chunk& chunk) const {
     return experts_.weight + panel * WIDE * experts_.filter_step + chunk.first * experts_.channel_step;
+  }
+  // All taps of a channel, which lie one after the other.
+  void pack_channel(const float* from, int64_t count, float* to) const {
+    if (experts_.taps == 1 && count == WIDE)
+      store(to, load(from)), store(to + LANES, load(from + LANES));
+    else
+      transpose_rows(from, experts_.filter_step, count, experts_.taps, to);
   }
   void find(const Chunk& chunk) {
     int64_t k = 0;
@@ -452,6 +464,38 @@ Tensor input_gradient(const Tensor& grad, const Tensor& x, const Tensor& experts
   return convolve_phases(grad, Experts(experts, true), gates, phases, margins, height, width);
 }
 
+// to_experts[e] += gate[e] * of_kernel and to_gate[e] += of_kernel . packed[e] for some experts, ``step`` apart.
+template <int EXPERTS>
+void unmix(const float* of_kernel, const float* gate, const float* packed, int64_t step, int64_t depth,
+           float* to_experts, float* to_gate) {
+  Vec sums[EXPERTS] = {};
+  for (int64_t k = 0; k < depth * WIDE; k += WIDE) {
+    const Vec left = load(of_kernel + k), right = load(of_kernel + k + LANES);
+#pragma GCC unroll 4
+    for (int e = 0; e < EXPERTS; e++) {
+      const float g = gate ? gate[e] : 1.f, *from = packed + e * step + k;
+      float* to = to_experts + e * step + k;
+      store(to, load(to) + g * left);
+      store(to + LANES, load(to + LANES) + g * right);
+      sums[e] += left * load(from);
+      sums[e] += right * load(from + LANES);
+    }
+  }
+  if (to_gate)
+    for (int e = 0; e < EXPERTS; e++) to_gate[e] += sum_of(sums[e]);
+}
+
+void unmix_panel(const float* of_kernel, const float* gate, const float* packed, int64_t step, int64_t experts,
+                 int64_t depth, float* to_experts, float* to_gate) {
+  for (int64_t e = 0; e < experts;) {  // four at a time have their sums in registers
+    const int64_t some = experts - e >= 4 ? 4 : experts - e >= 2 ? 2 : 1;
+    const auto f = some == 4 ? unmix<4> : some == 2 ? unmix<2> : unmix<1>;
+    f(of_kernel, gate ? gate + e : nullptr, packed + e * step, step, depth, to_experts + e * step,
+      to_gate ? to_gate + e : nullptr);
+    e += some;
+  }
+}
+
 // What one panel and one chunk add up over the samples.
 struct Sums {
   float *gate, *spatial, *before, *after;  // [B, E], [B, taps], [B, I], [B, O]: of this unit alone, or null
@@ -477,17 +521,15 @@ void differentiate_panel(const Experts& experts, const Phase& phase, const Pictu
     const float* gate = gates.gate ? gates.gate + b * n : nullptr;
     const float* spatial = gates.spatial ? gates.spatial + b * taps : nullptr;
     const float* before = gates.before ? gates.before + b * experts.channels + chunk.first : nullptr;
-    Vec after[2] = {Vec{} + 1.f, Vec{} + 1.f}, to_after[2] = {{}, {}};
-    if (gates.after)
-      for (int64_t f = 0; f < WIDE; f++)
-        after[f / LANES][f % LANES] = f < count ? gates.after[b * experts.filters + panel * WIDE + f] : 0.f;
-    const bool scaled = spatial || before || gates.after;
-    const float* mixed = gate ? mixture.data() : packed;
-    if (scaled && gate) mix_panels(packed, step, n, gate, chunk.depth, mixture.data());
-    std::vector<float> to_gate(n * LANES);
-    for (int64_t k = 0, channel = 0, tap = 0; k < chunk.depth; k++) {
-      Vec d[2] = {load(of_kernel.data() + k * WIDE), load(of_kernel.data() + k * WIDE + LANES)};
-      if (scaled) {
+    if (spatial || before || gates.after) {
+      Vec after[2] = {Vec{} + 1.f, Vec{} + 1.f}, to_after[2] = {{}, {}};
+      if (gates.after)
+        for (int64_t f = 0; f < WIDE; f++)
+          after[f / LANES][f % LANES] = f < count ? gates.after[b * experts.filters + panel * WIDE + f] : 0.f;
+      const float* mixed = gate ? mixture.data() : packed;
+      if (gate) mix_panels(packed, step, n, gate, chunk.depth, mixture.data());
+      for (int64_t k = 0, channel = 0, tap = 0; k < chunk.depth; k++) {
+        Vec d[2] = {load(of_kernel.data() + k * WIDE), load(of_kernel.data() + k * WIDE + LANES)};
         const float s = spatial ? spatial[tap] : 1.f, c = before ? before[channel] : 1.f;
         const Vec product[2] = {d[0] * load(mixed + k * WIDE), d[1] * load(mixed + k * WIDE + LANES)};
         const float left = sum_of(product[0] * after[0] + product[1] * after[1]);
@@ -495,25 +537,15 @@ void differentiate_panel(const Experts& experts, const Phase& phase, const Pictu
         if (sums.spatial) sums.spatial[b * taps + tap] += left * c;
         for (int h = 0; h < 2; h++) {
           to_after[h] += product[h] * (s * c);
-          d[h] *= after[h] * (s * c);
+          store(of_kernel.data() + k * WIDE + h * LANES, d[h] * after[h] * (s * c));
         }
+        if (++tap == taps) tap = 0, channel++;
       }
-      for (int64_t e = 0; e < n; e++) {
-        const float g = gate ? gate[e] : 1.f;
-        float* to = to_experts + e * step + k * WIDE;
-        const float* from = packed + e * step + k * WIDE;
-        store(to, load(to) + g * d[0]);
-        store(to + LANES, load(to + LANES) + g * d[1]);
-        store(to_gate.data() + e * LANES,
-              load(to_gate.data() + e * LANES) + d[0] * load(from) + d[1] * load(from + LANES));
-      }
-      if (++tap == taps) tap = 0, channel++;
+      if (sums.after)
+        for (int64_t f = 0; f < count; f++)
+          sums.after[b * experts.filters + panel * WIDE + f] += to_after[f / LANES][f % LANES];
     }
-    if (sums.gate)
-      for (int64_t e = 0; e < n; e++) sums.gate[b * n + e] += sum_of(load(to_gate.data() + e * LANES));
-    if (sums.after)
-      for (int64_t f = 0; f < count; f++)
-        sums.after[b * experts.filters + panel * WIDE + f] += to_after[f / LANES][f % LANES];
+    unmix_panel(of_kernel.data(), gate, packed, step, n, chunk.depth, to_experts, sums.gate ? sums.gate + b * n : nullptr);
   }
 }
 
