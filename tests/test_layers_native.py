@@ -39,6 +39,7 @@ MORE = {
         in_channels=5, out_channels=17, kernel_size=(3, 5), stride=(2, 1), padding=(2, 1), dilation=(1, 2)
     ),
     "several panels and chunks": dict(in_channels=70, out_channels=50, kernel_size=3, padding=1),
+    "panels that take turns": dict(in_channels=170, out_channels=300, kernel_size=1),
     "whole panels": dict(in_channels=64, out_channels=32, kernel_size=3, padding=1),
     "more padding than kernel": dict(in_channels=4, out_channels=16, kernel_size=1, padding=2),
     "depthwise, rows of every length": dict(in_channels=3, out_channels=3, kernel_size=3, padding=1, groups=3),
@@ -125,8 +126,15 @@ class TestCompiled:
         for a, e in zip(actual, expected, strict=True):
             assert (a - e).abs().max() <= 1e-4 * max(1.0, e.abs().max().item())
 
-    def test_threads_change_no_bit(self) -> None:
-        geometry = ConvGeometry.make(40, 24, 3, 2, 1)
+    @pytest.mark.parametrize(
+        "geometry",
+        [
+            ConvGeometry.make(40, 24, 3, 2, 1),
+            ConvGeometry.make(90, 300, 1),
+            ConvGeometry.make(70, 70, 3, 1, 1, groups=70),
+        ],
+    )
+    def test_threads_change_no_bit(self, geometry: ConvGeometry) -> None:
         x, experts, _, mixture = make_case(geometry, MIXTURES["everything"], 5, False, torch.float32)
         leaves = [t for t in (x, experts, *mixture) if t is not None]
         before, found = torch.get_num_threads(), []

@@ -21,6 +21,7 @@ constexpr int64_t WIDE = 2 * LANES;  // filters of a panel
 constexpr int64_t TALL = 6;          // rows of a tile: 12 sums, 2 of the panel and 1 number fill 16 registers
 constexpr int64_t DEPTH = 288;       // rows of a panel: 18 KB, half of a first level of cache
 constexpr int64_t POINTWISE_DEPTH = 80;  // of 1x1: each reads cache lines of its own, 16 KB of them at 7 px
+constexpr int64_t TOGETHER = 4;      // panels of 1x1 that read the same channels while they are in the first level
 constexpr int64_t POSITIONS = 256;   // of a gradient's panel: 16 KB
 // Padded input at a time: what little stays in the second level and needs few pages, but twice the experts, which are
 // packed anew for each time; never more than stays in the third.
@@ -325,59 +326,71 @@ int64_t samples_at_a_time(const Tensor& x, Margins m, const Experts& experts) {
                                   (4 * std::max(x.size(1), WIDE) * map));  // a panel's sums are as many as 16 channels
 }
 
+// How many panels take turns on what they read; one where each thread has few.
+int64_t panels_together(int64_t taps, int64_t panels) {
+  return taps == 1 && panels >= 2 * TOGETHER * at::get_num_threads() ? TOGETHER : 1;
+}
+
 // What a thread keeps from one panel to the next.
 struct Room {
   Packer packer;
   std::vector<float> packed, mixed, sums;
 };
 
-// y[b, filter, outputs[p]] = after * sum over channels and taps, for the filters of one panel, samples and positions.
-void convolve_panel(const Experts& experts, const Phase& phase, const Picture& picture, const Gates& gates,
-                    int64_t panel, int64_t first, int64_t last, int64_t from, int64_t to, float* y, int64_t size,
-                    Room& room) {
-  const int64_t n = last - first, positions = to - from, count = experts.count(panel);
+// What a thread adds up: panels that share what they read, all samples of a time, positions.
+struct Unit {
+  int64_t panel, panels, first, last, from, to;
+};
+
+// The sums of one sample and panel to the maps of y from the given one on.
+void write_sums(const Phase& phase, const float* sum, const Unit& unit, int64_t count, int64_t map, const float* after,
+                float* y, int64_t size) {
+  const float* scale = after ? after + map : nullptr;
+  if (phase.in_order) return transpose_back(sum, unit.to - unit.from, count, scale, y + map * size + unit.from, size);
+  for (int64_t f = 0; f < count; f++) {
+    float* out = y + (map + f) * size;
+    for (int64_t p = unit.from; p < unit.to; p++)
+      out[phase.outputs[p]] = (scale ? scale[f] : 1.f) * sum[(p - unit.from) * WIDE + f];
+  }
+}
+
+// y[b, filter, outputs[p]] = after * sum over channels and taps, for the filters, samples and positions of a unit.
+void convolve_unit(const Experts& experts, const Phase& phase, const Picture& picture, const Gates& gates,
+                   const Unit& unit, float* y, int64_t size, Room& room) {
+  const int64_t n = unit.last - unit.first, positions = unit.to - unit.from;
   const auto chunks = chunks_of(experts.channels, phase.taps.size());
-  const int64_t depth = chunks[0].depth, step = depth * WIDE;
+  const int64_t step = chunks[0].depth * WIDE, of_panel = experts.experts * step;
   auto& [packer, packed, mixed, sums] = room;
   const bool mixed_first = gates.gate && n <= experts.experts && packer.mixes();
-  packed.resize(mixed_first ? 0 : experts.experts * step);
+  packed.resize(mixed_first ? 0 : unit.panels * of_panel);
   mixed.resize(step);
-  sums.assign(n * positions * WIDE, 0.f);
+  sums.assign(unit.panels * n * positions * WIDE, 0.f);
   for (const Chunk& chunk : chunks) {
     const Sizes offsets = offsets_of(chunk, phase, picture.channel);
-    if (!mixed_first)
-      for (int64_t e = 0; e < experts.experts; e++) packer.pack(panel, chunk, e, packed.data() + e * step);
-    for (int64_t b = 0; b < n; b++) {
-      const float* gate = gates.gate ? gates.gate + (first + b) * experts.experts : nullptr;
-      const float* kernel = mixed.data();
-      if (!gate)
-        kernel = packed.data();
-      else if (mixed_first)
-        packer.pack_mixed(panel, chunk, gate, mixed.data());
-      else
-        mix_panels(packed.data(), step, experts.experts, gate, chunk.depth, mixed.data());
-      if (gates.spatial) {
-        scale_taps(gates.spatial + (first + b) * experts.taps, phase.taps, chunk.depth, kernel, mixed.data());
-        kernel = mixed.data();
+    for (int64_t p = 0; p < unit.panels && !mixed_first; p++)
+      for (int64_t e = 0; e < experts.experts; e++)
+        packer.pack(unit.panel + p, chunk, e, packed.data() + p * of_panel + e * step);
+    for (int64_t b = 0; b < n; b++)
+      for (int64_t p = 0; p < unit.panels; p++) {
+        const float* gate = gates.gate ? gates.gate + (unit.first + b) * experts.experts : nullptr;
+        const float *panels = packed.data() + p * of_panel, *kernel = gate ? mixed.data() : panels;
+        if (mixed_first)
+          packer.pack_mixed(unit.panel + p, chunk, gate, mixed.data());
+        else if (gate)
+          mix_panels(panels, step, experts.experts, gate, chunk.depth, mixed.data());
+        if (gates.spatial) {
+          scale_taps(gates.spatial + (unit.first + b) * experts.taps, phase.taps, chunk.depth, kernel, mixed.data());
+          kernel = mixed.data();
+        }
+        tiles(picture.data + b * picture.sample + chunk.first * picture.channel, phase.positions.data() + unit.from,
+              positions, offsets.data(), chunk.depth, kernel, sums.data() + (p * n + b) * positions * WIDE);
       }
-      const float* base = picture.data + b * picture.sample + chunk.first * picture.channel;
-      tiles(base, phase.positions.data() + from, positions, offsets.data(), chunk.depth, kernel,
-            sums.data() + b * positions * WIDE);
-    }
   }
-  for (int64_t b = 0; b < n; b++) {
-    const int64_t map = (first + b) * experts.filters + panel * WIDE;
-    const float *scale = gates.after ? gates.after + map : nullptr, *sum = sums.data() + b * positions * WIDE;
-    if (phase.in_order) {
-      transpose_back(sum, positions, count, scale, y + map * size + from, size);
-      continue;
-    }
-    for (int64_t f = 0; f < count; f++) {
-      float* out = y + (map + f) * size;
-      for (int64_t p = 0; p < positions; p++)
-        out[phase.outputs[from + p]] = (scale ? scale[f] : 1.f) * sum[p * WIDE + f];
-    }
-  }
+  const float* sum = sums.data();
+  for (int64_t p = 0; p < unit.panels; p++)
+    for (int64_t b = 0; b < n; b++, sum += positions * WIDE)
+      write_sums(phase, sum, unit, experts.count(unit.panel + p),
+                 (unit.first + b) * experts.filters + (unit.panel + p) * WIDE, gates.after, y, size);
 }
 
 // All phases over all samples, some samples at a time; each thread takes panels, and a part of the positions where
@@ -395,12 +408,15 @@ Tensor convolve_phases(const Tensor& x, const Experts& experts, const Gates& gat
     const Picture picture(x.narrow(0, b, n), gates.before ? gates.before + b * experts.channels : nullptr, margins);
     for (const Phase& phase : phases) {
       const int64_t size = phase.positions.size();
-      const int64_t parts = std::min((at::get_num_threads() + panels - 1) / panels, std::max<int64_t>(1, size / TALL));
-      at::parallel_for(0, panels * parts, 1, [&](int64_t begin, int64_t end) {
+      const int64_t together = panels_together(phase.taps.size(), panels), groups = (panels + together - 1) / together;
+      const int64_t parts = std::min((at::get_num_threads() + groups - 1) / groups, std::max<int64_t>(1, size / TALL));
+      at::parallel_for(0, groups * parts, 1, [&](int64_t begin, int64_t end) {
         Room room{Packer(experts, phase, chunks_of(experts.channels, phase.taps.size())[0].depth), {}, {}, {}};
-        for (int64_t unit = begin; unit < end; unit++) {
-          const int64_t part = unit % parts, from = size * part / parts, to = size * (part + 1) / parts;
-          convolve_panel(experts, phase, picture, gates, unit / parts, b, b + n, from, to, out, height * width, room);
+        for (int64_t i = begin; i < end; i++) {
+          const int64_t part = i % parts, panel = i / parts * together;
+          const Unit unit{panel,  std::min(together, panels - panel), b, b + n, size * part / parts,
+                          size * (part + 1) / parts};
+          convolve_unit(experts, phase, picture, gates, unit, out, height * width, room);
         }
       });
     }
@@ -501,52 +517,55 @@ struct Sums {
   float *gate, *spatial, *before, *after;  // [B, E], [B, taps], [B, I], [B, O]: of this unit alone, or null
 };
 
-// The gradients of the kernel's parts for the filters of a panel and the channels of a chunk.
-void differentiate_panel(const Experts& experts, const Phase& phase, const Picture& picture, const Gates& gates,
-                         const float* grad, int64_t panel, const Chunk& chunk, int64_t first, int64_t last,
-                         const float* packed, float* to_experts, const Sums& sums) {
+// What a thread keeps from one sample to the next: the gradient of its kernel, its kernel, its gradient transposed.
+struct Desk {
+  Sizes rows;
+  std::vector<float> of_kernel, mixture, side;
+};
+
+// The gradients of the kernel's parts for the filters of a panel, the channels of a chunk and one sample. base: its
+// channels in the picture.
+void differentiate(const Experts& experts, const Phase& phase, const float* base, const Gates& gates, const float* grad,
+                   int64_t panel, const Chunk& chunk, int64_t b, const float* packed, float* to_experts,
+                   const Sums& sums, Desk& desk) {
   const int64_t n = experts.experts, step = chunk.depth * WIDE, count = experts.count(panel), taps = experts.taps;
   const int64_t positions = phase.positions.size();
-  const Sizes rows = offsets_of(chunk, phase, picture.channel);
-  std::vector<float> of_kernel(step), mixture(step), side(std::min(positions, POSITIONS) * WIDE);
-  for (int64_t b = first; b < last; b++) {
-    std::fill(of_kernel.begin(), of_kernel.end(), 0.f);
-    const float* base = picture.data + (b - first) * picture.sample + chunk.first * picture.channel;
-    const float* grad_maps = grad + (b * experts.filters + panel * WIDE) * positions;
-    for (int64_t p = 0; p < positions; p += POSITIONS) {
-      const int64_t some = std::min(POSITIONS, positions - p);
-      transpose_rows(grad_maps + p, positions, count, some, side.data());
-      tiles(base, rows.data(), chunk.depth, phase.positions.data() + p, some, side.data(), of_kernel.data());
-    }
-    const float* gate = gates.gate ? gates.gate + b * n : nullptr;
-    const float* spatial = gates.spatial ? gates.spatial + b * taps : nullptr;
-    const float* before = gates.before ? gates.before + b * experts.channels + chunk.first : nullptr;
-    if (spatial || before || gates.after) {
-      Vec after[2] = {Vec{} + 1.f, Vec{} + 1.f}, to_after[2] = {{}, {}};
-      if (gates.after)
-        for (int64_t f = 0; f < WIDE; f++)
-          after[f / LANES][f % LANES] = f < count ? gates.after[b * experts.filters + panel * WIDE + f] : 0.f;
-      const float* mixed = gate ? mixture.data() : packed;
-      if (gate) mix_panels(packed, step, n, gate, chunk.depth, mixture.data());
-      for (int64_t k = 0, channel = 0, tap = 0; k < chunk.depth; k++) {
-        Vec d[2] = {load(of_kernel.data() + k * WIDE), load(of_kernel.data() + k * WIDE + LANES)};
-        const float s = spatial ? spatial[tap] : 1.f, c = before ? before[channel] : 1.f;
-        const Vec product[2] = {d[0] * load(mixed + k * WIDE), d[1] * load(mixed + k * WIDE + LANES)};
-        const float left = sum_of(product[0] * after[0] + product[1] * after[1]);
-        if (sums.before) sums.before[b * experts.channels + chunk.first + channel] += left * s;
-        if (sums.spatial) sums.spatial[b * taps + tap] += left * c;
-        for (int h = 0; h < 2; h++) {
-          to_after[h] += product[h] * (s * c);
-          store(of_kernel.data() + k * WIDE + h * LANES, d[h] * after[h] * (s * c));
-        }
-        if (++tap == taps) tap = 0, channel++;
-      }
-      if (sums.after)
-        for (int64_t f = 0; f < count; f++)
-          sums.after[b * experts.filters + panel * WIDE + f] += to_after[f / LANES][f % LANES];
-    }
-    unmix_panel(of_kernel.data(), gate, packed, step, n, chunk.depth, to_experts, sums.gate ? sums.gate + b * n : nullptr);
+  auto& [rows, of_kernel, mixture, side] = desk;
+  std::fill(of_kernel.begin(), of_kernel.end(), 0.f);
+  const float* grad_maps = grad + (b * experts.filters + panel * WIDE) * positions;
+  for (int64_t p = 0; p < positions; p += POSITIONS) {
+    const int64_t some = std::min(POSITIONS, positions - p);
+    transpose_rows(grad_maps + p, positions, count, some, side.data());
+    tiles(base, rows.data(), chunk.depth, phase.positions.data() + p, some, side.data(), of_kernel.data());
   }
+  const float* gate = gates.gate ? gates.gate + b * n : nullptr;
+  const float* spatial = gates.spatial ? gates.spatial + b * taps : nullptr;
+  const float* before = gates.before ? gates.before + b * experts.channels + chunk.first : nullptr;
+  if (spatial || before || gates.after) {
+    Vec after[2] = {Vec{} + 1.f, Vec{} + 1.f}, to_after[2] = {{}, {}};
+    if (gates.after)
+      for (int64_t f = 0; f < WIDE; f++)
+        after[f / LANES][f % LANES] = f < count ? gates.after[b * experts.filters + panel * WIDE + f] : 0.f;
+    const float* mixed = gate ? mixture.data() : packed;
+    if (gate) mix_panels(packed, step, n, gate, chunk.depth, mixture.data());
+    for (int64_t k = 0, channel = 0, tap = 0; k < chunk.depth; k++) {
+      Vec d[2] = {load(of_kernel.data() + k * WIDE), load(of_kernel.data() + k * WIDE + LANES)};
+      const float s = spatial ? spatial[tap] : 1.f, c = before ? before[channel] : 1.f;
+      const Vec product[2] = {d[0] * load(mixed + k * WIDE), d[1] * load(mixed + k * WIDE + LANES)};
+      const float left = sum_of(product[0] * after[0] + product[1] * after[1]);
+      if (sums.before) sums.before[b * experts.channels + chunk.first + channel] += left * s;
+      if (sums.spatial) sums.spatial[b * taps + tap] += left * c;
+      for (int h = 0; h < 2; h++) {
+        to_after[h] += product[h] * (s * c);
+        store(of_kernel.data() + k * WIDE + h * LANES, d[h] * after[h] * (s * c));
+      }
+      if (++tap == taps) tap = 0, channel++;
+    }
+    if (sums.after)
+      for (int64_t f = 0; f < count; f++)
+        sums.after[b * experts.filters + panel * WIDE + f] += to_after[f / LANES][f % LANES];
+  }
+  unmix_panel(of_kernel.data(), gate, packed, step, n, chunk.depth, to_experts, sums.gate ? sums.gate + b * n : nullptr);
 }
 
 // The gradients of the experts and of the gate, spatial, before and after parts; an undefined one where a part is
@@ -574,24 +593,37 @@ std::vector<Tensor> kernel_gradients(const Tensor& grad, const Tensor& x, const 
   };
   Tensor total = at::zeros({panels, experts.experts, experts.channels * experts.taps, WIDE}, x.options());
   Tensor to_experts = at::empty(weight.sizes(), x.options());
+  const int64_t together = panels_together(experts.taps, panels), groups = (panels + together - 1) / together;
   const float* from = grad.const_data_ptr<float>();
   float *totals = total.mutable_data_ptr<float>(), *to = to_experts.mutable_data_ptr<float>();
   for (int64_t b = 0; b < B; b += some) {
     const int64_t n = std::min(some, B - b);
     const Picture picture(x.narrow(0, b, n), nullptr, margins);
-    at::parallel_for(0, panels * parts, 1, [&](int64_t begin, int64_t end) {
+    at::parallel_for(0, groups * parts, 1, [&](int64_t begin, int64_t end) {
       for (int64_t unit = begin; unit < end; unit++) {
-        const int64_t panel = unit / parts, part = unit % parts;
+        const int64_t part = unit % parts, least = unit / parts * together, most = std::min(panels, least + together);
         const Chunk& chunk = chunks[part];
-        const int64_t step = chunk.depth * WIDE;
+        const int64_t step = chunk.depth * WIDE, of_panel = experts.experts * step;
+        const int64_t positions = phase.positions.size();
         Packer packer(experts, phase, chunk.depth);
-        std::vector<float> packed(experts.experts * step);
-        for (int64_t e = 0; e < experts.experts; e++) packer.pack(panel, chunk, e, packed.data() + e * step);
-        float* of_unit = totals + (panel * experts.channels + chunk.first) * experts.taps * WIDE * experts.experts;
-        const Sums sums{slice(of_gate, unit), slice(of_spatial, unit), slice(of_before, panel), slice(of_after, part)};
-        differentiate_panel(experts, phase, picture, gates, from, panel, chunk, b, b + n, packed.data(), of_unit, sums);
-        if (b + n == B)
-          for (int64_t e = 0; e < experts.experts; e++) packer.unpack(panel, chunk, e, of_unit + e * step, to);
+        std::vector<float> packed((most - least) * of_panel);
+        for (int64_t panel = least; panel < most; panel++)
+          for (int64_t e = 0; e < experts.experts; e++)
+            packer.pack(panel, chunk, e, packed.data() + (panel - least) * of_panel + e * step);
+        Desk desk{offsets_of(chunk, phase, picture.channel), std::vector<float>(step), std::vector<float>(step),
+                  std::vector<float>(std::min(positions, POSITIONS) * WIDE)};
+        auto of = [&](int64_t panel) {
+          return totals + (panel * experts.channels + chunk.first) * experts.taps * WIDE * experts.experts;
+        };
+        for (int64_t i = 0; i < n; i++)
+          for (int64_t panel = least; panel < most; panel++) {
+            const int64_t own = panel * parts + part;
+            const Sums sums{slice(of_gate, own), slice(of_spatial, own), slice(of_before, panel), slice(of_after, part)};
+            differentiate(experts, phase, picture.data + i * picture.sample + chunk.first * picture.channel, gates,
+                          from, panel, chunk, b + i, packed.data() + (panel - least) * of_panel, of(panel), sums, desk);
+          }
+        for (int64_t panel = least; panel < most && b + n == B; panel++)
+          for (int64_t e = 0; e < experts.experts; e++) packer.unpack(panel, chunk, e, of(panel) + e * step, to);
       }
     });
   }
