@@ -39,6 +39,8 @@ MORE = {
         in_channels=5, out_channels=17, kernel_size=(3, 5), stride=(2, 1), padding=(2, 1), dilation=(1, 2)
     ),
     "several panels and chunks": dict(in_channels=70, out_channels=50, kernel_size=3, padding=1),
+    "phases of one tap that take turns": dict(in_channels=130, out_channels=20, kernel_size=2, stride=2),
+    "depthwise, blocks of channels": dict(in_channels=70, out_channels=70, kernel_size=3, padding=1, groups=70),
     "panels that take turns": dict(in_channels=170, out_channels=300, kernel_size=1),
     "whole panels": dict(in_channels=64, out_channels=32, kernel_size=3, padding=1),
     "more padding than kernel": dict(in_channels=4, out_channels=16, kernel_size=1, padding=2),
@@ -116,7 +118,7 @@ class TestCompiled:
                 assert (a - e).abs().max() <= 2e-5 * max(1.0, e.abs().max().item())
 
     def test_a_batch_whose_padded_input_is_cut(self) -> None:
-        """More than the 16 MiB that are padded at a time, so that gradients add up over several parts."""
+        """More than is padded at a time, so that gradients add up over several parts."""
         geometry = ConvGeometry.make(32, 20, 3, 1, 1)
         x, experts, _, mixture = make_case(geometry, MIXTURES["everything"], 3, False, torch.float32)
         x = torch.randn(3, 32, 256, 256, requires_grad=True)
@@ -208,6 +210,12 @@ class TestCompiled:
             assert native.convolve_at_once(x, experts, mixture, geometry) is not None
             assert native.convolve_at_once(x[:0], experts, Mixture(mixture.gate[:0]), geometry) is None
             assert native.convolve_at_once(x, experts[:1], Mixture(), geometry) is None
+
+            class Wrapped(torch.Tensor):
+                pass
+
+            wrapped = Mixture(mixture.gate.as_subclass(Wrapped))
+            assert native.convolve_at_once(x, experts, wrapped, geometry) is None
             scale = Mixture(in_scale=torch.rand(1, 8))
             assert native.convolve_at_once(x, experts[:1], scale, geometry) is not None
             with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -236,10 +244,17 @@ class TestCompiled:
             x, experts = torch.randn(3, 4, 7, 7), torch.randn(2, *geometry.weight_shape)
             x[1, 2, 3, 6] = torch.nan
             mixture = Mixture(torch.rand(3, 2))
+            leaves = [x.requires_grad_(), experts.requires_grad_()]
             expected = per_sample_loop(x, experts, None, mixture, geometry)
             with torch.no_grad():
                 actual = execute(x, experts, None, mixture, geometry)
             torch.testing.assert_close(actual, expected, equal_nan=True, rtol=1e-4, atol=1e-5)
+            if groups == 1:
+                continue
+            expected = values_and_gradients(expected, leaves)[2]
+            actual = values_and_gradients(execute(x, experts, None, mixture, geometry, "blocks"), leaves)[2]
+            assert expected.isfinite()[:, 2, 0, :, 0].all()  # the left taps, which never meet the last column
+            torch.testing.assert_close(actual, expected, equal_nan=True, rtol=1e-4, atol=1e-4)
 
     @pytest.mark.parametrize("layer", [CondConv2d(8, 16, 3, variant=CondConv(experts=2)), ODConv2d(8, 16, 3)])
     def test_a_compiled_layer_and_autocast(self, layer: torch.nn.Module) -> None:
@@ -260,6 +275,9 @@ class TestCompiled:
             torch.testing.assert_close(layer(x).float(), expected, rtol=5e-2, atol=0.5)
 
     def test_what_torch_refuses_is_refused(self) -> None:
+        geometry = ConvGeometry.make(1, 4, 3)
+        with torch.no_grad(), pytest.raises(RuntimeError, match=r"it must have \[2, 4, 4, 3, 3\]"):
+            execute(torch.randn(3, 4, 9, 9), torch.randn(2, 4, 1, 3, 3), None, Mixture(torch.rand(3, 2)), geometry)
         layer = CondConv2d(8, 16, 3, stride=2, variant=CondConv(experts=2))
         for recording in (True, False):
             with torch.set_grad_enabled(recording), pytest.raises(RuntimeError, match="Kernel size can't be greater"):

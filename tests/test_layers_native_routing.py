@@ -138,3 +138,20 @@ def test_a_map_that_something_wraps() -> None:
     expected = router(x).gate
     with torch.no_grad():
         torch.testing.assert_close(router(x).gate, expected)
+
+
+def test_a_map_whose_call_was_replaced_and_weights_that_are_no_parameters() -> None:
+    router, x = make(LAYERS["3x3"], CondConv(experts=4)), torch.randn(2, 37, 6, 6)
+    with torch.no_grad():
+        expected = router(x).gate
+        weight = router.linear.weight.detach()
+        del router.linear.weight  # as DataParallel and FSDP do
+        router.linear.weight = weight
+        torch.testing.assert_close(router(x).gate, expected)
+        router.linear.forward = lambda pooled: torch.zeros(len(pooled), 4)
+        torch.testing.assert_close(router(x).gate, torch.full((2, 4), 0.25))
+
+
+def test_nothing_to_pool() -> None:
+    with torch.no_grad():
+        assert native.pool(torch.randn(2, 3, 0, 4)) is None

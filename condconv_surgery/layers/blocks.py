@@ -71,7 +71,7 @@ def forward_in_blocks(
     """
     mixture = Mixture(gate, spatial, in_scale, out_scale)
     if not keep and native.fits(x, experts, stride, groups):
-        return native.convolve(x, experts, mixture, stride, padding, dilation), x.new_empty(0)
+        return native.convolve(x, experts, mixture, stride, padding, dilation, groups), x.new_empty(0)
     batch, blocks = x.shape[0], blocks_of(x, experts, groups)
     kept = _kernels(experts, mixture, groups, batch, x.dtype) if keep else x.new_empty(0)
     if len(blocks) == 1 and is_stacked(x, experts.shape, padding, groups):  # its output is whole already
@@ -134,7 +134,7 @@ def _backward(
     mixture = Mixture(gate, spatial, in_scale, out_scale)
     grads = _empty_gradients(x, experts, mixture)
     if not kept.numel() and native.fits(x, experts, stride, groups):  # as in forward, unless enabled since
-        values = native.convolve_backward(grad, x, experts, mixture, stride, padding, dilation, needs)
+        values = native.convolve_backward(grad, x, experts, mixture, stride, padding, dilation, groups, needs)
         return [room if value is None else _as_promised(value, room) for value, room in zip(values, grads, strict=True)]
     sums = Mixture(*(None if part is None else g for part, g in zip(mixture, grads[2:], strict=True)))
     for total in grads[1:]:

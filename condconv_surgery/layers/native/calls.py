@@ -19,4 +19,9 @@ def may_be_called(*tensors: Tensor | None) -> bool:
         or torch._C._len_torch_function_stack()
         or torch._C._are_functorch_transforms_active()
         or forward_ad._current_level >= 0
-    ) and all(t is None or type(t) in PLAIN for t in tensors)
+    ) and are_plain(*tensors)
+
+
+def are_plain(*tensors: Tensor | None) -> bool:
+    """No subclasses, whose numbers may be elsewhere."""
+    return all(t is None or type(t) in PLAIN for t in tensors)

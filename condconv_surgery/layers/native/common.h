@@ -77,31 +77,44 @@ void check(const Tensor& x, const Tensor& experts, const Maybe& gate, const Mayb
               experts.sizes());
 }
 
-// Of one dimension: which taps serve a pixel, and where in the gradient they read, by the pixel's place in the stride.
-struct Steps {
-  int64_t before, after;                           // margins of the gradient
-  std::vector<Sizes> taps, reach, pixels, starts;  // of each phase
+// The pixels of one dimension at one place in the stride: which taps serve them, and where in the gradient these read.
+struct Step {
+  Sizes taps, reach, pixels, starts;
+};
 
-  Steps(int64_t kernel, int64_t stride, int64_t padding, int64_t dilation, int64_t size, int64_t outputs) {
-    before = (dilation * (kernel - 1) + stride - 1) / stride;
-    after = std::max<int64_t>(0, (size - 1 + padding) / stride - outputs + 1);
-    for (int64_t phase = 0; phase < stride; phase++) {
-      Sizes taps_here, reach_here, pixels_here, starts_here;
+struct Steps {
+  int64_t before, after;  // margins of the gradient
+  std::vector<Step> steps;
+
+  Steps(int64_t kernel, int64_t stride, int64_t padding, int64_t dilation, int64_t size, int64_t outputs)
+      : before((dilation * (kernel - 1) + stride - 1) / stride),
+        after(std::max<int64_t>(0, (size - 1 + padding) / stride - outputs + 1)),
+        steps(stride) {
+    for (int64_t phase = 0; phase < stride; phase++)
       for (int64_t k = 0; k < kernel; k++)
         if ((phase - k * dilation) % stride == 0) {
-          taps_here.push_back(k);
-          reach_here.push_back((phase - k * dilation) / stride + before);
+          steps[phase].taps.push_back(k);
+          steps[phase].reach.push_back((phase - k * dilation) / stride + before);
         }
-      for (int64_t h = 0; h < size; h++)
-        if ((h + padding) % stride == phase) {
-          pixels_here.push_back(h);
-          starts_here.push_back((h + padding) / stride);
-        }
-      taps.push_back(taps_here), reach.push_back(reach_here), pixels.push_back(pixels_here),
-          starts.push_back(starts_here);
+    for (int64_t h = 0; h < size; h++) {
+      steps[(h + padding) % stride].pixels.push_back(h);
+      steps[(h + padding) % stride].starts.push_back((h + padding) / stride);
     }
   }
 };
+
+// of_phase(tall, wide) for every phase of the stride that has pixels and taps. Gives the number of its pixels, of all.
+template <typename Work>
+int64_t for_each_phase(const Steps& tall, const Steps& wide, const Work& of_phase) {
+  int64_t pixels = 0;
+  for (const Step& a : tall.steps)
+    for (const Step& b : wide.steps) {
+      if (a.taps.empty() || b.taps.empty() || a.pixels.empty() || b.pixels.empty()) continue;
+      of_phase(a, b);
+      pixels += a.pixels.size() * b.pixels.size();
+    }
+  return pixels;
+}
 
 void check_gradient(const Tensor& grad, const Tensor& x, const Tensor& experts, const Geometry& g) {
   const Sizes sizes{x.size(0), experts.size(1), g.outputs(x.size(2), true), g.outputs(x.size(3), false)};

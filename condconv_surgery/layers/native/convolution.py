@@ -15,8 +15,8 @@ from condconv_surgery.layers.native.building import extension
 from condconv_surgery.layers.native.calls import may_be_called
 
 MOST_TAPS = 81
-"""Positions of a kernel: the compiled code mixes all of a channel at a time, in a part of the first level of cache, and
-adds up the gradients of the positions in memory of its own for each such part."""
+"""Positions of a kernel: the compiled code mixes all of a channel at a time, for a dense layer in a part of the first
+level of cache, and adds up the gradients of the positions in memory of its own for each such part."""
 
 FEW_POSITIONS = 200
 """Up to so many output positions a 1x1 layer is faster here than as a batched matrix product: 1.6 to 1.9 against 2.1 to
@@ -43,7 +43,7 @@ def fits(x: Tensor, experts: Tensor, stride: tuple[int, int] | list[int], groups
 
 def convolve_at_once(x: Tensor, experts: Tensor, mixture: Mixture, geometry: ConvGeometry) -> Tensor | None:
     """``convolve`` past the dispatcher and the choice of a way, or None where that is not to be."""
-    if extension() is None or not may_be_called(x, experts) or torch.is_autocast_enabled("cpu"):
+    if extension() is None or not may_be_called(x, experts, *mixture) or torch.is_autocast_enabled("cpu"):
         return None
     batch = x.shape[0]
     if batch == 0 or not fits(x, experts, geometry.stride, geometry.groups):
@@ -51,7 +51,7 @@ def convolve_at_once(x: Tensor, experts: Tensor, mixture: Mixture, geometry: Con
     if mixture.gate is None and mixture.spatial is None and (batch > 1 or all(part is None for part in mixture)):
         return None  # scales alone may be cheaper on the activations
     x, padding = geometry.pad(x)
-    return convolve(x, experts, mixture, geometry.stride, padding, geometry.dilation)
+    return convolve(x, experts, mixture, geometry.stride, padding, geometry.dilation, geometry.groups)
 
 
 def convolve(
@@ -61,11 +61,12 @@ def convolve(
     stride: Sequence[int],
     padding: Sequence[int],
     dilation: Sequence[int],
+    groups: int,
 ) -> Tensor:
     """``out_scale_b * conv(in_scale_b * x_b, K_b)``, [B, I, H, W] -> [B, O, H', W'], without autograd."""
     given = (x.contiguous(), *_parts(experts, mixture), stride, padding, dilation)
     code = extension()
-    y: Tensor = code.depthwise_convolve(*given) if _is_depthwise(x, experts) else code.convolve(*given)
+    y: Tensor = code.convolve(*given) if groups == 1 else code.depthwise_convolve(*given)
     return y
 
 
@@ -77,6 +78,7 @@ def convolve_backward(
     stride: list[int],
     padding: list[int],
     dilation: list[int],
+    groups: int,
     needs: list[bool],
 ) -> list[Tensor | None]:
     """The gradients of ``x``, the experts and the parts of the mixture, in this order.
@@ -85,7 +87,7 @@ def convolve_backward(
     """
     code, parts, shape = extension(), _parts(experts, mixture), (stride, padding, dilation)
     grad, x = grad.contiguous(), x.contiguous()
-    if not _is_depthwise(x, experts):
+    if groups == 1:
         to_x = code.input_gradient(grad, x, *parts, *shape) if needs[0] else None
         return [to_x, *(code.kernel_gradients(grad, x, *parts, *shape) if any(needs[1:]) else [None] * 5)]
     to_x = code.depthwise_input_gradient(grad, x, *parts, *shape) if needs[0] else None
@@ -95,12 +97,7 @@ def convolve_backward(
     to_kernels = code.depthwise_kernel_gradient(grad, x, weight, *shape)  # few numbers: torch's operators do the rest
     to_experts = torch.zeros_like(weight) if needs[1] else None
     mixed = mix_experts(weight, mixture.gate)
-    return [to_x, to_experts, *unmix_kernels(to_kernels, mixed, weight, mixture, x.shape[1], to_experts)]
-
-
-def _is_depthwise(x: Tensor, experts: Tensor) -> bool:
-    """Of what ``fits``: one group for each channel, not one for all."""
-    return bool(experts.shape[2] != x.shape[1])
+    return [to_x, to_experts, *unmix_kernels(to_kernels, mixed, weight, mixture, groups, to_experts)]
 
 
 def _parts(experts: Tensor, mixture: Mixture) -> list[Any]:

@@ -3,8 +3,8 @@
 //     y_b = after_b * conv(before_b * x_b, K_b),    K_b = spatial_b * sum_e gate[b,e] * experts[e]
 //
 // No kernel is ever written to memory. Sixteen filters ("a panel") and some channels of all experts are brought into
-// the second level of cache once; for each sample they are mixed into the first level and used there by a matrix
-// product whose other factor is read straight from the picture, at the offsets of the taps.
+// the second level of cache, for as many samples as are padded at a time; for each they are mixed into the first level
+// and used there by a matrix product whose other factor is read straight from the picture, at the offsets of the taps.
 //
 // One loop does all arithmetic (``tile``): sum[j][:] += rows[j][offsets[k]] * panel[k][:]. For a convolution a row is a
 // position of the output and k runs over channels and taps; for the gradient of the kernel a row is a channel and a tap
@@ -17,12 +17,12 @@
 
 namespace {
 
-constexpr int64_t WIDE = 2 * LANES;  // filters of a panel
-constexpr int64_t TALL = 6;          // rows of a tile: 12 sums, 2 of the panel and 1 number fill 16 registers
-constexpr int64_t DEPTH = 288;       // rows of a panel: 18 KB, half of a first level of cache
+constexpr int64_t WIDE = 2 * LANES;      // filters of a panel
+constexpr int64_t TALL = 6;              // rows of a tile: 12 sums, 2 of the panel and 1 number fill 16 registers
+constexpr int64_t DEPTH = 288;           // rows of a panel: 18 KB, half of a first level of cache
 constexpr int64_t POINTWISE_DEPTH = 80;  // of 1x1: each reads cache lines of its own, 16 KB of them at 7 px
-constexpr int64_t TOGETHER = 4;      // panels of 1x1 that read the same channels while they are in the first level
-constexpr int64_t POSITIONS = 256;   // of a gradient's panel: 16 KB
+constexpr int64_t TOGETHER = 4;          // panels of 1x1 that read the same channels while they are in the first level
+constexpr int64_t POSITIONS = 256;       // of a gradient's panel: 16 KB
 // Padded input at a time: what little stays in the second level and needs few pages, but twice the experts, which are
 // packed anew for each time; never more than stays in the third.
 constexpr int64_t LEAST_INPUT = 2 << 20, MOST_INPUT = 16 << 20;
@@ -323,7 +323,7 @@ int64_t samples_at_a_time(const Tensor& x, Margins m, const Experts& experts) {
   const int64_t map = (x.size(2) + m.top + m.bottom) * (x.size(3) + m.left + m.right);
   const int64_t bytes = 4 * experts.experts * experts.filters * experts.channels * experts.taps;
   return std::max<int64_t>(1, std::clamp(2 * bytes, LEAST_INPUT, MOST_INPUT) /
-                                  (4 * std::max(x.size(1), WIDE) * map));  // a panel's sums are as many as 16 channels
+                                  (4 * std::max(x.size(1), TOGETHER * WIDE) * map));  // what is added up is as large
 }
 
 // How many panels take turns on what they read; one where each thread has few.
@@ -414,8 +414,8 @@ Tensor convolve_phases(const Tensor& x, const Experts& experts, const Gates& gat
         Room room{Packer(experts, phase, chunks_of(experts.channels, phase.taps.size())[0].depth), {}, {}, {}};
         for (int64_t i = begin; i < end; i++) {
           const int64_t part = i % parts, panel = i / parts * together;
-          const Unit unit{panel,  std::min(together, panels - panel), b, b + n, size * part / parts,
-                          size * (part + 1) / parts};
+          const Unit unit{
+              panel, std::min(together, panels - panel), b, b + n, size * part / parts, size * (part + 1) / parts};
           convolve_unit(experts, phase, picture, gates, unit, out, height * width, room);
         }
       });
@@ -459,22 +459,21 @@ Tensor input_gradient(const Tensor& grad, const Tensor& x, const Tensor& experts
   const Steps tall(g.kh, g.sh, g.ph, g.dh, height, grad.size(2)), wide(g.kw, g.sw, g.pw, g.dw, width, grad.size(3));
   const int64_t row = wide.before + grad.size(3) + wide.after;
   std::vector<Phase> phases;
-  for (size_t a = 0; a < tall.taps.size(); a++)
-    for (size_t c = 0; c < wide.taps.size(); c++) {
-      Phase phase;
-      for (size_t i = 0; i < tall.taps[a].size(); i++)
-        for (size_t j = 0; j < wide.taps[c].size(); j++) {
-          phase.taps.push_back(tall.taps[a][i] * g.kw + wide.taps[c][j]);
-          phase.reach.push_back(tall.reach[a][i] * row + wide.reach[c][j]);
-        }
-      for (size_t i = 0; i < tall.pixels[a].size(); i++)
-        for (size_t j = 0; j < wide.pixels[c].size(); j++) {
-          phase.positions.push_back(tall.starts[a][i] * row + wide.starts[c][j]);
-          phase.outputs.push_back(tall.pixels[a][i] * width + wide.pixels[c][j]);
-        }
-      phase.in_order = g.sh == 1 && g.sw == 1;
-      if (!phase.positions.empty() && !phase.taps.empty()) phases.push_back(phase);  // else zeros, or no pixels
-    }
+  for_each_phase(tall, wide, [&](const Step& t, const Step& w) {
+    Phase phase;
+    phase.in_order = g.sh == 1 && g.sw == 1;
+    for (size_t i = 0; i < t.taps.size(); i++)
+      for (size_t j = 0; j < w.taps.size(); j++) {
+        phase.taps.push_back(t.taps[i] * g.kw + w.taps[j]);
+        phase.reach.push_back(t.reach[i] * row + w.reach[j]);
+      }
+    for (size_t i = 0; i < t.pixels.size(); i++)
+      for (size_t j = 0; j < w.pixels.size(); j++) {
+        phase.positions.push_back(t.starts[i] * row + w.starts[j]);
+        if (!phase.in_order) phase.outputs.push_back(t.pixels[i] * width + w.pixels[j]);
+      }
+    phases.push_back(phase);
+  });
   const Gates gates{data_of(gate), data_of(spatial), data_of(after), data_of(before)};
   const Margins margins{tall.before, tall.after, wide.before, wide.after};
   return convolve_phases(grad, Experts(experts, true), gates, phases, margins, height, width);
@@ -565,7 +564,8 @@ void differentiate(const Experts& experts, const Phase& phase, const float* base
       for (int64_t f = 0; f < count; f++)
         sums.after[b * experts.filters + panel * WIDE + f] += to_after[f / LANES][f % LANES];
   }
-  unmix_panel(of_kernel.data(), gate, packed, step, n, chunk.depth, to_experts, sums.gate ? sums.gate + b * n : nullptr);
+  unmix_panel(of_kernel.data(), gate, packed, step, n, chunk.depth, to_experts,
+              sums.gate ? sums.gate + b * n : nullptr);
 }
 
 // The gradients of the experts and of the gate, spatial, before and after parts; an undefined one where a part is
@@ -580,7 +580,8 @@ std::vector<Tensor> kernel_gradients(const Tensor& grad, const Tensor& x, const 
   const Margins margins{g.ph, g.ph, g.pw, g.pw};
   const Phase phase = forward_phase(g, x.size(3) + 2 * g.pw, grad.size(2), grad.size(3));
   const auto chunks = chunks_of(experts.channels, experts.taps);
-  const int64_t B = x.size(0), some = samples_at_a_time(x, margins, experts), panels = experts.panels(), parts = chunks.size();
+  const int64_t B = x.size(0), some = samples_at_a_time(x, margins, experts), panels = experts.panels(),
+                parts = chunks.size();
   const Gates gates{data_of(gate), data_of(spatial), data_of(before), data_of(after)};
   // one slice for each unit that could add to the same numbers at the same time
   auto slices = [&](const Maybe& part, int64_t count) {
@@ -618,7 +619,8 @@ std::vector<Tensor> kernel_gradients(const Tensor& grad, const Tensor& x, const 
         for (int64_t i = 0; i < n; i++)
           for (int64_t panel = least; panel < most; panel++) {
             const int64_t own = panel * parts + part;
-            const Sums sums{slice(of_gate, own), slice(of_spatial, own), slice(of_before, panel), slice(of_after, part)};
+            const Sums sums{slice(of_gate, own), slice(of_spatial, own), slice(of_before, panel),
+                            slice(of_after, part)};
             differentiate(experts, phase, picture.data + i * picture.sample + chunk.first * picture.channel, gates,
                           from, panel, chunk, b + i, packed.data() + (panel - least) * of_panel, of(panel), sums, desk);
           }

@@ -26,7 +26,7 @@ class PaddedMap {
         margins_(m),
         sections_(sections),
         pitch_(std::max(pitch, (m.left + W + sections - 1) / sections)),
-        section_(rows * pitch_ + LANES) {  // a run may begin at the last number, and a copied row may end there
+        section_(rows * pitch_ + LANES) {  // the last row is copied by whole vectors too
     held_.resize(sections * section_ + LANES);
     const int64_t rest = W % (sections == 2 ? 2 * LANES : LANES);
     rest_[0] = mask_of(rest), rest_[1] = mask_of(rest - LANES);
@@ -78,10 +78,10 @@ class PaddedMap {
 
 // Some taps and the positions that they serve: all of a convolution; of its transpose those of one phase of the stride.
 struct Window {
-  Sizes taps, offsets;        // offsets: of a tap in the padded map, from where a position starts
-  Sizes starts, to, count;    // of runs of up to eight positions: in the padded map, in the result, how many
-  int64_t step = 1;           // in the result, from one position to the next
-  bool overwritten = false;   // what a run writes behind its end is written again by the next
+  Sizes taps, offsets;       // offsets: of a tap in the padded map, from where a position starts
+  Sizes starts, to, count;   // of runs of up to eight positions: in the padded map, in the result, how many
+  int64_t step = 1;          // in the result, from one position to the next
+  bool overwritten = false;  // what a run writes behind its end is written again by the next
 
   void add_row(int64_t start, int64_t first, int64_t positions) {
     for (int64_t w = 0; w < positions; w += LANES) {
@@ -169,8 +169,8 @@ class Kernels {
   std::vector<float> held_;
 };
 
-// For every map [H, W] of x [B, C, H, W]; each thread has a copy of ``padded`` for them, and makes one ``of_map``, which
-// is called with the padded map, the sample and the channel.
+// For every map [H, W] of x [B, C, H, W]; each thread has a copy of ``padded`` for them, and makes one ``of_map``,
+// which is called with the padded map, the sample and the channel.
 template <typename Make>
 void for_each_map(const Tensor& x, const PaddedMap& padded, int64_t work, const Make& make) {
   const int64_t C = x.size(1), area = x.size(2) * x.size(3);
@@ -253,39 +253,41 @@ Tensor depthwise_input_gradient(const Tensor& grad, const Tensor& x, const Tenso
   const PaddedMap map(grad.size(2), grad.size(3), margins, 1, tall.before + grad.size(2) + tall.after,
                       wide.before + grad.size(3) + wide.after + LANES);
   std::vector<Window> windows;
-  int64_t written = 0;
-  for (size_t a = 0; a < tall.taps.size(); a++)
-    for (size_t c = 0; c < wide.taps.size(); c++) {
-      Window window;
-      for (size_t i = 0; i < tall.taps[a].size(); i++)
-        for (size_t j = 0; j < wide.taps[c].size(); j++) {
-          window.taps.push_back(tall.taps[a][i] * g.kw + wide.taps[c][j]);
-          window.offsets.push_back(map.at(tall.reach[a][i], wide.reach[c][j]));
-        }
-      if (window.taps.empty() || tall.pixels[a].empty() || wide.pixels[c].empty()) continue;  // zeros, or no pixels
-      window.step = g.sw;
-      window.overwritten = g.sh == 1;
-      for (size_t i = 0; i < tall.pixels[a].size(); i++)
-        window.add_row(map.at(tall.starts[a][i], wide.starts[c][0]), tall.pixels[a][i] * width + wide.pixels[c][0],
-                       wide.pixels[c].size());
-      written += tall.pixels[a].size() * wide.pixels[c].size();
-      windows.push_back(window);
-    }
+  const int64_t written = for_each_phase(tall, wide, [&](const Step& t, const Step& w) {
+    Window window;
+    window.step = g.sw;
+    window.overwritten = g.sh == 1;
+    for (size_t i = 0; i < t.taps.size(); i++)
+      for (size_t j = 0; j < w.taps.size(); j++) {
+        window.taps.push_back(t.taps[i] * g.kw + w.taps[j]);
+        window.offsets.push_back(map.at(t.reach[i], w.reach[j]));
+      }
+    for (size_t i = 0; i < t.pixels.size(); i++)
+      window.add_row(map.at(t.starts[i], w.starts[0]), t.pixels[i] * width + w.pixels[0], w.pixels.size());
+    windows.push_back(window);
+  });
   Tensor to_x = written == height * width ? at::empty(x.sizes(), x.options()) : at::zeros(x.sizes(), x.options());
   const Gates gates{data_of(gate), data_of(spatial), data_of(before), data_of(after)};
   slide_all(grad, experts, gates, windows, map, to_x);
   return to_x;
 }
 
-// to[t] = sum over runs of side * base[starts + offsets[t]].
+// to[t] = sum over runs of side * base[starts + offsets[t]]. Behind the end of a row nothing is read: zero times what
+// is no number is none.
 template <int N>
-void dot(const float* base, const Sizes& starts, const int64_t* offsets, const float* side, float* to) {
+void dot(const float* base, const Window& window, const int64_t* offsets, const float* side, float* to) {
   Vec c[N] = {};
-  for (size_t r = 0; r < starts.size(); r++) {
+  for (size_t r = 0; r < window.starts.size(); r++) {
     const Vec s = load(side + r * LANES);
-    const float* at = base + starts[r];
+    const float* at = base + window.starts[r];
+    if (window.count[r] == LANES) {
 #pragma GCC unroll 9
-    for (int t = 0; t < N; t++) c[t] += s * load(at + offsets[t]);
+      for (int t = 0; t < N; t++) c[t] += s * load(at + offsets[t]);
+    } else {
+      const Mask some = mask_of(window.count[r]);
+#pragma GCC unroll 9
+      for (int t = 0; t < N; t++) c[t] += s * load_some(at + offsets[t], some);
+    }
   }
 #pragma GCC unroll 9
   for (int t = 0; t < N; t++) to[t] = sum_of(c[t]);
@@ -312,7 +314,7 @@ Tensor depthwise_kernel_gradient(const Tensor& grad, const Tensor& x, const Tens
       for (int64_t r = 0; r < runs; r++)  // zeros behind the end of a row stay
         std::copy_n(from + (b * C + c) * area + window.to[r], window.count[r], side.data() + r * LANES);
       for (int64_t t = 0; t < taps; t += TAPS)
-        DOTS[std::min(TAPS, taps - t) - 1](map.data(), window.starts, window.offsets.data() + t, side.data(),
+        DOTS[std::min(TAPS, taps - t) - 1](map.data(), window, window.offsets.data() + t, side.data(),
                                            to + (b * C + c) * taps + t);
     };
   });

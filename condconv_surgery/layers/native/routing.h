@@ -1,6 +1,6 @@
 // The routers: features pooled, and the small maps from them to a mixture, each in one call. What is not contiguous, in
-// float32, on the CPU and of the sizes that belong together gives nothing: it is for torch's own operators, which take it
-// or say what is wrong.
+// float32, on the CPU and of the sizes that belong together gives nothing: it is for torch's own operators, which take
+// it or say what is wrong.
 
 #pragma once
 
@@ -44,7 +44,7 @@ bool is_ready(const Maybe& t, at::IntArrayRef sizes) { return !t || is_ready(*t,
 
 // The mean over positions: [B, I, H, W] -> [B, I].
 Maybe pool(const Tensor& x) {
-  if (x.dim() != 4 || !is_ready(x, x.sizes())) return {};
+  if (x.dim() != 4 || x.size(2) * x.size(3) == 0 || !is_ready(x, x.sizes())) return {};
   const int64_t area = x.size(2) * x.size(3);
   Tensor pooled = at::empty({x.size(0), x.size(1)}, x.options());
   const float* from = x.const_data_ptr<float>();
@@ -138,7 +138,7 @@ std::optional<std::vector<Tensor>> attention(const Tensor& pooled, const Tensor&
     h = h * normed.scale[o] + normed.shift[o];
     return relu && h < 0.f ? 0.f : h;  // what is not a number stays so
   });
-  const float cold = 1.f / *temperature.const_data_ptr<float>();
+  const float warm = *temperature.const_data_ptr<float>();
   std::vector<Tensor> found;
   for (size_t i = 0; i < heads.size(); i++) {
     found.emplace_back();
@@ -147,7 +147,7 @@ std::optional<std::vector<Tensor>> attention(const Tensor& pooled, const Tensor&
     const Linear head(heads[i]->first, heads[i]->second);
     found[i] = at::empty({B, head.outputs}, pooled.options());
     float* to = found[i].mutable_data_ptr<float>();
-    head.apply(hidden.data(), B, to, [&](float z, int64_t) { return last ? z * cold : 2.f * sigmoid(z * cold); });
+    head.apply(hidden.data(), B, to, [&](float z, int64_t) { return last ? z / warm : 2.f * sigmoid(z / warm); });
     if (last) softmax(to, B, head.outputs);
   }
   return found;

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from condconv_surgery.layers.native.building import extension
-from condconv_surgery.layers.native.calls import may_be_called
+from condconv_surgery.layers.native.calls import are_plain, may_be_called
 
 
 def pool(x: Tensor) -> Tensor | None:
@@ -27,10 +27,10 @@ def pool(x: Tensor) -> Tensor | None:
 def sigmoid_gates(pooled: Tensor, linear: nn.Module, factor: float) -> Tensor | None:
     """``factor * sigmoid(linear(pooled))``: [B, I] -> [B, E]."""
     code = extension()
-    parts = None if code is None else _parts(linear)
-    if parts is None or not may_be_called(pooled, *parts):
+    if code is None or not may_be_called(pooled):
         return None
-    gates: Tensor | None = code.sigmoid_gates(pooled, *parts, factor)
+    parts = _parts(linear)
+    gates: Tensor | None = None if parts is None else code.sigmoid_gates(pooled, *parts, factor)
     return gates
 
 
@@ -47,13 +47,11 @@ def attention(
     [B, I] -> [B, width of the head] for each, None where there is none. norm: only in eval mode.
     """
     code = extension()
-    if code is None:
+    if code is None or not may_be_called(pooled, temperature):
         return None
     statistics = [] if norm is None else _statistics(norm)
     maps = [_parts(linear) for linear in (reduce, *heads) if linear is not None]
     if statistics is None or None in maps:
-        return None
-    if not may_be_called(pooled, temperature, *statistics, *(t for m in maps if m for t in m)):
         return None
     weight, bias = maps.pop(0)  # type: ignore[misc]
     given = [None if head is None else maps.pop(0) for head in heads]
@@ -67,8 +65,10 @@ def _parts(linear: nn.Module) -> tuple[Tensor, Tensor | None] | None:
     if type(linear) is not nn.Linear or _is_listened_to(linear):
         return None
     parts = linear._parameters  # looking them up as attributes takes longer than the map
-    weight = parts["weight"]
-    return None if weight is None else (weight, parts["bias"])
+    if "weight" not in parts or "bias" not in parts:  # replicated or sharded: they are attributes of another kind
+        return None
+    weight, bias = parts["weight"], parts["bias"]
+    return None if weight is None or not are_plain(weight, bias) else (weight, bias)
 
 
 def _statistics(norm: nn.Module) -> list[Tensor] | None:
@@ -77,9 +77,10 @@ def _statistics(norm: nn.Module) -> list[Tensor] | None:
         return None
     parts = [norm.running_mean, norm.running_var, norm.weight, norm.bias]
     present = [part for part in parts if part is not None]
-    return present if len(present) == len(parts) else None
+    return present if len(present) == len(parts) and are_plain(*present) else None
 
 
 def _is_listened_to(module: nn.Module) -> bool:
-    hooks = module._forward_hooks or module._forward_pre_hooks
-    return bool(hooks or _has_any_global_hook())  # type: ignore[no-untyped-call]
+    """Something hears of its calls, or has taken their place."""
+    hooks = module._forward_hooks or module._forward_pre_hooks or _has_any_global_hook()  # type: ignore[no-untyped-call]
+    return bool(hooks or "forward" in vars(module))
