@@ -48,7 +48,7 @@ def condconv(
         typer.Option(
             "--native",
             envvar="CONDCONV_NATIVE",
-            help="Compute dense layers by C++ kernels, compiled at first use (x86 with AVX2, g++, ninja).",
+            help="Convolve and route by C++ kernels, compiled at first use (x86 with AVX2, g++, ninja).",
         ),
     ] = False,
 ) -> None:
@@ -57,7 +57,7 @@ def condconv(
         from condconv_surgery.layers import native as kernels  # torch, which help and typos need not wait for
 
         if not kernels.is_built():
-            say("Compiling the native kernels, once: half a minute ...")
+            say("Compiling the native kernels, once: about a minute ...")
         kernels.enable()
 
 

@@ -27,7 +27,7 @@ _compiled: Any = None
 
 
 def enable() -> None:
-    """Use the compiled code from now on in this process; it is compiled first, in half a minute, if it is not yet.
+    """Use the compiled code from now on in this process; it is compiled first, in about a minute, if it is not yet.
 
     Raises ``InputError`` where it cannot be compiled or would not run.
     """

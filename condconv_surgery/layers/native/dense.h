@@ -17,12 +17,14 @@
 
 namespace {
 
-constexpr int64_t WIDE = 2 * LANES;      // filters of a panel
-constexpr int64_t TALL = 6;              // rows of a tile: 12 sums, 2 of the panel and 1 number fill 16 registers
-constexpr int64_t DEPTH = 288;           // rows of a panel: 18 KB, half of a first level of cache
-constexpr int64_t POINTWISE_DEPTH = 80;  // of 1x1: each reads cache lines of its own, 16 KB of them at 7 px
-constexpr int64_t TOGETHER = 4;          // panels of 1x1 that read the same channels while they are in the first level
-constexpr int64_t POSITIONS = 256;       // of a gradient's panel: 16 KB
+constexpr int64_t WIDE = 2 * LANES;         // filters of a panel
+constexpr int64_t TALL = 6;                 // rows of a tile: 12 sums, 2 of the panel and 1 number fill 16 registers
+constexpr int64_t DEPTH = 288;              // rows of a panel: 18 KB, half of a first level of cache
+constexpr int64_t ROWS_OF_ALL = 9 * DEPTH;  // experts together: 166 KB, which the second level holds beside the rest
+constexpr int64_t POINTWISE_DEPTH = 80;     // of 1x1: each reads cache lines of its own, 16 KB of them at 7 px
+constexpr int64_t FEW_SAMPLES = 4;  // whose kernels are mixed from the experts as they lie, before a panel is made
+constexpr int64_t TOGETHER = 4;     // panels of 1x1 that read the same channels while they are in the first level
+constexpr int64_t POSITIONS = 256;  // of a gradient's panel: 16 KB
 // Padded input at a time: what little stays in the second level and needs few pages, but twice the experts, which are
 // packed anew for each time; never more than stays in the third.
 constexpr int64_t LEAST_INPUT = 2 << 20, MOST_INPUT = 16 << 20;
@@ -146,9 +148,11 @@ struct Chunk {  // of channels: all taps of each
   int64_t first, channels, depth;
 };
 
-std::vector<Chunk> chunks_of(int64_t channels, int64_t taps) {
+std::vector<Chunk> chunks_of(const Experts& experts, int64_t taps) {
   std::vector<Chunk> chunks;
-  const int64_t most = taps == 1 ? POINTWISE_DEPTH : std::max<int64_t>(1, DEPTH / taps);
+  const int64_t channels = experts.channels;
+  const int64_t rows = taps == 1 ? POINTWISE_DEPTH : std::min(DEPTH, ROWS_OF_ALL / experts.experts);
+  const int64_t most = std::max<int64_t>(1, rows / taps);
   for (int64_t c = 0; c < channels; c += most) {
     const int64_t some = std::min(most, channels - c);
     chunks.push_back({c, some, some * taps});
@@ -233,14 +237,14 @@ class Packer {
   std::vector<float> rows_;
 };
 
-// mixed[k][f] = sum_e gate[e] * panels[e][k][f]; the panels of two experts are ``step`` apart.
-template <int EXPERTS>
-void mix(const float* panels, int64_t step, int64_t experts, const float* gate, int64_t depth, float* mixed) {
-  const int64_t n = EXPERTS ? EXPERTS : experts;
+// mixed[k][f] = sum_e gate[e] * panels[e][k][f], or added to it; the panels of two experts are ``step`` apart.
+template <int EXPERTS, bool ADD>
+void mix(const float* panels, int64_t step, const float* gate, int64_t depth, float* mixed) {
   for (int64_t k = 0; k < depth * WIDE; k += WIDE) {
     Vec left = gate[0] * load(panels + k), right = gate[0] * load(panels + k + LANES);
+    if (ADD) left += load(mixed + k), right += load(mixed + k + LANES);
 #pragma GCC unroll 8
-    for (int64_t e = 1; e < n; e++) {
+    for (int64_t e = 1; e < EXPERTS; e++) {
       left += gate[e] * load(panels + e * step + k);
       right += gate[e] * load(panels + e * step + k + LANES);
     }
@@ -249,16 +253,15 @@ void mix(const float* panels, int64_t step, int64_t experts, const float* gate, 
   }
 }
 
+template <bool ADD>
+constexpr decltype(&mix<1, ADD>) MIXES[8] = {mix<1, ADD>, mix<2, ADD>, mix<3, ADD>, mix<4, ADD>,
+                                             mix<5, ADD>, mix<6, ADD>, mix<7, ADD>, mix<8, ADD>};  // by experts
+
+// Eight experts at a time: a longer sum would wait for itself.
 void mix_panels(const float* panels, int64_t step, int64_t experts, const float* gate, int64_t depth, float* mixed) {
-  switch (experts) {
-    case 2:
-      return mix<2>(panels, step, experts, gate, depth, mixed);
-    case 4:
-      return mix<4>(panels, step, experts, gate, depth, mixed);
-    case 8:
-      return mix<8>(panels, step, experts, gate, depth, mixed);
-    default:
-      return mix<0>(panels, step, experts, gate, depth, mixed);
+  for (int64_t e = 0; e < experts; e += 8) {
+    const int64_t some = std::min<int64_t>(8, experts - e);
+    (e == 0 ? MIXES<false> : MIXES<true>)[some - 1](panels + e* step, step, gate + e, depth, mixed);
   }
 }
 
@@ -326,9 +329,10 @@ int64_t samples_at_a_time(const Tensor& x, Margins m, const Experts& experts) {
                                   (4 * std::max(x.size(1), TOGETHER * WIDE) * map));  // what is added up is as large
 }
 
-// How many panels take turns on what they read; one where each thread has few.
-int64_t panels_together(int64_t taps, int64_t panels) {
-  return taps == 1 && panels >= 2 * TOGETHER * at::get_num_threads() ? TOGETHER : 1;
+// How many panels take turns on what they read; one where each thread has few, or many experts fill the cache.
+int64_t panels_together(const Experts& experts, int64_t taps) {
+  const bool small = taps == 1 && TOGETHER * POINTWISE_DEPTH * experts.experts <= ROWS_OF_ALL;
+  return small && experts.panels() >= 2 * TOGETHER * at::get_num_threads() ? TOGETHER : 1;
 }
 
 // What a thread keeps from one panel to the next.
@@ -358,10 +362,10 @@ void write_sums(const Phase& phase, const float* sum, const Unit& unit, int64_t 
 void convolve_unit(const Experts& experts, const Phase& phase, const Picture& picture, const Gates& gates,
                    const Unit& unit, float* y, int64_t size, Room& room) {
   const int64_t n = unit.last - unit.first, positions = unit.to - unit.from;
-  const auto chunks = chunks_of(experts.channels, phase.taps.size());
+  const auto chunks = chunks_of(experts, phase.taps.size());
   const int64_t step = chunks[0].depth * WIDE, of_panel = experts.experts * step;
   auto& [packer, packed, mixed, sums] = room;
-  const bool mixed_first = gates.gate && n <= experts.experts && packer.mixes();
+  const bool mixed_first = gates.gate && n <= std::min(FEW_SAMPLES, experts.experts) && packer.mixes();
   packed.resize(mixed_first ? 0 : unit.panels * of_panel);
   mixed.resize(step);
   sums.assign(unit.panels * n * positions * WIDE, 0.f);
@@ -408,10 +412,10 @@ Tensor convolve_phases(const Tensor& x, const Experts& experts, const Gates& gat
     const Picture picture(x.narrow(0, b, n), gates.before ? gates.before + b * experts.channels : nullptr, margins);
     for (const Phase& phase : phases) {
       const int64_t size = phase.positions.size();
-      const int64_t together = panels_together(phase.taps.size(), panels), groups = (panels + together - 1) / together;
+      const int64_t together = panels_together(experts, phase.taps.size()), groups = (panels + together - 1) / together;
       const int64_t parts = std::min((at::get_num_threads() + groups - 1) / groups, std::max<int64_t>(1, size / TALL));
       at::parallel_for(0, groups * parts, 1, [&](int64_t begin, int64_t end) {
-        Room room{Packer(experts, phase, chunks_of(experts.channels, phase.taps.size())[0].depth), {}, {}, {}};
+        Room room{Packer(experts, phase, chunks_of(experts, phase.taps.size())[0].depth), {}, {}, {}};
         for (int64_t i = begin; i < end; i++) {
           const int64_t part = i % parts, panel = i / parts * together;
           const Unit unit{
@@ -579,7 +583,7 @@ std::vector<Tensor> kernel_gradients(const Tensor& grad, const Tensor& x, const 
   const Experts experts(weight, false);
   const Margins margins{g.ph, g.ph, g.pw, g.pw};
   const Phase phase = forward_phase(g, x.size(3) + 2 * g.pw, grad.size(2), grad.size(3));
-  const auto chunks = chunks_of(experts.channels, experts.taps);
+  const auto chunks = chunks_of(experts, experts.taps);
   const int64_t B = x.size(0), some = samples_at_a_time(x, margins, experts), panels = experts.panels(),
                 parts = chunks.size();
   const Gates gates{data_of(gate), data_of(spatial), data_of(before), data_of(after)};
@@ -594,7 +598,7 @@ std::vector<Tensor> kernel_gradients(const Tensor& grad, const Tensor& x, const 
   };
   Tensor total = at::zeros({panels, experts.experts, experts.channels * experts.taps, WIDE}, x.options());
   Tensor to_experts = at::empty(weight.sizes(), x.options());
-  const int64_t together = panels_together(experts.taps, panels), groups = (panels + together - 1) / together;
+  const int64_t together = panels_together(experts, experts.taps), groups = (panels + together - 1) / together;
   const float* from = grad.const_data_ptr<float>();
   float *totals = total.mutable_data_ptr<float>(), *to = to_experts.mutable_data_ptr<float>();
   for (int64_t b = 0; b < B; b += some) {
