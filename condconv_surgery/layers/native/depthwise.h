@@ -178,7 +178,7 @@ void for_each_map(const Tensor& x, const PaddedMap& padded, int64_t work, const 
   at::parallel_for(0, x.size(0) * C, 1 + LEAST_WORK / (1 + work), [&](int64_t begin, int64_t end) {
     PaddedMap map = padded;
     auto of_map = make();
-    for (int64_t m = begin, b = begin / C, c = begin % C; m < end; m++) {  // no division for each: it takes as long
+    for (int64_t m = begin, b = begin / C, c = begin % C; m < end; m++) {  // counted, not divided
       map.fill(from + m * area);
       of_map(map, b, c);
       if (++c == C) c = 0, b++;
