@@ -2,16 +2,31 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
+from condconv_surgery.layers.native.building import extension
+
 PLAIN = (Tensor, nn.Parameter)
 
 
-def may_be_called(*tensors: Tensor | None) -> bool:
-    """Nothing records, traces, counts, transforms or compiles, and the tensors are what they seem to be."""
-    return not (
+def code_for(*tensors: Tensor | None) -> Any:
+    """The compiled module, or None where it is not to be called.
+
+    That is, where it is not in use, where something records, traces, counts, transforms or compiles, or where a tensor
+    is not what it seems to be.
+    """
+    code = extension()
+    if code is None or _is_watched() or not are_plain(*tensors):
+        return None
+    return code
+
+
+def _is_watched() -> bool:
+    return bool(
         torch.is_grad_enabled()
         or torch.compiler.is_compiling()
         or torch._C._get_tracing_state() is not None
@@ -19,7 +34,7 @@ def may_be_called(*tensors: Tensor | None) -> bool:
         or torch._C._len_torch_function_stack()
         or torch._C._are_functorch_transforms_active()
         or forward_ad._current_level >= 0
-    ) and are_plain(*tensors)
+    )
 
 
 def are_plain(*tensors: Tensor | None) -> bool:

@@ -12,7 +12,7 @@ from condconv_surgery.layers.kernel_convolution import format_of
 from condconv_surgery.layers.kernels import mix_experts, unmix_kernels
 from condconv_surgery.layers.mixture import ConvGeometry, Mixture
 from condconv_surgery.layers.native.building import extension
-from condconv_surgery.layers.native.calls import may_be_called
+from condconv_surgery.layers.native.calls import code_for
 
 MOST_TAPS = 81
 """Positions of a kernel: the compiled code mixes all of a channel at a time, for a dense layer in a part of the first
@@ -43,7 +43,7 @@ def fits(x: Tensor, experts: Tensor, stride: tuple[int, int] | list[int], groups
 
 def convolve_at_once(x: Tensor, experts: Tensor, mixture: Mixture, geometry: ConvGeometry) -> Tensor | None:
     """``convolve`` past the dispatcher and the choice of a way, or None where that is not to be."""
-    if extension() is None or not may_be_called(x, experts, *mixture) or torch.is_autocast_enabled("cpu"):
+    if code_for(x, experts, *mixture) is None or torch.is_autocast_enabled("cpu"):
         return None
     batch = x.shape[0]
     if batch == 0 or not fits(x, experts, geometry.stride, geometry.groups):

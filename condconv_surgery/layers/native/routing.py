@@ -11,25 +11,20 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
-from condconv_surgery.layers.native.building import extension
-from condconv_surgery.layers.native.calls import are_plain, may_be_called
+from condconv_surgery.layers.native.calls import are_plain, code_for
 
 
 def pool(x: Tensor) -> Tensor | None:
     """The mean over positions, [B, I, H, W] -> [B, I]."""
-    code = extension()
-    if code is None or not may_be_called(x):
-        return None
-    pooled: Tensor | None = code.pool(x)
+    code = code_for(x)
+    pooled: Tensor | None = None if code is None else code.pool(x)
     return pooled
 
 
 def sigmoid_gates(pooled: Tensor, linear: nn.Module, factor: float) -> Tensor | None:
     """``factor * sigmoid(linear(pooled))``: [B, I] -> [B, E]."""
-    code = extension()
-    if code is None or not may_be_called(pooled):
-        return None
-    parts = _parts(linear)
+    code = code_for(pooled)
+    parts = None if code is None else _parts(linear)
     gates: Tensor | None = None if parts is None else code.sigmoid_gates(pooled, *parts, factor)
     return gates
 
@@ -46,8 +41,8 @@ def attention(
 
     [B, I] -> [B, width of the head] for each, None where there is none. norm: only in eval mode.
     """
-    code = extension()
-    if code is None or not may_be_called(pooled, temperature):
+    code = code_for(pooled, temperature)
+    if code is None:
         return None
     statistics = [] if norm is None else _statistics(norm)
     maps = [_parts(linear) for linear in (reduce, *heads) if linear is not None]
