@@ -1,6 +1,6 @@
 // The compiled kernels as a Python module; ``native/__init__.py`` says when they are used.
 
-#include "dense.h"
+#include "dense_gradients.h"
 #include "depthwise.h"
 #include "routing.h"
 

@@ -1,0 +1,242 @@
+// Dense layers: the gradients of the experts and of the parts of the mixture.
+
+#pragma once
+
+#include "dense.h"
+
+namespace {
+
+constexpr int64_t POSITIONS = 256;  // of a gradient's panel: 16 KB
+constexpr int64_t SAMPLES = 4;      // whose gradients of kernels are added to those of experts together
+constexpr int64_t STRIP = 144;      // rows of a gradient of kernels: 9 KB
+
+// For each of some samples: to_experts[e] += gate[e] * of_kernel and to_gate[e] += of_kernel . packed[e], for one or
+// two experts ``step`` apart. The gradients of the samples' kernels and the gates of the samples are ``of_step`` and
+// ``gate_step`` apart. Each sum of experts is read and written once for all samples: it comes from the second level of
+// cache.
+template <int EXPERTS, int SOME>
+void unmix(const float* of_kernel, int64_t of_step, const float* gate, int64_t gate_step, const float* packed,
+           int64_t step, int64_t size, float* to_experts, float* to_gate) {
+  float g[SOME][EXPERTS];
+  for (int b = 0; b < SOME; b++)
+    for (int e = 0; e < EXPERTS; e++) g[b][e] = gate ? gate[b * gate_step + e] : 1.f;
+  for (int64_t k = 0; k < size; k += LANES) {
+    Vec sums[EXPERTS];
+#pragma GCC unroll 2
+    for (int e = 0; e < EXPERTS; e++) sums[e] = load(to_experts + e * step + k);
+#pragma GCC unroll 4
+    for (int b = 0; b < SOME; b++) {
+      const Vec of = load(of_kernel + b * of_step + k);
+#pragma GCC unroll 2
+      for (int e = 0; e < EXPERTS; e++) sums[e] += g[b][e] * of;
+    }
+#pragma GCC unroll 2
+    for (int e = 0; e < EXPERTS; e++) store(to_experts + e * step + k, sums[e]);
+  }
+  if (!to_gate) return;
+  Vec products[SOME][EXPERTS] = {};
+  for (int64_t k = 0; k < size; k += LANES) {
+#pragma GCC unroll 4
+    for (int b = 0; b < SOME; b++) {
+      const Vec of = load(of_kernel + b * of_step + k);
+#pragma GCC unroll 2
+      for (int e = 0; e < EXPERTS; e++) products[b][e] += of * load(packed + e * step + k);
+    }
+  }
+  for (int b = 0; b < SOME; b++)
+    for (int e = 0; e < EXPERTS; e++) to_gate[b * gate_step + e] += sum_of(products[b][e]);
+}
+
+template <int EXPERTS>
+constexpr decltype(&unmix<EXPERTS, 1>) UNMIXES[SAMPLES] = {unmix<EXPERTS, 1>, unmix<EXPERTS, 2>, unmix<EXPERTS, 3>,
+                                                           unmix<EXPERTS, 4>};  // by samples
+
+void unmix_samples(const float* of_kernel, int64_t of_step, int64_t samples, const float* gate, int64_t experts,
+                   const float* packed, int64_t step, int64_t size, float* to_experts, float* to_gate) {
+  for (int64_t e = 0; e < experts; e += 2) {
+    const auto f = (e + 1 < experts ? UNMIXES<2> : UNMIXES<1>)[samples - 1];
+    f(of_kernel, of_step, gate ? gate + e : nullptr, experts, packed + e * step, step, size, to_experts + e * step,
+      to_gate ? to_gate + e : nullptr);
+  }
+}
+
+// What all units of one time read. picture: its samples, from ``first`` of the batch on; grad: of the whole output.
+struct Given {
+  const Experts& experts;
+  const Phase& phase;
+  const Gates& gates;
+  const Picture& picture;
+  const float* grad;
+  int64_t first;
+};
+
+// What a unit adds to: panels [E][depth][16] and, for all samples, [B, E], [B, taps], [B, I], [B, O], or null.
+struct Sums {
+  float *experts, *gate, *spatial, *before, *after;
+};
+
+// The gradients of the kernels' parts for the filters of a panel and the channels of a chunk: a unit of work.
+class UnitGradient {
+ public:
+  UnitGradient(const Given& given, int64_t panel, const Chunk& chunk, const Sums& sums)
+      : given_(given),
+        experts_(given.experts),
+        panel_(panel),
+        chunk_(chunk),
+        sums_(sums),
+        positions_(given.phase.positions.size()),
+        few_(positions_ <= POSITIONS),
+        strip_(few_ ? std::max<int64_t>(1, STRIP / experts_.taps) * experts_.taps : chunk.depth),
+        step_(chunk.depth * WIDE),
+        rows_(offsets_of(chunk, given.phase, given.picture.channel)),
+        packed_(experts_.experts * step_),
+        mixture_(strip_ * WIDE),
+        of_kernel_(samples_at_once() * strip_ * WIDE),
+        side_(samples_at_once() * std::min(POSITIONS, positions_) * WIDE) {
+    Packer packer(experts_, given.phase, chunk.depth);
+    for (int64_t e = 0; e < experts_.experts; e++) packer.pack(panel, chunk, e, packed_.data() + e * step_);
+  }
+
+  void add(int64_t samples) {
+    for (int64_t i = 0; i < samples; i += samples_at_once()) add(i, std::min(samples_at_once(), samples - i));
+  }
+
+  void unpack(float* to_experts) const {
+    const Packer packer(experts_, given_.phase, chunk_.depth);
+    for (int64_t e = 0; e < experts_.experts; e++)
+      packer.unpack(panel_, chunk_, e, sums_.experts + e * step_, to_experts);
+  }
+
+ private:
+  // With few positions adding to the experts takes as long as the products: it is done for some samples together, a
+  // strip of rows at a time, so that the gradients of their kernels are still in the cache.
+  int64_t samples_at_once() const { return few_ ? SAMPLES : 1; }
+
+  void add(int64_t first, int64_t samples) {
+    const int64_t n = experts_.experts, b = given_.first + first, of_step = strip_ * WIDE;
+    const float* gate = given_.gates.gate ? given_.gates.gate + b * n : nullptr;
+    const bool scaled = given_.gates.spatial || given_.gates.before || given_.gates.after;
+    for (int64_t k = 0; k < chunk_.depth; k += strip_) {
+      const int64_t depth = std::min(strip_, chunk_.depth - k);
+      for (int64_t i = 0; i < samples; i++) {
+        multiply(first + i, k, depth, i);
+        if (scaled) differentiate_scales(b + i, k, depth, of_kernel_.data() + i * of_step);
+      }
+      unmix_samples(of_kernel_.data(), of_step, samples, gate, n, packed_.data() + k * WIDE, step_, depth * WIDE,
+                    sums_.experts + k * WIDE, sums_.gate ? sums_.gate + b * n : nullptr);
+    }
+  }
+
+  // The gradient of the kernel of a sample of the picture, in some rows, to a place.
+  void multiply(int64_t sample, int64_t k, int64_t depth, int64_t place) {
+    const float* base = given_.picture.data + sample * given_.picture.sample + chunk_.first * given_.picture.channel;
+    const float* grad = given_.grad + ((given_.first + sample) * experts_.filters + panel_ * WIDE) * positions_;
+    float* of_kernel = of_kernel_.data() + place * strip_ * WIDE;
+    std::fill_n(of_kernel, depth * WIDE, 0.f);
+    for (int64_t p = 0; p < positions_; p += POSITIONS) {
+      const int64_t some = std::min(POSITIONS, positions_ - p);
+      float* side = side_.data() + place * some * WIDE;
+      if (k == 0) transpose_rows(grad + p, positions_, experts_.count(panel_), some, side);  // more strips: one p
+      tiles(base, rows_.data() + k, depth, given_.phase.positions.data() + p, some, side, of_kernel,
+            experts_.taps == 1 ? TALL : 1);
+    }
+  }
+
+  // From d, the gradient of spatial * before * after * mixture, in some rows, to that of the mixture, in place, and
+  // those of the scales.
+  void differentiate_scales(int64_t b, int64_t k, int64_t depth, float* d) {
+    const Gates& gates = given_.gates;
+    const int64_t taps = experts_.taps, count = experts_.count(panel_);
+    const float *spatial = gates.spatial ? gates.spatial + b * taps : nullptr, *mixed = packed_.data() + k * WIDE;
+    const float* before = gates.before ? gates.before + b * experts_.channels : nullptr;
+    if (gates.gate) {
+      mix_panels(mixed, step_, experts_.experts, gates.gate + b * experts_.experts, depth, mixture_.data());
+      mixed = mixture_.data();
+    }
+    Vec after[2] = {Vec{} + 1.f, Vec{} + 1.f}, to_after[2] = {{}, {}};
+    if (gates.after)
+      for (int64_t f = 0; f < WIDE; f++)
+        after[f / LANES][f % LANES] = f < count ? gates.after[b * experts_.filters + panel_ * WIDE + f] : 0.f;
+    for (int64_t row = 0, tap = 0, channel = chunk_.first + k / taps; row < depth; row++, d += WIDE, mixed += WIDE) {
+      const Vec of[2] = {load(d), load(d + LANES)}, product[2] = {of[0] * load(mixed), of[1] * load(mixed + LANES)};
+      const float s = spatial ? spatial[tap] : 1.f, c = before ? before[channel] : 1.f;
+      const float left = sum_of(product[0] * after[0] + product[1] * after[1]);
+      if (sums_.before) sums_.before[b * experts_.channels + channel] += left * s;
+      if (sums_.spatial) sums_.spatial[b * taps + tap] += left * c;
+      for (int h = 0; h < 2; h++) {
+        to_after[h] += product[h] * (s * c);
+        store(d + h * LANES, of[h] * after[h] * (s * c));
+      }
+      if (++tap == taps) tap = 0, channel++;
+    }
+    if (sums_.after)
+      for (int64_t f = 0; f < count; f++)
+        sums_.after[b * experts_.filters + panel_ * WIDE + f] += to_after[f / LANES][f % LANES];
+  }
+
+  const Given& given_;
+  const Experts& experts_;
+  const int64_t panel_;
+  const Chunk& chunk_;
+  const Sums sums_;
+  const int64_t positions_;
+  const bool few_;
+  const int64_t strip_, step_;  // strip: rows at a time; step: numbers from one expert's panel to the next
+  const Sizes rows_;
+  std::vector<float> packed_, mixture_, of_kernel_, side_;
+};
+
+// The gradients of the experts and of the gate, spatial, before and after parts; an undefined one where a part is
+// absent.
+std::vector<Tensor> kernel_gradients(const Tensor& grad, const Tensor& x, const Tensor& weight, const Maybe& gate,
+                                     const Maybe& spatial, const Maybe& before, const Maybe& after, const Sizes& stride,
+                                     const Sizes& padding, const Sizes& dilation) {
+  Geometry g = geometry_of(weight, stride, padding, dilation);
+  check(x, weight, gate, spatial, before, after, g, false);
+  check_gradient(grad, x, weight, g);
+  const Tensor read = met_by_stride(x, g);
+  const Experts experts(weight, false);
+  const Margins margins{g.ph, g.ph, g.pw, g.pw};
+  const Phase phase = forward_phase(g, read.size(3) + 2 * g.pw, grad.size(2), grad.size(3));
+  const auto chunks = chunks_of(experts, experts.taps, DEPTH);
+  const bool padded = g.ph > 0 || g.pw > 0;  // if not, nothing is copied, and all samples are taken at a time
+  const int64_t B = x.size(0), some = padded ? samples_at_a_time(read, margins, experts) : B, panels = experts.panels(),
+                parts = chunks.size();
+  const Gates gates{data_of(gate), data_of(spatial), data_of(before), data_of(after)};
+  // one slice for each unit that could add to the same numbers at the same time
+  auto slices = [&](const Maybe& part, int64_t count) {
+    return part ? at::zeros({count, B, part->numel() / B}, x.options()) : Tensor();
+  };
+  Tensor of_gate = slices(gate, panels * parts), of_spatial = slices(spatial, panels * parts);
+  Tensor of_before = slices(before, panels), of_after = slices(after, parts);
+  auto slice = [](const Tensor& t, int64_t i) {
+    return t.defined() ? t.mutable_data_ptr<float>() + i * t.stride(0) : nullptr;
+  };
+  Tensor to_experts = at::empty(weight.sizes(), x.options()), total;  // total: what one time leaves to the next
+  if (some < B) total = at::zeros({panels, experts.experts * experts.channels * experts.taps * WIDE}, x.options());
+  for (int64_t b = 0; b < B; b += some) {
+    const int64_t n = std::min(some, B - b);
+    const Picture picture(read.narrow(0, b, n), nullptr, margins);
+    const Given given{experts, phase, gates, picture, grad.const_data_ptr<float>(), b};
+    at::parallel_for(0, panels * parts, 1, [&](int64_t begin, int64_t end) {
+      std::vector<float> own;
+      for (int64_t unit = begin; unit < end; unit++) {
+        const int64_t part = unit % parts, panel = unit / parts;
+        const Chunk& chunk = chunks[part];
+        const int64_t before_chunk = experts.experts * chunk.first * experts.taps * WIDE;
+        if (!total.defined()) own.assign(experts.experts * chunk.depth * WIDE, 0.f);
+        float* sum = total.defined() ? slice(total, panel) + before_chunk : own.data();
+        UnitGradient gradient(
+            given, panel, chunk,
+            {sum, slice(of_gate, unit), slice(of_spatial, unit), slice(of_before, panel), slice(of_after, part)});
+        gradient.add(n);
+        if (b + n == B) gradient.unpack(to_experts.mutable_data_ptr<float>());
+      }
+    });
+  }
+  auto added = [](const Tensor& t, const Maybe& part) { return t.defined() ? t.sum(0).view(part->sizes()) : Tensor(); };
+  return {to_experts, added(of_gate, gate), added(of_spatial, spatial), added(of_before, before),
+          added(of_after, after)};
+}
+
+}  // namespace

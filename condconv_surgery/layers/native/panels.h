@@ -1,0 +1,324 @@
+// A convolution whose kernel is mixed anew for each sample, and its gradients, on a CPU in float32:
+//
+//     y_b = after_b * conv(before_b * x_b, K_b),    K_b = spatial_b * sum_e gate[b,e] * experts[e]
+//
+// No kernel is ever written to memory. Sixteen filters ("a panel") and some channels of all experts are brought into
+// the second level of cache, for as many samples as are padded at a time; for each they are mixed into the first level
+// and used there by a matrix product whose other factor is read straight from the picture, at the offsets of the taps.
+//
+// One loop does all arithmetic (``tile``): sum[j][:] += rows[j][offsets[k]] * panel[k][:]. For a convolution a row is a
+// position of the output and k runs over channels and taps; for the gradient of the kernel a row is a channel and a tap
+// and k runs over the positions; the gradient of the input is a convolution again, with as many phases as the stride
+// has.
+
+#pragma once
+
+#include "common.h"
+
+namespace {
+
+constexpr int64_t WIDE = 2 * LANES;         // filters of a panel
+constexpr int64_t TALL = 6;                 // rows of a tile: 12 sums, 2 of the panel and 1 number fill 16 registers
+constexpr int64_t DEPTH = 288;              // rows of a panel: 18 KB, half of a first level of cache
+constexpr int64_t ROWS_OF_ALL = 9 * DEPTH;  // experts together: 166 KB, which the second level holds beside the rest
+constexpr int64_t POINTWISE_DEPTH = 80;     // of 1x1: each reads cache lines of its own, 16 KB of them at 7 px
+
+// Numbers of the next tile are asked for while this one computes: those at rows[0] + ahead + spread * offsets[k].
+template <int ROWS>
+void tile(const float* base, const int64_t* rows, const int64_t* offsets, int64_t depth, const float* panel, float* sum,
+          int64_t ahead, int64_t spread) {
+  Vec c[ROWS][2];
+  const float* r[ROWS];
+#pragma GCC unroll 6
+  for (int j = 0; j < ROWS; j++) {
+    r[j] = base + rows[j];
+    c[j][0] = load(sum + j * WIDE);
+    c[j][1] = load(sum + j * WIDE + LANES);
+  }
+  for (int64_t k = 0; k < depth; k++) {
+    const Vec left = load(panel + k * WIDE), right = load(panel + k * WIDE + LANES);
+    const int64_t o = offsets[k];
+    __builtin_prefetch(r[0] + ahead + spread * o);
+#pragma GCC unroll 6
+    for (int j = 0; j < ROWS; j++) {
+      const float a = r[j][o];
+      c[j][0] += a * left;
+      c[j][1] += a * right;
+    }
+  }
+#pragma GCC unroll 6
+  for (int j = 0; j < ROWS; j++) {
+    store(sum + j * WIDE, c[j][0]);
+    store(sum + j * WIDE + LANES, c[j][1]);
+  }
+}
+
+constexpr decltype(&tile<1>) TILES[TALL] = {tile<1>, tile<2>, tile<3>, tile<4>, tile<5>, tile<6>};  // by rows
+
+// sum[j][:] += sum_k base[rows[j] + offsets[k]] * panel[k][:] for ``count`` rows.
+// spread: see ``tile``; 1 where the rows of a tile lie on the same lines, TALL where each lies on lines of its own.
+void tiles(const float* base, const int64_t* rows, int64_t count, const int64_t* offsets, int64_t depth,
+           const float* panel, float* sum, int64_t spread) {
+  while (count > 0) {  // the last rows in two halves: a tile of one row waits for its own sums
+    const int64_t some = count >= 2 * TALL || count <= TALL ? std::min(count, TALL) : (count + 1) / 2;
+    const int64_t next = spread > 1 ? some : 2 * some - 1, ahead = next < count ? rows[next] - rows[0] : 0;
+    TILES[some - 1](base, rows, offsets, depth, panel, sum, ahead, spread);
+    rows += some, sum += some * WIDE, count -= some;
+  }
+}
+
+inline void transpose(Vec* r) {
+  Vec t[LANES], u[LANES];
+  for (int i = 0; i < LANES; i += 2) {
+    t[i] = __builtin_shufflevector(r[i], r[i + 1], 0, 8, 1, 9, 4, 12, 5, 13);
+    t[i + 1] = __builtin_shufflevector(r[i], r[i + 1], 2, 10, 3, 11, 6, 14, 7, 15);
+  }
+  for (int i = 0; i < LANES; i += 4)
+    for (int j = 0; j < 2; j++) {
+      u[i + 2 * j] = __builtin_shufflevector(t[i + j], t[i + j + 2], 0, 1, 8, 9, 4, 5, 12, 13);
+      u[i + 2 * j + 1] = __builtin_shufflevector(t[i + j], t[i + j + 2], 2, 3, 10, 11, 6, 7, 14, 15);
+    }
+  for (int i = 0; i < 4; i++) {
+    r[i] = __builtin_shufflevector(u[i], u[i + 4], 0, 1, 2, 3, 8, 9, 10, 11);
+    r[i + 4] = __builtin_shufflevector(u[i], u[i + 4], 4, 5, 6, 7, 12, 13, 14, 15);
+  }
+}
+
+// to[k][f] = from[f][k] for 16 rows at ``from + f * step``, of which ``count`` exist; the others are zeros.
+void transpose_rows(const float* from, int64_t step, int64_t count, int64_t depth, float* to) {
+  int64_t k = 0;
+  if (count == WIDE)
+    for (; k + LANES <= depth; k += LANES)
+      for (int64_t half = 0; half < WIDE; half += LANES) {
+        Vec r[LANES];
+        for (int i = 0; i < LANES; i++) r[i] = load(from + (half + i) * step + k);
+        transpose(r);
+        for (int i = 0; i < LANES; i++) store(to + (k + i) * WIDE + half, r[i]);
+      }
+  for (; k < depth; k++)
+    for (int64_t f = 0; f < WIDE; f++) to[k * WIDE + f] = f < count ? from[f * step + k] : 0.f;
+}
+
+// to[f][p] = scale[f] * from[p][f] for ``count`` of 16 filters whose rows are ``step`` apart; no scale: ones.
+void transpose_back(const float* from, int64_t positions, int64_t count, const float* scale, float* to, int64_t step) {
+  int64_t p = 0;
+  if (count == WIDE)
+    for (; p + LANES <= positions; p += LANES)
+      for (int64_t half = 0; half < WIDE; half += LANES) {
+        Vec r[LANES];
+        for (int i = 0; i < LANES; i++) r[i] = load(from + (p + i) * WIDE + half);
+        transpose(r);
+        for (int i = 0; i < LANES; i++) store(to + (half + i) * step + p, scale ? scale[half + i] * r[i] : r[i]);
+      }
+  for (; p < positions; p++)
+    for (int64_t f = 0; f < count; f++) to[f * step + p] = scale ? scale[f] * from[p * WIDE + f] : from[p * WIDE + f];
+}
+
+// What experts [E, O, I, kh, kw] are to a convolution, or to its transpose, whose filters are the input's channels.
+struct Experts {
+  const float* weight;
+  int64_t experts, filters, channels, taps, expert_step, filter_step, channel_step;
+
+  Experts(const Tensor& t, bool transposed)
+      : weight(t.const_data_ptr<float>()),
+        experts(t.size(0)),
+        filters(t.size(transposed ? 2 : 1)),
+        channels(t.size(transposed ? 1 : 2)),
+        taps(t.size(3) * t.size(4)),
+        expert_step(t.size(1) * t.size(2) * taps),
+        filter_step(transposed ? taps : t.size(2) * taps),
+        channel_step(transposed ? t.size(2) * taps : taps) {}
+  int64_t panels() const { return (filters + WIDE - 1) / WIDE; }
+  int64_t count(int64_t panel) const { return std::min(WIDE, filters - panel * WIDE); }
+};
+
+// Some taps, and the positions that they serve: all of a convolution; of its transpose those of one phase of the
+// stride.
+struct Phase {
+  Sizes taps, reach, positions, outputs;  // reach: the offset of a tap in a padded channel; outputs: where results go
+  bool in_order = false;                  // the outputs are all there are, one after the other, and not listed
+};
+
+struct Chunk {  // of channels: all taps of each
+  int64_t first, channels, depth;
+};
+
+// Of so many rows at most, and fewer where there are many experts.
+std::vector<Chunk> chunks_of(const Experts& experts, int64_t taps, int64_t rows) {
+  std::vector<Chunk> chunks;
+  const int64_t channels = experts.channels;
+  const int64_t most = std::max<int64_t>(1, std::min(rows, ROWS_OF_ALL / experts.experts) / taps);
+  for (int64_t c = 0; c < channels; c += most) {
+    const int64_t some = std::min(most, channels - c);
+    chunks.push_back({c, some, some * taps});
+  }
+  return chunks;
+}
+
+std::vector<Chunk> chunks_of(const Experts& experts, const Phase& phase) {
+  return chunks_of(experts, phase.taps.size(), phase.taps.size() == 1 ? POINTWISE_DEPTH : DEPTH);
+}
+
+// The numbers of one expert, or of a mixture of all, as a panel [depth][16].
+class Packer {
+ public:
+  Packer(const Experts& e, const Phase& phase, int64_t most)
+      : experts_(e), phase_(phase), contiguous_(e.channel_step == e.taps && (int64_t)phase.taps.size() == e.taps) {
+    if (contiguous_)
+      rows_.resize(WIDE * most);
+    else
+      at_.resize(most);
+  }
+
+  void pack(int64_t panel, const Chunk& chunk, int64_t expert, float* to) {
+    const float* from = start(panel, chunk) + expert * experts_.expert_step;
+    const int64_t count = experts_.count(panel);
+    if (contiguous_) return transpose_rows(from, experts_.filter_step, count, chunk.depth, to);
+    if ((int64_t)phase_.taps.size() == experts_.taps) {
+      for (int64_t c = 0; c < chunk.channels; c++)
+        pack_channel(from + c * experts_.channel_step, count, to + c * experts_.taps * WIDE);
+      return;
+    }
+    find(chunk);
+    for (int64_t k = 0; k < chunk.depth; k++)
+      for (int64_t f = 0; f < WIDE; f++) to[k * WIDE + f] = f < count ? from[f * experts_.filter_step + at_[k]] : 0.f;
+  }
+
+  // For few samples: mixed first, transposed after.
+  bool mixes() const { return contiguous_; }
+  void pack_mixed(int64_t panel, const Chunk& chunk, const float* gate, float* to) {
+    const float* from = start(panel, chunk);
+    const int64_t count = experts_.count(panel);
+    for (int64_t f = 0; f < count; f++) {
+      const float* w = from + f * experts_.filter_step;
+      float* row = rows_.data() + f * chunk.depth;
+      int64_t k = 0;
+      for (; k + LANES <= chunk.depth; k += LANES) {
+        Vec sum = gate[0] * load(w + k);
+        for (int64_t e = 1; e < experts_.experts; e++) sum += gate[e] * load(w + e * experts_.expert_step + k);
+        store(row + k, sum);
+      }
+      for (; k < chunk.depth; k++) {
+        row[k] = 0.f;
+        for (int64_t e = 0; e < experts_.experts; e++) row[k] += gate[e] * w[e * experts_.expert_step + k];
+      }
+    }
+    transpose_rows(rows_.data(), chunk.depth, count, chunk.depth, to);
+  }
+
+  // grad[e][filter][channel][tap] = panel[k][f]: the inverse of ``pack``, for whole kernels.
+  void unpack(int64_t panel, const Chunk& chunk, int64_t expert, const float* from, float* grad) const {
+    float* to = grad + (start(panel, chunk) - experts_.weight) + expert * experts_.expert_step;
+    transpose_back(from, chunk.depth, experts_.count(panel), nullptr, to, experts_.filter_step);
+  }
+
+ private:
+  const float* start(int64_t panel, const Chunk& chunk) const {
+    return experts_.weight + panel * WIDE * experts_.filter_step + chunk.first * experts_.channel_step;
+  }
+  // All taps of a channel, which lie one after the other.
+  void pack_channel(const float* from, int64_t count, float* to) const {
+    if (experts_.taps == 1 && count == WIDE)
+      store(to, load(from)), store(to + LANES, load(from + LANES));
+    else
+      transpose_rows(from, experts_.filter_step, count, experts_.taps, to);
+  }
+  void find(const Chunk& chunk) {
+    int64_t k = 0;
+    for (int64_t c = 0; c < chunk.channels; c++)
+      for (const int64_t tap : phase_.taps) at_[k++] = c * experts_.channel_step + tap;
+  }
+
+  const Experts& experts_;
+  const Phase& phase_;
+  bool contiguous_;
+  Sizes at_;
+  std::vector<float> rows_;
+};
+
+// mixed[k][f] = sum_e gate[e] * panels[e][k][f], or added to it; the panels of two experts are ``step`` apart.
+template <int EXPERTS, bool ADD>
+void mix(const float* panels, int64_t step, const float* gate, int64_t depth, float* mixed) {
+  for (int64_t k = 0; k < depth * WIDE; k += WIDE) {
+    Vec left = gate[0] * load(panels + k), right = gate[0] * load(panels + k + LANES);
+    if (ADD) left += load(mixed + k), right += load(mixed + k + LANES);
+#pragma GCC unroll 8
+    for (int64_t e = 1; e < EXPERTS; e++) {
+      left += gate[e] * load(panels + e * step + k);
+      right += gate[e] * load(panels + e * step + k + LANES);
+    }
+    store(mixed + k, left);
+    store(mixed + k + LANES, right);
+  }
+}
+
+template <bool ADD>
+constexpr decltype(&mix<1, ADD>) MIXES[8] = {mix<1, ADD>, mix<2, ADD>, mix<3, ADD>, mix<4, ADD>,
+                                             mix<5, ADD>, mix<6, ADD>, mix<7, ADD>, mix<8, ADD>};  // by experts
+
+// Eight experts at a time: a longer sum would wait for itself.
+void mix_panels(const float* panels, int64_t step, int64_t experts, const float* gate, int64_t depth, float* mixed) {
+  for (int64_t e = 0; e < experts; e += 8) {
+    const int64_t some = std::min<int64_t>(8, experts - e);
+    (e == 0 ? MIXES<false> : MIXES<true>)[some - 1](panels + e* step, step, gate + e, depth, mixed);
+  }
+}
+
+void scale_taps(const float* spatial, const Sizes& taps, int64_t depth, const float* from, float* to) {
+  for (int64_t k = 0; k < depth;)
+    for (const int64_t tap : taps) {
+      store(to + k * WIDE, spatial[tap] * load(from + k * WIDE));
+      store(to + k * WIDE + LANES, spatial[tap] * load(from + k * WIDE + LANES));
+      k++;
+    }
+}
+
+// Samples with margins of zeros, times a number for each channel.
+struct Picture {
+  Tensor held;
+  const float* data;
+  int64_t row, channel, sample;  // steps in numbers
+
+  Picture(const Tensor& x, const float* scale, Margins m) {
+    const int64_t B = x.size(0), I = x.size(1), H = x.size(2), W = x.size(3);
+    row = m.left + W + m.right;
+    channel = (m.top + H + m.bottom) * row;
+    held = x;
+    if (scale || channel != H * W) {
+      channel = (channel + 15) / 16 * 16;
+      if (channel / 16 % 2 == 0) channel += 16;  // an odd number of cache lines: channels share no cache set
+      held = at::empty({B, I, channel}, x.options());
+      const float* from = x.const_data_ptr<float>();
+      float* to = held.mutable_data_ptr<float>();
+      at::parallel_for(0, B * I, 16, [&](int64_t begin, int64_t end) {
+        for (int64_t map = begin; map < end; map++)
+          copy(from + map * H * W, H, W, scale ? scale[map] : 1.f, m, to + map * channel);
+      });
+    }
+    data = held.const_data_ptr<float>();
+    sample = I * channel;
+  }
+
+ private:
+  void copy(const float* from, int64_t H, int64_t W, float scale, Margins m, float* to) const {
+    std::fill(to, to + m.top * row, 0.f);
+    to += m.top * row;
+    for (int64_t h = 0; h < H; h++, from += W, to += row) {
+      std::fill(to, to + m.left, 0.f);
+      for (int64_t w = 0; w < W; w++) to[m.left + w] = scale * from[w];
+      std::fill(to + m.left + W, to + row, 0.f);
+    }
+    std::fill(to, to + m.bottom * row, 0.f);
+  }
+};
+
+// base[c * channel + reach of the tap] for the channels of a chunk, counted from its first.
+Sizes offsets_of(const Chunk& chunk, const Phase& phase, int64_t channel) {
+  Sizes offsets;
+  offsets.reserve(chunk.depth);
+  for (int64_t c = 0; c < chunk.channels; c++)
+    for (const int64_t reach : phase.reach) offsets.push_back(c * channel + reach);
+  return offsets;
+}
+
+}  // namespace
