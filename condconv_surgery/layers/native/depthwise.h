@@ -15,6 +15,7 @@ namespace {
 constexpr int64_t RUNS = 8;               // in a tile: 8 sums, the tap and 1 factor leave room in 16 registers
 constexpr int64_t TAPS = 9;               // of a gradient at a time: 9 sums, the gradient and 1 factor
 constexpr int64_t CHANNELS = 64;          // whose kernels are mixed at a time
+constexpr int64_t AHEAD = 512;            // numbers of a map that are asked for before they are copied
 constexpr int64_t LEAST_WORK = 16 << 10;  // vectors times taps for a thread
 
 // A map [H, W] between margins. Column c is number c / sections of section c % sections.
@@ -54,6 +55,7 @@ class PaddedMap {
   // Both write zeros behind the last number: on a margin, or where the next row goes.
   void copy(const float* from, float* to) const {
     int64_t w = 0;
+    __builtin_prefetch(from + AHEAD);
     for (; w + LANES <= width_; w += LANES) store(to + w, load(from + w));
     if (w < width_) store(to + w, load_some(from + w, rest_[0]));
   }
@@ -81,6 +83,7 @@ struct Window {
   Sizes taps, offsets;       // offsets: of a tap in the padded map, from where a position starts
   Sizes starts, to, count;   // of runs of up to eight positions: in the padded map, in the result, how many
   int64_t step = 1;          // in the result, from one position to the next
+  bool whole = false;        // all taps in their order
   bool overwritten = false;  // what a run writes behind its end is written again by the next
 
   void add_row(int64_t start, int64_t first, int64_t positions) {
@@ -202,8 +205,9 @@ void slide_all(const Tensor& x, const Tensor& experts, const Gates& gates, const
                const PaddedMap& map, int64_t b, int64_t c) mutable {
       const float* kernel = kernels.of(b, c);
       for (const Window& window : windows) {
-        for (size_t t = 0; t < window.taps.size(); t++) some[t] = kernel[window.taps[t]];
-        slide_over(window, map.data(), some.data(), to + (b * C + c) * size, size);
+        if (!window.whole)
+          for (size_t t = 0; t < window.taps.size(); t++) some[t] = kernel[window.taps[t]];
+        slide_over(window, map.data(), window.whole ? kernel : some.data(), to + (b * C + c) * size, size);
       }
     };
   });
@@ -223,7 +227,7 @@ struct Forward {
         window.offsets.push_back(map.at(i * g.dh, j * g.dw));
       }
     for (int64_t h = 0; h < height; h++) window.add_row(map.at(h * g.sh, 0), h * width, width);
-    window.overwritten = true;
+    window.whole = window.overwritten = true;
   }
 };
 
