@@ -16,6 +16,7 @@ from benchmarks.geometries import MODELS, QUICK, Site, sites
 from benchmarks.layers import VARIANTS, measure_layers
 from benchmarks.models import measure_model, peak_training_bytes
 from benchmarks.presenting import environment, layer_table, model_table, plot_experts, write_json
+from benchmarks.setting import Setting
 from benchmarks.timing import use_clock
 from benchmarks.ways import measure_ways, ways_line
 from condconv_surgery.layers import native
@@ -24,7 +25,10 @@ from condconv_surgery.recipe import CondConv, Variant
 
 def main(arguments: list[str] | None = None) -> None:
     """Parse, measure, print, write."""
-    options = _parser().parse_args(arguments)
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    if options.clock == "graph" and options.device == "cpu":
+        parser.error("--clock graph is for --device cuda: a CPU has no graphs to replay")
     torch.set_num_threads(options.threads)
     use_clock(options.clock)
     if options.native:
@@ -53,21 +57,31 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--seconds", type=float, default=0.05, help="run a layer for as long in each repeat")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument(
-        "--clock", choices=["wall", "cpu"], default="wall", help="cpu: for one thread on a busy machine"
+        "--clock",
+        choices=["wall", "cpu", "graph"],
+        default="wall",
+        help="cpu: for one thread on a busy machine; graph: of a GPU alone, without Python",
     )
-    parser.add_argument("--native", action="store_true", help="with the compiled kernels; results/native-*.json")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--autocast", choices=["bfloat16", "float16"], help="mixed precision instead of float32")
+    parser.add_argument("--channels-last", action="store_true", help="pictures and plain kernels in that layout")
+    parser.add_argument("--native", action="store_true", help="with the compiled kernels; native-*.json")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"), help="folder for JSON and the plot")
     return parser
 
 
 def _layers(options: argparse.Namespace) -> None:
-    results = measure_layers(_sites(options), _variants(options), options.batch, _repeats(options), options.seconds)
+    results = measure_layers(
+        _sites(options), _variants(options), options.batch, _repeats(options), options.seconds, _setting(options)
+    )
     print(layer_table(results))
     _write(options, "layers", [r.as_json() for r in results])
 
 
 def _ways(options: argparse.Namespace) -> None:
-    results = measure_ways(_sites(options), _variants(options), options.batch, _repeats(options), options.seconds)
+    results = measure_ways(
+        _sites(options), _variants(options), options.batch, _repeats(options), options.seconds, _setting(options)
+    )
     print("measured / estimated milliseconds of a batch; * the chosen way, and its time over the fastest's")
     print(*map(ways_line, results), sep="\n")
     _write(options, "ways", [r.as_json() for r in results])
@@ -79,7 +93,9 @@ def _models(options: argparse.Namespace) -> None:
     for name in names:
         for batch, mode in ((1, "eval"), (options.batch, "eval"), (options.batch, "train")):
             repeats = 15 if batch == 1 else _repeats(options)
-            result = measure_model(name, _variants(options), batch, mode, repeats, not options.quick, options.pixels)
+            result = measure_model(
+                name, _variants(options), batch, mode, repeats, not options.quick, options.pixels, _setting(options)
+            )
             print(model_table([result]), flush=True)
             results.append(result)
     _write(options, "models", [r.as_json() for r in results])
@@ -90,7 +106,7 @@ def _experts(options: argparse.Namespace) -> None:
     lines: dict[str, dict[int, float]] = {}
     for count in (1, 2, 4, 8, 16, 32):
         variants: dict[str, Variant] = {f"condconv{count}": CondConv(experts=count)}
-        results = measure_layers([site], variants, options.batch, _repeats(options), options.seconds)
+        results = measure_layers([site], variants, options.batch, _repeats(options), options.seconds, _setting(options))
         for result in results:
             for who, value in result.milliseconds.items():
                 if who != "static":
@@ -106,7 +122,7 @@ def _memory(options: argparse.Namespace) -> None:
     found = {}
     for name in options.models or ("resnet18", "mobilenet_v2"):
         which = ("static", *_variants(options))
-        peaks = {variant: peak_training_bytes(name, variant, options.batch) for variant in which}
+        peaks = {variant: peak_training_bytes(name, variant, options.batch, _setting(options)) for variant in which}
         found[name] = peaks
         print(f"{name:16}", "  ".join(f"{who} {value / 2**20:.0f} MiB" for who, value in peaks.items()), flush=True)
     _write(options, "memory", found)
@@ -135,6 +151,10 @@ def _variants(options: argparse.Namespace) -> dict[str, Variant]:
     return {name: known[name] for name in options.variants or VARIANTS}
 
 
+def _setting(options: argparse.Namespace) -> Setting:
+    return Setting(options.device, options.autocast, options.channels_last)
+
+
 def _repeats(options: argparse.Namespace) -> int:
     return options.repeats or (3 if options.quick else 5)
 
@@ -144,6 +164,7 @@ def _write(options: argparse.Namespace, name: str, results: object) -> None:
         "environment": environment(options.threads),
         "clock": options.clock,
         "native": options.native,
+        "setting": asdict(_setting(options)),
         "batch": options.batch,
         "results": results,
     }
@@ -151,7 +172,8 @@ def _write(options: argparse.Namespace, name: str, results: object) -> None:
 
 
 def _prefix(options: argparse.Namespace) -> str:
-    return "native-" if options.native else ""
+    clock = "graph-" if options.clock == "graph" else ""
+    return ("native-" if options.native else "") + _setting(options).name + clock
 
 
 if __name__ == "__main__":

@@ -101,7 +101,7 @@ class TimmCondConv(nn.Module):
             g.groups,
             num_experts=layer.experts,
         )
-        self.conv.weight.data.copy_(layer.weight.detach().flatten(1))
+        self.conv.to(layer.weight.device).weight.data.copy_(layer.weight.detach().flatten(1))
 
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.conv(x, self.layer.route(x).gate)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from benchmarks.contenders import Layer, contenders
 from benchmarks.geometries import Site
+from benchmarks.setting import USUAL, Setting
 from benchmarks.timing import interleaved, milliseconds, ratio
 from condconv_surgery.layers import conditional_like
 from condconv_surgery.recipe import CondConv, ODConv, Variant
@@ -45,22 +46,30 @@ class LayerResult:
 
 
 def measure_layers(
-    sites: Iterable[Site], variants: dict[str, Variant], batch: int, repeats: int, seconds: float
+    sites: Iterable[Site],
+    variants: dict[str, Variant],
+    batch: int,
+    repeats: int,
+    seconds: float,
+    setting: Setting = USUAL,
 ) -> list[LayerResult]:
     """Check each contender against ours, then time them all, in eval and in training."""
     results = []
     for site in sites:
         for name, variant in variants.items():
             for mode in ("eval", "train"):
-                result = _measure(site, name, variant, mode, batch, repeats, seconds)
+                result = _measure(site, name, variant, mode, batch, repeats, seconds, setting)
                 print(_line(result), file=sys.stderr, flush=True)
                 results.append(result)
     return results
 
 
-def check_layer(site: Site, variant: Variant, batch: int) -> dict[str, float]:
-    """The largest difference of each contender from ours, in output and in the gradient of the input, relative."""
-    layer, x = routed_layer(site, variant), random_input(site, batch)
+def check_layer(site: Site, variant: Variant, batch: int, setting: Setting = USUAL) -> dict[str, float]:
+    """The largest difference of each contender from ours, in output and in the gradient of the input, relative.
+
+    In float32, whatever the setting's precision.
+    """
+    layer, x = routed_layer(site, variant, setting), random_input(site, batch, setting)
     found, expected = {}, None
     for name, run in contenders(layer).items():
         y = run(x)
@@ -73,17 +82,17 @@ def check_layer(site: Site, variant: Variant, batch: int) -> dict[str, float]:
 
 
 def _measure(
-    site: Site, name: str, variant: Variant, mode: str, batch: int, repeats: int, seconds: float
+    site: Site, name: str, variant: Variant, mode: str, batch: int, repeats: int, seconds: float, setting: Setting
 ) -> LayerResult:
     if mode == "eval":
-        differences = check_layer(site, variant, min(batch, 4))
+        differences = check_layer(site, variant, min(batch, 4), setting)
         wrong = {who: value for who, value in differences.items() if not value <= TOLERANCE}
         if wrong:
             raise AssertionError(f"{site} {name}: not the same function: {wrong}")
-    layer, x = routed_layer(site, variant), random_input(site, batch)
-    runs: dict[str, Callable[[Tensor], Tensor]] = {"static": site.conv(), **contenders(layer)}
+    layer, x = routed_layer(site, variant, setting), random_input(site, batch, setting)
+    runs: dict[str, Callable[[Tensor], Tensor]] = {"static": setting.place(site.conv()), **contenders(layer)}
     make = evaluation if mode == "eval" else training
-    times = interleaved({who: make(run, x) for who, run in runs.items()}, repeats, seconds)
+    times = interleaved({who: make(run, x, setting) for who, run in runs.items()}, repeats, seconds)
     ratios = {who: ratio(times, who, "ours") for who in runs if who not in ("static", "ours")}
     best = min(ratios, key=lambda who: ratios[who])
     return LayerResult(
@@ -98,39 +107,41 @@ def _measure(
     )
 
 
-def routed_layer(site: Site, variant: Variant) -> Layer:
+def routed_layer(site: Site, variant: Variant, setting: Setting = USUAL) -> Layer:
     """A conditional layer whose router answers each sample differently."""
     torch.manual_seed(0)
     layer = conditional_like(site.conv(), variant)
     for parameter in layer.router.parameters():
         nn.init.normal_(parameter, std=0.1)
-    return layer.eval()
+    return setting.place(layer.eval())
 
 
-def random_input(site: Site, batch: int) -> Tensor:
+def random_input(site: Site, batch: int, setting: Setting = USUAL) -> Tensor:
     """[B, I, H, W], the same at each call."""
     torch.manual_seed(1)
-    return torch.randn(batch, site.geometry.in_channels, *site.size, requires_grad=True)
+    return setting.place(torch.randn(batch, site.geometry.in_channels, *site.size)).requires_grad_()
 
 
-def evaluation(run: Callable[[Tensor], Tensor], x: Tensor) -> Callable[[], object]:
+def evaluation(run: Callable[[Tensor], Tensor], x: Tensor, setting: Setting = USUAL) -> Callable[[], object]:
     """A forward pass of ``run`` that records nothing."""
 
     def step() -> None:
-        with torch.no_grad():
+        with torch.no_grad(), setting.precision():
             run(x)
 
     return step
 
 
-def training(run: Callable[[Tensor], Tensor], x: Tensor) -> Callable[[], object]:
+def training(run: Callable[[Tensor], Tensor], x: Tensor, setting: Setting = USUAL) -> Callable[[], object]:
     """A forward and a backward pass of ``run``: gradients of ``x`` and of all parameters."""
-    with torch.no_grad():
+    with torch.no_grad(), setting.precision():
         direction = torch.randn_like(run(x))
     leaves = [x, *(p for p in run.parameters())] if isinstance(run, nn.Module) else [x]
 
     def step() -> None:
-        torch.autograd.grad(run(x), leaves, direction, allow_unused=True)
+        with setting.precision():
+            y = run(x)
+        torch.autograd.grad(y, leaves, direction, allow_unused=True)
 
     return step
 

@@ -26,6 +26,7 @@ def environment(threads: int) -> dict[str, object]:
         "torch": torch.__version__,
         "torchvision": torchvision.__version__,
         "python": platform.python_version(),
+        **_graphics(),
     }
 
 
@@ -101,6 +102,18 @@ def plot_experts(path: Path, title: str, times: dict[str, dict[int, float]]) -> 
     figure.tight_layout()
     figure.savefig(path, dpi=120)
     plt.close(figure)
+
+
+def _graphics() -> dict[str, object]:
+    if not torch.cuda.is_initialized():
+        return {}
+    return {
+        "gpu": torch.cuda.get_device_name(),
+        "cuda": torch.version.cuda,
+        "cudnn": torch.backends.cudnn.version(),
+        "float32 in convolutions": torch.backends.cudnn.conv.fp32_precision,
+        "float32 in matrix products": torch.backends.cuda.matmul.fp32_precision,
+    }
 
 
 def _processor() -> str:

@@ -7,13 +7,14 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 
 import torch
-from torch import Tensor
 
 from benchmarks.geometries import Site
 from benchmarks.layers import evaluation, random_input, routed_layer, training
+from benchmarks.setting import USUAL, Setting
 from benchmarks.timing import interleaved, milliseconds
 from condconv_surgery.layers.choice import candidates, choose
 from condconv_surgery.layers.cost import estimate
+from condconv_surgery.layers.precision import autocast
 from condconv_surgery.layers.ways import legal_ways
 from condconv_surgery.recipe import Variant
 
@@ -44,14 +45,19 @@ class WaysResult:
 
 
 def measure_ways(
-    sites: Iterable[Site], variants: dict[str, Variant], batch: int, repeats: int, seconds: float
+    sites: Iterable[Site],
+    variants: dict[str, Variant],
+    batch: int,
+    repeats: int,
+    seconds: float,
+    setting: Setting = USUAL,
 ) -> list[WaysResult]:
     """Every legal way of every layer, in eval and in training."""
     results = []
     for site in sites:
         for name, variant in variants.items():
             for mode in ("eval", "train"):
-                result = _measure(site, name, variant, mode, batch, repeats, seconds)
+                result = _measure(site, name, variant, mode, batch, repeats, seconds, setting)
                 print(ways_line(result), file=sys.stderr, flush=True)
                 results.append(result)
     return results
@@ -67,21 +73,23 @@ def ways_line(result: WaysResult) -> str:
 
 
 def _measure(
-    site: Site, name: str, variant: Variant, mode: str, batch: int, repeats: int, seconds: float
+    site: Site, name: str, variant: Variant, mode: str, batch: int, repeats: int, seconds: float, setting: Setting
 ) -> WaysResult:
-    x = random_input(site, batch)
+    x = random_input(site, batch, setting)
     make = evaluation if mode == "eval" else training
-    layer = routed_layer(site, variant)
+    layer = routed_layer(site, variant, setting)
     with torch.no_grad():
         mixture = layer.route(x)
     ways = legal_ways(batch, mixture, layer.geometry)
-    layers = {way: routed_layer(site, variant) for way in ways}
+    with setting.precision():
+        seen = autocast(x)
+    layers = {way: routed_layer(site, variant, setting) for way in ways}
     for way, forced in layers.items():
         forced.execution = way
-    times = interleaved({way: make(forced, x) for way, forced in layers.items()}, repeats, seconds)
+    times = interleaved({way: make(forced, x, setting) for way, forced in layers.items()}, repeats, seconds)
 
-    def estimated(way: str, like: Tensor = x) -> float:
-        return 1e3 * batch * estimate(way, like, layer.experts, mixture, layer.geometry)
+    def estimated(way: str) -> float:
+        return 1e3 * batch * estimate(way, seen, layer.experts, mixture, layer.geometry)
 
     return WaysResult(
         str(site),
@@ -89,6 +97,6 @@ def _measure(
         mode,
         milliseconds(times),
         {way: estimated(way) for way in ways},
-        choose(x, layer.weight, mixture, layer.geometry),
+        choose(seen, layer.weight, mixture, layer.geometry),
         min(candidates(mixture, layer.geometry, exporting=True), key=estimated),
     )

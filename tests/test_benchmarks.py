@@ -19,6 +19,7 @@ from benchmarks.geometries import MODELS, QUICK, Site, sites
 from benchmarks.layers import TOLERANCE, VARIANTS, LayerResult, check_layer
 from benchmarks.models import roofline
 from benchmarks.presenting import geometric_mean, layer_table
+from benchmarks.setting import Setting
 from benchmarks.timing import interleaved, ratio
 from benchmarks.training import main as measure_training
 from benchmarks.turns import Loop, process_seconds, take_turns
@@ -63,7 +64,7 @@ def test_ratios_are_taken_within_a_repeat() -> None:
 
 
 def test_the_floor_counts_every_expert_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("benchmarks.models.copy_bandwidth", lambda: 1000.0)
+    monkeypatch.setattr("benchmarks.models.copy_bandwidth", lambda setting: 1000.0)
     model = conditional_like(torch.nn.Conv2d(5, 10, 1), CondConv(experts=4))  # 4 * 50 floats = 800 bytes
     assert roofline(model, static_seconds=1.0) == pytest.approx(1.8)
 
@@ -86,6 +87,18 @@ def test_the_command_writes_its_environment(tmp_path: Path, capsys: pytest.Captu
     assert len(written["results"]) == 2 * len(sites(("resnet18",)))
     assert written["environment"]["torch"] == torch.__version__
     assert "geometric mean of 10" in capsys.readouterr().out
+
+
+def test_a_setting_places_what_it_measures() -> None:
+    setting = Setting("cpu", "bfloat16", channels_last=True)
+    layer = setting.place(torch.nn.Conv2d(4, 4, 3))
+    assert layer.weight.is_contiguous(memory_format=torch.channels_last)
+    assert setting.place(torch.ones(3)).shape == (3,)
+    with setting.precision():
+        y = layer(setting.place(torch.randn(2, 4, 5, 5)))
+    assert y.dtype == torch.bfloat16
+    assert y.is_contiguous(memory_format=torch.channels_last)
+    assert (setting.name, Setting().name) == ("bfloat16-last-", "")
 
 
 def test_contenders_share_our_router() -> None:

@@ -1,0 +1,40 @@
+"""Where and in which precision and layout something is measured."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+T = TypeVar("T", Tensor, nn.Module)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """device: of weights and pictures. autocast: the dtype of mixed precision, ``"bfloat16"`` say, or None: float32."""
+
+    device: str = "cpu"
+    autocast: str | None = None
+    channels_last: bool = False
+
+    def place(self, what: T) -> T:
+        """A tensor or a module on the device, 4-D tensors in the layout."""
+        last = self.channels_last and not (isinstance(what, Tensor) and what.dim() != 4)
+        return what.to(self.device, memory_format=torch.channels_last if last else torch.preserve_format)
+
+    def precision(self) -> AbstractContextManager[object]:
+        """Autocast, or nothing."""
+        dtype = getattr(torch, self.autocast or "bfloat16")
+        return torch.autocast(self.device, dtype, enabled=self.autocast is not None)
+
+    @property
+    def name(self) -> str:
+        """What is unusual about it, for the names of files: ``"cuda-bfloat16-last-"``."""
+        parts = [self.device if self.device != "cpu" else None, self.autocast, "last" if self.channels_last else None]
+        return "".join(f"{part}-" for part in parts if part)
+
+
+USUAL = Setting()
