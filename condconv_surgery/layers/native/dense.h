@@ -29,6 +29,7 @@ int64_t panels_together(const Experts& experts, int64_t taps) {
 struct Room {
   Packer packer;
   std::vector<float> packed, mixed, sums;
+  Lines lines;
 };
 
 // What a thread adds up: panels that share what they read, all samples of a time, positions.
@@ -54,13 +55,15 @@ void convolve_unit(const Experts& experts, const Phase& phase, const Picture& pi
   const int64_t n = unit.last - unit.first, positions = unit.to - unit.from;
   const auto chunks = chunks_of(experts, phase);
   const int64_t step = chunks[0].depth * WIDE, of_panel = experts.experts * step;
-  auto& [packer, packed, mixed, sums] = room;
+  auto& [packer, packed, mixed, sums, lines] = room;
   const bool mixed_first = gates.gate && n <= std::min(FEW_SAMPLES, experts.experts) && packer.mixes();
   packed.resize(mixed_first ? 0 : unit.panels * of_panel);
   mixed.resize(step);
   sums.assign(unit.panels * n * positions * WIDE, 0.f);
-  for (const Chunk& chunk : chunks) {
+  for (size_t i = 0; i < chunks.size(); i++) {
+    const Chunk& chunk = chunks[i];
     const Sizes offsets = offsets_of(chunk, phase, picture.channel);
+    lines.clear();
     for (int64_t p = 0; p < unit.panels && !mixed_first; p++)
       for (int64_t e = 0; e < experts.experts; e++)
         packer.pack(unit.panel + p, chunk, e, packed.data() + p * of_panel + e * step);
@@ -68,16 +71,18 @@ void convolve_unit(const Experts& experts, const Phase& phase, const Picture& pi
       for (int64_t p = 0; p < unit.panels; p++) {
         const float* gate = gates.gate ? gates.gate + (unit.first + b) * experts.experts : nullptr;
         const float *panels = packed.data() + p * of_panel, *kernel = gate ? mixed.data() : panels;
-        if (mixed_first)
+        if (mixed_first) {
           packer.pack_mixed(unit.panel + p, chunk, gate, mixed.data());
-        else if (gate)
+          // the experts of a single sample come from memory: those of the next chunk are asked for early
+          if (n == 1 && unit.panels == 1 && i + 1 < chunks.size()) packer.lines_of(unit.panel, chunks[i + 1], lines);
+        } else if (gate)
           mix_panels(panels, step, experts.experts, gate, chunk.depth, mixed.data());
         if (gates.spatial) {
           scale_taps(gates.spatial + (unit.first + b) * experts.taps, phase.taps, chunk.depth, kernel, mixed.data());
           kernel = mixed.data();
         }
         tiles(picture.data + b * picture.sample + chunk.first * picture.channel, phase.positions.data() + unit.from,
-              positions, offsets.data(), chunk.depth, kernel, sums.data() + (p * n + b) * positions * WIDE, 1);
+              positions, offsets.data(), chunk.depth, kernel, sums.data() + (p * n + b) * positions * WIDE, 1, lines);
       }
   }
   const float* sum = sums.data();
@@ -105,7 +110,7 @@ Tensor convolve_phases(const Tensor& x, const Experts& experts, const Gates& gat
       const int64_t together = panels_together(experts, phase.taps.size()), groups = (panels + together - 1) / together;
       const int64_t parts = std::min((at::get_num_threads() + groups - 1) / groups, std::max<int64_t>(1, size / TALL));
       at::parallel_for(0, groups * parts, 1, [&](int64_t begin, int64_t end) {
-        Room room{Packer(experts, phase, chunks_of(experts, phase)[0].depth), {}, {}, {}};
+        Room room{Packer(experts, phase, chunks_of(experts, phase)[0].depth), {}, {}, {}, {}};
         for (int64_t i = begin; i < end; i++) {
           const int64_t part = i % parts, panel = i / parts * together;
           const Unit unit{

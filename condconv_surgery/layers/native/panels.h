@@ -21,12 +21,14 @@ constexpr int64_t WIDE = 2 * LANES;         // filters of a panel
 constexpr int64_t TALL = 6;                 // rows of a tile: 12 sums, 2 of the panel and 1 number fill 16 registers
 constexpr int64_t DEPTH = 288;              // rows of a panel: 18 KB, half of a first level of cache
 constexpr int64_t ROWS_OF_ALL = 9 * DEPTH;  // experts together: 166 KB, which the second level holds beside the rest
+constexpr int64_t LINE = 16;                // numbers of a line of the cache
 constexpr int64_t POINTWISE_DEPTH = 80;     // of 1x1: each reads cache lines of its own, 16 KB of them at 7 px
 
-// Numbers of the next tile are asked for while this one computes: those at rows[0] + ahead + spread * offsets[k].
-template <int ROWS>
+// Numbers of the next tile are asked for while this one computes: those at rows[0] + ahead + spread * offsets[k]; or,
+// where there are ``lines``, one of them for each second k.
+template <int ROWS, bool LINES>
 void tile(const float* base, const int64_t* rows, const int64_t* offsets, int64_t depth, const float* panel, float* sum,
-          int64_t ahead, int64_t spread) {
+          int64_t ahead, int64_t spread, const float* const* lines) {
   Vec c[ROWS][2];
   const float* r[ROWS];
 #pragma GCC unroll 6
@@ -38,7 +40,10 @@ void tile(const float* base, const int64_t* rows, const int64_t* offsets, int64_
   for (int64_t k = 0; k < depth; k++) {
     const Vec left = load(panel + k * WIDE), right = load(panel + k * WIDE + LANES);
     const int64_t o = offsets[k];
-    __builtin_prefetch(r[0] + ahead + spread * o);
+    if (LINES && k % 2)
+      __builtin_prefetch(lines[k / 2], 0, 2);  // into the second level
+    else
+      __builtin_prefetch(r[0] + ahead + spread * o);
 #pragma GCC unroll 6
     for (int j = 0; j < ROWS; j++) {
       const float a = r[j][o];
@@ -53,16 +58,27 @@ void tile(const float* base, const int64_t* rows, const int64_t* offsets, int64_
   }
 }
 
-constexpr decltype(&tile<1>) TILES[TALL] = {tile<1>, tile<2>, tile<3>, tile<4>, tile<5>, tile<6>};  // by rows
+template <bool LINES>
+constexpr decltype(&tile<1, LINES>) TILES[TALL] = {tile<1, LINES>, tile<2, LINES>, tile<3, LINES>,
+                                                   tile<4, LINES>, tile<5, LINES>, tile<6, LINES>};  // by rows
+
+using Lines = std::vector<const float*>;
 
 // sum[j][:] += sum_k base[rows[j] + offsets[k]] * panel[k][:] for ``count`` rows.
 // spread: see ``tile``; 1 where the rows of a tile lie on the same lines, TALL where each lies on lines of its own.
+// lines: of what comes next; as many as there are turns of the loops are asked for meanwhile.
 void tiles(const float* base, const int64_t* rows, int64_t count, const int64_t* offsets, int64_t depth,
-           const float* panel, float* sum, int64_t spread) {
+           const float* panel, float* sum, int64_t spread, const Lines& lines = {}) {
+  size_t asked = 0;
   while (count > 0) {  // the last rows in two halves: a tile of one row waits for its own sums
     const int64_t some = count >= 2 * TALL || count <= TALL ? std::min(count, TALL) : (count + 1) / 2;
     const int64_t next = spread > 1 ? some : 2 * some - 1, ahead = next < count ? rows[next] - rows[0] : 0;
-    TILES[some - 1](base, rows, offsets, depth, panel, sum, ahead, spread);
+    if (asked + depth / 2 <= lines.size()) {
+      TILES<true>[some - 1](base, rows, offsets, depth, panel, sum, ahead, spread, lines.data() + asked);
+      asked += depth / 2;
+    } else {
+      TILES<false>[some - 1](base, rows, offsets, depth, panel, sum, ahead, spread, nullptr);
+    }
     rows += some, sum += some * WIDE, count -= some;
   }
 }
@@ -204,6 +220,18 @@ class Packer {
       }
     }
     transpose_rows(rows_.data(), chunk.depth, count, chunk.depth, to);
+  }
+
+  // The lines of memory that ``pack_mixed`` will read for a chunk.
+  void lines_of(int64_t panel, const Chunk& chunk, Lines& lines) const {
+    const int64_t of_row = (chunk.depth + LINE - 1) / LINE;
+    lines.resize(experts_.count(panel) * experts_.experts * of_row);
+    const float **line = lines.data(), *from = start(panel, chunk);
+    for (int64_t f = 0; f < experts_.count(panel); f++)
+      for (int64_t e = 0; e < experts_.experts; e++) {
+        const float* row = from + f * experts_.filter_step + e * experts_.expert_step;
+        for (int64_t k = 0; k < of_row; k++) *line++ = row + k * LINE;
+      }
   }
 
   // grad[e][filter][channel][tap] = panel[k][f]: the inverse of ``pack``, for whole kernels.

@@ -11,7 +11,8 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
-from condconv_surgery.layers.native.calls import are_plain, code_for
+from condconv_surgery.layers.native.calls import code_for
+from condconv_surgery.layers.watching import are_plain
 
 
 def pool(x: Tensor) -> Tensor | None:
