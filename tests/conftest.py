@@ -1,13 +1,18 @@
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import pytest
+import torch
 
 if TYPE_CHECKING:
     from condconv_surgery.reporting import Report
+
+if not torch.cuda.is_available():  # before Triton is imported: its kernels are interpreted then
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 Run = Callable[..., tuple[int, str, str]]
 

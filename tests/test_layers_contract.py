@@ -7,9 +7,11 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from condconv_surgery.errors import InputError
 from condconv_surgery.layers import ConditionalLinear, conditional_layers, conditional_like, set_temperature
+from condconv_surgery.layers.watching import is_watched
 from condconv_surgery.recipe import CondConv, DynamicConv, ODConv, Variant
 from tests.geometries import GEOMETRIES
 from tests.reference import per_sample_loop
@@ -99,6 +101,48 @@ def test_channels_last_and_sliced_inputs(variant: Variant, name: str) -> None:
     wide = torch.randn(3, 16, 8, 16, dtype=torch.float64)
     wide[:, ::2, :, ::2] = x
     torch.testing.assert_close(layer(wide[:, ::2, :, ::2]), expected, rtol=0, atol=1e-12)
+
+
+@variants
+def test_a_model_is_brought_to_channels_last_and_other_places(variant: Variant) -> None:
+    model = nn.Sequential(make(variant), nn.Conv2d(12, 4, 1)).eval()
+    x = torch.randn(2, 8, 6, 6)
+    expected, weight = model(x), model[0].weight
+    model.to(memory_format=torch.channels_last)
+    assert model[0].weight is weight
+    assert weight.is_contiguous()
+    assert model[1].weight.is_contiguous(memory_format=torch.channels_last)
+    y = model(x.to(memory_format=torch.channels_last))
+    assert y.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(y, expected, rtol=0, atol=1e-5)
+    model[0].weight.grad = torch.ones_like(weight)
+    moved = model.to(torch.float64, memory_format=torch.channels_last)[0].weight
+    assert moved.dtype == moved.grad.dtype == torch.float64
+    assert moved.shape == moved.grad.shape == (variant.experts, 12, 8, 3, 3)
+    assert model.to("meta")[0].weight.is_meta
+    assert model.to_empty(device="cpu")[0].weight.shape == moved.shape
+
+
+def test_parameters_that_are_swapped_are_swapped_here_too() -> None:
+    layer = make(CondConv(experts=2))
+    layer.weight.grad, weight = torch.ones_like(layer.weight), layer.weight
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        layer.to("cpu").to(memory_format=torch.channels_last)
+        layer.weight.grad = None
+        layer.double()
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(False)
+    assert layer.weight is weight
+    assert weight.dtype == torch.float64
+
+
+def test_a_default_device_is_no_watcher() -> None:
+    assert not is_watched()
+    with torch.device("cpu"):
+        assert not is_watched()
+        with FlopCounterMode(display=False):
+            assert is_watched()
 
 
 @variants

@@ -14,16 +14,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from condconv_surgery.layers import native
+from condconv_surgery.layers import gpu, native
 from condconv_surgery.layers.blocking import blocks_of, room_for
 from condconv_surgery.layers.kernel_convolution import (
     convolve,
     convolve_backward,
     convolve_stacked,
+    empty_output,
     format_of,
     is_stacked,
 )
-from condconv_surgery.layers.kernels import mix_experts, mix_kernels, scale_kernels, unmix_kernels
+from condconv_surgery.layers.kernels import empty_gradients, mix_experts, mix_kernels, scale_kernels, unmix_kernels
 from condconv_surgery.layers.mixture import ConvGeometry, Mixture
 
 MOST_KEPT_SHARE = 3
@@ -33,11 +34,14 @@ to a network, since layers of large maps hold most of its activations and few of
 
 def convolve_in_blocks(x: Tensor, experts: Tensor, mixture: Mixture, geometry: ConvGeometry) -> Tensor:
     """``conv(x_b, K_b)`` with every part of ``mixture`` in the kernel: [B, I, H, W] -> [B, O, H', W']."""
+    y = gpu.convolve_at_once(x, experts, mixture, geometry)
+    if y is not None:
+        return y
     x, padding = geometry.pad(x)
     shape = (list(geometry.stride), list(padding), list(geometry.dilation), geometry.groups)
     keep = torch.is_grad_enabled() and _keeps_kernels(x, experts, mixture, geometry)
-    y: Tensor = _forward(x, experts, *mixture, *shape, keep)[0]
-    return y
+    operator_gives: tuple[Tensor, Tensor] = _forward(x, experts, *mixture, *shape, keep)
+    return operator_gives[0]
 
 
 def _keeps_kernels(x: Tensor, experts: Tensor, mixture: Mixture, geometry: ConvGeometry) -> bool:
@@ -48,6 +52,8 @@ def _keeps_kernels(x: Tensor, experts: Tensor, mixture: Mixture, geometry: ConvG
     if mixture.gate is None or any(part is not None for part in mixture[1:]):
         return False
     if native.fits(x, experts, geometry.stride, geometry.groups):
+        return False
+    if gpu.fits(x, experts, mixture, geometry.stride, geometry.dilation, geometry.groups):
         return False
     return geometry.weight_numel <= MOST_KEPT_SHARE * geometry.activations(x)
 
@@ -65,19 +71,22 @@ def forward_in_blocks(
     groups: int,
     keep: bool,
 ) -> tuple[Tensor, Tensor]:
-    """The operator's body, in torch's own operators: x [B, I, H, W], padded already, -> [B, O, H', W'].
+    """The operator's body, in torch's own operators where neither ``native`` nor ``gpu`` takes it.
 
-    With it the kernels [B, O, I/G, kh, kw] if backward is to find them, else an empty tensor.
+    x [B, I, H, W], padded already, -> [B, O, H', W']; with it the kernels [B, O, I/G, kh, kw] if backward is to find
+    them, else an empty tensor.
     """
     mixture = Mixture(gate, spatial, in_scale, out_scale)
     if not keep and native.fits(x, experts, stride, groups):
         return native.convolve(x, experts, mixture, stride, padding, dilation, groups), x.new_empty(0)
+    if not keep and gpu.fits(x, experts, mixture, stride, dilation, groups):
+        return gpu.convolve(x, experts, mixture, stride, padding, dilation), x.new_empty(0)
     batch, blocks = x.shape[0], blocks_of(x, experts, groups)
     kept = _kernels(experts, mixture, groups, batch, x.dtype) if keep else x.new_empty(0)
     if len(blocks) == 1 and is_stacked(x, experts.shape, padding, groups):  # its output is whole already
         kernels = kept if keep else _kernels(experts, mixture, groups, batch, x.dtype)
         return convolve_stacked(x, kernels, stride, padding, dilation, groups), kept
-    y = _empty_output(x, experts, stride, padding, dilation)
+    y = empty_output(x, experts, stride, padding, dilation)
     room = None if keep or gate is None else room_for(blocks, experts, experts.dtype)
     for block in blocks:
         samples, filters = block
@@ -112,7 +121,7 @@ def _(
     keep: bool,
 ) -> tuple[Tensor, Tensor]:
     kept = x.new_empty((x.shape[0], *experts.shape[1:]) if keep else 0)
-    return _empty_output(x, experts, stride, padding, dilation), kept
+    return empty_output(x, experts, stride, padding, dilation), kept
 
 
 @torch.library.custom_op("condconv_surgery::convolve_in_blocks_backward", mutates_args=())
@@ -132,10 +141,12 @@ def _backward(
     needs: list[bool],
 ) -> list[Tensor]:
     mixture = Mixture(gate, spatial, in_scale, out_scale)
-    grads = _empty_gradients(x, experts, mixture)
+    grads = empty_gradients(x, experts, mixture)
     if not kept.numel() and native.fits(x, experts, stride, groups):  # as in forward, unless enabled since
         values = native.convolve_backward(grad, x, experts, mixture, stride, padding, dilation, groups, needs)
         return [room if value is None else _as_promised(value, room) for value, room in zip(values, grads, strict=True)]
+    if not kept.numel() and gpu.fits(x, experts, mixture, stride, dilation, groups):
+        return gpu.convolve_backward(grad, x, experts, mixture, grads, stride, padding, dilation, needs)
     sums = Mixture(*(None if part is None else g for part, g in zip(mixture, grads[2:], strict=True)))
     for total in grads[1:]:
         total.zero_()
@@ -178,7 +189,7 @@ def _(
     groups: int,
     needs: list[bool],
 ) -> list[Tensor]:
-    return _empty_gradients(x, experts, Mixture(gate, spatial, in_scale, out_scale))
+    return empty_gradients(x, experts, Mixture(gate, spatial, in_scale, out_scale))
 
 
 def _save_for_backward(
@@ -228,20 +239,7 @@ def _kernels_again(
     return mixed, kernels.expand(batch, -1, -1, -1, -1)
 
 
-def _empty_output(x: Tensor, experts: Tensor, stride: list[int], padding: list[int], dilation: list[int]) -> Tensor:
-    kernel = experts.shape[3:]
-    size = [(x.shape[2 + d] + 2 * padding[d] - dilation[d] * (kernel[d] - 1) - 1) // stride[d] + 1 for d in range(2)]
-    return torch.empty(
-        (x.shape[0], experts.shape[1], *size), dtype=x.dtype, device=x.device, memory_format=format_of(x)
-    )
-
-
 def _as_promised(value: Tensor, room: Tensor) -> Tensor:
     """``value``, in the dtype and the strides of ``room``, which a compiler was told of."""
     same = value.dtype == room.dtype and value.stride() == room.stride()
     return value if same else room.copy_(value)
-
-
-def _empty_gradients(x: Tensor, experts: Tensor, mixture: Mixture) -> list[Tensor]:
-    parts = [x.new_empty(0) if part is None else torch.empty_like(part) for part in mixture]
-    return [torch.empty_like(x, memory_format=format_of(x)), torch.empty_like(experts), *parts]

@@ -6,7 +6,9 @@ import torch
 from torch import Tensor
 
 from condconv_surgery.layers.cost import estimate, scales_belong_in_the_kernel
+from condconv_surgery.layers.kernel_convolution import counts_as_cpu
 from condconv_surgery.layers.mixture import ConvGeometry, Mixture
+from condconv_surgery.layers.watching import is_watched
 from condconv_surgery.layers.ways import legal_ways, one_kernel_for_all
 
 NEEDS_THIS_PACKAGE = "blocks"
@@ -26,9 +28,28 @@ def choose(x: Tensor, experts: Tensor, mixture: Mixture, geometry: ConvGeometry)
         return "static"
     if batch == 1:
         return "static" if one_kernel_for_all(mixture) and not scales_belong_in_the_kernel(x, geometry) else "plain"
-    ways = candidates(mixture, geometry, torch.compiler.is_exporting())
+    ways = candidates(mixture, geometry, torch.compiler.is_exporting(), counts_as_cpu(x))
     if len(ways) == 1:
         return ways[0]
+    if is_watched():  # sizes may be symbolic
+        return _cheapest(ways, x, experts, mixture, geometry)
+    present = tuple(part is not None for part in mixture)
+    key = (x.device.type, x.dtype, x.shape[2:], experts.shape[0], present, geometry)
+    way = _known.get(key)
+    if way is None:
+        if len(_known) >= MOST_KNOWN:
+            _known.clear()
+        way = _known[key] = _cheapest(ways, x, experts, mixture, geometry)
+    return way
+
+
+MOST_KNOWN = 4096
+"""Choices that are kept; pictures of ever new sizes make ever new ones."""
+
+_known: dict[tuple[object, ...], str] = {}
+
+
+def _cheapest(ways: list[str], x: Tensor, experts: Tensor, mixture: Mixture, geometry: ConvGeometry) -> str:
     seconds = [estimate(way, x, experts.shape[0], mixture, geometry) for way in ways]
     best = 0
     for i in range(1, len(ways)):  # not min(): a compiler that keeps sizes symbolic cannot take it
@@ -37,13 +58,15 @@ def choose(x: Tensor, experts: Tensor, mixture: Mixture, geometry: ConvGeometry)
     return ways[best]
 
 
-def candidates(mixture: Mixture, geometry: ConvGeometry, exporting: bool) -> list[str]:
+def candidates(mixture: Mixture, geometry: ConvGeometry, exporting: bool, on_cpu: bool = True) -> list[str]:
     """The ways that ``choose`` estimates for a batch.
 
     ``blocks`` is ``grouped``, ``loop`` and ``bmm``, whichever is faster, without their memory: of the ways that mix
-    kernels only it is worth an estimate, unless the program is to be exported.
+    kernels only it is worth an estimate, unless the program is to be exported. On a GPU so are those that mix
+    activations: there work costs less than memory.
     """
     legal = legal_ways(2, mixture, geometry)
     if exporting:
         return [way for way in legal if way != NEEDS_THIS_PACKAGE and way not in ONE_BY_ONE]
-    return [way for way in legal if way in (NEEDS_THIS_PACKAGE, "static")]
+    worth = (NEEDS_THIS_PACKAGE, "static") if on_cpu else (NEEDS_THIS_PACKAGE, "static", "outputs", "inputs")
+    return [way for way in legal if way in worth]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from typing import ClassVar, Generic, TypeVar
+from collections.abc import Callable
+from typing import TYPE_CHECKING, ClassVar, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,9 @@ from condconv_surgery.layers.mixture import ConvGeometry, Mixture
 from condconv_surgery.layers.routing import Router, make_router
 from condconv_surgery.layers.standardisation import WeightStandardisation
 from condconv_surgery.recipe import Variant
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 V = TypeVar("V", bound=Variant)
 
@@ -161,6 +165,21 @@ class ConditionalConv2d(nn.Module, Generic[V]):
         self.weight.copy_(weight / self.weight_factor)
         if self.bias is not None and bias is not None:
             self.bias.copy_(bias / self.bias_factor)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """As in ``nn.Module``, which asks for a memory format of whatever has four or five dimensions.
+
+        ``model.to(memory_format=torch.channels_last)`` is one that five dimensions do not have: experts are shown as
+        rows and stay contiguous.
+        """
+
+        def of_rows(t: Tensor) -> Tensor:
+            rows = t.flatten(1)
+            changed = fn(rows)
+            return t if changed is rows else changed.view(t.shape)
+
+        super()._apply(lambda t: of_rows(t) if t.dim() == 5 and t.is_contiguous() else fn(t), recurse)  # type: ignore[no-untyped-call]
+        return self
 
     def extra_repr(self) -> str:
         g = self.geometry

@@ -22,6 +22,15 @@ def format_of(x: Tensor) -> torch.memory_format:
     return torch.channels_last if last else torch.contiguous_format
 
 
+def empty_output(x: Tensor, experts: Tensor, stride: list[int], padding: list[int], dilation: list[int]) -> Tensor:
+    """Memory for [B, O, H', W'], in the dtype and the memory format of ``x``. experts: [E, O, I/G, kh, kw]."""
+    kernel = experts.shape[3:]
+    size = [(x.shape[2 + d] + 2 * padding[d] - dilation[d] * (kernel[d] - 1) - 1) // stride[d] + 1 for d in range(2)]
+    return torch.empty(
+        (x.shape[0], experts.shape[1], *size), dtype=x.dtype, device=x.device, memory_format=format_of(x)
+    )
+
+
 def convolve(
     x: Tensor, kernels: Tensor, y: Tensor, stride: list[int], padding: list[int], dilation: list[int], groups: int
 ) -> None:

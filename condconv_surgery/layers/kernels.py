@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from condconv_surgery.layers.kernel_convolution import format_of
 from condconv_surgery.layers.mixture import Mixture
 
 
@@ -117,3 +118,9 @@ def _unscale(
     if by_out is not None:
         grad.mul_(by_out)
     return grads
+
+
+def empty_gradients(x: Tensor, experts: Tensor, mixture: Mixture) -> list[Tensor]:
+    """Memory for the gradients of ``x``, the experts and the parts of ``mixture``; none for what is not there."""
+    parts = [x.new_empty(0) if part is None else torch.empty_like(part) for part in mixture]
+    return [torch.empty_like(x, memory_format=format_of(x)), torch.empty_like(experts), *parts]

@@ -8,7 +8,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from condconv_surgery.layers import native
+from condconv_surgery.layers import gpu, native
 from condconv_surgery.layers.graph_node import as_node, is_traced
 from condconv_surgery.layers.mixture import ConvGeometry, Mixture
 from condconv_surgery.layers.precision import is_autocast_on
@@ -100,6 +100,9 @@ def _pooled(x: Tensor) -> Tensor:
     pooled = native.pool(x)
     if pooled is not None:
         return pooled
+    pooled = gpu.pool(x)
+    if pooled is not None:
+        return pooled if is_autocast_on(x) else pooled.to(x.dtype)
     if x.dtype in (torch.float16, torch.bfloat16):
         return x.mean(dim=(2, 3))
     return x.sum(dim=(2, 3)) * (1.0 / (x.shape[2] * x.shape[3]))

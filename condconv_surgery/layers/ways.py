@@ -8,6 +8,7 @@
 - ``unfold``   the patches of each sample as columns, then a batched matrix product: exports with a dynamic batch.
 - ``loop``     a convolution for each sample, over ``unbind``: cheap where B is small and nothing may be compiled.
 - ``outputs``  mixing kernels and mixing outputs are the same: one dense convolution with E*O filters, then the mix.
+- ``inputs``   so is mixing inputs: one dense convolution of E*I channels, the input times each gate, whose sums mix.
 
 Each takes ``x`` [B, I, H, W], the experts [E, O, I/G, kh, kw] and a mixture, and returns [B, O, H', W']. All but
 ``blocks`` are compositions of torch's operators, which any tracer, exporter or second derivative can see through.
@@ -22,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from condconv_surgery.layers.blocks import convolve_in_blocks
+from condconv_surgery.layers.kernel_convolution import format_of
 from condconv_surgery.layers.kernels import mix_kernels
 from condconv_surgery.layers.mixture import ConvGeometry, Mixture
 
@@ -40,7 +42,7 @@ def legal_ways(batch: int, mixture: Mixture, geometry: ConvGeometry) -> list[str
     if geometry.pointwise:
         ways.append("bmm")
     if mixture.spatial is None:
-        ways.append("outputs")
+        ways += ["outputs", "inputs"]
     return ways
 
 
@@ -116,12 +118,27 @@ def _outputs(x: Tensor, experts: Tensor, mixture: Mixture, geometry: ConvGeometr
     x, padding = geometry.pad(x)
     batch, groups, count = x.shape[0], geometry.groups, experts.shape[0]
     by_group = experts.view(count, groups, -1, *experts.shape[2:])  # [E, G, O/G, I/G, kh, kw]
-    filters = by_group.transpose(0, 1).flatten(0, 2)  # [G*E*O/G, I/G, kh, kw]
+    filters = by_group.transpose(0, 1).flatten(0, 2).to(x.dtype)  # [G*E*O/G, I/G, kh, kw]
     y = F.conv2d(x, filters, None, geometry.stride, padding, geometry.dilation, groups)
     height, width = y.shape[2:]
     y = y.reshape(batch, groups, count, -1).transpose(1, 2).reshape(batch, count, -1)  # [B, E, O*H'*W']
     mixed = mixture.gate.to(y.dtype).unsqueeze(1) @ y  # [B, 1, O*H'*W']
     return mixed.view(batch, geometry.out_channels, height, width)
+
+
+def _inputs(x: Tensor, experts: Tensor, mixture: Mixture, geometry: ConvGeometry) -> Tensor:
+    assert mixture.gate is not None
+    x, padding = geometry.pad(x)
+    groups, count = geometry.groups, experts.shape[0]
+    gate = mixture.gate.to(x.dtype)
+    if format_of(x) == torch.channels_last:
+        seen = x.permute(0, 2, 3, 1).reshape(*x.shape[:1], *x.shape[2:], groups, 1, -1)  # [B, H, W, G, 1, I/G]
+        scaled = (seen * gate[:, None, None, None, :, None]).flatten(3).permute(0, 3, 1, 2)  # [B, G*E*I/G, H, W]
+    else:
+        seen = x.reshape(x.shape[0], groups, 1, -1, *x.shape[2:])  # [B, G, 1, I/G, H, W]
+        scaled = (seen * gate[:, None, :, None, None, None]).flatten(1, 3)  # [B, G*E*I/G, H, W]
+    filters = experts.transpose(0, 1).reshape(-1, count * experts.shape[2], *experts.shape[3:]).to(x.dtype)
+    return F.conv2d(scaled, filters, None, geometry.stride, padding, geometry.dilation, groups)
 
 
 WAYS: dict[str, Way] = {
@@ -133,4 +150,5 @@ WAYS: dict[str, Way] = {
     "unfold": _unfold,
     "loop": _loop,
     "outputs": _outputs,
+    "inputs": _inputs,
 }

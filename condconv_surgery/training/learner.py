@@ -208,7 +208,7 @@ def prepared(model: nn.Module, options: TrainingOptions, world: World) -> nn.Mod
         model.to(world.device)
     if engine.channels_last:
         for parameter in model.parameters():
-            if parameter.dim() == 4:  # experts have five: torch's own model.to(memory_format=...) fails on them
+            if parameter.dim() == 4:  # model.to(memory_format=...) fails where there is an nn.Conv3d
                 parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
     frozen = freeze(model, options.layers.freeze)
     hold_statistics(model, None if options.layers.batch_norm == "freeze" else frozen)
