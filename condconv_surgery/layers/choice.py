@@ -18,6 +18,12 @@ ONE_BY_ONE = ("loop", "plain")
 """Ways that unroll over the batch, or hold for a batch of one."""
 
 
+MOST_KNOWN = 4096
+"""Choices that are kept; pictures of ever new sizes make ever new ones."""
+
+_known: dict[tuple[object, ...], str] = {}
+
+
 def choose(x: Tensor, experts: Tensor, mixture: Mixture, geometry: ConvGeometry) -> str:
     """The name of the way to take for ``x`` [B, I, H, W]: that of the least ``estimate``.
 
@@ -41,12 +47,6 @@ def choose(x: Tensor, experts: Tensor, mixture: Mixture, geometry: ConvGeometry)
             _known.clear()
         way = _known[key] = _cheapest(ways, x, experts, mixture, geometry)
     return way
-
-
-MOST_KNOWN = 4096
-"""Choices that are kept; pictures of ever new sizes make ever new ones."""
-
-_known: dict[tuple[object, ...], str] = {}
 
 
 def _cheapest(ways: list[str], x: Tensor, experts: Tensor, mixture: Mixture, geometry: ConvGeometry) -> str:

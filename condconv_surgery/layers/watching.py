@@ -1,4 +1,4 @@
-"""Who looks on at a call. Where nobody does, it may go past torch's dispatcher, dear to small layers."""
+"""Whether anybody looks on at a call. Where not, it may go past torch's dispatcher, which costs as much as a layer."""
 
 from __future__ import annotations
 
