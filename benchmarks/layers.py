@@ -5,6 +5,8 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
+from functools import partial
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +23,7 @@ VARIANTS: dict[str, Variant] = {
     "odconv4": ODConv(experts=4),
     "odconv1": ODConv(experts=1),
 }
+R = TypeVar("R")
 TOLERANCE = 1e-3  # float32, relative to the largest value
 
 
@@ -54,12 +57,23 @@ def measure_layers(
     setting: Setting = USUAL,
 ) -> list[LayerResult]:
     """Check each contender against ours, then time them all, in eval and in training."""
+    measure = partial(_measure, batch=batch, repeats=repeats, seconds=seconds, setting=setting)
+    return measure_each(sites, variants, measure, _line)
+
+
+def measure_each(
+    sites: Iterable[Site],
+    variants: dict[str, Variant],
+    measure: Callable[[Site, str, Variant, str], R],
+    line: Callable[[R], str],
+) -> list[R]:
+    """``measure(site, name, variant, mode)`` of every layer, in eval and in training, a line of each on stderr."""
     results = []
     for site in sites:
         for name, variant in variants.items():
             for mode in ("eval", "train"):
-                result = _measure(site, name, variant, mode, batch, repeats, seconds, setting)
-                print(_line(result), file=sys.stderr, flush=True)
+                result = measure(site, name, variant, mode)
+                print(line(result), file=sys.stderr, flush=True)
                 results.append(result)
     return results
 

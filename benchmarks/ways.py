@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
+from functools import partial
 
 import torch
 
 from benchmarks.geometries import Site
-from benchmarks.layers import evaluation, random_input, routed_layer, training
+from benchmarks.layers import evaluation, measure_each, random_input, routed_layer, training
 from benchmarks.setting import USUAL, Setting
 from benchmarks.timing import interleaved, milliseconds
 from condconv_surgery.layers.choice import candidates, choose
@@ -53,14 +53,8 @@ def measure_ways(
     setting: Setting = USUAL,
 ) -> list[WaysResult]:
     """Every legal way of every layer, in eval and in training."""
-    results = []
-    for site in sites:
-        for name, variant in variants.items():
-            for mode in ("eval", "train"):
-                result = _measure(site, name, variant, mode, batch, repeats, seconds, setting)
-                print(ways_line(result), file=sys.stderr, flush=True)
-                results.append(result)
-    return results
+    measure = partial(_measure, batch=batch, repeats=repeats, seconds=seconds, setting=setting)
+    return measure_each(sites, variants, measure, ways_line)
 
 
 def ways_line(result: WaysResult) -> str:

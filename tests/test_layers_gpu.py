@@ -27,7 +27,7 @@ from condconv_surgery.layers.gpu import convolution
 from condconv_surgery.recipe import CondConv, ODConv, Variant
 from tests.geometries import GEOMETRIES, without_bias
 from tests.reference import per_sample_loop
-from tests.test_layers_execution import MIXTURES, make_case, values_and_gradients
+from tests.test_layers_execution import MIXTURES, compare_compiled, make_case, values_and_gradients
 from tests.variants import scramble
 
 ROOT = Path(__file__).parent.parent
@@ -103,20 +103,8 @@ def test_the_operator_and_half_precision(name: str, interpreted: None) -> None:
 
 def test_one_compiled_graph_serves_every_batch(monkeypatch: pytest.MonkeyPatch, interpreted: None) -> None:
     monkeypatch.setattr(convolution, "is_here", torch.compiler.assume_constant_result(lambda device: True))
-    layer = conditional_like(nn.Conv2d(3, 4, 3, padding=1), ODConv(experts=2)).eval()
-    scramble(layer)
-    graphs: list[torch.fx.GraphModule] = []
-
-    def backend(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]):
-        graphs.append(graph)
-        return graph.forward
-
-    torch._dynamo.reset()
-    compiled = torch.compile(layer, fullgraph=True, dynamic=True, backend=backend)
-    for batch in (2, 3, 5):
-        x = torch.randn(batch, 3, 5, 7)
-        torch.testing.assert_close(compiled(x), layer(x), rtol=0, atol=TF32)
-    assert len(graphs) == 1
+    layer = conditional_like(nn.Conv2d(3, 4, 3, padding=1), ODConv(experts=2))
+    compare_compiled(layer, [torch.randn(batch, 3, 5, 7) for batch in (2, 3, 5)], TF32)
 
 
 def test_a_second_derivative_is_refused(interpreted: None) -> None:
@@ -164,7 +152,7 @@ def test_checkpoints_may_mix_both_ways(interpreted: None) -> None:
 
 
 def test_a_batch_is_split_where_its_kernels_are_too_many(interpreted: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(convolution, "MOST_KERNEL_BYTES", 2 * 12 * 8 * 9 * 4)  # two samples and one
+    monkeypatch.setattr(convolution, "MOST_DEVICE_BYTES", 2 * 12 * 8 * 9 * 4)  # two samples and one
     compare("3x3", "everything", torch.float32, TF32)
 
 

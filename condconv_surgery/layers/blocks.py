@@ -34,14 +34,14 @@ to a network, since layers of large maps hold most of its activations and few of
 
 def convolve_in_blocks(x: Tensor, experts: Tensor, mixture: Mixture, geometry: ConvGeometry) -> Tensor:
     """``conv(x_b, K_b)`` with every part of ``mixture`` in the kernel: [B, I, H, W] -> [B, O, H', W']."""
-    y = gpu.convolve_at_once(x, experts, mixture, geometry)
-    if y is not None:
-        return y
+    at_once = gpu.convolve_at_once(x, experts, mixture, geometry)
+    if at_once is not None:
+        return at_once
     x, padding = geometry.pad(x)
     shape = (list(geometry.stride), list(padding), list(geometry.dilation), geometry.groups)
     keep = torch.is_grad_enabled() and _keeps_kernels(x, experts, mixture, geometry)
-    operator_gives: tuple[Tensor, Tensor] = _forward(x, experts, *mixture, *shape, keep)
-    return operator_gives[0]
+    y: Tensor = _forward(x, experts, *mixture, *shape, keep)[0]
+    return y
 
 
 def _keeps_kernels(x: Tensor, experts: Tensor, mixture: Mixture, geometry: ConvGeometry) -> bool:

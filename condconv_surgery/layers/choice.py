@@ -8,6 +8,7 @@ from torch import Tensor
 from condconv_surgery.layers.cost import estimate, scales_belong_in_the_kernel
 from condconv_surgery.layers.kernel_convolution import counts_as_cpu
 from condconv_surgery.layers.mixture import ConvGeometry, Mixture
+from condconv_surgery.layers.remembering import remember
 from condconv_surgery.layers.watching import is_watched
 from condconv_surgery.layers.ways import legal_ways, one_kernel_for_all
 
@@ -16,10 +17,6 @@ NEEDS_THIS_PACKAGE = "blocks"
 
 ONE_BY_ONE = ("loop", "plain")
 """Ways that unroll over the batch, or hold for a batch of one."""
-
-
-MOST_KNOWN = 4096
-"""Choices that are kept; pictures of ever new sizes make ever new ones."""
 
 _known: dict[tuple[object, ...], str] = {}
 
@@ -41,12 +38,7 @@ def choose(x: Tensor, experts: Tensor, mixture: Mixture, geometry: ConvGeometry)
         return _cheapest(ways, x, experts, mixture, geometry)
     present = tuple(part is not None for part in mixture)
     key = (x.device.type, x.dtype, x.shape[2:], experts.shape[0], present, geometry)
-    way = _known.get(key)
-    if way is None:
-        if len(_known) >= MOST_KNOWN:
-            _known.clear()
-        way = _known[key] = _cheapest(ways, x, experts, mixture, geometry)
-    return way
+    return _known.get(key) or remember(_known, key, _cheapest(ways, x, experts, mixture, geometry))
 
 
 def _cheapest(ways: list[str], x: Tensor, experts: Tensor, mixture: Mixture, geometry: ConvGeometry) -> str:

@@ -15,7 +15,6 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from condconv_surgery.layers.kernel_convolution import counts_as_cpu
 from condconv_surgery.layers.mixture import ConvGeometry, Mixture
 from condconv_surgery.layers.ways import one_kernel_for_all
 
@@ -58,7 +57,7 @@ GPU_HALF = GPU._replace(dense=210e12, each=125e12)
 
 def rates_of(x: Tensor) -> Rates:
     """Those of the device and the dtype of ``x``."""
-    if counts_as_cpu(x) or not x.is_cuda:
+    if not x.is_cuda:
         return CPU
     return GPU if x.element_size() > 2 else GPU_HALF
 

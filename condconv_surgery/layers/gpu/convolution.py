@@ -16,6 +16,7 @@ from torch import Tensor
 
 from condconv_surgery.errors import InputError, one_line
 from condconv_surgery.layers import kernel_convolution
+from condconv_surgery.layers.blocking import MOST_DEVICE_BYTES, Block
 from condconv_surgery.layers.mixture import Mixture
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -28,9 +29,6 @@ MOST_EXPERTS = 32
 
 MOST_NUMBERS = 1 << 31
 """Of all experts, and from the first to the last of one sample: places there are 32-bit numbers."""
-
-MOST_KERNEL_BYTES = 1 << 30
-"""The kernels of so many samples are there at a time."""
 
 MOST_SAMPLES = (1 << 16) - 1
 """Of one call: the longest that a grid of programs can be in its third direction."""
@@ -72,9 +70,9 @@ def convolve(
     if min(y.shape[2:]) < 1:
         given = f"A picture of {x.shape[2]}x{x.shape[3]} and a kernel of {experts.shape[3]}x{experts.shape[4]}."
         raise InputError(given, f"With padding={padding} and dilation={dilation} it does not fit in.", "padding='same'")
-    for some in _samples(x, experts):
-        layer = _Layer(x[some], experts, _part(mixture, some), stride, padding, dilation)
-        layer.convolve(y[some])
+    for block in _blocks_of(x, experts):
+        layer = _Layer(x[block.samples], experts, block.of(mixture), stride, padding, dilation)
+        layer.convolve(y[block.samples])
     return y
 
 
@@ -95,12 +93,13 @@ def convolve_backward(
     of_experts = grads[1] if at_once else experts.new_empty(experts.shape, dtype=torch.float32)
     if not x.shape[0]:
         of_experts.zero_()
-    for some in _samples(x, experts):
-        layer = _Layer(x[some], experts, _part(mixture, some), stride, padding, dilation)
+    for block in _blocks_of(x, experts):
+        some = block.samples
+        layer = _Layer(x[some], experts, block.of(mixture), stride, padding, dilation)
         if needs[0]:
             layer.gradient_of_input(grad[some], grads[0][some])
         if any(needs[1:]):
-            found = layer.gradients_of_kernels(grad[some], of_experts, add=some.start > 0)
+            found = layer.gradients_of_kernels(grad[some], of_experts, add=bool(some.start))
             for total, value in zip(grads[2:], found, strict=True):
                 if value is not None:
                     total[some] = value
@@ -110,7 +109,8 @@ def convolve_backward(
 
 
 class _Layer:
-    """Some samples, with their kernels: [B, O, T, I], or [B, 1, T, C] of a depthwise layer."""
+    """Some samples of a layer, whose kernels are made where they are needed: [B, O, T, I], or [B, 1, T, C] where it is
+    depthwise."""
 
     def __init__(
         self,
@@ -261,14 +261,11 @@ def _is_depthwise(x: Tensor, experts: Tensor, groups: int) -> bool:
     return experts.shape[2] == 1 and groups == x.shape[1] == experts.shape[1]
 
 
-def _samples(x: Tensor, experts: Tensor) -> list[slice]:
-    batch = x.shape[0]
-    size = min(MOST_SAMPLES, max(1, MOST_KERNEL_BYTES // max(1, experts[0].numel() * x.element_size())))
-    return [slice(start, min(start + size, batch)) for start in range(0, batch, size)]
-
-
-def _part(mixture: Mixture, some: slice) -> Mixture:
-    return Mixture(*(None if part is None else part[some] for part in mixture))
+def _blocks_of(x: Tensor, experts: Tensor) -> list[Block]:
+    """All filters of as many samples as have their kernels in memory, which are of the dtype of ``x``, at a time."""
+    batch, filters = x.shape[0], slice(0, experts.shape[1])
+    size = min(MOST_SAMPLES, max(1, MOST_DEVICE_BYTES // max(1, experts[0].numel() * x.element_size())))
+    return [Block(slice(start, min(start + size, batch)), filters) for start in range(0, batch, size)]
 
 
 def _product(a: Tensor | None, b: Tensor | None) -> Tensor | None:

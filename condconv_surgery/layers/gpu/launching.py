@@ -12,13 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from condconv_surgery.layers.remembering import remember
+
 Pair = tuple[int, int]
 
 ANY_NUMBER = ["height", "width", "out_height", "out_width"]
 """Of no use to the compiler: one machine code for pictures of all sizes."""
-
-MOST_KNOWN = 4096
-"""Pictures of ever new sizes would fill the memory with what is never asked for again."""
 
 _known: dict[tuple[object, ...], Any] = {}
 
@@ -47,10 +46,8 @@ def launch(
     compiled = _known.get(key)
     if compiled is None:
         compiled = kernel[grid](*tensors, *numbers, **constants, num_warps=warps, num_stages=stages)
-        if len(_known) >= MOST_KNOWN:
-            _known.clear()
         if compiled is not None:  # it is when interpreted
-            _known[key] = compiled
+            remember(_known, key, compiled)
     else:
         compiled[grid](*tensors, *numbers, *fixed)
 

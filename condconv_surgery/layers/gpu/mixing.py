@@ -146,9 +146,8 @@ def _unmix(
             for r in range(first_row, tl.minimum(first_row + rows_each, rows)):
                 at = r * cols * taps + t
                 weights = tl.load(experts + at + in_experts, mask=known, other=0.0).to(tl.float32)  # [COUNT, COLS]
-                given = tl.load(grad + (r * taps + t) * cols + in_grad, mask=here, other=0.0).to(
-                    tl.float32
-                )  # [SAMPLES, COLS]
+                given = tl.load(grad + (r * taps + t) * cols + in_grad, mask=here, other=0.0)  # [SAMPLES, COLS]
+                given = given.to(tl.float32)
                 if SPATIAL or BY_COL or BY_ROW:
                     product = given * _product(gates, weights, grad.dtype.element_ty)
                     if BY_ROW:
