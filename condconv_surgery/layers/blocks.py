@@ -26,6 +26,7 @@ from condconv_surgery.layers.kernel_convolution import (
 )
 from condconv_surgery.layers.kernels import empty_gradients, mix_experts, mix_kernels, scale_kernels, unmix_kernels
 from condconv_surgery.layers.mixture import ConvGeometry, Mixture
+from condconv_surgery.layers.pages import in_large_pages
 
 MOST_KEPT_SHARE = 3
 """Kernels of a sample up to so many times its activations are kept for backward rather than made again. It adds little
@@ -86,7 +87,7 @@ def forward_in_blocks(
     if len(blocks) == 1 and is_stacked(x, experts.shape, padding, groups):  # its output is whole already
         kernels = kept if keep else _kernels(experts, mixture, groups, batch, x.dtype)
         return convolve_stacked(x, kernels, stride, padding, dilation, groups), kept
-    y = empty_output(x, experts, stride, padding, dilation)
+    y = in_large_pages(empty_output(x, experts, stride, padding, dilation))
     room = None if keep or gate is None else room_for(blocks, experts, experts.dtype)
     for block in blocks:
         samples, filters = block
@@ -147,9 +148,10 @@ def _backward(
         return [room if value is None else _as_promised(value, room) for value, room in zip(values, grads, strict=True)]
     if not kept.numel() and gpu.fits(x, experts, mixture, stride, dilation, groups):
         return gpu.convolve_backward(grad, x, experts, mixture, grads, stride, padding, dilation, needs)
+    in_large_pages(grads[0])
     sums = Mixture(*(None if part is None else g for part, g in zip(mixture, grads[2:], strict=True)))
     for total in grads[1:]:
-        total.zero_()
+        in_large_pages(total).zero_()
     grad = grad.contiguous(memory_format=format_of(x))
     blocks = blocks_of(x, experts, groups)
     of_mixed, of_scaled = (room_for(blocks, experts, experts.dtype) for _ in range(2))  # not touched, not paid for

@@ -4,6 +4,7 @@
 
 #include <ATen/Parallel.h>
 #include <immintrin.h>
+#include <sys/mman.h>
 #include <torch/extension.h>
 
 #include <algorithm>
@@ -31,6 +32,17 @@ inline Mask mask_of(int64_t count) {
 inline Vec load_some(const float* p, Mask m) { return _mm256_maskload_ps(p, (__m256i)m); }
 inline float sum_of(Vec v) { return ((v[0] + v[4]) + (v[1] + v[5])) + ((v[2] + v[6]) + (v[3] + v[7])); }
 const float* data_of(const Maybe& t) { return t ? t->const_data_ptr<float>() : nullptr; }
+
+// As in layers/pages.py: memory that is not there yet comes in large pages, where the system has them.
+Tensor in_large_pages(Tensor memory) {
+#ifdef MADV_HUGEPAGE
+  constexpr uintptr_t LARGE = 2 << 20;
+  const uintptr_t start = reinterpret_cast<uintptr_t>(memory.mutable_data_ptr());
+  const uintptr_t first = (start + LARGE - 1) / LARGE * LARGE, last = (start + memory.nbytes()) / LARGE * LARGE;
+  if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+#endif
+  return memory;
+}
 
 struct Margins {
   int64_t top, bottom, left, right;

@@ -100,7 +100,8 @@ Tensor convolve_phases(const Tensor& x, const Experts& experts, const Gates& gat
   int64_t written = 0;
   for (const Phase& phase : phases) written += phase.positions.size();
   const Sizes shape{B, experts.filters, height, width};
-  Tensor y = written == height * width ? at::empty(shape, x.options()) : at::zeros(shape, x.options());
+  Tensor y = in_large_pages(at::empty(shape, x.options()));
+  if (written < height * width) y.zero_();
   float* out = y.mutable_data_ptr<float>();
   for (int64_t b = 0; b < B; b += some) {
     const int64_t n = std::min(some, B - b);

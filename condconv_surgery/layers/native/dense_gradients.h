@@ -212,7 +212,8 @@ std::vector<Tensor> kernel_gradients(const Tensor& grad, const Tensor& x, const 
   auto slice = [](const Tensor& t, int64_t i) {
     return t.defined() ? t.mutable_data_ptr<float>() + i * t.stride(0) : nullptr;
   };
-  Tensor to_experts = at::empty(weight.sizes(), x.options()), total;  // total: what one time leaves to the next
+  Tensor to_experts = in_large_pages(at::empty(weight.sizes(), x.options()));
+  Tensor total;  // what one time leaves to the next
   if (some < B) total = at::zeros({panels, experts.experts * experts.channels * experts.taps * WIDE}, x.options());
   for (int64_t b = 0; b < B; b += some) {
     const int64_t n = std::min(some, B - b);

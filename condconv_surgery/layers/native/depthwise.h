@@ -238,7 +238,7 @@ Tensor depthwise_convolve(const Tensor& x, const Tensor& experts, const Maybe& g
   check(x, experts, gate, spatial, before, after, g, true);
   const int64_t height = g.outputs(x.size(2), true), width = g.outputs(x.size(3), false);
   const Forward forward(x, g, height, width);
-  Tensor y = at::empty({x.size(0), x.size(1), height, width}, x.options());
+  Tensor y = in_large_pages(at::empty({x.size(0), x.size(1), height, width}, x.options()));
   const Gates gates{data_of(gate), data_of(spatial), data_of(before), data_of(after)};
   slide_all(x, experts, gates, {forward.window}, forward.map, y);
   return y;
@@ -270,7 +270,8 @@ Tensor depthwise_input_gradient(const Tensor& grad, const Tensor& x, const Tenso
       window.add_row(map.at(t.starts[i], w.starts[0]), t.pixels[i] * width + w.pixels[0], w.pixels.size());
     windows.push_back(window);
   });
-  Tensor to_x = written == height * width ? at::empty(x.sizes(), x.options()) : at::zeros(x.sizes(), x.options());
+  Tensor to_x = in_large_pages(at::empty(x.sizes(), x.options()));
+  if (written < height * width) to_x.zero_();
   const Gates gates{data_of(gate), data_of(spatial), data_of(before), data_of(after)};
   slide_all(grad, experts, gates, windows, map, to_x);
   return to_x;
