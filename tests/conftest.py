@@ -36,6 +36,16 @@ def condconv(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
     return run
 
 
+@pytest.fixture
+def interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton's kernels run on the CPU, by the interpreter that is asked for above."""
+    from condconv_surgery.layers.gpu import availability
+
+    if torch.cuda.is_available():
+        pytest.skip("compiled here")
+    monkeypatch.setattr(availability, "is_here", lambda device: True)
+
+
 @pytest.fixture(scope="session")
 def measured(tmp_path_factory: pytest.TempPathFactory) -> Report:
     """The report of a small converted network with pictures."""

@@ -2,7 +2,8 @@
 
 A process of its own, since the driver that Triton finds is one that only writes down: ``python -m tests.gpu_launches``
 prints, as JSON, for each kernel whether the launch of a second call, which ``layers.gpu.launching`` makes by itself,
-has the arguments of the first, which Triton makes; and how many instructions for tensor cores the machine code has.
+has the arguments of the first, which Triton makes; how many instructions for tensor cores the machine code has; and how
+many bytes of shared memory it asks for.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 from condconv_surgery.layers import Mixture
-from condconv_surgery.layers.gpu import dense, depthwise, launching, mixing, pooling
+from condconv_surgery.layers.gpu import dense, depthwise, gates, launching, mixing, pooling
 
 launches: list[tuple[Any, ...]] = []
 
@@ -59,7 +60,7 @@ class Driver:
 
 
 def calls(dtype: torch.dtype, last: bool) -> dict[str, Any]:
-    """Every kernel once, with everything in the mixture and with a gate alone."""
+    """Every kernel once, with everything in the mixture and with a gate alone, and in its largest parts."""
     size, stride = (3, 3), (2, 1)
     shape = (stride, (1, 1), (1, 1), size)
     layout = torch.channels_last if last else torch.contiguous_format
@@ -73,6 +74,15 @@ def calls(dtype: torch.dtype, last: bool) -> dict[str, Any]:
     full = Mixture(torch.empty(8, 4), torch.empty(8, *size), torch.empty(8, 32), torch.empty(8, 64))
     kernels, channels = torch.empty(8, 64, 9, 32, dtype=dtype), torch.empty(8, 1, 9, 32, dtype=dtype)
     sums = torch.empty_like(experts)
+
+    def linear(outputs: int, inputs: int) -> tuple[Tensor, Tensor]:
+        return torch.empty(outputs, inputs), torch.empty(outputs)
+
+    large, many = picture(256, 28), torch.empty(8, 256, 9, 256, dtype=dtype)
+    square = ((1, 1), (1, 1), (1, 1), size)
+    thirty_two, sums_of_large = (torch.empty(32, 256, 256, *size) for _ in range(2))
+    pooled, statistics = torch.empty(8, 1024), [torch.empty(64) for _ in range(4)]
+    heads = [linear(1024, 64), linear(256, 64), linear(9, 64), linear(4, 64)]
     return {
         "mix": lambda: mixing.mix(experts, gate, dtype),
         "mix everything": lambda: mixing.mix(experts, full, dtype, swap=True, tensor_cores=True),
@@ -81,10 +91,19 @@ def calls(dtype: torch.dtype, last: bool) -> dict[str, Any]:
         "dense": lambda: dense.convolve(x, kernels, y, *shape),
         "dense, input": lambda: dense.gradient_of_input(y, kernels, x, *shape),
         "dense, kernels": lambda: dense.gradient_of_kernels(y, x, kernels, *shape),
+        "dense, large": lambda: dense.convolve(large, many, large, *square),
+        "dense, large, kernels": lambda: dense.gradient_of_kernels(large, large, many, *square),
+        "mix 32": lambda: mixing.mix(thirty_two, Mixture(torch.empty(8, 32)), dtype),
+        "unmix 32": lambda: mixing.unmix(many, thirty_two, Mixture(torch.empty(8, 32)), sums_of_large, False),
         "depthwise": lambda: depthwise.convolve(x, channels, wide, *shape),
         "depthwise, input": lambda: depthwise.gradient_of_input(wide, channels, x, *shape),
         "depthwise, kernels": lambda: depthwise.gradient_of_kernels(wide, x, *shape),
         "mean": lambda: pooling.mean(x),
+        "sigmoid gates": lambda: gates.sigmoid_gates(pooled, linear(32, 1024), 0.5),
+        "attention": lambda: gates.attention(pooled, linear(64, 1024), statistics, 1e-5, True, heads, torch.ones(())),
+        "attention, wide": lambda: gates.attention(
+            pooled, linear(256, 1024), [], 0.0, False, [None, None, None, linear(32, 256)], torch.ones(())
+        ),
     }
 
 
@@ -109,7 +128,12 @@ def main() -> None:
             first, second = launches
             alike = len(first) == len(second) and all(map(same, first, second))
             products = compiled.asm["ptx"].count("wgmma.mma_async")
-            found[f"{name}, {dtype}"] = {"alike": alike, "known": len(launching._known), "tensor cores": products}
+            found[f"{name}, {dtype}"] = {
+                "alike": alike,
+                "known": len(launching._known),
+                "tensor cores": products,
+                "shared": compiled.metadata.shared,
+            }
     sys.stdout.write(json.dumps(found))
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
@@ -23,7 +24,8 @@ pytest.importorskip("triton")
 from condconv_surgery.errors import InputError
 from condconv_surgery.layers import ConvGeometry, Mixture, conditional_layers, conditional_like, gpu
 from condconv_surgery.layers.execution import execute
-from condconv_surgery.layers.gpu import convolution
+from condconv_surgery.layers.gpu import availability, convolution
+from condconv_surgery.layers.kernel_convolution import format_of
 from condconv_surgery.recipe import CondConv, ODConv, Variant
 from tests.geometries import GEOMETRIES, without_bias
 from tests.reference import per_sample_loop
@@ -31,6 +33,7 @@ from tests.test_layers_execution import MIXTURES, compare_compiled, make_case, v
 from tests.variants import scramble
 
 ROOT = Path(__file__).parent.parent
+LEAST_SHARED = 99 << 10  # bytes that a program may have on any of the GPUs: compute capabilities 8.6 and 8.9
 TF32 = 2e-3  # of the largest value: eleven bits, twice
 MORE = {
     "one channel": dict(in_channels=1, out_channels=3, kernel_size=3, padding=1),
@@ -54,14 +57,6 @@ CASES = [
 ]
 cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no cuda device here")
 uneven = pytest.mark.filterwarnings("ignore:Using padding=.same. with even kernel")
-
-
-@pytest.fixture
-def interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Triton's kernels on the CPU, by the interpreter that ``tests/conftest.py`` asks for."""
-    if torch.cuda.is_available():
-        pytest.skip("compiled here")
-    monkeypatch.setattr(convolution, "is_here", lambda device: True)
 
 
 def compare(name: str, parts: str, dtype: torch.dtype, tolerance: float, last: bool = False, watched: bool = False):
@@ -102,7 +97,7 @@ def test_the_operator_and_half_precision(name: str, interpreted: None) -> None:
 
 
 def test_one_compiled_graph_serves_every_batch(monkeypatch: pytest.MonkeyPatch, interpreted: None) -> None:
-    monkeypatch.setattr(convolution, "is_here", torch.compiler.assume_constant_result(lambda device: True))
+    monkeypatch.setattr(availability, "is_here", torch.compiler.assume_constant_result(lambda device: True))
     layer = conditional_like(nn.Conv2d(3, 4, 3, padding=1), ODConv(experts=2))
     compare_compiled(layer, [torch.randn(batch, 3, 5, 7) for batch in (2, 3, 5)], TF32)
 
@@ -158,19 +153,43 @@ def test_a_batch_is_split_where_its_kernels_are_too_many(interpreted: None, monk
 
 @pytest.mark.parametrize("variant", [CondConv(experts=3), ODConv(experts=3)], ids=str)
 def test_a_layer_is_the_same_with_and_without(variant: Variant, interpreted: None, monkeypatch) -> None:
-    layer = conditional_like(nn.Conv2d(6, 10, 3, padding=1, bias=True), variant)
+    layer = conditional_like(nn.Conv2d(6, 10, 3, padding=1, bias=True), variant).eval()
     scramble(layer)
     x = torch.randn(3, 6, 5, 7, requires_grad=True)
 
     def values() -> list[torch.Tensor]:
         y = layer(x)
-        return [y, *torch.autograd.grad(y.square().sum(), [x, *layer.parameters()])]
+        with torch.no_grad():  # routers and kernels of one too
+            alone = layer(x), layer(x[:1].to(memory_format=torch.channels_last))
+        return [y, *alone, *torch.autograd.grad(y.square().sum(), [x, *layer.parameters()])]
 
     found = values()
-    monkeypatch.setattr(convolution, "is_here", lambda device: False)
+    monkeypatch.setattr(availability, "is_here", lambda device: False)
     for a, e in zip(found, values(), strict=True):
         assert (a - e).abs().max() <= TF32 * max(1.0, e.abs().max().item())
-    assert not torch.equal(found[0], values()[0])  # it was computed in another way
+    # it was computed in another way
+    assert not any(torch.equal(a, b) for a, b in zip(found[:3], values()[:3], strict=True))
+
+
+@uneven
+@pytest.mark.parametrize(("name", "parts"), CASES)
+def test_the_kernel_of_one_is_mixed_in_its_layout(name: str, parts: str, interpreted: None) -> None:
+    geometry = ConvGeometry.make(**without_bias({**GEOMETRIES, **MORE}[name]))
+    x, experts, _, mixture = make_case(geometry, MIXTURES[parts], 1, False, torch.float32)
+    with torch.no_grad():
+        expected = per_sample_loop(x, experts, None, mixture, geometry)
+        for layout in (torch.contiguous_format, torch.channels_last):
+            given = x.to(memory_format=layout)
+            kernel = gpu.kernel_at_once(geometry.pad(given)[0], experts, mixture, geometry)
+            dense = geometry.groups == 1 and not geometry.pointwise
+            assert (kernel is None) == (dense and format_of(given) == torch.contiguous_format)
+            assert kernel is None or kernel.shape == geometry.weight_shape
+            y = execute(given, experts, None, mixture, geometry, "plain")
+            assert (y - expected).abs().max() <= TF32 * max(1.0, expected.abs().max().item())
+            padded, padding = geometry.pad(given)
+            rest = (None, geometry.stride, padding, geometry.dilation, geometry.groups)
+            assert y.stride() == F.conv2d(padded, experts[0], *rest).stride()
+    assert gpu.kernel_at_once(x, experts, mixture, geometry) is None  # recorded
 
 
 @pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels_last"])
@@ -219,11 +238,12 @@ def test_kernels_compile_for_an_h100_and_known_launches_are_tritons_own() -> Non
     command = [sys.executable, "-m", "tests.gpu_launches"]
     done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment, cwd=ROOT)
     found = json.loads(done.stdout)
-    assert len(found) == 22
+    assert len(found) == 36
     for name, launch in found.items():
         assert launch["alike"], name
         assert launch["known"] == 1, name
         assert bool(launch["tensor cores"]) == name.startswith("dense"), name
+        assert launch["shared"] <= LEAST_SHARED, name
 
 
 @uneven

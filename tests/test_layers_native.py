@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 
 from condconv_surgery.errors import InputError
 from condconv_surgery.layers import CondConv2d, ConvGeometry, Mixture, ODConv2d, blocks, native
-from condconv_surgery.layers.execution import execute
+from condconv_surgery.layers.execution import choose, execute
 from condconv_surgery.layers.native import building
 from condconv_surgery.recipe import CondConv
 from tests.geometries import GEOMETRIES, without_bias
@@ -185,6 +185,14 @@ class TestCompiled:
         actual = values_and_gradients(execute(x, experts, None, mixture, geometry, "blocks"), leaves)
         for a, e in zip(actual, expected, strict=True):
             assert (a - e).abs().max() <= 1e-4
+
+    def test_scales_alone_go_into_kernels_that_are_not_large(self) -> None:
+        scales = Mixture(in_scale=torch.ones(2, 1), out_scale=torch.ones(2, 1))
+        for pixels, expected in ((14, "blocks"), (12, "blocks"), (11, "static"), (7, "static")):
+            geometry, x = ConvGeometry.make(512, 512, 1), torch.empty(2, 512, pixels, pixels)  # at 11 px 2.1 times
+            experts = torch.empty(1, *geometry.weight_shape)
+            assert choose(x, experts, scales, geometry) == expected
+            assert choose(x, experts, Mixture(), geometry) == "static"
 
     def test_what_it_leaves_to_torch(self) -> None:
         geometry = ConvGeometry.make(8, 16, 3, 1, 1)

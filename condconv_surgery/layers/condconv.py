@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from condconv_surgery.layers import native
+from condconv_surgery.layers import gpu, native
 from condconv_surgery.layers.conditional import ConditionalConv2d
 from condconv_surgery.layers.mixture import ConvGeometry, Mixture
 from condconv_surgery.layers.routing import Router, router_for, zero_linear_
@@ -37,6 +37,8 @@ class CondConvRouter(Router):
 
     def mix(self, pooled: Tensor) -> Mixture:
         gate = native.sigmoid_gates(pooled, self.linear, self.weight_factor)
+        if gate is None:
+            gate = gpu.sigmoid_gates(pooled, self.linear, self.weight_factor)
         if gate is None:
             gate = self.weight_factor * torch.sigmoid(self.linear(pooled))
         return Mixture(gate)

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from condconv_surgery.layers import native
+from condconv_surgery.layers import gpu, native
 from condconv_surgery.layers.conditional import ConditionalConv2d
 from condconv_surgery.layers.mixture import ConvGeometry, Mixture
 from condconv_surgery.layers.routing import Router, router_for, temperature_buffer, zero_linear_
@@ -40,7 +40,9 @@ class DynamicConvRouter(Router):
         self.register_buffer("temperature", temperature_buffer(variant.temperature, device))
 
     def mix(self, pooled: Tensor) -> Mixture:
-        parts = native.attention(pooled, self.reduce, None, True, [self.linear], self.temperature)
+        given = (pooled, self.reduce, None, True, [self.linear], self.temperature)
+        parts = native.attention(*given)
+        parts = gpu.attention(*given) if parts is None else parts
         if parts is not None:
             return Mixture(parts[0])
         logits = self.linear(F.relu(self.reduce(pooled)))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from condconv_surgery.errors import InputError
-from condconv_surgery.layers import native
+from condconv_surgery.layers import gpu, native
 from condconv_surgery.layers.choice import choose
 from condconv_surgery.layers.cost import scales_belong_in_the_kernel
 from condconv_surgery.layers.mixture import ConvGeometry, Mixture
@@ -33,7 +33,7 @@ def execute(
     x = autocast(x)  # the operators of ``blocks`` are unknown to it
     name = choose(x, experts, mixture, geometry) if way == "auto" else _legal(way, x, mixture, geometry)
     scaled = mixture.in_scale is not None or mixture.out_scale is not None
-    if not scaled or _takes_scales(name, x, experts, geometry):
+    if not scaled or _takes_scales(name, x, experts, mixture, geometry):
         y = WAYS[name](x, experts, mixture, geometry)
     else:
         y = _scale_activations(WAYS[name], x, experts, mixture, geometry)
@@ -44,9 +44,11 @@ def _with_bias(y: Tensor, bias: Tensor | None, mixture: Mixture) -> Tensor:
     return y if bias is None else y + mix_bias(bias, mixture.gate).to(y.dtype)[:, :, None, None]
 
 
-def _takes_scales(way: str, x: Tensor, experts: Tensor, geometry: ConvGeometry) -> bool:
+def _takes_scales(way: str, x: Tensor, experts: Tensor, mixture: Mixture, geometry: ConvGeometry) -> bool:
     """Whether ``way`` applies ``in_scale`` and ``out_scale`` itself, and should."""
     if way == "blocks" and native.fits(x, experts, geometry.stride, geometry.groups):
+        return True
+    if gpu.scales_on_the_way(way, x, experts, mixture, geometry):
         return True
     return way in SCALES_ITS_KERNELS and scales_belong_in_the_kernel(x, geometry)
 

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from condconv_surgery.layers import native
+from condconv_surgery.layers import gpu, native
 from condconv_surgery.layers.conditional import ConditionalConv2d
 from condconv_surgery.layers.mixture import ConvGeometry, Mixture
 from condconv_surgery.layers.routing import Router, router_for, temperature_buffer, zero_linear_
@@ -61,8 +61,9 @@ class ODConvRouter(Router):
 
     def mix(self, pooled: Tensor) -> Mixture:
         heads = [self.channel, self.filter, self.spatial, self.kernel]
-        relu = self.activation == "relu"
-        parts = native.attention(pooled, self.reduce, self.norm, relu, heads, self.temperature)
+        given = (pooled, self.reduce, self.norm, self.activation == "relu", heads, self.temperature)
+        parts = native.attention(*given)
+        parts = gpu.attention(*given) if parts is None else parts
         if parts is not None:
             return self._mixture(parts)
         present = [head for head in heads if head is not None]

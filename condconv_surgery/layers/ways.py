@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from condconv_surgery.layers import gpu
 from condconv_surgery.layers.blocks import convolve_in_blocks
 from condconv_surgery.layers.kernel_convolution import format_of
 from condconv_surgery.layers.kernels import mix_kernels
@@ -58,7 +59,9 @@ def _static(x: Tensor, experts: Tensor, mixture: Mixture, geometry: ConvGeometry
 
 def _plain(x: Tensor, experts: Tensor, mixture: Mixture, geometry: ConvGeometry) -> Tensor:
     x, padding = geometry.pad(x)
-    kernel = mix_kernels(experts, mixture, geometry.groups)[0].to(x.dtype)  # [O, I/G, kh, kw]
+    kernel = gpu.kernel_at_once(x, experts, mixture, geometry)  # [O, I/G, kh, kw]
+    if kernel is None:
+        kernel = mix_kernels(experts, mixture, geometry.groups)[0].to(x.dtype)
     return F.conv2d(x, kernel, None, geometry.stride, padding, geometry.dilation, geometry.groups)
 
 

@@ -1,7 +1,6 @@
-"""Values and gradients by ``torch.autograd.Function``: pooling, and a convolution past torch's dispatcher.
+"""Past torch's dispatcher: the operator of ``layers.blocks`` as a ``torch.autograd.Function``, a single kernel.
 
-The latter is the operator of ``layers.blocks`` without the checks and the bookkeeping of an operator, which cost as
-much as a small layer.
+Without the checks and the bookkeeping of an operator, which cost as much as a small layer.
 """
 
 from __future__ import annotations
@@ -11,14 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from condconv_surgery.layers.gpu.convolution import (
-    MOST_SAMPLES,
-    convolve,
-    convolve_backward,
-    fits,
-    room,
-    takes,
-)
+from condconv_surgery.layers.gpu.convolution import convolve, convolve_backward, fits, kernel_of_one
+from condconv_surgery.layers.kernel_convolution import format_of
 from condconv_surgery.layers.kernels import empty_gradients
 from condconv_surgery.layers.mixture import ConvGeometry, Mixture
 from condconv_surgery.layers.watching import are_plain, is_watched
@@ -38,28 +31,23 @@ def convolve_at_once(x: Tensor, experts: Tensor, mixture: Mixture, geometry: Con
     return y
 
 
-def pool(x: Tensor) -> Tensor | None:
-    """The mean over positions in float32, [B, I, H, W] -> [B, I], or None where torch is to do it."""
-    if not takes(x) or is_watched() or not are_plain(x):
-        return None
-    if not x.numel() or x.shape[0] > MOST_SAMPLES:
-        return None
-    pooled: Tensor = _Mean.apply(x) if torch.is_grad_enabled() else room("pooling").mean(x)
-    return pooled
+def kernel_at_once(x: Tensor, experts: Tensor, mixture: Mixture, geometry: ConvGeometry) -> Tensor | None:
+    """The kernel of a batch of one, padded already: [O, I/G, kh, kw], or None where torch is to mix it.
+
+    Only where it has the layout in which torch's convolution reads it.
+    """
+    return kernel_of_one(x, experts, mixture) if scales_on_the_way("plain", x, experts, mixture, geometry) else None
 
 
-class _Mean(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        ctx.shape, ctx.dtype = x.shape, x.dtype
-        pooled: Tensor = room("pooling").mean(x)
-        return pooled
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        # divided before it is spread: nothing of the size of ``x`` is written
-        scaled: Tensor = (grad / (ctx.shape[2] * ctx.shape[3])).to(ctx.dtype)
-        return scaled[:, :, None, None].expand(ctx.shape)
+def scales_on_the_way(way: str, x: Tensor, experts: Tensor, mixture: Mixture, geometry: ConvGeometry) -> bool:
+    """Whether ``way`` has its kernels mixed here and nothing is recorded, so that to scale them too costs nothing."""
+    if torch.is_grad_enabled() or not fits(x, experts, mixture, geometry.stride, geometry.dilation, geometry.groups):
+        return False
+    if way == "blocks":
+        return True
+    if geometry.groups == 1 and not geometry.pointwise and format_of(x) != torch.channels_last:
+        return False
+    return way == "plain" and not is_watched() and are_plain(x, experts, *mixture)
 
 
 class _Convolution(torch.autograd.Function):
