@@ -144,7 +144,7 @@ class TestCompiled:
         leaves = [t for t in (x, experts, *mixture) if t is not None]
         before, found = torch.get_num_threads(), []
         try:
-            for threads in (1, 2, 5):
+            for threads in (1, 2, 3, 5, 16):
                 torch.set_num_threads(threads)
                 found.append(values_and_gradients(execute(x, experts, None, mixture, geometry, "blocks"), leaves))
         finally:

@@ -7,6 +7,7 @@
 namespace {
 
 constexpr int64_t FEW_SAMPLES = 4;  // whose kernels are mixed from the experts as they lie, before a panel is made
+constexpr int64_t PARTS = 4;        // of a panel's positions, that threads may have the same to do
 constexpr int64_t TOGETHER = 4;     // panels of 1x1 that read the same channels while they are in the first level
 // Padded input at a time: what little stays in the second level and needs few pages, but twice the experts, which are
 // packed anew for each time; never more than stays in the third.
@@ -19,9 +20,10 @@ int64_t samples_at_a_time(const Tensor& x, Margins m, const Experts& experts) {
                                   (4 * std::max(x.size(1), TOGETHER * WIDE) * map));  // what is added up is as large
 }
 
-// How many panels take turns on what they read; one where each thread has few, or many experts fill the cache.
-int64_t panels_together(const Experts& experts, int64_t taps) {
-  const bool small = taps == 1 && TOGETHER * POINTWISE_DEPTH * experts.experts <= ROWS_OF_ALL;
+// How many panels take turns on what they read; one where each thread has few, where many experts fill the cache, and
+// where of a single sample there is little to read.
+int64_t panels_together(const Experts& experts, int64_t taps, int64_t samples) {
+  const bool small = taps == 1 && samples > 1 && TOGETHER * POINTWISE_DEPTH * experts.experts <= ROWS_OF_ALL;
   return small && experts.panels() >= 2 * TOGETHER * at::get_num_threads() ? TOGETHER : 1;
 }
 
@@ -92,8 +94,32 @@ void convolve_unit(const Experts& experts, const Phase& phase, const Picture& pi
                  (unit.first + b) * experts.filters + (unit.panel + p) * WIDE, gates.after, y, size);
 }
 
-// All phases over all samples, some samples at a time; each thread takes panels, and a part of the positions where
-// there are fewer panels than threads.
+// What each thread takes: as many panels as the others, to a part of one, whose positions it shares with the next.
+struct Shares {
+  int64_t panels, positions, together, parts, count;
+
+  Shares(int64_t panels, int64_t positions, int64_t together)
+      : panels(panels), positions(positions), together(together) {
+    const int64_t threads = at::get_num_threads();
+    parts = std::clamp<int64_t>(positions / (2 * TALL), 1, std::max(PARTS, (threads + panels - 1) / panels));
+    count = std::min(threads, panels * parts);
+  }
+
+  template <typename Use>
+  void for_each_unit(int64_t share, Use use) const {
+    int64_t part = panels * parts * share / count;
+    const int64_t stop = panels * parts * (share + 1) / count;
+    while (part < stop) {
+      const int64_t panel = part / parts, first = part % parts, whole = first ? 0 : (stop - part) / parts;
+      const int64_t some = std::clamp<int64_t>(whole, 1, together);
+      const int64_t last = whole ? parts : std::min(parts, first + stop - part);
+      use(panel, some, positions * first / parts, positions * last / parts);
+      part += whole ? some * parts : last - first;
+    }
+  }
+};
+
+// All phases over all samples, some samples at a time.
 Tensor convolve_phases(const Tensor& x, const Experts& experts, const Gates& gates, const std::vector<Phase>& phases,
                        Margins margins, int64_t height, int64_t width) {
   const int64_t B = x.size(0), some = samples_at_a_time(x, margins, experts), panels = experts.panels();
@@ -107,17 +133,13 @@ Tensor convolve_phases(const Tensor& x, const Experts& experts, const Gates& gat
     const int64_t n = std::min(some, B - b);
     const Picture picture(x.narrow(0, b, n), gates.before ? gates.before + b * experts.channels : nullptr, margins);
     for (const Phase& phase : phases) {
-      const int64_t size = phase.positions.size();
-      const int64_t together = panels_together(experts, phase.taps.size()), groups = (panels + together - 1) / together;
-      const int64_t parts = std::min((at::get_num_threads() + groups - 1) / groups, std::max<int64_t>(1, size / TALL));
-      at::parallel_for(0, groups * parts, 1, [&](int64_t begin, int64_t end) {
+      const Shares shares(panels, phase.positions.size(), panels_together(experts, phase.taps.size(), n));
+      at::parallel_for(0, shares.count, 1, [&](int64_t begin, int64_t end) {
         Room room{Packer(experts, phase, chunks_of(experts, phase)[0].depth), {}, {}, {}, {}};
-        for (int64_t i = begin; i < end; i++) {
-          const int64_t part = i % parts, panel = i / parts * together;
-          const Unit unit{
-              panel, std::min(together, panels - panel), b, b + n, size * part / parts, size * (part + 1) / parts};
-          convolve_unit(experts, phase, picture, gates, unit, out, height * width, room);
-        }
+        for (int64_t i = begin; i < end; i++)
+          shares.for_each_unit(i, [&](int64_t panel, int64_t some, int64_t from, int64_t to) {
+            convolve_unit(experts, phase, picture, gates, {panel, some, b, b + n, from, to}, out, height * width, room);
+          });
       });
     }
   }
