@@ -8,7 +8,8 @@ namespace {
 
 constexpr int64_t FEW_SAMPLES = 4;  // whose kernels are mixed from the experts as they lie, before a panel is made
 constexpr int64_t PARTS = 4;        // of a panel's positions, that threads may have the same to do
-constexpr int64_t TOGETHER = 4;     // panels of 1x1 that read the same channels while they are in the first level
+// Panels that read the same channels while they are in the first level of cache (1x1), or in the second.
+constexpr int64_t POINTWISE_TOGETHER = 4, TOGETHER = 2;
 // Padded input at a time: what little stays in the second level and needs few pages, but twice the experts, which are
 // packed anew for each time; never more than stays in the third.
 constexpr int64_t LEAST_INPUT = 2 << 20, MOST_INPUT = 8 << 20;
@@ -16,15 +17,16 @@ constexpr int64_t LEAST_INPUT = 2 << 20, MOST_INPUT = 8 << 20;
 int64_t samples_at_a_time(const Tensor& x, Margins m, const Experts& experts) {
   const int64_t map = (x.size(2) + m.top + m.bottom) * (x.size(3) + m.left + m.right);
   const int64_t bytes = 4 * experts.experts * experts.filters * experts.channels * experts.taps;
-  return std::max<int64_t>(1, std::clamp(2 * bytes, LEAST_INPUT, MOST_INPUT) /
-                                  (4 * std::max(x.size(1), TOGETHER * WIDE) * map));  // what is added up is as large
+  const int64_t channels = std::max(x.size(1), POINTWISE_TOGETHER * WIDE);  // what is added up is as large
+  return std::max<int64_t>(1, std::clamp(2 * bytes, LEAST_INPUT, MOST_INPUT) / (4 * channels * map));
 }
 
 // How many panels take turns on what they read; one where each thread has few, where many experts fill the cache, and
 // where of a single sample there is little to read.
 int64_t panels_together(const Experts& experts, int64_t taps, int64_t samples) {
-  const bool small = taps == 1 && samples > 1 && TOGETHER * POINTWISE_DEPTH * experts.experts <= ROWS_OF_ALL;
-  return small && experts.panels() >= 2 * TOGETHER * at::get_num_threads() ? TOGETHER : 1;
+  const int64_t most = taps == 1 ? POINTWISE_TOGETHER : TOGETHER, rows = most * (taps == 1 ? POINTWISE_DEPTH : DEPTH);
+  const bool small = samples > 1 && rows * experts.experts <= ROWS_OF_ALL;
+  return small && experts.panels() >= 2 * most * at::get_num_threads() ? most : 1;
 }
 
 // What a thread keeps from one panel to the next.
