@@ -85,8 +85,11 @@ void convolve_unit(const Experts& experts, const Phase& phase, const Picture& pi
           scale_taps(gates.spatial + (unit.first + b) * experts.taps, phase.taps, chunk.depth, kernel, mixed.data());
           kernel = mixed.data();
         }
-        tiles(picture.data + b * picture.sample + chunk.first * picture.channel, phase.positions.data() + unit.from,
-              positions, offsets.data(), chunk.depth, kernel, sums.data() + (p * n + b) * positions * WIDE, 1, lines);
+        // taps side by side read the same lines
+        const auto multiply_tiles = phase.taps.size() == 1 ? tiles<Ask::EVERY> : tiles<Ask::SECOND>;
+        multiply_tiles(picture.data + b * picture.sample + chunk.first * picture.channel,
+                       phase.positions.data() + unit.from, positions, offsets.data(), chunk.depth, kernel,
+                       sums.data() + (p * n + b) * positions * WIDE, lines);
       }
   }
   const float* sum = sums.data();

@@ -137,8 +137,8 @@ class UnitGradient {
       const int64_t some = std::min(POSITIONS, positions_ - p);
       float* side = side_.data() + place * some * WIDE;
       if (k == 0) transpose_rows(grad + p, positions_, experts_.count(panel_), some, side);  // more strips: one p
-      tiles(base, rows_.data() + k, depth, given_.phase.positions.data() + p, some, side, of_kernel,
-            experts_.taps == 1 ? TALL : 1);
+      const auto multiply_tiles = experts_.taps == 1 ? tiles<Ask::OWN> : tiles<Ask::SECOND>;
+      multiply_tiles(base, rows_.data() + k, depth, given_.phase.positions.data() + p, some, side, of_kernel, {});
     }
   }
 

@@ -24,11 +24,14 @@ constexpr int64_t ROWS_OF_ALL = 9 * DEPTH;  // experts together: 166 KB, which t
 constexpr int64_t LINE = 16;                // numbers of a line of the cache
 constexpr int64_t POINTWISE_DEPTH = 80;     // of 1x1: each reads cache lines of its own, 16 KB of them at 7 px
 
-// Numbers of the next tile are asked for while this one computes: those at rows[0] + ahead + spread * offsets[k]; or,
-// where there are ``lines``, one of them for each second k.
-template <int ROWS, bool LINES>
+// What a tile asks the memory for while it computes. The rows of the next tile, at every k, or at every second where
+// neighbours in k lie on the same lines; OWN: where rows are far apart, each on lines of its own, as many lines of one.
+// LINES: the rows at every second k, something else in between.
+enum class Ask { EVERY, SECOND, OWN, LINES };
+
+template <int ROWS, Ask ASK>
 void tile(const float* base, const int64_t* rows, const int64_t* offsets, int64_t depth, const float* panel, float* sum,
-          int64_t ahead, int64_t spread, const float* const* lines) {
+          int64_t ahead, const float* const* lines) {
   Vec c[ROWS][2];
   const float* r[ROWS];
 #pragma GCC unroll 6
@@ -37,20 +40,26 @@ void tile(const float* base, const int64_t* rows, const int64_t* offsets, int64_
     c[j][0] = load(sum + j * WIDE);
     c[j][1] = load(sum + j * WIDE + LANES);
   }
-  for (int64_t k = 0; k < depth; k++) {
-    const Vec left = load(panel + k * WIDE), right = load(panel + k * WIDE + LANES);
-    const int64_t o = offsets[k];
-    if (LINES && k % 2)
-      __builtin_prefetch(lines[k / 2], 0, 2);  // into the second level
-    else
-      __builtin_prefetch(r[0] + ahead + spread * o);
+  const float* next = r[0] + ahead;
+  constexpr int64_t spread = ASK == Ask::OWN ? TALL : 1;
+  auto add = [&](int64_t o, const float* of_panel) {
+    const Vec left = load(of_panel), right = load(of_panel + LANES);
 #pragma GCC unroll 6
     for (int j = 0; j < ROWS; j++) {
       const float a = r[j][o];
       c[j][0] += a * left;
       c[j][1] += a * right;
     }
+  };
+  int64_t k = 0;
+  for (; k + 2 <= depth; k += 2, panel += 2 * WIDE) {
+    __builtin_prefetch(next + spread * offsets[k]);
+    add(offsets[k], panel);
+    if (ASK == Ask::LINES) __builtin_prefetch(*lines++, 0, 2);  // into the second level
+    if (ASK == Ask::EVERY || ASK == Ask::OWN) __builtin_prefetch(next + spread * offsets[k + 1]);
+    add(offsets[k + 1], panel + WIDE);
   }
+  if (k < depth) add(offsets[k], panel);
 #pragma GCC unroll 6
   for (int j = 0; j < ROWS; j++) {
     store(sum + j * WIDE, c[j][0]);
@@ -58,26 +67,26 @@ void tile(const float* base, const int64_t* rows, const int64_t* offsets, int64_
   }
 }
 
-template <bool LINES>
-constexpr decltype(&tile<1, LINES>) TILES[TALL] = {tile<1, LINES>, tile<2, LINES>, tile<3, LINES>,
-                                                   tile<4, LINES>, tile<5, LINES>, tile<6, LINES>};  // by rows
+template <Ask ASK>
+constexpr decltype(&tile<1, ASK>) TILES[TALL] = {tile<1, ASK>, tile<2, ASK>, tile<3, ASK>,
+                                                 tile<4, ASK>, tile<5, ASK>, tile<6, ASK>};  // by rows
 
 using Lines = std::vector<const float*>;
 
 // sum[j][:] += sum_k base[rows[j] + offsets[k]] * panel[k][:] for ``count`` rows.
-// spread: see ``tile``; 1 where the rows of a tile lie on the same lines, TALL where each lies on lines of its own.
 // lines: of what comes next; as many as there are turns of the loops are asked for meanwhile.
+template <Ask ASK>
 void tiles(const float* base, const int64_t* rows, int64_t count, const int64_t* offsets, int64_t depth,
-           const float* panel, float* sum, int64_t spread, const Lines& lines = {}) {
+           const float* panel, float* sum, const Lines& lines) {
   size_t asked = 0;
   while (count > 0) {  // the last rows in two halves: a tile of one row waits for its own sums
     const int64_t some = count >= 2 * TALL || count <= TALL ? std::min(count, TALL) : (count + 1) / 2;
-    const int64_t next = spread > 1 ? some : 2 * some - 1, ahead = next < count ? rows[next] - rows[0] : 0;
+    const int64_t next = ASK == Ask::OWN ? some : 2 * some - 1, ahead = next < count ? rows[next] - rows[0] : 0;
     if (asked + depth / 2 <= lines.size()) {
-      TILES<true>[some - 1](base, rows, offsets, depth, panel, sum, ahead, spread, lines.data() + asked);
+      TILES<Ask::LINES>[some - 1](base, rows, offsets, depth, panel, sum, ahead, lines.data() + asked);
       asked += depth / 2;
     } else {
-      TILES<false>[some - 1](base, rows, offsets, depth, panel, sum, ahead, spread, nullptr);
+      TILES<ASK>[some - 1](base, rows, offsets, depth, panel, sum, ahead, nullptr);
     }
     rows += some, sum += some * WIDE, count -= some;
   }
