@@ -1,9 +1,9 @@
-"""Compiles the kernels of ``layers.gpu`` for an H100 and records their launches, on a machine that needs no GPU.
+"""Compiles the kernels of ``layers.gpu`` and records their launches, on a machine that needs no GPU.
 
-A process of its own, since the driver that Triton finds is one that only writes down: ``python -m tests.gpu_launches``
-prints, as JSON, for each kernel whether the launch of a second call, which ``layers.gpu.launching`` makes by itself,
-has the arguments of the first, which Triton makes; how many instructions for tensor cores the machine code has; and how
-many bytes of shared memory it asks for.
+A process of its own, since the driver that Triton finds is one that only writes down: ``python -m tests.gpu_launches
+90`` for compute capability 9.0, an H100, prints, as JSON, for each kernel whether the launch of a second call, which
+``layers.gpu.launching`` makes by itself, has the arguments of the first, which Triton makes; how many instructions for
+tensor cores the machine code has; and how many bytes of shared memory it asks for.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from triton.runtime import driver
 from condconv_surgery.layers import Mixture
 from condconv_surgery.layers.gpu import dense, depthwise, gates, launching, mixing, pooling
 
+CAPABILITY = int(sys.argv[1])
 launches: list[tuple[Any, ...]] = []
 
 
@@ -44,7 +45,7 @@ class Utilities:
 
 
 class Driver:
-    """An H100 that computes nothing."""
+    """A GPU that computes nothing."""
 
     utils = Utilities()
     launcher_cls = Launcher
@@ -56,7 +57,7 @@ class Driver:
         return 0
 
     def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", 90, 32)
+        return GPUTarget("cuda", CAPABILITY, 32)
 
 
 def calls(dtype: torch.dtype, last: bool) -> dict[str, Any]:
@@ -78,7 +79,8 @@ def calls(dtype: torch.dtype, last: bool) -> dict[str, Any]:
     def linear(outputs: int, inputs: int) -> tuple[Tensor, Tensor]:
         return torch.empty(outputs, inputs), torch.empty(outputs)
 
-    large, many = picture(256, 28), torch.empty(8, 256, 9, 256, dtype=dtype)
+    large, many = picture(256, 28), torch.empty(32, 256, 9, 256, dtype=dtype)
+    all_of_32 = Mixture(torch.empty(32, 32), torch.empty(32, *size), torch.empty(32, 256), torch.empty(32, 256))
     square = ((1, 1), (1, 1), (1, 1), size)
     thirty_two, sums_of_large = (torch.empty(32, 256, 256, *size) for _ in range(2))
     pooled, statistics = torch.empty(8, 1024), [torch.empty(64) for _ in range(4)]
@@ -93,8 +95,8 @@ def calls(dtype: torch.dtype, last: bool) -> dict[str, Any]:
         "dense, kernels": lambda: dense.gradient_of_kernels(y, x, kernels, *shape),
         "dense, large": lambda: dense.convolve(large, many, large, *square),
         "dense, large, kernels": lambda: dense.gradient_of_kernels(large, large, many, *square),
-        "mix 32": lambda: mixing.mix(thirty_two, Mixture(torch.empty(8, 32)), dtype),
-        "unmix 32": lambda: mixing.unmix(many, thirty_two, Mixture(torch.empty(8, 32)), sums_of_large, False),
+        "mix 32": lambda: mixing.mix(thirty_two, all_of_32, dtype),
+        "unmix 32": lambda: mixing.unmix(many, thirty_two, all_of_32, sums_of_large, False),
         "depthwise": lambda: depthwise.convolve(x, channels, wide, *shape),
         "depthwise, input": lambda: depthwise.gradient_of_input(wide, channels, x, *shape),
         "depthwise, kernels": lambda: depthwise.gradient_of_kernels(wide, x, *shape),

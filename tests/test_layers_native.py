@@ -135,7 +135,8 @@ class TestCompiled:
         "geometry",
         [
             ConvGeometry.make(40, 24, 3, 2, 1),
-            ConvGeometry.make(90, 300, 1),
+            ConvGeometry.make(20, 200, 3, 1, 1),
+            ConvGeometry.make(90, 600, 1),
             ConvGeometry.make(70, 70, 3, 1, 1, groups=70),
         ],
     )

@@ -76,13 +76,10 @@ def output_and_gradient(groups: int) -> tuple[torch.Tensor, torch.Tensor]:
     return y, to_x
 
 
-def test_small_tensors_other_devices_and_systems_without_them_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_small_tensors_and_other_devices_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: int) -> int:
         raise AssertionError("asked")
 
     monkeypatch.setattr(pages, "_advise", lambda: fail)
     for memory in (torch.empty(100), torch.empty(0), torch.empty(FRESH, device="meta")):
         assert in_large_pages(memory) is memory
-    monkeypatch.setattr(pages, "_advise", lambda: None)
-    memory = torch.empty(FRESH)
-    assert in_large_pages(memory) is memory

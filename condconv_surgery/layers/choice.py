@@ -21,7 +21,7 @@ ONE_BY_ONE = ("loop", "plain")
 
 MOST_SCALED = 2
 """Where scales are all that is mixed the compiled code scales a kernel of up to so many times the numbers of a sample's
-activations, rather than these: 0.7 to 1.0 of the time for 1x1 layers at 14 px, 1.0 to 1.3 at 7 px."""
+activations, rather than these: 0.7 to 1.0 of the time for 1x1 layers at 14 px, 1.0 to 1.3 at 7 px, in either mode."""
 
 _known: dict[tuple[object, ...], str] = {}
 
@@ -41,7 +41,7 @@ def choose(x: Tensor, experts: Tensor, mixture: Mixture, geometry: ConvGeometry)
         return ways[0]
     if _scales_alone(mixture) and native.fits(x, experts, geometry.stride, geometry.groups):
         few = geometry.weight_numel <= MOST_SCALED * geometry.activations(x)
-        return NEEDS_THIS_PACKAGE if few and NEEDS_THIS_PACKAGE in ways else "static"
+        return NEEDS_THIS_PACKAGE if few else "static"
     if is_watched():  # sizes may be symbolic
         return _cheapest(ways, x, experts, mixture, geometry)
     present = tuple(part is not None for part in mixture)

@@ -32,9 +32,9 @@ def convolve_at_once(x: Tensor, experts: Tensor, mixture: Mixture, geometry: Con
 
 
 def kernel_at_once(x: Tensor, experts: Tensor, mixture: Mixture, geometry: ConvGeometry) -> Tensor | None:
-    """The kernel of a batch of one, padded already: [O, I/G, kh, kw], or None where torch is to mix it.
+    """The kernel of a batch of one, [O, I/G, kh, kw], or None where torch is to mix it. ``x`` is padded already.
 
-    Only where it has the layout in which torch's convolution reads it.
+    Of a dense layer only where it comes in the layout in which torch's convolution reads it.
     """
     return kernel_of_one(x, experts, mixture) if scales_on_the_way("plain", x, experts, mixture, geometry) else None
 

@@ -104,7 +104,8 @@ def kernel_of_one(x: Tensor, experts: Tensor, mixture: Mixture) -> Tensor:
 @torch.compiler.assume_constant_result
 def _is_tf32_allowed() -> bool:
     """In convolutions of float32; it is by default, as in those of cuDNN."""
-    return bool(torch.backends.cudnn.conv.fp32_precision == "tf32")  # type: ignore[attr-defined]
+    cudnn = torch.backends.cudnn
+    return cudnn.enabled and bool(cudnn.conv.fp32_precision == "tf32")  # type: ignore[attr-defined]
 
 
 def _check(x: Tensor, experts: Tensor, mixture: Mixture) -> None:

@@ -1,7 +1,7 @@
 """Routers on a GPU, each in one launch after pooling, as products of small matrices over the samples.
 
 sigmoid gates:  factor * sigmoid(R x + b)
-attention:      2 sigmoid(W h + b / T) for each head, softmax for that of experts, with h = relu(norm(R x + b))
+attention:      2 sigmoid((W h + b) / T) for each head, softmax for that of experts, with h = relu(norm(R x + b))
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ def _attention(
     for first in range(0, channels, INNER):
         i = first + tl.arange(0, INNER)
         mask = (b < batch)[:, None] & (i < channels)[None, :]
-        x = tl.load(pooled + b[:, None] * pooled_b + i[None, :], mask=mask, other=0.0).to(tl.float32)
+        x = tl.load(pooled + b.to(tl.int64)[:, None] * pooled_b + i[None, :], mask=mask, other=0.0).to(tl.float32)
         mask = (i < channels)[:, None] & known[None, :]
         w = tl.load(reduce + n[None, :] * channels + i[:, None], mask=mask, other=0.0).to(tl.float32)
         h = tl.dot(x, w, h, input_precision="tf32x3")

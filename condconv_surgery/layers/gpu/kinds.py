@@ -1,4 +1,4 @@
-"""The three kinds of layers that Triton computes on a GPU: how each makes its kernels, uses them, and goes back."""
+"""Three kinds of layers on a GPU: how each has Triton mix its kernels, uses them, and goes back."""
 
 from __future__ import annotations
 

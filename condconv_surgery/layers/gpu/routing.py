@@ -78,10 +78,10 @@ def attention(
     width, channels = hidden[0].shape
     if channels != pooled.shape[1] or any(len(part) != width for part in statistics):
         return None
-    if width > MOST_HIDDEN or (heads[-1] is not None and heads[-1].out_features > MOST_EXPERTS):
-        return None
     maps = [None if head is None else _map_of(head, pooled, width) for head in heads]
     if any(head is not None and parts is None for head, parts in zip(heads, maps, strict=True)):
+        return None
+    if width > MOST_HIDDEN or (maps[-1] is not None and len(maps[-1][0]) > MOST_EXPERTS):
         return None
     maps[:0] = [None] * (4 - len(maps))
     eps = 0.0 if norm is None else norm.eps
@@ -101,9 +101,9 @@ def _reads(pooled: Tensor) -> bool:
     """Triton can be called on ``pooled`` [B, I], and nobody would miss the call that it replaces."""
     if torch.is_grad_enabled() or not availability.is_here(pooled.device) or pooled.dtype not in DTYPES:
         return False
-    if not 0 < pooled.shape[0] <= MOST_SAMPLES or pooled.stride(1) != 1:
+    if is_watched() or not are_plain(pooled):  # the batch may be symbolic
         return False
-    return not is_watched() and are_plain(pooled)
+    return pooled.dim() == 2 and 0 < pooled.shape[0] <= MOST_SAMPLES and pooled.stride(1) == 1
 
 
 def _fit(pooled: Tensor, *parts: Tensor | None) -> bool:

@@ -78,7 +78,7 @@ void convolve_unit(const Experts& experts, const Phase& phase, const Picture& pi
         if (mixed_first) {
           packer.pack_mixed(unit.panel + p, chunk, gate, mixed.data());
           // the experts of a single sample come from memory: those of the next chunk are asked for early
-          if (n == 1 && unit.panels == 1 && i + 1 < chunks.size()) packer.lines_of(unit.panel, chunks[i + 1], lines);
+          if (n == 1 && i + 1 < chunks.size()) packer.lines_of(unit.panel, chunks[i + 1], lines);
         } else if (gate)
           mix_panels(panels, step, experts.experts, gate, chunk.depth, mixed.data());
         if (gates.spatial) {
