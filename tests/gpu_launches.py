@@ -20,7 +20,6 @@ from triton.runtime import driver
 from condconv_surgery.layers import Mixture
 from condconv_surgery.layers.gpu import dense, depthwise, gates, launching, mixing, pooling
 
-CAPABILITY = int(sys.argv[1])
 launches: list[tuple[Any, ...]] = []
 
 
@@ -45,10 +44,13 @@ class Utilities:
 
 
 class Driver:
-    """A GPU that computes nothing."""
+    """A GPU of this compute capability, times ten, that computes nothing."""
 
     utils = Utilities()
     launcher_cls = Launcher
+
+    def __init__(self, capability: int) -> None:
+        self.capability = capability
 
     def get_current_device(self) -> int:
         return 0
@@ -57,7 +59,7 @@ class Driver:
         return 0
 
     def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", CAPABILITY, 32)
+        return GPUTarget("cuda", self.capability, 32)
 
 
 def calls(dtype: torch.dtype, last: bool) -> dict[str, Any]:
@@ -118,7 +120,7 @@ def same(a: object, b: object) -> bool:
 
 def main() -> None:
     """Compile, call twice, compare."""
-    driver.set_active(Driver())
+    driver.set_active(Driver(int(sys.argv[1])))
     found = {}
     for dtype, last in ((torch.bfloat16, True), (torch.float32, False)):
         for name, call in calls(dtype, last).items():
