@@ -12,8 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from condconv_surgery.layers.gpu import availability
-from condconv_surgery.layers.gpu.availability import DTYPES, MOST_SAMPLES, room, takes
+from condconv_surgery.layers.gpu.availability import MOST_SAMPLES, room, takes
 from condconv_surgery.layers.gpu.convolution import MOST_EXPERTS
 from condconv_surgery.layers.watching import are_plain, is_watched, linear_parts, norm_parts
 
@@ -99,7 +98,7 @@ def _map_of(linear: nn.Linear, pooled: Tensor, width: int) -> tuple[Tensor, Tens
 
 def _reads(pooled: Tensor) -> bool:
     """Triton can be called on ``pooled`` [B, I], and nobody would miss the call that it replaces."""
-    if torch.is_grad_enabled() or not availability.is_here(pooled.device) or pooled.dtype not in DTYPES:
+    if torch.is_grad_enabled() or not takes(pooled):
         return False
     if is_watched() or not are_plain(pooled):  # the batch may be symbolic
         return False
