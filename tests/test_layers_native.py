@@ -65,10 +65,19 @@ MORE = {
 
 
 @pytest.fixture(scope="module")
-def compiled() -> Iterator[None]:
-    native.enable()
+def compiled(request: pytest.FixtureRequest) -> Iterator[None]:
+    """For this processor, or for one that has the instructions given."""
+    with pytest.MonkeyPatch.context() as patch:
+        if has := getattr(request, "param", None):
+            patch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: has)
+        native.enable()
     yield
     native.disable()
+
+
+every_build = pytest.mark.parametrize(
+    "compiled", [None, *(["AVX2"] if torch.backends.cpu.get_cpu_capability() != "AVX2" else [])], indirect=True
+)
 
 
 def taken(x: torch.Tensor, experts: torch.Tensor, geometry: ConvGeometry) -> bool:
@@ -79,6 +88,7 @@ def taken(x: torch.Tensor, experts: torch.Tensor, geometry: ConvGeometry) -> boo
 class TestCompiled:
     pytestmark = slow_to_build
 
+    @every_build
     @pytest.mark.parametrize("parts", MIXTURES)
     @pytest.mark.parametrize("name", [*GEOMETRIES, *MORE])
     def test_equals_the_loop(self, name: str, parts: str) -> None:
@@ -107,6 +117,7 @@ class TestCompiled:
             for a, e in zip(actual, expected, strict=True):
                 assert (a - e).abs().max() <= 2e-5 * max(1.0, e.abs().max().item())
 
+    @every_build
     @pytest.mark.parametrize("name", ["3x3", "whole panels", "several panels and chunks"])
     def test_every_count_of_experts(self, name: str) -> None:
         geometry = ConvGeometry.make(**without_bias({**GEOMETRIES, **MORE}[name]))

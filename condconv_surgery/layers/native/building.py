@@ -21,7 +21,8 @@ from condconv_surgery.errors import InputError, one_line
 
 SOURCE = Path(__file__).with_name("native.cpp")
 
-NAME = "condconv_surgery_native"
+# by what torch finds that a processor has, the most first
+FLAGS = {"avx512": ["-mavx512f", "-mavx512vl", "-mfma"], "avx2": ["-mavx2", "-mfma"]}
 
 _compiled: Any = None
 
@@ -32,10 +33,9 @@ def enable() -> None:
     Raises ``InputError`` where it cannot be compiled or would not run.
     """
     global _compiled
-    processor = torch.backends.cpu.get_cpu_capability()
-    if not processor.startswith("AVX"):
+    if _instructions() not in FLAGS:
         raise InputError(
-            f"The native kernels cannot run on this processor (torch says {processor}).",
+            f"The native kernels cannot run on this processor (torch says {_instructions()}).",
             "They are for x86 processors with AVX2.",
             "the same without them",
         )
@@ -49,19 +49,29 @@ def enable() -> None:
         ) from error
 
 
+def _instructions() -> str:
+    """Those of ``FLAGS`` that this processor has, or else what torch says of it."""
+    has = torch.backends.cpu.get_cpu_capability()
+    return next((name for name in FLAGS if has.lower().startswith(name)), has)
+
+
 def is_built() -> bool:
     """``enable`` has nothing to compile."""
     return _target().exists()
 
 
 def _target() -> Path:
-    """The library of this source, torch, Python and processor in the user's cache."""
+    """The library of this source, torch, Python and processor in the user's cache.
+
+    Its name is that of the module, of which a process may load one for each set of instructions.
+    """
     given = Path(os.environ.get("XDG_CACHE_HOME", ""))
     cache = given if given.is_absolute() else Path.home() / ".cache"
     files = [SOURCE, *sorted(SOURCE.parent.glob("*.h"))]
-    digest = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:12]
+    sources = [*(file.read_bytes() for file in files), repr(FLAGS).encode()]
+    digest = hashlib.sha256(b"".join(sources)).hexdigest()[:12]
     versions = f"{digest}-torch{torch.__version__}-{sys.implementation.cache_tag}-{platform.machine()}"
-    return cache / "condconv_surgery" / versions / f"{NAME}.so"
+    return cache / "condconv_surgery" / versions / f"condconv_surgery_{_instructions()}.so"
 
 
 def _built(target: Path) -> Any:
@@ -74,10 +84,10 @@ def _built(target: Path) -> Any:
         with TemporaryDirectory(dir=target.parent) as folder, _ninja_found():
             from torch.utils import cpp_extension  # slow to import, and needs setuptools
 
-            cpp_extension.JIT_EXTENSION_VERSIONER.entries.pop(NAME, None)  # it takes a failed build for done
+            cpp_extension.JIT_EXTENSION_VERSIONER.entries.pop(target.stem, None)  # it takes a failed build for done
             # -fopenmp for the compiler alone: at link time the library takes the OpenMP runtime that torch brings
-            flags = ["-O3", "-mavx2", "-mfma", "-fopenmp"]
-            module = cpp_extension.load(NAME, [str(SOURCE)], extra_cflags=flags, build_directory=folder)
+            flags = ["-O3", *FLAGS[_instructions()], "-fopenmp"]
+            module = cpp_extension.load(target.stem, [str(SOURCE)], extra_cflags=flags, build_directory=folder)
             Path(folder, target.name).replace(target)
             return module
     finally:
@@ -85,7 +95,7 @@ def _built(target: Path) -> Any:
 
 
 def _imported(built: Path) -> Any:
-    spec = importlib.util.spec_from_file_location(NAME, built)
+    spec = importlib.util.spec_from_file_location(built.stem, built)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)

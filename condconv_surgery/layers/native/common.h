@@ -8,6 +8,7 @@
 #include <torch/extension.h>
 
 #include <algorithm>
+#include <new>
 #include <vector>
 
 namespace {
@@ -16,13 +17,21 @@ using at::Tensor;
 using Maybe = std::optional<Tensor>;
 using Sizes = std::vector<int64_t>;
 typedef float Vec __attribute__((vector_size(32), aligned(4), may_alias));
+#ifdef __AVX512F__
+typedef float Widest __attribute__((vector_size(64), aligned(4), may_alias));
+#else
+typedef Vec Widest;
+#endif
 
 typedef int Mask __attribute__((vector_size(32)));
 
 constexpr int64_t LANES = 8;
+constexpr int64_t WIDEST = sizeof(Widest) / sizeof(float);
 
 inline Vec load(const float* p) { return *reinterpret_cast<const Vec*>(p); }
 inline void store(float* p, Vec v) { *reinterpret_cast<Vec*>(p) = v; }
+inline Widest load_widest(const float* p) { return *reinterpret_cast<const Widest*>(p); }
+inline void store_widest(float* p, Widest v) { *reinterpret_cast<Widest*>(p) = v; }
 // The first ``count`` lanes, and zeros; of a count that is not from 1 to 7, all of them or none.
 inline Mask mask_of(int64_t count) {
   Mask m;
@@ -32,6 +41,17 @@ inline Mask mask_of(int64_t count) {
 inline Vec load_some(const float* p, Mask m) { return _mm256_maskload_ps(p, (__m256i)m); }
 inline float sum_of(Vec v) { return ((v[0] + v[4]) + (v[1] + v[5])) + ((v[2] + v[6]) + (v[3] + v[7])); }
 const float* data_of(const Maybe& t) { return t ? t->const_data_ptr<float>() : nullptr; }
+
+// Numbers that begin with a line of the cache, so that none of the widest loads touches two.
+template <typename T>
+struct AtALine {
+  using value_type = T;
+  static constexpr std::align_val_t LINE_BYTES{64};
+  T* allocate(size_t n) { return static_cast<T*>(::operator new(n * sizeof(T), LINE_BYTES)); }
+  void deallocate(T* p, size_t) { ::operator delete(p, LINE_BYTES); }
+  bool operator==(const AtALine&) const = default;
+};
+using Numbers = std::vector<float, AtALine<float>>;
 
 // As in layers/pages.py: memory that is not there yet comes in large pages, where the system has them.
 Tensor in_large_pages(Tensor memory) {

@@ -32,7 +32,7 @@ int64_t panels_together(const Experts& experts, int64_t taps, int64_t samples) {
 // What a thread keeps from one panel to the next.
 struct Room {
   Packer packer;
-  std::vector<float> packed, mixed, sums;
+  Numbers packed, mixed, sums;
   Lines lines;
 };
 
@@ -40,6 +40,14 @@ struct Room {
 struct Unit {
   int64_t panel, panels, first, last, from, to;
 };
+
+// The lines of a chunk of a sample, one after the other, and of what follows until whole tiles have asked for them.
+void lines_of_channels(const Chunk& chunk, const Picture& picture, Lines& lines) {
+  const int64_t count = (chunk.channels * picture.channel + LINE - 1) / LINE,
+                turns = std::max<int64_t>(1, chunk.depth / 2);
+  lines.offsets.resize((count + turns - 1) / turns * turns);
+  for (size_t i = 0; i < lines.offsets.size(); i++) lines.offsets[i] = i * LINE;
+}
 
 // The sums of one sample and panel to the maps of y from the given one on.
 void write_sums(const Phase& phase, const float* sum, const Unit& unit, int64_t count, int64_t map, const float* after,
@@ -60,37 +68,48 @@ void convolve_unit(const Experts& experts, const Phase& phase, const Picture& pi
   const auto chunks = chunks_of(experts, phase);
   const int64_t step = chunks[0].depth * WIDE, of_panel = experts.experts * step;
   auto& [packer, packed, mixed, sums, lines] = room;
+  const Lines none;
   const bool mixed_first = gates.gate && n <= std::min(FEW_SAMPLES, experts.experts) && packer.mixes();
   packed.resize(mixed_first ? 0 : unit.panels * of_panel);
-  mixed.resize(step);
+  mixed.resize(SAMPLES * step);
   sums.assign(unit.panels * n * positions * WIDE, 0.f);
   for (size_t i = 0; i < chunks.size(); i++) {
     const Chunk& chunk = chunks[i];
     const Sizes offsets = offsets_of(chunk, phase, picture.channel);
-    lines.clear();
+    const float* base = picture.data + chunk.first * picture.channel;
     for (int64_t p = 0; p < unit.panels && !mixed_first; p++)
       for (int64_t e = 0; e < experts.experts; e++)
         packer.pack(unit.panel + p, chunk, e, packed.data() + p * of_panel + e * step);
-    for (int64_t b = 0; b < n; b++)
+    lines.offsets.clear();
+    // what comes from memory for a single sample: the experts of the next chunk; for others: the next sample
+    if (n == 1 && mixed_first && i + 1 < chunks.size()) packer.lines_of(unit.panel, chunks[i + 1], lines);
+    if (n > 1) lines_of_channels(chunk, picture, lines);
+    for (int64_t first = 0, last; first < n; first = last) {
+      last = std::min(first + SAMPLES, n);
       for (int64_t p = 0; p < unit.panels; p++) {
-        const float* gate = gates.gate ? gates.gate + (unit.first + b) * experts.experts : nullptr;
-        const float *panels = packed.data() + p * of_panel, *kernel = gate ? mixed.data() : panels;
-        if (mixed_first) {
-          packer.pack_mixed(unit.panel + p, chunk, gate, mixed.data());
-          // the experts of a single sample come from memory: those of the next chunk are asked for early
-          if (n == 1 && i + 1 < chunks.size()) packer.lines_of(unit.panel, chunks[i + 1], lines);
-        } else if (gate)
-          mix_panels(panels, step, experts.experts, gate, chunk.depth, mixed.data());
-        if (gates.spatial) {
-          scale_taps(gates.spatial + (unit.first + b) * experts.taps, phase.taps, chunk.depth, kernel, mixed.data());
-          kernel = mixed.data();
+        const float *panels = packed.data() + p * of_panel, *gate = gates.gate;
+        if (gate) gate += (unit.first + first) * experts.experts;
+        if (gate && !mixed_first)
+          MIXES[last - first - 1](panels, step, experts.experts, gate, chunk.depth, mixed.data());
+        for (int64_t b = first; b < last; b++) {
+          float* own = mixed.data() + (b - first) * step;
+          if (mixed_first) packer.pack_mixed(unit.panel + p, chunk, gate + (b - first) * experts.experts, own);
+          const float* kernel = gate ? own : panels;
+          if (gates.spatial) {
+            scale_taps(gates.spatial + (unit.first + b) * experts.taps, phase.taps, chunk.depth, kernel, own);
+            kernel = own;
+          }
+          const bool again = b + 1 == last && p + 1 < unit.panels;  // the same samples for the next panel
+          const int64_t next = again ? first : std::min(b + 1, n - 1);
+          if (n > 1) lines.from = base + next * picture.sample;
+          // taps side by side read the same lines
+          const auto multiply_tiles = phase.taps.size() == 1 ? tiles<Ask::EVERY> : tiles<Ask::SECOND>;
+          multiply_tiles(base + b * picture.sample, phase.positions.data() + unit.from, positions, offsets.data(),
+                         chunk.depth, kernel, sums.data() + (p * n + b) * positions * WIDE, (next - b) * picture.sample,
+                         p == 0 ? lines : none);
         }
-        // taps side by side read the same lines
-        const auto multiply_tiles = phase.taps.size() == 1 ? tiles<Ask::EVERY> : tiles<Ask::SECOND>;
-        multiply_tiles(picture.data + b * picture.sample + chunk.first * picture.channel,
-                       phase.positions.data() + unit.from, positions, offsets.data(), chunk.depth, kernel,
-                       sums.data() + (p * n + b) * positions * WIDE, lines);
       }
+    }
   }
   const float* sum = sums.data();
   for (int64_t p = 0; p < unit.panels; p++)

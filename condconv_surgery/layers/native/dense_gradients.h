@@ -7,7 +7,6 @@
 namespace {
 
 constexpr int64_t POSITIONS = 256;  // of a gradient's panel: 16 KB
-constexpr int64_t SAMPLES = 4;      // whose gradients of kernels are added to those of experts together
 constexpr int64_t STRIP = 144;      // rows of a gradient of kernels: 9 KB
 
 // For each of some samples: to_experts[e] += gate[e] * of_kernel and to_gate[e] += of_kernel . packed[e], for one or
@@ -138,7 +137,9 @@ class UnitGradient {
       float* side = side_.data() + place * some * WIDE;
       if (k == 0) transpose_rows(grad + p, positions_, experts_.count(panel_), some, side);  // more strips: one p
       const auto multiply_tiles = experts_.taps == 1 ? tiles<Ask::OWN> : tiles<Ask::SECOND>;
-      multiply_tiles(base, rows_.data() + k, depth, given_.phase.positions.data() + p, some, side, of_kernel, {});
+      const int64_t* at = given_.phase.positions.data() + p;
+      const int64_t beyond = p + some < positions_ ? at[some] - at[0] : given_.picture.sample;
+      multiply_tiles(base, rows_.data() + k, depth, at, some, side, of_kernel, beyond, {});
     }
   }
 
@@ -150,7 +151,7 @@ class UnitGradient {
     const float *spatial = gates.spatial ? gates.spatial + b * taps : nullptr, *mixed = packed_.data() + k * WIDE;
     const float* before = gates.before ? gates.before + b * experts_.channels : nullptr;
     if (gates.gate) {
-      mix_panels(mixed, step_, experts_.experts, gates.gate + b * experts_.experts, depth, mixture_.data());
+      mix<1>(mixed, step_, experts_.experts, gates.gate + b * experts_.experts, depth, mixture_.data());
       mixed = mixture_.data();
     }
     Vec after[2] = {Vec{} + 1.f, Vec{} + 1.f}, to_after[2] = {{}, {}};
@@ -183,7 +184,7 @@ class UnitGradient {
   const bool few_;
   const int64_t strip_, step_;  // strip: rows at a time; step: numbers from one expert's panel to the next
   const Sizes rows_;
-  std::vector<float> packed_, mixture_, of_kernel_, side_;
+  Numbers packed_, mixture_, of_kernel_, side_;
 };
 
 // The gradients of the experts and of the gate, spatial, before and after parts; an undefined one where a part is
@@ -220,7 +221,7 @@ std::vector<Tensor> kernel_gradients(const Tensor& grad, const Tensor& x, const 
     const Picture picture(read.narrow(0, b, n), nullptr, margins);
     const Given given{experts, phase, gates, picture, grad.const_data_ptr<float>(), b};
     at::parallel_for(0, panels * parts, 1, [&](int64_t begin, int64_t end) {
-      std::vector<float> own;
+      Numbers own;
       for (int64_t unit = begin; unit < end; unit++) {
         const int64_t part = unit % parts, panel = unit / parts;
         const Chunk& chunk = chunks[part];

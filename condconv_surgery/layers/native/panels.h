@@ -13,80 +13,93 @@
 
 #pragma once
 
+#include <array>
+#include <utility>
+
 #include "common.h"
 
 namespace {
 
-constexpr int64_t WIDE = 2 * LANES;         // filters of a panel
-constexpr int64_t TALL = 6;                 // rows of a tile: 12 sums, 2 of the panel and 1 number fill 16 registers
-constexpr int64_t DEPTH = 288;              // rows of a panel: 18 KB, half of a first level of cache
-constexpr int64_t ROWS_OF_ALL = 9 * DEPTH;  // experts together: 166 KB, which the second level holds beside the rest
-constexpr int64_t LINE = 16;                // numbers of a line of the cache
-constexpr int64_t POINTWISE_DEPTH = 80;     // of 1x1: each reads cache lines of its own, 16 KB of them at 7 px
+constexpr int64_t WIDE = 16;               // filters of a panel
+constexpr int64_t PIECES = WIDE / WIDEST;  // of a row of a panel
+// Rows of a tile: as many as there are registers for, 12 sums, 2 pieces and 1 number of 16; with AVX-512, for pointers.
+constexpr int TALL = PIECES == 1 ? 8 : 6;
+constexpr int64_t DEPTH = 144;           // rows of a panel: 9 KB, a quarter of a first level of cache
+constexpr int64_t ROWS_OF_ALL = 2592;    // experts together: 166 KB, which the second level holds beside the rest
+constexpr int64_t SAMPLES = 4;           // mixed together, and whose gradients of kernels are added to those of experts
+constexpr int64_t LINE = 16;             // numbers of a line of the cache
+constexpr int64_t POINTWISE_DEPTH = 80;  // of 1x1: each reads cache lines of its own, 16 KB of them at 7 px
 
 // What a tile asks the memory for while it computes. The rows of the next tile, at every k, or at every second where
 // neighbours in k lie on the same lines; OWN: where rows are far apart, each on lines of its own, as many lines of one.
 // LINES: the rows at every second k, something else in between.
 enum class Ask { EVERY, SECOND, OWN, LINES };
 
+// Lines of memory, counted in numbers from somewhere.
+struct Lines {
+  const float* from = nullptr;
+  Sizes offsets;
+};
+
 template <int ROWS, Ask ASK>
 void tile(const float* base, const int64_t* rows, const int64_t* offsets, int64_t depth, const float* panel, float* sum,
-          int64_t ahead, const float* const* lines) {
-  Vec c[ROWS][2];
+          int64_t ahead, const float* from, const int64_t* lines) {
+  Widest c[ROWS][PIECES];
   const float* r[ROWS];
-#pragma GCC unroll 6
+#pragma GCC unroll 8
   for (int j = 0; j < ROWS; j++) {
     r[j] = base + rows[j];
-    c[j][0] = load(sum + j * WIDE);
-    c[j][1] = load(sum + j * WIDE + LANES);
+    for (int i = 0; i < PIECES; i++) c[j][i] = load_widest(sum + j * WIDE + i * WIDEST);
   }
   const float* next = r[0] + ahead;
   constexpr int64_t spread = ASK == Ask::OWN ? TALL : 1;
   auto add = [&](int64_t o, const float* of_panel) {
-    const Vec left = load(of_panel), right = load(of_panel + LANES);
-#pragma GCC unroll 6
+    Widest w[PIECES];
+    for (int i = 0; i < PIECES; i++) w[i] = load_widest(of_panel + i * WIDEST);
+#pragma GCC unroll 8
     for (int j = 0; j < ROWS; j++) {
       const float a = r[j][o];
-      c[j][0] += a * left;
-      c[j][1] += a * right;
+      for (int i = 0; i < PIECES; i++) c[j][i] += a * w[i];
     }
   };
   int64_t k = 0;
   for (; k + 2 <= depth; k += 2, panel += 2 * WIDE) {
     __builtin_prefetch(next + spread * offsets[k]);
     add(offsets[k], panel);
-    if (ASK == Ask::LINES) __builtin_prefetch(*lines++, 0, 2);  // into the second level
+    if (ASK == Ask::LINES) __builtin_prefetch(from + *lines++, 0, 2);  // into the second level
     if (ASK == Ask::EVERY || ASK == Ask::OWN) __builtin_prefetch(next + spread * offsets[k + 1]);
     add(offsets[k + 1], panel + WIDE);
   }
   if (k < depth) add(offsets[k], panel);
-#pragma GCC unroll 6
-  for (int j = 0; j < ROWS; j++) {
-    store(sum + j * WIDE, c[j][0]);
-    store(sum + j * WIDE + LANES, c[j][1]);
-  }
+#pragma GCC unroll 8
+  for (int j = 0; j < ROWS; j++)
+    for (int i = 0; i < PIECES; i++) store_widest(sum + j * WIDE + i * WIDEST, c[j][i]);
 }
 
+template <Ask ASK, int... I>
+constexpr std::array<decltype(&tile<1, ASK>), TALL> tiles_by_rows(std::integer_sequence<int, I...>) {
+  return {tile<I + 1, ASK>...};
+}
 template <Ask ASK>
-constexpr decltype(&tile<1, ASK>) TILES[TALL] = {tile<1, ASK>, tile<2, ASK>, tile<3, ASK>,
-                                                 tile<4, ASK>, tile<5, ASK>, tile<6, ASK>};  // by rows
-
-using Lines = std::vector<const float*>;
+constexpr auto TILES = tiles_by_rows<ASK>(std::make_integer_sequence<int, TALL>());
 
 // sum[j][:] += sum_k base[rows[j] + offsets[k]] * panel[k][:] for ``count`` rows.
-// lines: of what comes next; as many as there are turns of the loops are asked for meanwhile.
+// beyond: from the base to that of the rows that are read after these.
+// lines: of what comes later; as many as there are turns of the loops are asked for meanwhile, by whole tiles.
 template <Ask ASK>
 void tiles(const float* base, const int64_t* rows, int64_t count, const int64_t* offsets, int64_t depth,
-           const float* panel, float* sum, const Lines& lines) {
+           const float* panel, float* sum, int64_t beyond, const Lines& lines) {
+  const int64_t after = beyond + rows[0];
   size_t asked = 0;
-  while (count > 0) {  // the last rows in two halves: a tile of one row waits for its own sums
-    const int64_t some = count >= 2 * TALL || count <= TALL ? std::min(count, TALL) : (count + 1) / 2;
-    const int64_t next = ASK == Ask::OWN ? some : 2 * some - 1, ahead = next < count ? rows[next] - rows[0] : 0;
-    if (asked + depth / 2 <= lines.size()) {
-      TILES<Ask::LINES>[some - 1](base, rows, offsets, depth, panel, sum, ahead, lines.data() + asked);
+  while (count > 0) {  // as even as can be: a tile of one row waits for its own sums
+    const int64_t left = (count + TALL - 1) / TALL, some = (count + left - 1) / left;
+    const int64_t next = ASK == Ask::OWN ? some : 2 * some - 1, ahead = (next < count ? rows[next] : after) - rows[0];
+    if (asked + depth / 2 <= lines.offsets.size()) {
+      TILES<Ask::LINES>[some - 1](base, rows, offsets, depth, panel, sum, ahead, lines.from,
+                                  lines.offsets.data() + asked);
       asked += depth / 2;
     } else {
-      TILES<ASK>[some - 1](base, rows, offsets, depth, panel, sum, ahead, nullptr);
+      TILES<ASK>[some - 1](base, rows, offsets, depth, panel, sum, ahead, nullptr, nullptr);
     }
     rows += some, sum += some * WIDE, count -= some;
   }
@@ -234,11 +247,12 @@ class Packer {
   // The lines of memory that ``pack_mixed`` will read for a chunk.
   void lines_of(int64_t panel, const Chunk& chunk, Lines& lines) const {
     const int64_t of_row = (chunk.depth + LINE - 1) / LINE;
-    lines.resize(experts_.count(panel) * experts_.experts * of_row);
-    const float **line = lines.data(), *from = start(panel, chunk);
+    lines.from = start(panel, chunk);
+    lines.offsets.resize(experts_.count(panel) * experts_.experts * of_row);
+    int64_t* line = lines.offsets.data();
     for (int64_t f = 0; f < experts_.count(panel); f++)
       for (int64_t e = 0; e < experts_.experts; e++) {
-        const float* row = from + f * experts_.filter_step + e * experts_.expert_step;
+        const int64_t row = f * experts_.filter_step + e * experts_.expert_step;
         for (int64_t k = 0; k < of_row; k++) *line++ = row + k * LINE;
       }
   }
@@ -273,33 +287,27 @@ class Packer {
   std::vector<float> rows_;
 };
 
-// mixed[k][f] = sum_e gate[e] * panels[e][k][f], or added to it; the panels of two experts are ``step`` apart.
-template <int EXPERTS, bool ADD>
-void mix(const float* panels, int64_t step, const float* gate, int64_t depth, float* mixed) {
-  for (int64_t k = 0; k < depth * WIDE; k += WIDE) {
-    Vec left = gate[0] * load(panels + k), right = gate[0] * load(panels + k + LANES);
-    if (ADD) left += load(mixed + k), right += load(mixed + k + LANES);
-#pragma GCC unroll 8
-    for (int64_t e = 1; e < EXPERTS; e++) {
-      left += gate[e] * load(panels + e * step + k);
-      right += gate[e] * load(panels + e * step + k + LANES);
+// For each of some samples: mixed[k][f] = sum_e gate[e] * panels[e][k][f]. The panels of two experts, and those of two
+// samples, are ``step`` apart. An expert is read once for all samples: it comes from the second level of cache.
+template <int SOME>
+void mix(const float* panels, int64_t step, int64_t experts, const float* gate, int64_t depth, float* mixed) {
+  for (int64_t k = 0; k < depth * WIDE; k += WIDEST) {
+    Widest sum[SOME];
+    const float* expert = panels + k;
+    const Widest first = load_widest(expert);
+#pragma GCC unroll 4
+    for (int b = 0; b < SOME; b++) sum[b] = gate[b * experts] * first;
+    for (int64_t e = 1; e < experts; e++) {
+      const Widest next = load_widest(expert += step);
+#pragma GCC unroll 4
+      for (int b = 0; b < SOME; b++) sum[b] += gate[b * experts + e] * next;
     }
-    store(mixed + k, left);
-    store(mixed + k + LANES, right);
+#pragma GCC unroll 4
+    for (int b = 0; b < SOME; b++) store_widest(mixed + b * step + k, sum[b]);
   }
 }
 
-template <bool ADD>
-constexpr decltype(&mix<1, ADD>) MIXES[8] = {mix<1, ADD>, mix<2, ADD>, mix<3, ADD>, mix<4, ADD>,
-                                             mix<5, ADD>, mix<6, ADD>, mix<7, ADD>, mix<8, ADD>};  // by experts
-
-// Eight experts at a time: a longer sum would wait for itself.
-void mix_panels(const float* panels, int64_t step, int64_t experts, const float* gate, int64_t depth, float* mixed) {
-  for (int64_t e = 0; e < experts; e += 8) {
-    const int64_t some = std::min<int64_t>(8, experts - e);
-    (e == 0 ? MIXES<false> : MIXES<true>)[some - 1](panels + e* step, step, gate + e, depth, mixed);
-  }
-}
+constexpr decltype(&mix<1>) MIXES[SAMPLES] = {mix<1>, mix<2>, mix<3>, mix<4>};  // by samples
 
 void scale_taps(const float* spatial, const Sizes& taps, int64_t depth, const float* from, float* to) {
   for (int64_t k = 0; k < depth;)
