@@ -46,7 +46,7 @@ class Rates(NamedTuple):
 
 
 CPU = Rates(37e9, 37e9, 2.5e9, half_full=25, warm=13e9, fresh=1.6e9, fresh_from=32 << 20, turned=2)
-"""One core of an AMD EPYC with AVX2, float32."""
+"""One core of an AMD EPYC with AVX-512, float32."""
 
 GPU = Rates(100e12, 65e12, 2e12, half_full=25, warm=2.5e12, fresh=2.5e12, fresh_from=0, turned=0)
 """An H100, float32 with TF32 products."""

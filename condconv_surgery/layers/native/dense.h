@@ -41,82 +41,118 @@ struct Unit {
   int64_t panel, panels, first, last, from, to;
 };
 
-// The lines of a chunk of a sample, one after the other, and of what follows until whole tiles have asked for them.
-void lines_of_channels(const Chunk& chunk, const Picture& picture, Lines& lines) {
-  const int64_t count = (chunk.channels * picture.channel + LINE - 1) / LINE,
-                turns = std::max<int64_t>(1, chunk.depth / 2);
-  lines.offsets.resize((count + turns - 1) / turns * turns);
-  for (size_t i = 0; i < lines.offsets.size(); i++) lines.offsets[i] = i * LINE;
-}
-
-// The sums of one sample and panel to the maps of y from the given one on.
-void write_sums(const Phase& phase, const float* sum, const Unit& unit, int64_t count, int64_t map, const float* after,
-                float* y, int64_t size) {
-  const float* scale = after ? after + map : nullptr;
-  if (phase.in_order) return transpose_back(sum, unit.to - unit.from, count, scale, y + map * size + unit.from, size);
-  for (int64_t f = 0; f < count; f++) {
-    float* out = y + (map + f) * size;
-    for (int64_t p = unit.from; p < unit.to; p++)
-      out[phase.outputs[p]] = (scale ? scale[f] : 1.f) * sum[(p - unit.from) * WIDE + f];
+// A unit of work: y[b, filter, outputs[p]] = after * sum over channels and taps.
+class UnitConvolution {
+ public:
+  UnitConvolution(const Experts& experts, const Phase& phase, const Picture& picture, const Gates& gates,
+                  const Unit& unit, Room& room)
+      : experts_(experts),
+        phase_(phase),
+        picture_(picture),
+        gates_(gates),
+        unit_(unit),
+        room_(room),
+        samples_(unit.last - unit.first),
+        positions_(unit.to - unit.from),
+        chunks_(chunks_of(experts, phase)),
+        step_(chunks_[0].depth * WIDE),
+        mixed_first_(gates.gate && samples_ <= std::min(FEW_SAMPLES, experts.experts) && room.packer.mixes()) {
+    room_.packed.resize(mixed_first_ ? 0 : unit.panels * experts.experts * step_);
+    room_.mixed.resize(SAMPLES * step_);
+    room_.sums.assign(unit.panels * samples_ * positions_ * WIDE, 0.f);
   }
-}
 
-// y[b, filter, outputs[p]] = after * sum over channels and taps, for the filters, samples and positions of a unit.
-void convolve_unit(const Experts& experts, const Phase& phase, const Picture& picture, const Gates& gates,
-                   const Unit& unit, float* y, int64_t size, Room& room) {
-  const int64_t n = unit.last - unit.first, positions = unit.to - unit.from;
-  const auto chunks = chunks_of(experts, phase);
-  const int64_t step = chunks[0].depth * WIDE, of_panel = experts.experts * step;
-  auto& [packer, packed, mixed, sums, lines] = room;
-  const Lines none;
-  const bool mixed_first = gates.gate && n <= std::min(FEW_SAMPLES, experts.experts) && packer.mixes();
-  packed.resize(mixed_first ? 0 : unit.panels * of_panel);
-  mixed.resize(SAMPLES * step);
-  sums.assign(unit.panels * n * positions * WIDE, 0.f);
-  for (size_t i = 0; i < chunks.size(); i++) {
-    const Chunk& chunk = chunks[i];
-    const Sizes offsets = offsets_of(chunk, phase, picture.channel);
-    const float* base = picture.data + chunk.first * picture.channel;
-    for (int64_t p = 0; p < unit.panels && !mixed_first; p++)
-      for (int64_t e = 0; e < experts.experts; e++)
-        packer.pack(unit.panel + p, chunk, e, packed.data() + p * of_panel + e * step);
-    lines.offsets.clear();
-    // what comes from memory for a single sample: the experts of the next chunk; for others: the next sample
-    if (n == 1 && mixed_first && i + 1 < chunks.size()) packer.lines_of(unit.panel, chunks[i + 1], lines);
-    if (n > 1) lines_of_channels(chunk, picture, lines);
-    for (int64_t first = 0, last; first < n; first = last) {
-      last = std::min(first + SAMPLES, n);
-      for (int64_t p = 0; p < unit.panels; p++) {
-        const float *panels = packed.data() + p * of_panel, *gate = gates.gate;
-        if (gate) gate += (unit.first + first) * experts.experts;
-        if (gate && !mixed_first)
-          MIXES[last - first - 1](panels, step, experts.experts, gate, chunk.depth, mixed.data());
+  void compute(float* y, int64_t size) {
+    for (size_t i = 0; i < chunks_.size(); i++) add(chunks_[i], i + 1 < chunks_.size() ? &chunks_[i + 1] : nullptr);
+    for (int64_t p = 0; p < unit_.panels; p++)
+      for (int64_t b = 0; b < samples_; b++) write(p, b, y, size);
+  }
+
+ private:
+  // Some samples at a time, and each panel that takes turns for them.
+  void add(const Chunk& chunk, const Chunk* next) {
+    const Sizes offsets = offsets_of(chunk, phase_, picture_.channel);
+    for (int64_t p = 0; p < unit_.panels && !mixed_first_; p++)
+      for (int64_t e = 0; e < experts_.experts; e++)
+        room_.packer.pack(unit_.panel + p, chunk, e, packed(p) + e * step_);
+    ask_for(chunk, next);
+    for (int64_t first = 0; first < samples_; first += SAMPLES) {
+      const int64_t last = std::min(first + SAMPLES, samples_);
+      for (int64_t p = 0; p < unit_.panels; p++) {
+        mix(p, chunk, first, last);
         for (int64_t b = first; b < last; b++) {
-          float* own = mixed.data() + (b - first) * step;
-          if (mixed_first) packer.pack_mixed(unit.panel + p, chunk, gate + (b - first) * experts.experts, own);
-          const float* kernel = gate ? own : panels;
-          if (gates.spatial) {
-            scale_taps(gates.spatial + (unit.first + b) * experts.taps, phase.taps, chunk.depth, kernel, own);
-            kernel = own;
-          }
-          const bool again = b + 1 == last && p + 1 < unit.panels;  // the same samples for the next panel
-          const int64_t next = again ? first : std::min(b + 1, n - 1);
-          if (n > 1) lines.from = base + next * picture.sample;
-          // taps side by side read the same lines
-          const auto multiply_tiles = phase.taps.size() == 1 ? tiles<Ask::EVERY> : tiles<Ask::SECOND>;
-          multiply_tiles(base + b * picture.sample, phase.positions.data() + unit.from, positions, offsets.data(),
-                         chunk.depth, kernel, sums.data() + (p * n + b) * positions * WIDE, (next - b) * picture.sample,
-                         p == 0 ? lines : none);
+          const bool again = b + 1 == last && p + 1 < unit_.panels;  // the same samples for the next panel
+          multiply(p, chunk, offsets, b, b - first, again ? first : std::min(b + 1, samples_ - 1));
         }
       }
     }
   }
-  const float* sum = sums.data();
-  for (int64_t p = 0; p < unit.panels; p++)
-    for (int64_t b = 0; b < n; b++, sum += positions * WIDE)
-      write_sums(phase, sum, unit, experts.count(unit.panel + p),
-                 (unit.first + b) * experts.filters + (unit.panel + p) * WIDE, gates.after, y, size);
-}
+
+  // What comes from memory: for a single sample the experts of the next chunk, for others the chunk of the next sample,
+  // line by line and on until whole tiles have asked for them.
+  void ask_for(const Chunk& chunk, const Chunk* next) {
+    auto& [from, offsets] = room_.lines;
+    offsets.clear();
+    if (samples_ == 1 && mixed_first_ && next) room_.packer.lines_of(unit_.panel, *next, room_.lines);
+    if (samples_ == 1) return;
+    const int64_t turns = std::max<int64_t>(1, chunk.depth / 2), of_turns = turns * LINE;
+    offsets.resize((chunk.channels * picture_.channel + of_turns - 1) / of_turns * turns);
+    for (size_t i = 0; i < offsets.size(); i++) offsets[i] = i * LINE;
+  }
+
+  // The kernels of some samples for a panel.
+  void mix(int64_t p, const Chunk& chunk, int64_t first, int64_t last) {
+    if (!gates_.gate) return;
+    const float* gate = gates_.gate + (unit_.first + first) * experts_.experts;
+    float* to = room_.mixed.data();
+    if (!mixed_first_) return MIXES[last - first - 1](packed(p), step_, experts_.experts, gate, chunk.depth, to);
+    for (int64_t b = first; b < last; b++, gate += experts_.experts, to += step_)
+      room_.packer.pack_mixed(unit_.panel + p, chunk, gate, to);
+  }
+
+  // The product of a sample, whose kernel has a place among the mixed ones, with a panel; ``next`` is multiplied then.
+  void multiply(int64_t p, const Chunk& chunk, const Sizes& offsets, int64_t b, int64_t place, int64_t next) {
+    float* own = room_.mixed.data() + place * step_;
+    const float* kernel = gates_.gate ? own : packed(p);
+    if (gates_.spatial) {
+      scale_taps(gates_.spatial + (unit_.first + b) * experts_.taps, phase_.taps, chunk.depth, kernel, own);
+      kernel = own;
+    }
+    const float* base = picture_.data + chunk.first * picture_.channel;
+    if (samples_ > 1) room_.lines.from = base + next * picture_.sample;
+    // taps side by side read the same lines
+    const auto multiply_tiles = phase_.taps.size() == 1 ? tiles<Ask::EVERY> : tiles<Ask::SECOND>;
+    multiply_tiles(base + b * picture_.sample, phase_.positions.data() + unit_.from, positions_, offsets.data(),
+                   chunk.depth, kernel, sums(p, b), (next - b) * picture_.sample, p == 0 ? room_.lines : Lines::NONE);
+  }
+
+  // The sums of a sample and panel to their maps.
+  void write(int64_t p, int64_t b, float* y, int64_t size) {
+    const int64_t count = experts_.count(unit_.panel + p);
+    const int64_t map = (unit_.first + b) * experts_.filters + (unit_.panel + p) * WIDE;
+    const float *scale = gates_.after ? gates_.after + map : nullptr, *sum = sums(p, b);
+    if (phase_.in_order) return transpose_back(sum, positions_, count, scale, y + map * size + unit_.from, size);
+    for (int64_t f = 0; f < count; f++) {
+      float* out = y + (map + f) * size;
+      for (int64_t i = 0; i < positions_; i++)
+        out[phase_.outputs[unit_.from + i]] = (scale ? scale[f] : 1.f) * sum[i * WIDE + f];
+    }
+  }
+
+  float* packed(int64_t p) { return room_.packed.data() + p * experts_.experts * step_; }
+  float* sums(int64_t p, int64_t b) { return room_.sums.data() + (p * samples_ + b) * positions_ * WIDE; }
+
+  const Experts& experts_;
+  const Phase& phase_;
+  const Picture& picture_;
+  const Gates& gates_;
+  const Unit& unit_;
+  Room& room_;
+  const int64_t samples_, positions_;
+  const std::vector<Chunk> chunks_;
+  const int64_t step_;  // numbers from one expert's panel, or one sample's, to the next
+  const bool mixed_first_;
+};
 
 // What each thread takes: as many panels as the others, to a part of one, whose positions it shares with the next.
 struct Shares {
@@ -162,7 +198,8 @@ Tensor convolve_phases(const Tensor& x, const Experts& experts, const Gates& gat
         Room room{Packer(experts, phase, chunks_of(experts, phase)[0].depth), {}, {}, {}, {}};
         for (int64_t i = begin; i < end; i++)
           shares.for_each_unit(i, [&](int64_t panel, int64_t some, int64_t from, int64_t to) {
-            convolve_unit(experts, phase, picture, gates, {panel, some, b, b + n, from, to}, out, height * width, room);
+            const Unit unit{panel, some, b, b + n, from, to};
+            UnitConvolution(experts, phase, picture, gates, unit, room).compute(out, height * width);
           });
       });
     }

@@ -37,9 +37,11 @@ enum class Ask { EVERY, SECOND, OWN, LINES };
 
 // Lines of memory, counted in numbers from somewhere.
 struct Lines {
+  static const Lines NONE;
   const float* from = nullptr;
   Sizes offsets;
 };
+const Lines Lines::NONE;
 
 template <int ROWS, Ask ASK>
 void tile(const float* base, const int64_t* rows, const int64_t* offsets, int64_t depth, const float* panel, float* sum,
