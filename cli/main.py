@@ -48,7 +48,7 @@ def condconv(
         typer.Option(
             "--native",
             envvar="CONDCONV_NATIVE",
-            help="Convolve and route by C++ kernels, compiled at first use (x86 with AVX2, g++, ninja).",
+            help="Convolve and route by C++ kernels, compiled at first use (x86 with AVX2 or AVX-512, g++, ninja).",
         ),
     ] = False,
 ) -> None:
