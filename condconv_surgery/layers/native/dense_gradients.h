@@ -7,39 +7,38 @@
 namespace {
 
 constexpr int64_t POSITIONS = 256;  // of a gradient's panel: 16 KB
-constexpr int64_t STRIP = 144;      // rows of a gradient of kernels: 9 KB
 
 // For each of some samples: to_experts[e] += gate[e] * of_kernel and to_gate[e] += of_kernel . packed[e], for one or
-// two experts ``step`` apart. The gradients of the samples' kernels and the gates of the samples are ``of_step`` and
-// ``gate_step`` apart. Each sum of experts is read and written once for all samples: it comes from the second level of
-// cache.
+// two experts. Panels have ``size`` numbers and lie one after the other, those of samples and those of experts; the
+// gates of the samples are ``gate_step`` apart. Each sum of experts is read and written once for all samples: it comes
+// from the second level of cache.
 template <int EXPERTS, int SOME>
-void unmix(const float* of_kernel, int64_t of_step, const float* gate, int64_t gate_step, const float* packed,
-           int64_t step, int64_t size, float* to_experts, float* to_gate) {
+void unmix(const float* of_kernel, const float* gate, int64_t gate_step, const float* packed, int64_t size,
+           float* to_experts, float* to_gate) {
   float g[SOME][EXPERTS];
   for (int b = 0; b < SOME; b++)
     for (int e = 0; e < EXPERTS; e++) g[b][e] = gate ? gate[b * gate_step + e] : 1.f;
   for (int64_t k = 0; k < size; k += LANES) {
     Vec sums[EXPERTS];
 #pragma GCC unroll 2
-    for (int e = 0; e < EXPERTS; e++) sums[e] = load(to_experts + e * step + k);
+    for (int e = 0; e < EXPERTS; e++) sums[e] = load(to_experts + e * size + k);
 #pragma GCC unroll 4
     for (int b = 0; b < SOME; b++) {
-      const Vec of = load(of_kernel + b * of_step + k);
+      const Vec of = load(of_kernel + b * size + k);
 #pragma GCC unroll 2
       for (int e = 0; e < EXPERTS; e++) sums[e] += g[b][e] * of;
     }
 #pragma GCC unroll 2
-    for (int e = 0; e < EXPERTS; e++) store(to_experts + e * step + k, sums[e]);
+    for (int e = 0; e < EXPERTS; e++) store(to_experts + e * size + k, sums[e]);
   }
   if (!to_gate) return;
   Vec products[SOME][EXPERTS] = {};
   for (int64_t k = 0; k < size; k += LANES) {
 #pragma GCC unroll 4
     for (int b = 0; b < SOME; b++) {
-      const Vec of = load(of_kernel + b * of_step + k);
+      const Vec of = load(of_kernel + b * size + k);
 #pragma GCC unroll 2
-      for (int e = 0; e < EXPERTS; e++) products[b][e] += of * load(packed + e * step + k);
+      for (int e = 0; e < EXPERTS; e++) products[b][e] += of * load(packed + e * size + k);
     }
   }
   for (int b = 0; b < SOME; b++)
@@ -50,11 +49,11 @@ template <int EXPERTS>
 constexpr decltype(&unmix<EXPERTS, 1>) UNMIXES[SAMPLES] = {unmix<EXPERTS, 1>, unmix<EXPERTS, 2>, unmix<EXPERTS, 3>,
                                                            unmix<EXPERTS, 4>};  // by samples
 
-void unmix_samples(const float* of_kernel, int64_t of_step, int64_t samples, const float* gate, int64_t experts,
-                   const float* packed, int64_t step, int64_t size, float* to_experts, float* to_gate) {
+void unmix_samples(const float* of_kernel, int64_t samples, const float* gate, int64_t experts, const float* packed,
+                   int64_t size, float* to_experts, float* to_gate) {
   for (int64_t e = 0; e < experts; e += 2) {
     const auto f = (e + 1 < experts ? UNMIXES<2> : UNMIXES<1>)[samples - 1];
-    f(of_kernel, of_step, gate ? gate + e : nullptr, experts, packed + e * step, step, size, to_experts + e * step,
+    f(of_kernel, gate ? gate + e : nullptr, experts, packed + e * size, size, to_experts + e * size,
       to_gate ? to_gate + e : nullptr);
   }
 }
@@ -84,14 +83,12 @@ class UnitGradient {
         chunk_(chunk),
         sums_(sums),
         positions_(given.phase.positions.size()),
-        few_(positions_ <= POSITIONS),
-        strip_(few_ ? std::max<int64_t>(1, STRIP / experts_.taps) * experts_.taps : chunk.depth),
         step_(chunk.depth * WIDE),
         rows_(offsets_of(chunk, given.phase, given.picture.channel)),
         packed_(experts_.experts * step_),
-        mixture_(strip_ * WIDE),
-        of_kernel_(samples_at_once() * strip_ * WIDE),
-        side_(samples_at_once() * std::min(POSITIONS, positions_) * WIDE) {
+        mixture_(step_),
+        of_kernel_(samples_at_once() * step_),
+        side_(std::min(POSITIONS, positions_) * WIDE) {
     Packer packer(experts_, given.phase, chunk.depth);
     for (int64_t e = 0; e < experts_.experts; e++) packer.pack(panel, chunk, e, packed_.data() + e * step_);
   }
@@ -107,58 +104,54 @@ class UnitGradient {
   }
 
  private:
-  // With few positions adding to the experts takes as long as the products: it is done for some samples together, a
-  // strip of rows at a time, so that the gradients of their kernels are still in the cache.
-  int64_t samples_at_once() const { return few_ ? SAMPLES : 1; }
+  // With few positions adding to the experts takes as long as the products: it is done for some samples together.
+  int64_t samples_at_once() const { return positions_ <= POSITIONS ? SAMPLES : 1; }
 
   void add(int64_t first, int64_t samples) {
-    const int64_t n = experts_.experts, b = given_.first + first, of_step = strip_ * WIDE;
+    const int64_t n = experts_.experts, b = given_.first + first;
     const float* gate = given_.gates.gate ? given_.gates.gate + b * n : nullptr;
     const bool scaled = given_.gates.spatial || given_.gates.before || given_.gates.after;
-    for (int64_t k = 0; k < chunk_.depth; k += strip_) {
-      const int64_t depth = std::min(strip_, chunk_.depth - k);
-      for (int64_t i = 0; i < samples; i++) {
-        multiply(first + i, k, depth, i);
-        if (scaled) differentiate_scales(b + i, k, depth, of_kernel_.data() + i * of_step);
-      }
-      unmix_samples(of_kernel_.data(), of_step, samples, gate, n, packed_.data() + k * WIDE, step_, depth * WIDE,
-                    sums_.experts + k * WIDE, sums_.gate ? sums_.gate + b * n : nullptr);
+    for (int64_t i = 0; i < samples; i++) {
+      multiply(first + i, i);
+      if (scaled) differentiate_scales(b + i, of_kernel_.data() + i * step_);
     }
+    unmix_samples(of_kernel_.data(), samples, gate, n, packed_.data(), step_, sums_.experts,
+                  sums_.gate ? sums_.gate + b * n : nullptr);
   }
 
-  // The gradient of the kernel of a sample of the picture, in some rows, to a place.
-  void multiply(int64_t sample, int64_t k, int64_t depth, int64_t place) {
+  // The gradient of the kernel of a sample of the picture, to a place.
+  void multiply(int64_t sample, int64_t place) {
     const float* base = given_.picture.data + sample * given_.picture.sample + chunk_.first * given_.picture.channel;
     const float* grad = given_.grad + ((given_.first + sample) * experts_.filters + panel_ * WIDE) * positions_;
-    float* of_kernel = of_kernel_.data() + place * strip_ * WIDE;
-    std::fill_n(of_kernel, depth * WIDE, 0.f);
+    float* of_kernel = of_kernel_.data() + place * step_;
+    std::fill_n(of_kernel, step_, 0.f);
     for (int64_t p = 0; p < positions_; p += POSITIONS) {
       const int64_t some = std::min(POSITIONS, positions_ - p);
-      float* side = side_.data() + place * some * WIDE;
-      if (k == 0) transpose_rows(grad + p, positions_, experts_.count(panel_), some, side);  // more strips: one p
+      float* side = side_.data();
+      transpose_rows(grad + p, positions_, experts_.count(panel_), some, side);
       const auto multiply_tiles = experts_.taps == 1 ? tiles<Ask::OWN> : tiles<Ask::SECOND>;
       const int64_t* at = given_.phase.positions.data() + p;
       const int64_t beyond = p + some < positions_ ? at[some] - at[0] : given_.picture.sample;
-      multiply_tiles(base, rows_.data() + k, depth, at, some, side, of_kernel, beyond, Lines::NONE);
+      multiply_tiles(base, rows_.data(), chunk_.depth, at, some, side, of_kernel, beyond, Lines::NONE);
     }
   }
 
-  // From d, the gradient of spatial * before * after * mixture, in some rows, to that of the mixture, in place, and
-  // those of the scales.
-  void differentiate_scales(int64_t b, int64_t k, int64_t depth, float* d) {
+  // From d, the gradient of spatial * before * after * mixture, to that of the mixture, in place, and those of the
+  // scales.
+  void differentiate_scales(int64_t b, float* d) {
     const Gates& gates = given_.gates;
     const int64_t taps = experts_.taps, count = experts_.count(panel_);
-    const float *spatial = gates.spatial ? gates.spatial + b * taps : nullptr, *mixed = packed_.data() + k * WIDE;
+    const float *spatial = gates.spatial ? gates.spatial + b * taps : nullptr, *mixed = packed_.data();
     const float* before = gates.before ? gates.before + b * experts_.channels : nullptr;
     if (gates.gate) {
-      mix<1>(mixed, step_, experts_.experts, gates.gate + b * experts_.experts, depth, mixture_.data());
+      mix<1>(mixed, step_, experts_.experts, gates.gate + b * experts_.experts, chunk_.depth, mixture_.data());
       mixed = mixture_.data();
     }
     Vec after[2] = {Vec{} + 1.f, Vec{} + 1.f}, to_after[2] = {{}, {}};
     if (gates.after)
       for (int64_t f = 0; f < WIDE; f++)
         after[f / LANES][f % LANES] = f < count ? gates.after[b * experts_.filters + panel_ * WIDE + f] : 0.f;
-    for (int64_t row = 0, tap = 0, channel = chunk_.first + k / taps; row < depth; row++, d += WIDE, mixed += WIDE) {
+    for (int64_t row = 0, tap = 0, channel = chunk_.first; row < chunk_.depth; row++, d += WIDE, mixed += WIDE) {
       const Vec of[2] = {load(d), load(d + LANES)}, product[2] = {of[0] * load(mixed), of[1] * load(mixed + LANES)};
       const float s = spatial ? spatial[tap] : 1.f, c = before ? before[channel] : 1.f;
       const float left = sum_of(product[0] * after[0] + product[1] * after[1]);
@@ -181,8 +174,7 @@ class UnitGradient {
   const Chunk& chunk_;
   const Sums sums_;
   const int64_t positions_;
-  const bool few_;
-  const int64_t strip_, step_;  // strip: rows at a time; step: numbers from one expert's panel to the next
+  const int64_t step_;  // numbers from one expert's panel, or one sample's, to the next
   const Sizes rows_;
   Numbers packed_, mixture_, of_kernel_, side_;
 };

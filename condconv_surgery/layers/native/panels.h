@@ -3,8 +3,9 @@
 //     y_b = after_b * conv(before_b * x_b, K_b),    K_b = spatial_b * sum_e gate[b,e] * experts[e]
 //
 // No kernel is ever written to memory. Sixteen filters ("a panel") and some channels of all experts are brought into
-// the second level of cache, for as many samples as are padded at a time; for each they are mixed into the first level
-// and used there by a matrix product whose other factor is read straight from the picture, at the offsets of the taps.
+// the second level of cache, for as many samples as are padded at a time; for a few samples together they are mixed,
+// and used at once by a matrix product whose other factor is read straight from the picture, at the offsets of the
+// taps.
 //
 // One loop does all arithmetic (``tile``): sum[j][:] += rows[j][offsets[k]] * panel[k][:]. For a convolution a row is a
 // position of the output and k runs over channels and taps; for the gradient of the kernel a row is a channel and a tap
