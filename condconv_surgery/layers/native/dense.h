@@ -33,7 +33,7 @@ int64_t panels_together(const Experts& experts, int64_t taps, int64_t samples) {
 struct Room {
   Packer packer;
   Numbers packed, mixed, sums;
-  Lines lines;
+  Sizes picture_lines, experts_lines;
 };
 
 // What a thread adds up: panels that share what they read, all samples of a time, positions.
@@ -75,7 +75,7 @@ class UnitConvolution {
     for (int64_t p = 0; p < unit_.panels && !mixed_first_; p++)
       for (int64_t e = 0; e < experts_.experts; e++)
         room_.packer.pack(unit_.panel + p, chunk, e, packed(p) + e * step_);
-    ask_for(chunk, next);
+    find_lines(chunk, next);
     for (int64_t first = 0; first < samples_; first += SAMPLES) {
       const int64_t last = std::min(first + SAMPLES, samples_);
       for (int64_t p = 0; p < unit_.panels; p++) {
@@ -88,16 +88,23 @@ class UnitConvolution {
     }
   }
 
-  // What comes from memory: for a single sample the experts of the next chunk, for others the chunk of the next sample,
-  // line by line and on until whole tiles have asked for them.
-  void ask_for(const Chunk& chunk, const Chunk* next) {
-    auto& [from, offsets] = room_.lines;
-    offsets.clear();
-    if (samples_ == 1 && mixed_first_ && next) room_.packer.lines_of(unit_.panel, *next, room_.lines);
-    if (samples_ == 1) return;
-    const int64_t turns = std::max<int64_t>(1, chunk.depth / 2), of_turns = turns * LINE;
-    offsets.resize((chunk.channels * picture_.channel + of_turns - 1) / of_turns * turns);
-    for (size_t i = 0; i < offsets.size(); i++) offsets[i] = i * LINE;
+  // What comes from memory: the chunk of the next sample, line by line and on until whole tiles have asked for them,
+  // and the experts of the next chunk.
+  void find_lines(const Chunk& chunk, const Chunk* next) {
+    const int64_t turns = turns_of(chunk), of_turns = turns * LINE;
+    const int64_t count = (chunk.channels * picture_.channel + of_turns - 1) / of_turns * turns;
+    room_.picture_lines.resize(samples_ > 1 ? count : 0);
+    for (size_t i = 0; i < room_.picture_lines.size(); i++) room_.picture_lines[i] = i * LINE;
+    room_.experts_lines.clear();
+    if (next && room_.packer.mixes())
+      next_experts_ = room_.packer.lines_of(unit_.panel, unit_.panels, *next, room_.experts_lines);
+  }
+
+  // The share of a sample in the experts of the next chunk.
+  Lines experts_of_next(const Chunk& chunk, int64_t b) const {
+    const int64_t turns = turns_of(chunk), parts = room_.experts_lines.size() / turns;
+    const int64_t first = parts * b / samples_, last = parts * (b + 1) / samples_;
+    return {next_experts_, room_.experts_lines.data() + first * turns, (last - first) * turns};
   }
 
   // The kernels of some samples for a panel.
@@ -119,11 +126,15 @@ class UnitConvolution {
       kernel = own;
     }
     const float* base = picture_.data + chunk.first * picture_.channel;
-    if (samples_ > 1) room_.lines.from = base + next * picture_.sample;
+    // the first panel asks for the next sample, the last for the experts
+    Lines first, then;
+    if (p == 0 && b + 1 < samples_)
+      first = {base + (b + 1) * picture_.sample, room_.picture_lines.data(), (int64_t)room_.picture_lines.size()};
+    if (p + 1 == unit_.panels) then = experts_of_next(chunk, b);
     // taps side by side read the same lines
     const auto multiply_tiles = phase_.taps.size() == 1 ? tiles<Ask::EVERY> : tiles<Ask::SECOND>;
     multiply_tiles(base + b * picture_.sample, phase_.positions.data() + unit_.from, positions_, offsets.data(),
-                   chunk.depth, kernel, sums(p, b), (next - b) * picture_.sample, p == 0 ? room_.lines : Lines::NONE);
+                   chunk.depth, kernel, sums(p, b), (next - b) * picture_.sample, first, then);
   }
 
   // The sums of a sample and panel to their maps.
@@ -139,6 +150,7 @@ class UnitConvolution {
     }
   }
 
+  static int64_t turns_of(const Chunk& chunk) { return std::max<int64_t>(1, chunk.depth / 2); }  // of a tile's loop
   float* packed(int64_t p) { return room_.packed.data() + p * experts_.experts * step_; }
   float* sums(int64_t p, int64_t b) { return room_.sums.data() + (p * samples_ + b) * positions_ * WIDE; }
 
@@ -152,6 +164,7 @@ class UnitConvolution {
   const std::vector<Chunk> chunks_;
   const int64_t step_;  // numbers from one expert's panel, or one sample's, to the next
   const bool mixed_first_;
+  const float* next_experts_ = nullptr;
 };
 
 // What each thread takes: as many panels as the others, to a part of one, whose positions it shares with the next.
@@ -195,7 +208,7 @@ Tensor convolve_phases(const Tensor& x, const Experts& experts, const Gates& gat
     for (const Phase& phase : phases) {
       const Shares shares(panels, phase.positions.size(), panels_together(experts, phase.taps.size(), n));
       at::parallel_for(0, shares.count, 1, [&](int64_t begin, int64_t end) {
-        Room room{Packer(experts, phase, chunks_of(experts, phase)[0].depth), {}, {}, {}, {}};
+        Room room{Packer(experts, phase, chunks_of(experts, phase)[0].depth), {}, {}, {}, {}, {}};
         for (int64_t i = begin; i < end; i++)
           shares.for_each_unit(i, [&](int64_t panel, int64_t some, int64_t from, int64_t to) {
             const Unit unit{panel, some, b, b + n, from, to};

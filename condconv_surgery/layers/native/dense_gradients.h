@@ -132,7 +132,7 @@ class UnitGradient {
       const auto multiply_tiles = experts_.taps == 1 ? tiles<Ask::OWN> : tiles<Ask::SECOND>;
       const int64_t* at = given_.phase.positions.data() + p;
       const int64_t beyond = p + some < positions_ ? at[some] - at[0] : given_.picture.sample;
-      multiply_tiles(base, rows_.data(), chunk_.depth, at, some, side, of_kernel, beyond, Lines::NONE);
+      multiply_tiles(base, rows_.data(), chunk_.depth, at, some, side, of_kernel, beyond, {}, {});
     }
   }
 

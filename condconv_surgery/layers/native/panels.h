@@ -38,11 +38,10 @@ enum class Ask { EVERY, SECOND, OWN, LINES };
 
 // Lines of memory, counted in numbers from somewhere.
 struct Lines {
-  static const Lines NONE;
   const float* from = nullptr;
-  Sizes offsets;
+  const int64_t* offsets = nullptr;
+  int64_t count = 0;
 };
-const Lines Lines::NONE;
 
 template <int ROWS, Ask ASK>
 void tile(const float* base, const int64_t* rows, const int64_t* offsets, int64_t depth, const float* panel, float* sum,
@@ -88,19 +87,18 @@ constexpr auto TILES = tiles_by_rows<ASK>(std::make_integer_sequence<int, TALL>(
 
 // sum[j][:] += sum_k base[rows[j] + offsets[k]] * panel[k][:] for ``count`` rows.
 // beyond: from the base to that of the rows that are read after these.
-// lines: of what comes later; as many as there are turns of the loops are asked for meanwhile, by whole tiles.
+// lines, then: of what comes later; as many as there are turns of the loops are asked for meanwhile, by whole tiles.
 template <Ask ASK>
 void tiles(const float* base, const int64_t* rows, int64_t count, const int64_t* offsets, int64_t depth,
-           const float* panel, float* sum, int64_t beyond, const Lines& lines) {
-  const int64_t after = beyond + rows[0];
-  size_t asked = 0;
+           const float* panel, float* sum, int64_t beyond, Lines lines = {}, Lines then = {}) {
+  const int64_t after = beyond + rows[0], turns = depth / 2;
   while (count > 0) {  // as even as can be: a tile of one row waits for its own sums
     const int64_t left = (count + TALL - 1) / TALL, some = (count + left - 1) / left;
     const int64_t next = ASK == Ask::OWN ? some : 2 * some - 1, ahead = (next < count ? rows[next] : after) - rows[0];
-    if (asked + depth / 2 <= lines.offsets.size()) {
-      TILES<Ask::LINES>[some - 1](base, rows, offsets, depth, panel, sum, ahead, lines.from,
-                                  lines.offsets.data() + asked);
-      asked += depth / 2;
+    if (lines.count < turns) std::swap(lines, then);
+    if (turns > 0 && turns <= lines.count) {
+      TILES<Ask::LINES>[some - 1](base, rows, offsets, depth, panel, sum, ahead, lines.from, lines.offsets);
+      lines.offsets += turns, lines.count -= turns;
     } else {
       TILES<ASK>[some - 1](base, rows, offsets, depth, panel, sum, ahead, nullptr, nullptr);
     }
@@ -247,17 +245,18 @@ class Packer {
     transpose_rows(rows_.data(), chunk.depth, count, chunk.depth, to);
   }
 
-  // The lines of memory that ``pack_mixed`` will read for a chunk.
-  void lines_of(int64_t panel, const Chunk& chunk, Lines& lines) const {
-    const int64_t of_row = (chunk.depth + LINE - 1) / LINE;
-    lines.from = start(panel, chunk);
-    lines.offsets.resize(experts_.count(panel) * experts_.experts * of_row);
-    int64_t* line = lines.offsets.data();
-    for (int64_t f = 0; f < experts_.count(panel); f++)
+  // The lines of memory that will be read for some panels of a chunk, as ``mixes`` is true, counted from the first.
+  const float* lines_of(int64_t panel, int64_t panels, const Chunk& chunk, Sizes& lines) const {
+    const int64_t of_row = (chunk.depth + LINE - 1) / LINE, first = panel * WIDE;
+    const int64_t filters = std::min(panels * WIDE, experts_.filters - first);
+    lines.resize(filters * experts_.experts * of_row);
+    int64_t* line = lines.data();
+    for (int64_t f = 0; f < filters; f++)
       for (int64_t e = 0; e < experts_.experts; e++) {
         const int64_t row = f * experts_.filter_step + e * experts_.expert_step;
         for (int64_t k = 0; k < of_row; k++) *line++ = row + k * LINE;
       }
+    return start(panel, chunk);
   }
 
   // grad[e][filter][channel][tap] = panel[k][f]: the inverse of ``pack``, for whole kernels.
