@@ -42,7 +42,7 @@ MORE = {
     "phases of one tap that take turns": dict(in_channels=130, out_channels=20, kernel_size=2, stride=2),
     "depthwise, blocks of channels": dict(in_channels=70, out_channels=70, kernel_size=3, padding=1, groups=70),
     "panels that take turns": dict(in_channels=170, out_channels=300, kernel_size=1),
-    "1x1, several chunks and strips": dict(in_channels=320, out_channels=40, kernel_size=1),
+    "1x1, several chunks": dict(in_channels=320, out_channels=40, kernel_size=1),
     "1x1 with strides": dict(in_channels=20, out_channels=40, kernel_size=1, stride=(2, 3)),
     "whole panels": dict(in_channels=64, out_channels=32, kernel_size=3, padding=1),
     "1x1, strides and padding": dict(in_channels=4, out_channels=16, kernel_size=1, stride=2, padding=1),
