@@ -27,6 +27,7 @@ typedef int Mask __attribute__((vector_size(32)));
 
 constexpr int64_t LANES = 8;
 constexpr int64_t WIDEST = sizeof(Widest) / sizeof(float);
+constexpr int64_t LINE = 16;  // numbers of a line of the cache
 
 inline Vec load(const float* p) { return *reinterpret_cast<const Vec*>(p); }
 inline void store(float* p, Vec v) { *reinterpret_cast<Vec*>(p) = v; }
@@ -46,7 +47,7 @@ const float* data_of(const Maybe& t) { return t ? t->const_data_ptr<float>() : n
 template <typename T>
 struct AtALine {
   using value_type = T;
-  static constexpr std::align_val_t LINE_BYTES{64};
+  static constexpr std::align_val_t LINE_BYTES{LINE * sizeof(float)};
   T* allocate(size_t n) { return static_cast<T*>(::operator new(n * sizeof(T), LINE_BYTES)); }
   void deallocate(T* p, size_t) { ::operator delete(p, LINE_BYTES); }
   bool operator==(const AtALine&) const = default;

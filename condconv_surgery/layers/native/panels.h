@@ -28,7 +28,6 @@ constexpr int TALL = PIECES == 1 ? 8 : 6;
 constexpr int64_t DEPTH = 144;           // rows of a panel: 9 KB, a quarter of a first level of cache
 constexpr int64_t ROWS_OF_ALL = 2592;    // experts together: 166 KB, which the second level holds beside the rest
 constexpr int64_t SAMPLES = 4;           // mixed together, and whose gradients of kernels are added to those of experts
-constexpr int64_t LINE = 16;             // numbers of a line of the cache
 constexpr int64_t POINTWISE_DEPTH = 80;  // of 1x1: each reads cache lines of its own, 16 KB of them at 7 px
 
 // What a tile asks the memory for while it computes. The rows of the next tile, at every k, or at every second where
@@ -90,7 +89,7 @@ constexpr auto TILES = tiles_by_rows<ASK>(std::make_integer_sequence<int, TALL>(
 // lines, then: of what comes later; as many as there are turns of the loops are asked for meanwhile, by whole tiles.
 template <Ask ASK>
 void tiles(const float* base, const int64_t* rows, int64_t count, const int64_t* offsets, int64_t depth,
-           const float* panel, float* sum, int64_t beyond, Lines lines = {}, Lines then = {}) {
+           const float* panel, float* sum, int64_t beyond, Lines lines, Lines then) {
   const int64_t after = beyond + rows[0], turns = depth / 2;
   while (count > 0) {  // as even as can be: a tile of one row waits for its own sums
     const int64_t left = (count + TALL - 1) / TALL, some = (count + left - 1) / left;
