@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import re
 import sys
 from pathlib import Path
@@ -15,8 +16,8 @@ from tests.test_layers_native import slow_to_build
 
 SMAPS = Path("/proc/self/smaps")
 THP = Path("/sys/kernel/mm/transparent_hugepage/enabled")
-FRESH = 40 << 18
-"""Numbers of 4 bytes: more than the 32 MiB up to which glibc may hand out memory that was written before."""
+SIZE = 40 << 18
+"""Numbers of 4 bytes: more than the 32 MiB from which glibc asks the system for most tensors' memory."""
 
 counted = pytest.mark.skipif(
     not sys.platform.startswith("linux") or not SMAPS.exists() or not THP.exists(), reason="no large pages to be seen"
@@ -43,7 +44,7 @@ def whole_pages(memory: torch.Tensor) -> tuple[int, int]:
 
 @counted
 def test_all_whole_pages_of_a_tensor_and_no_others_are_asked_for() -> None:
-    plain, memory = torch.empty(FRESH), torch.empty(FRESH)
+    plain, memory = (torch.frombuffer(mmap.mmap(-1, 4 * SIZE, mmap.MAP_PRIVATE), dtype=torch.uint8) for _ in (0, 1))
     assert in_large_pages(memory) is memory
     ends = whole_pages(memory)
     assert all("hg" in flags_at(end) for end in ends)
@@ -81,5 +82,5 @@ def test_small_tensors_and_other_devices_are_left_alone(monkeypatch: pytest.Monk
         raise AssertionError("asked")
 
     monkeypatch.setattr(pages, "_advise", lambda: fail)
-    for memory in (torch.empty(100), torch.empty(0), torch.empty(FRESH, device="meta")):
+    for memory in (torch.empty(100), torch.empty(0), torch.empty(SIZE, device="meta")):
         assert in_large_pages(memory) is memory

@@ -15,7 +15,7 @@ from condconv_surgery.layers.kernel_convolution import counts_as_cpu
 from condconv_surgery.layers.mixture import Mixture
 
 MOST_KERNEL_BYTES = 28 << 20
-"""The kernels of one block. glibc serves an allocation of 32 MiB or more with fresh pages each time; those were written
+"""The kernels of one block. glibc serves most allocations of 32 MiB or more with fresh pages; those were written
 at 1.6 GB/s where warm ones took 13 GB/s (docs/execution.md)."""
 
 MOST_CACHED_BYTES = 10 << 20
