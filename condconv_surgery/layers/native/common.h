@@ -41,6 +41,12 @@ inline Mask mask_of(int64_t count) {
 }
 inline Vec load_some(const float* p, Mask m) { return _mm256_maskload_ps(p, (__m256i)m); }
 inline float sum_of(Vec v) { return ((v[0] + v[4]) + (v[1] + v[5])) + ((v[2] + v[6]) + (v[3] + v[7])); }
+#ifdef __AVX512F__
+inline float sum_of(Widest v) {
+  const Vec low = __builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7);
+  return sum_of(low + __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15));
+}
+#endif
 const float* data_of(const Maybe& t) { return t ? t->const_data_ptr<float>() : nullptr; }
 
 // Numbers that begin with a line of the cache, so that none of the widest loads touches two.

@@ -8,37 +8,42 @@ namespace {
 
 constexpr int64_t POSITIONS = 256;  // of a gradient's panel: 16 KB
 
-// For each of some samples: to_experts[e] += gate[e] * of_kernel and to_gate[e] += of_kernel . packed[e], for one or
-// two experts. Panels have ``size`` numbers and lie one after the other, those of samples and those of experts; the
-// gates of the samples are ``gate_step`` apart. Each sum of experts is read and written once for all samples: it comes
-// from the second level of cache.
+constexpr int EXPERTS_AT_ONCE = PIECES == 1 ? 4 : 2;  // as there are registers for their gates of all samples
+
+// For each of some samples: to_experts[e] += gate[e] * of_kernel and to_gate[e] += of_kernel . packed[e], for some
+// experts. Panels have ``size`` numbers and lie one after the other, those of samples and those of experts; the gates
+// of the samples are ``gate_step`` apart. Each sum of experts is read and written once for all samples: it comes from
+// the second level of cache.
 template <int EXPERTS, int SOME>
 void unmix(const float* of_kernel, const float* gate, int64_t gate_step, const float* packed, int64_t size,
            float* to_experts, float* to_gate) {
   float g[SOME][EXPERTS];
   for (int b = 0; b < SOME; b++)
     for (int e = 0; e < EXPERTS; e++) g[b][e] = gate ? gate[b * gate_step + e] : 1.f;
-  for (int64_t k = 0; k < size; k += LANES) {
-    Vec sums[EXPERTS];
-#pragma GCC unroll 2
-    for (int e = 0; e < EXPERTS; e++) sums[e] = load(to_experts + e * size + k);
+  for (int64_t k = 0; k < size; k += WIDEST) {
+    Widest sums[EXPERTS];
+#pragma GCC unroll 4
+    for (int e = 0; e < EXPERTS; e++) sums[e] = load_widest(to_experts + e * size + k);
 #pragma GCC unroll 4
     for (int b = 0; b < SOME; b++) {
-      const Vec of = load(of_kernel + b * size + k);
-#pragma GCC unroll 2
+      const Widest of = load_widest(of_kernel + b * size + k);
+#pragma GCC unroll 4
       for (int e = 0; e < EXPERTS; e++) sums[e] += g[b][e] * of;
     }
-#pragma GCC unroll 2
-    for (int e = 0; e < EXPERTS; e++) store(to_experts + e * size + k, sums[e]);
+#pragma GCC unroll 4
+    for (int e = 0; e < EXPERTS; e++) store_widest(to_experts + e * size + k, sums[e]);
   }
   if (!to_gate) return;
-  Vec products[SOME][EXPERTS] = {};
-  for (int64_t k = 0; k < size; k += LANES) {
+  Widest products[SOME][EXPERTS] = {};
+  for (int64_t k = 0; k < size; k += WIDEST) {
+    Widest of_expert[EXPERTS];
+#pragma GCC unroll 4
+    for (int e = 0; e < EXPERTS; e++) of_expert[e] = load_widest(packed + e * size + k);
 #pragma GCC unroll 4
     for (int b = 0; b < SOME; b++) {
-      const Vec of = load(of_kernel + b * size + k);
-#pragma GCC unroll 2
-      for (int e = 0; e < EXPERTS; e++) products[b][e] += of * load(packed + e * size + k);
+      const Widest of = load_widest(of_kernel + b * size + k);
+#pragma GCC unroll 4
+      for (int e = 0; e < EXPERTS; e++) products[b][e] += of * of_expert[e];
     }
   }
   for (int b = 0; b < SOME; b++)
@@ -46,15 +51,15 @@ void unmix(const float* of_kernel, const float* gate, int64_t gate_step, const f
 }
 
 template <int EXPERTS>
-constexpr decltype(&unmix<EXPERTS, 1>) UNMIXES[SAMPLES] = {unmix<EXPERTS, 1>, unmix<EXPERTS, 2>, unmix<EXPERTS, 3>,
-                                                           unmix<EXPERTS, 4>};  // by samples
+constexpr std::array UNMIXES_OF = {unmix<EXPERTS, 1>, unmix<EXPERTS, 2>, unmix<EXPERTS, 3>, unmix<EXPERTS, 4>};
+constexpr std::array UNMIXES = {UNMIXES_OF<1>, UNMIXES_OF<2>, UNMIXES_OF<3>, UNMIXES_OF<4>};  // by experts and samples
 
 void unmix_samples(const float* of_kernel, int64_t samples, const float* gate, int64_t experts, const float* packed,
                    int64_t size, float* to_experts, float* to_gate) {
-  for (int64_t e = 0; e < experts; e += 2) {
-    const auto f = (e + 1 < experts ? UNMIXES<2> : UNMIXES<1>)[samples - 1];
-    f(of_kernel, gate ? gate + e : nullptr, experts, packed + e * size, size, to_experts + e * size,
-      to_gate ? to_gate + e : nullptr);
+  for (int64_t e = 0; e < experts; e += EXPERTS_AT_ONCE) {
+    const int64_t some = std::min<int64_t>(EXPERTS_AT_ONCE, experts - e);
+    UNMIXES[some - 1][samples - 1](of_kernel, gate ? gate + e : nullptr, experts, packed + e * size, size,
+                                   to_experts + e * size, to_gate ? to_gate + e : nullptr);
   }
 }
 

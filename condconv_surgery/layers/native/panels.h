@@ -288,24 +288,34 @@ class Packer {
   std::vector<float> rows_;
 };
 
+// ``mix`` for so many vectors of each panel.
+template <int SOME, int VECTORS>
+void mix_vectors(const float* panels, int64_t step, int64_t experts, const float* gate, float* mixed) {
+  Widest sum[SOME][VECTORS] = {};
+  for (int64_t e = 0; e < experts; e++, panels += step) {
+    Widest of[VECTORS];
+    for (int i = 0; i < VECTORS; i++) of[i] = load_widest(panels + i * WIDEST);
+#pragma GCC unroll 4
+    for (int b = 0; b < SOME; b++) {
+      const float g = gate[b * experts + e];
+      for (int i = 0; i < VECTORS; i++) sum[b][i] += g * of[i];
+    }
+  }
+#pragma GCC unroll 4
+  for (int b = 0; b < SOME; b++)
+    for (int i = 0; i < VECTORS; i++) store_widest(mixed + b * step + i * WIDEST, sum[b][i]);
+}
+
 // For each of some samples: mixed[k][f] = sum_e gate[e] * panels[e][k][f]. The panels of two experts, and those of two
 // samples, are ``step`` apart. An expert is read once for all samples: it comes from the second level of cache.
 template <int SOME>
 void mix(const float* panels, int64_t step, int64_t experts, const float* gate, int64_t depth, float* mixed) {
-  for (int64_t k = 0; k < depth * WIDE; k += WIDEST) {
-    Widest sum[SOME];
-    const float* expert = panels + k;
-    const Widest first = load_widest(expert);
-#pragma GCC unroll 4
-    for (int b = 0; b < SOME; b++) sum[b] = gate[b * experts] * first;
-    for (int64_t e = 1; e < experts; e++) {
-      const Widest next = load_widest(expert += step);
-#pragma GCC unroll 4
-      for (int b = 0; b < SOME; b++) sum[b] += gate[b * experts + e] * next;
-    }
-#pragma GCC unroll 4
-    for (int b = 0; b < SOME; b++) store_widest(mixed + b * step + k, sum[b]);
-  }
+  // Two vectors of four samples are as many sums as a processor has products under way. With AVX-512 and few experts it
+  // goes on to the next vector by itself, and lines come faster one by one.
+  const int64_t size = depth * WIDE, in_pairs = PIECES > 1 || experts > 8 ? size / (2 * WIDEST) * (2 * WIDEST) : 0;
+  int64_t k = 0;
+  for (; k < in_pairs; k += 2 * WIDEST) mix_vectors<SOME, 2>(panels + k, step, experts, gate, mixed + k);
+  for (; k < size; k += WIDEST) mix_vectors<SOME, 1>(panels + k, step, experts, gate, mixed + k);
 }
 
 constexpr decltype(&mix<1>) MIXES[SAMPLES] = {mix<1>, mix<2>, mix<3>, mix<4>};  // by samples
