@@ -40,7 +40,11 @@ inline Mask mask_of(int64_t count) {
   return m;
 }
 inline Vec load_some(const float* p, Mask m) { return _mm256_maskload_ps(p, (__m256i)m); }
-inline float sum_of(Vec v) { return ((v[0] + v[4]) + (v[1] + v[5])) + ((v[2] + v[6]) + (v[3] + v[7])); }
+inline float sum_of(Vec v) {
+  const auto fours = __builtin_shufflevector(v, v, 0, 1, 2, 3) + __builtin_shufflevector(v, v, 4, 5, 6, 7);
+  const auto twos = fours + __builtin_shufflevector(fours, fours, 1, 0, 3, 2);
+  return twos[0] + twos[2];
+}
 #ifdef __AVX512F__
 inline float sum_of(Widest v) {
   const Vec low = __builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7);

@@ -91,7 +91,8 @@ class UnitGradient {
         step_(chunk.depth * WIDE),
         rows_(offsets_of(chunk, given.phase, given.picture.channel)),
         packed_(experts_.experts * step_),
-        mixture_(step_),
+        mixtures_(samples_at_once() * step_),
+        of_taps_(experts_.taps * WIDEST),
         of_kernel_(samples_at_once() * step_),
         side_(std::min(POSITIONS, positions_) * WIDE) {
     Packer packer(experts_, given.phase, chunk.depth);
@@ -116,9 +117,12 @@ class UnitGradient {
     const int64_t n = experts_.experts, b = given_.first + first;
     const float* gate = given_.gates.gate ? given_.gates.gate + b * n : nullptr;
     const bool scaled = given_.gates.spatial || given_.gates.before || given_.gates.after;
+    if (scaled && gate) MIXES[samples - 1](packed_.data(), step_, n, gate, chunk_.depth, mixtures_.data());
     for (int64_t i = 0; i < samples; i++) {
       multiply(first + i, i);
-      if (scaled) differentiate_scales(b + i, of_kernel_.data() + i * step_);
+      if (scaled)
+        differentiate_scales(b + i, gate ? mixtures_.data() + i * step_ : packed_.data(),
+                             of_kernel_.data() + i * step_);
     }
     unmix_samples(of_kernel_.data(), samples, gate, n, packed_.data(), step_, sums_.experts,
                   sums_.gate ? sums_.gate + b * n : nullptr);
@@ -143,34 +147,35 @@ class UnitGradient {
 
   // From d, the gradient of spatial * before * after * mixture, to that of the mixture, in place, and those of the
   // scales.
-  void differentiate_scales(int64_t b, float* d) {
+  void differentiate_scales(int64_t b, const float* mixture, float* d) {
     const Gates& gates = given_.gates;
-    const int64_t taps = experts_.taps, count = experts_.count(panel_);
-    const float *spatial = gates.spatial ? gates.spatial + b * taps : nullptr, *mixed = packed_.data();
-    const float* before = gates.before ? gates.before + b * experts_.channels : nullptr;
-    if (gates.gate) {
-      mix<1>(mixed, step_, experts_.experts, gates.gate + b * experts_.experts, chunk_.depth, mixture_.data());
-      mixed = mixture_.data();
+    const int64_t taps = experts_.taps, channels = experts_.channels, filter = b * experts_.filters + panel_ * WIDE;
+    const float* spatial = gates.spatial ? gates.spatial + b * taps : nullptr;
+    float padded[WIDE], to_after[WIDE];
+    for (int64_t f = 0; f < WIDE; f++)
+      padded[f] = f >= experts_.count(panel_) ? 0.f : gates.after ? gates.after[filter + f] : 1.f;
+    Widest after[PIECES], of_filters[PIECES] = {};
+    for (int i = 0; i < PIECES; i++) after[i] = load_widest(padded + i * WIDEST);
+    std::fill(of_taps_.begin(), of_taps_.end(), 0.f);
+    for (int64_t channel = chunk_.first; channel < chunk_.first + chunk_.channels; channel++) {
+      const float before = gates.before ? gates.before[b * channels + channel] : 1.f;
+      Widest of_channel = {};
+      for (int64_t tap = 0; tap < taps; tap++)
+        for (int i = 0; i < PIECES; i++, d += WIDEST, mixture += WIDEST) {
+          const float s = spatial ? spatial[tap] : 1.f, scale = s * before;
+          const Widest of = load_widest(d), product = of * load_widest(mixture), after_product = product * after[i];
+          float* of_tap = of_taps_.data() + tap * WIDEST;
+          if (spatial) store_widest(of_tap, load_widest(of_tap) + before * after_product);
+          of_channel += s * after_product;
+          of_filters[i] += scale * product;
+          store_widest(d, of * after[i] * scale);
+        }
+      if (sums_.before) sums_.before[b * channels + channel] += sum_of(of_channel);
     }
-    Vec after[2] = {Vec{} + 1.f, Vec{} + 1.f}, to_after[2] = {{}, {}};
-    if (gates.after)
-      for (int64_t f = 0; f < WIDE; f++)
-        after[f / LANES][f % LANES] = f < count ? gates.after[b * experts_.filters + panel_ * WIDE + f] : 0.f;
-    for (int64_t row = 0, tap = 0, channel = chunk_.first; row < chunk_.depth; row++, d += WIDE, mixed += WIDE) {
-      const Vec of[2] = {load(d), load(d + LANES)}, product[2] = {of[0] * load(mixed), of[1] * load(mixed + LANES)};
-      const float s = spatial ? spatial[tap] : 1.f, c = before ? before[channel] : 1.f;
-      const float left = sum_of(product[0] * after[0] + product[1] * after[1]);
-      if (sums_.before) sums_.before[b * experts_.channels + channel] += left * s;
-      if (sums_.spatial) sums_.spatial[b * taps + tap] += left * c;
-      for (int h = 0; h < 2; h++) {
-        to_after[h] += product[h] * (s * c);
-        store(d + h * LANES, of[h] * after[h] * (s * c));
-      }
-      if (++tap == taps) tap = 0, channel++;
-    }
-    if (sums_.after)
-      for (int64_t f = 0; f < count; f++)
-        sums_.after[b * experts_.filters + panel_ * WIDE + f] += to_after[f / LANES][f % LANES];
+    for (int64_t tap = 0; tap < taps && sums_.spatial; tap++)
+      sums_.spatial[b * taps + tap] += sum_of(load_widest(of_taps_.data() + tap * WIDEST));
+    for (int i = 0; i < PIECES; i++) store_widest(to_after + i * WIDEST, of_filters[i]);
+    for (int64_t f = 0; f < experts_.count(panel_) && sums_.after; f++) sums_.after[filter + f] += to_after[f];
   }
 
   const Given& given_;
@@ -181,7 +186,7 @@ class UnitGradient {
   const int64_t positions_;
   const int64_t step_;  // numbers from one expert's panel, or one sample's, to the next
   const Sizes rows_;
-  Numbers packed_, mixture_, of_kernel_, side_;
+  Numbers packed_, mixtures_, of_taps_, of_kernel_, side_;
 };
 
 // The gradients of the experts and of the gate, spatial, before and after parts; an undefined one where a part is
