@@ -323,8 +323,7 @@ constexpr decltype(&mix<1>) MIXES[SAMPLES] = {mix<1>, mix<2>, mix<3>, mix<4>};  
 void scale_taps(const float* spatial, const Sizes& taps, int64_t depth, const float* from, float* to) {
   for (int64_t k = 0; k < depth;)
     for (const int64_t tap : taps) {
-      store(to + k * WIDE, spatial[tap] * load(from + k * WIDE));
-      store(to + k * WIDE + LANES, spatial[tap] * load(from + k * WIDE + LANES));
+      for (int i = 0; i < PIECES; i++, from += WIDEST, to += WIDEST) store_widest(to, spatial[tap] * load_widest(from));
       k++;
     }
 }
