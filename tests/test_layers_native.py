@@ -118,6 +118,20 @@ class TestCompiled:
                 assert (a - e).abs().max() <= 2e-5 * max(1.0, e.abs().max().item())
 
     @every_build
+    @pytest.mark.parametrize("batch", [1, 2])
+    @pytest.mark.parametrize("filters", [5, 40])
+    def test_more_positions_than_are_added_up_at_a_time(self, filters: int, batch: int) -> None:
+        geometry = ConvGeometry.make(3, filters, 3, padding=1)
+        torch.manual_seed(0)
+        x, gate = torch.randn(batch, 3, 67, 129, requires_grad=True), torch.rand(batch, 4, requires_grad=True)
+        weight = torch.randn(4, *geometry.weight_shape, requires_grad=True)
+        leaves = [x, weight, gate]
+        expected = values_and_gradients(per_sample_loop(x, weight, None, Mixture(gate), geometry), leaves)
+        actual = values_and_gradients(execute(x, weight, None, Mixture(gate), geometry, "blocks"), leaves)
+        for a, e in zip(actual, expected, strict=True):
+            assert (a - e).abs().max() <= 2e-5 * max(1.0, e.abs().max().item())
+
+    @every_build
     @pytest.mark.parametrize("name", ["3x3", "whole panels", "several panels and chunks"])
     def test_every_count_of_experts(self, name: str) -> None:
         geometry = ConvGeometry.make(**without_bias({**GEOMETRIES, **MORE}[name]))

@@ -7,7 +7,8 @@
 namespace {
 
 constexpr int64_t FEW_SAMPLES = 4;  // whose kernels are mixed from the experts as they lie, before a panel is made
-constexpr int64_t PARTS = 4;        // of a panel's positions, that threads may have the same to do
+constexpr int64_t MOST_POSITIONS = 4096;  // at a time: their sums are 512 KB for a panel, 256 KB with AVX2
+constexpr int64_t PARTS = 4;              // of a panel's positions, that threads may have the same to do
 // Panels that read the same channels while they are in the first level of cache (1x1), or in the second.
 constexpr int64_t POINTWISE_TOGETHER = 4, TOGETHER = 2;
 // Padded input at a time: what little stays in the second level and needs few pages, but twice the experts, which are
@@ -91,8 +92,8 @@ class UnitConvolution {
   // What comes from memory: the chunk of the next sample, line by line and on until whole tiles have asked for them,
   // and the experts of the next chunk.
   void find_lines(const Chunk& chunk, const Chunk* next) {
-    const int64_t turns = turns_of(chunk), of_turns = turns * LINE;
-    const int64_t count = (chunk.channels * picture_.channel + of_turns - 1) / of_turns * turns;
+    const int64_t asked = asked_by_tile(chunk), numbers = asked * LINE;
+    const int64_t count = (chunk.channels * picture_.channel + numbers - 1) / numbers * asked;
     room_.picture_lines.resize(samples_ > 1 ? count : 0);
     for (size_t i = 0; i < room_.picture_lines.size(); i++) room_.picture_lines[i] = i * LINE;
     room_.experts_lines.clear();
@@ -102,9 +103,9 @@ class UnitConvolution {
 
   // The share of a sample in the experts of the next chunk.
   Lines experts_of_next(const Chunk& chunk, int64_t b) const {
-    const int64_t turns = turns_of(chunk), parts = room_.experts_lines.size() / turns;
-    const int64_t first = parts * b / samples_, last = parts * (b + 1) / samples_;
-    return {next_experts_, room_.experts_lines.data() + first * turns, (last - first) * turns};
+    const int64_t asked = asked_by_tile(chunk), tiles = room_.experts_lines.size() / asked;
+    const int64_t first = tiles * b / samples_, last = tiles * (b + 1) / samples_;
+    return {next_experts_, room_.experts_lines.data() + first * asked, (last - first) * asked, lines_at_once()};
   }
 
   // The kernels of some samples for a panel.
@@ -132,7 +133,8 @@ class UnitConvolution {
       first = {base + (b + 1) * picture_.sample, room_.picture_lines.data(), (int64_t)room_.picture_lines.size()};
     if (p + 1 == unit_.panels) then = experts_of_next(chunk, b);
     // taps side by side read the same lines
-    const auto multiply_tiles = phase_.taps.size() == 1 ? tiles<Ask::EVERY> : tiles<Ask::SECOND>;
+    const int64_t count = experts_.count(unit_.panel + p);
+    const auto multiply_tiles = phase_.taps.size() == 1 ? tiles_for<Ask::EVERY>(count) : tiles_for<Ask::SECOND>(count);
     multiply_tiles(base + b * picture_.sample, phase_.positions.data() + unit_.from, positions_, offsets.data(),
                    chunk.depth, kernel, sums(p, b), (next - b) * picture_.sample, first, then);
   }
@@ -150,7 +152,9 @@ class UnitConvolution {
     }
   }
 
-  static int64_t turns_of(const Chunk& chunk) { return std::max<int64_t>(1, chunk.depth / 2); }  // of a tile's loop
+  // A single sample has little time for all that it asks for.
+  int64_t lines_at_once() const { return samples_ == 1 ? 2 : 1; }
+  int64_t asked_by_tile(const Chunk& chunk) const { return std::max<int64_t>(1, chunk.depth / 2 * lines_at_once()); }
   float* packed(int64_t p) { return room_.packed.data() + p * experts_.experts * step_; }
   float* sums(int64_t p, int64_t b) { return room_.sums.data() + (p * samples_ + b) * positions_ * WIDE; }
 
@@ -211,8 +215,10 @@ Tensor convolve_phases(const Tensor& x, const Experts& experts, const Gates& gat
         Room room{Packer(experts, phase, chunks_of(experts, phase)[0].depth), {}, {}, {}, {}, {}};
         for (int64_t i = begin; i < end; i++)
           shares.for_each_unit(i, [&](int64_t panel, int64_t some, int64_t from, int64_t to) {
-            const Unit unit{panel, some, b, b + n, from, to};
-            UnitConvolution(experts, phase, picture, gates, unit, room).compute(out, height * width);
+            for (int64_t start = from; start < to; start += MOST_POSITIONS) {
+              const Unit unit{panel, some, b, b + n, start, std::min(start + MOST_POSITIONS, to)};
+              UnitConvolution(experts, phase, picture, gates, unit, room).compute(out, height * width);
+            }
           });
       });
     }

@@ -6,9 +6,9 @@
 
 namespace {
 
-constexpr int64_t POSITIONS = 256;  // of a gradient's panel: 16 KB
+constexpr int64_t POSITIONS = 256;  // of a gradient's panel: 32 KB; 16 KB with AVX2
 
-constexpr int EXPERTS_AT_ONCE = PIECES == 1 ? 4 : 2;  // as there are registers for their gates of all samples
+constexpr int EXPERTS_AT_ONCE = WIDEST > LANES ? 4 : 2;  // as there are registers for their gates of all samples
 
 // For each of some samples: to_experts[e] += gate[e] * of_kernel and to_gate[e] += of_kernel . packed[e], for some
 // experts. Panels have ``size`` numbers and lie one after the other, those of samples and those of experts; the gates
@@ -73,7 +73,7 @@ struct Given {
   int64_t first;
 };
 
-// What a unit adds to: panels [E][depth][16] and, for all samples, [B, E], [B, taps], [B, I], [B, O], or null.
+// What a unit adds to: panels [E][depth][WIDE] and, for all samples, [B, E], [B, taps], [B, I], [B, O], or null.
 struct Sums {
   float *experts, *gate, *spatial, *before, *after;
 };
@@ -137,8 +137,9 @@ class UnitGradient {
     for (int64_t p = 0; p < positions_; p += POSITIONS) {
       const int64_t some = std::min(POSITIONS, positions_ - p);
       float* side = side_.data();
-      transpose_rows(grad + p, positions_, experts_.count(panel_), some, side);
-      const auto multiply_tiles = experts_.taps == 1 ? tiles<Ask::OWN> : tiles<Ask::SECOND>;
+      const int64_t count = experts_.count(panel_);
+      transpose_rows(grad + p, positions_, count, some, side);
+      const auto multiply_tiles = experts_.taps == 1 ? tiles_for<Ask::OWN>(count) : tiles_for<Ask::SECOND>(count);
       const int64_t* at = given_.phase.positions.data() + p;
       const int64_t beyond = p + some < positions_ ? at[some] - at[0] : given_.picture.sample;
       multiply_tiles(base, rows_.data(), chunk_.depth, at, some, side, of_kernel, beyond, {}, {});

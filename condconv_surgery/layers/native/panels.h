@@ -2,10 +2,10 @@
 //
 //     y_b = after_b * conv(before_b * x_b, K_b),    K_b = spatial_b * sum_e gate[b,e] * experts[e]
 //
-// No kernel is ever written to memory. Sixteen filters ("a panel") and some channels of all experts are brought into
-// the second level of cache, for as many samples as are padded at a time; for a few samples together they are mixed,
-// and used at once by a matrix product whose other factor is read straight from the picture, at the offsets of the
-// taps.
+// No kernel is ever written to memory. Two vectors of filters ("a panel") and some channels of all experts are brought
+// into the second level of cache, for as many samples as are padded at a time; for a few samples together they are
+// mixed, and used at once by a matrix product whose other factor is read straight from the picture, at the offsets of
+// the taps.
 //
 // One loop does all arithmetic (``tile``): sum[j][:] += rows[j][offsets[k]] * panel[k][:]. For a convolution a row is a
 // position of the output and k runs over channels and taps; for the gradient of the kernel a row is a channel and a tap
@@ -21,88 +21,98 @@
 
 namespace {
 
-constexpr int64_t WIDE = 16;               // filters of a panel
-constexpr int64_t PIECES = WIDE / WIDEST;  // of a row of a panel
+constexpr int PIECES = 2;                  // vectors of a row of a panel: what is read of a picture serves two products
+constexpr int64_t WIDE = PIECES * WIDEST;  // filters of a panel
 // Rows of a tile: as many as there are registers for, 12 sums, 2 pieces and 1 number of 16; with AVX-512, for pointers.
-constexpr int TALL = PIECES == 1 ? 8 : 6;
-constexpr int64_t DEPTH = 144;           // rows of a panel: 9 KB, a quarter of a first level of cache
-constexpr int64_t ROWS_OF_ALL = 2592;    // experts together: 166 KB, which the second level holds beside the rest
-constexpr int64_t SAMPLES = 4;           // mixed together, and whose gradients of kernels are added to those of experts
+constexpr int TALL = WIDEST > LANES ? 8 : 6;
+constexpr int64_t DEPTH = 144;         // rows of a panel: 18 KB, half of a first level of cache; 9 KB with AVX2
+constexpr int64_t ROWS_OF_ALL = 2592;  // experts together: 332 KB, which the second level holds beside the rest; 166 KB
+constexpr int64_t SAMPLES = 4;         // mixed together, and whose gradients of kernels are added to those of experts
 constexpr int64_t POINTWISE_DEPTH = 80;  // of 1x1: each reads cache lines of its own, 16 KB of them at 7 px
 
 // What a tile asks the memory for while it computes. The rows of the next tile, at every k, or at every second where
 // neighbours in k lie on the same lines; OWN: where rows are far apart, each on lines of its own, as many lines of one.
-// LINES: the rows at every second k, something else in between.
-enum class Ask { EVERY, SECOND, OWN, LINES };
+// LINES, MORE_LINES: the rows at every second k, in between one line of something else, or two.
+enum class Ask { EVERY, SECOND, OWN, LINES, MORE_LINES };
 
-// Lines of memory, counted in numbers from somewhere.
+// Lines of memory, counted in numbers from somewhere, of which one or two are asked for at each turn of a tile's loop.
 struct Lines {
   const float* from = nullptr;
   const int64_t* offsets = nullptr;
-  int64_t count = 0;
+  int64_t count = 0, at_once = 1;
 };
 
-template <int ROWS, Ask ASK>
+// FULL: the vectors of a row that are filters; what is beyond them is not touched.
+template <int ROWS, int FULL, Ask ASK>
 void tile(const float* base, const int64_t* rows, const int64_t* offsets, int64_t depth, const float* panel, float* sum,
           int64_t ahead, const float* from, const int64_t* lines) {
-  Widest c[ROWS][PIECES];
+  Widest c[ROWS][FULL];
   const float* r[ROWS];
 #pragma GCC unroll 8
   for (int j = 0; j < ROWS; j++) {
     r[j] = base + rows[j];
-    for (int i = 0; i < PIECES; i++) c[j][i] = load_widest(sum + j * WIDE + i * WIDEST);
+    for (int i = 0; i < FULL; i++) c[j][i] = load_widest(sum + j * WIDE + i * WIDEST);
   }
   const float* next = r[0] + ahead;
   constexpr int64_t spread = ASK == Ask::OWN ? TALL : 1;
   auto add = [&](int64_t o, const float* of_panel) {
-    Widest w[PIECES];
-    for (int i = 0; i < PIECES; i++) w[i] = load_widest(of_panel + i * WIDEST);
+    Widest w[FULL];
+    for (int i = 0; i < FULL; i++) w[i] = load_widest(of_panel + i * WIDEST);
 #pragma GCC unroll 8
     for (int j = 0; j < ROWS; j++) {
       const float a = r[j][o];
-      for (int i = 0; i < PIECES; i++) c[j][i] += a * w[i];
+      for (int i = 0; i < FULL; i++) c[j][i] += a * w[i];
     }
   };
   int64_t k = 0;
   for (; k + 2 <= depth; k += 2, panel += 2 * WIDE) {
     __builtin_prefetch(next + spread * offsets[k]);
+    if (ASK == Ask::MORE_LINES) __builtin_prefetch(from + *lines++, 0, 2);  // into the second level
     add(offsets[k], panel);
-    if (ASK == Ask::LINES) __builtin_prefetch(from + *lines++, 0, 2);  // into the second level
+    if (ASK == Ask::LINES || ASK == Ask::MORE_LINES) __builtin_prefetch(from + *lines++, 0, 2);
     if (ASK == Ask::EVERY || ASK == Ask::OWN) __builtin_prefetch(next + spread * offsets[k + 1]);
     add(offsets[k + 1], panel + WIDE);
   }
   if (k < depth) add(offsets[k], panel);
 #pragma GCC unroll 8
   for (int j = 0; j < ROWS; j++)
-    for (int i = 0; i < PIECES; i++) store_widest(sum + j * WIDE + i * WIDEST, c[j][i]);
+    for (int i = 0; i < FULL; i++) store_widest(sum + j * WIDE + i * WIDEST, c[j][i]);
 }
 
-template <Ask ASK, int... I>
-constexpr std::array<decltype(&tile<1, ASK>), TALL> tiles_by_rows(std::integer_sequence<int, I...>) {
-  return {tile<I + 1, ASK>...};
+template <int FULL, Ask ASK, int... I>
+constexpr std::array<decltype(&tile<1, FULL, ASK>), TALL> tiles_by_rows(std::integer_sequence<int, I...>) {
+  return {tile<I + 1, FULL, ASK>...};
 }
-template <Ask ASK>
-constexpr auto TILES = tiles_by_rows<ASK>(std::make_integer_sequence<int, TALL>());
+template <int FULL, Ask ASK>
+constexpr auto TILES = tiles_by_rows<FULL, ASK>(std::make_integer_sequence<int, TALL>());
 
-// sum[j][:] += sum_k base[rows[j] + offsets[k]] * panel[k][:] for ``count`` rows.
+// sum[j][:] += sum_k base[rows[j] + offsets[k]] * panel[k][:] for ``count`` rows and the first ``FULL`` vectors.
 // beyond: from the base to that of the rows that are read after these.
-// lines, then: of what comes later; as many as there are turns of the loops are asked for meanwhile, by whole tiles.
-template <Ask ASK>
+// lines, then: of what comes later; whole tiles ask for them meanwhile.
+template <int FULL, Ask ASK>
 void tiles(const float* base, const int64_t* rows, int64_t count, const int64_t* offsets, int64_t depth,
            const float* panel, float* sum, int64_t beyond, Lines lines, Lines then) {
-  const int64_t after = beyond + rows[0], turns = depth / 2;
+  const int64_t after = beyond + rows[0];
   while (count > 0) {  // as even as can be: a tile of one row waits for its own sums
     const int64_t left = (count + TALL - 1) / TALL, some = (count + left - 1) / left;
     const int64_t next = ASK == Ask::OWN ? some : 2 * some - 1, ahead = (next < count ? rows[next] : after) - rows[0];
-    if (lines.count < turns) std::swap(lines, then);
-    if (turns > 0 && turns <= lines.count) {
-      TILES<Ask::LINES>[some - 1](base, rows, offsets, depth, panel, sum, ahead, lines.from, lines.offsets);
-      lines.offsets += turns, lines.count -= turns;
+    if (lines.count < depth / 2 * lines.at_once) std::swap(lines, then);
+    const int64_t asked = depth / 2 * lines.at_once;
+    if (asked > 0 && asked <= lines.count) {
+      const auto f = (lines.at_once == 1 ? TILES<FULL, Ask::LINES> : TILES<FULL, Ask::MORE_LINES>)[some - 1];
+      f(base, rows, offsets, depth, panel, sum, ahead, lines.from, lines.offsets);
+      lines.offsets += asked, lines.count -= asked;
     } else {
-      TILES<ASK>[some - 1](base, rows, offsets, depth, panel, sum, ahead, nullptr, nullptr);
+      TILES<FULL, ASK>[some - 1](base, rows, offsets, depth, panel, sum, ahead, nullptr, nullptr);
     }
     rows += some, sum += some * WIDE, count -= some;
   }
+}
+
+// For a panel whose filters are not more than a vector, only that one is multiplied.
+template <Ask ASK>
+constexpr auto tiles_for(int64_t filters) {
+  return filters > WIDEST ? tiles<PIECES, ASK> : tiles<1, ASK>;
 }
 
 inline void transpose(Vec* r) {
@@ -122,34 +132,35 @@ inline void transpose(Vec* r) {
   }
 }
 
-// to[k][f] = from[f][k] for 16 rows at ``from + f * step``, of which ``count`` exist; the others are zeros.
+// to[k][f] = from[f][k] for the rows of a panel at ``from + f * step``, of which ``count`` exist; the others are zeros.
 void transpose_rows(const float* from, int64_t step, int64_t count, int64_t depth, float* to) {
-  int64_t k = 0;
-  if (count == WIDE)
-    for (; k + LANES <= depth; k += LANES)
-      for (int64_t half = 0; half < WIDE; half += LANES) {
-        Vec r[LANES];
-        for (int i = 0; i < LANES; i++) r[i] = load(from + (half + i) * step + k);
-        transpose(r);
-        for (int i = 0; i < LANES; i++) store(to + (k + i) * WIDE + half, r[i]);
-      }
-  for (; k < depth; k++)
-    for (int64_t f = 0; f < WIDE; f++) to[k * WIDE + f] = f < count ? from[f * step + k] : 0.f;
+  for (int64_t first = 0; first < WIDE; first += LANES) {
+    int64_t k = 0;
+    for (; first + LANES <= count && k + LANES <= depth; k += LANES) {
+      Vec r[LANES];
+      for (int i = 0; i < LANES; i++) r[i] = load(from + (first + i) * step + k);
+      transpose(r);
+      for (int i = 0; i < LANES; i++) store(to + (k + i) * WIDE + first, r[i]);
+    }
+    for (; k < depth; k++)
+      for (int64_t f = first; f < first + LANES; f++) to[k * WIDE + f] = f < count ? from[f * step + k] : 0.f;
+  }
 }
 
-// to[f][p] = scale[f] * from[p][f] for ``count`` of 16 filters whose rows are ``step`` apart; no scale: ones.
+// to[f][p] = scale[f] * from[p][f] for ``count`` filters of a panel whose rows are ``step`` apart; no scale: ones.
 void transpose_back(const float* from, int64_t positions, int64_t count, const float* scale, float* to, int64_t step) {
-  int64_t p = 0;
-  if (count == WIDE)
-    for (; p + LANES <= positions; p += LANES)
-      for (int64_t half = 0; half < WIDE; half += LANES) {
-        Vec r[LANES];
-        for (int i = 0; i < LANES; i++) r[i] = load(from + (p + i) * WIDE + half);
-        transpose(r);
-        for (int i = 0; i < LANES; i++) store(to + (half + i) * step + p, scale ? scale[half + i] * r[i] : r[i]);
-      }
-  for (; p < positions; p++)
-    for (int64_t f = 0; f < count; f++) to[f * step + p] = scale ? scale[f] * from[p * WIDE + f] : from[p * WIDE + f];
+  for (int64_t first = 0; first < count; first += LANES) {
+    int64_t p = 0;
+    for (; first + LANES <= count && p + LANES <= positions; p += LANES) {
+      Vec r[LANES];
+      for (int i = 0; i < LANES; i++) r[i] = load(from + (p + i) * WIDE + first);
+      transpose(r);
+      for (int i = 0; i < LANES; i++) store(to + (first + i) * step + p, scale ? scale[first + i] * r[i] : r[i]);
+    }
+    for (; p < positions; p++)
+      for (int64_t f = first; f < std::min(first + LANES, count); f++)
+        to[f * step + p] = scale ? scale[f] * from[p * WIDE + f] : from[p * WIDE + f];
+  }
 }
 
 // What experts [E, O, I, kh, kw] are to a convolution, or to its transpose, whose filters are the input's channels.
@@ -197,7 +208,7 @@ std::vector<Chunk> chunks_of(const Experts& experts, const Phase& phase) {
   return chunks_of(experts, phase.taps.size(), phase.taps.size() == 1 ? POINTWISE_DEPTH : DEPTH);
 }
 
-// The numbers of one expert, or of a mixture of all, as a panel [depth][16].
+// The numbers of one expert, or of a mixture of all, as a panel [depth][WIDE].
 class Packer {
  public:
   Packer(const Experts& e, const Phase& phase, int64_t most)
@@ -268,12 +279,10 @@ class Packer {
   const float* start(int64_t panel, const Chunk& chunk) const {
     return experts_.weight + panel * WIDE * experts_.filter_step + chunk.first * experts_.channel_step;
   }
-  // All taps of a channel, which lie one after the other.
+  // All taps of a channel, which lie one after the other; one tap of the filters too.
   void pack_channel(const float* from, int64_t count, float* to) const {
-    if (experts_.taps == 1 && count == WIDE)
-      store(to, load(from)), store(to + LANES, load(from + LANES));
-    else
-      transpose_rows(from, experts_.filter_step, count, experts_.taps, to);
+    if (experts_.taps > 1) return transpose_rows(from, experts_.filter_step, count, experts_.taps, to);
+    std::fill(std::copy_n(from, count, to), to + WIDE, 0.f);
   }
   void find(const Chunk& chunk) {
     int64_t k = 0;
@@ -288,34 +297,25 @@ class Packer {
   std::vector<float> rows_;
 };
 
-// ``mix`` for so many vectors of each panel.
-template <int SOME, int VECTORS>
-void mix_vectors(const float* panels, int64_t step, int64_t experts, const float* gate, float* mixed) {
-  Widest sum[SOME][VECTORS] = {};
-  for (int64_t e = 0; e < experts; e++, panels += step) {
-    Widest of[VECTORS];
-    for (int i = 0; i < VECTORS; i++) of[i] = load_widest(panels + i * WIDEST);
-#pragma GCC unroll 4
-    for (int b = 0; b < SOME; b++) {
-      const float g = gate[b * experts + e];
-      for (int i = 0; i < VECTORS; i++) sum[b][i] += g * of[i];
-    }
-  }
-#pragma GCC unroll 4
-  for (int b = 0; b < SOME; b++)
-    for (int i = 0; i < VECTORS; i++) store_widest(mixed + b * step + i * WIDEST, sum[b][i]);
-}
-
 // For each of some samples: mixed[k][f] = sum_e gate[e] * panels[e][k][f]. The panels of two experts, and those of two
 // samples, are ``step`` apart. An expert is read once for all samples: it comes from the second level of cache.
 template <int SOME>
 void mix(const float* panels, int64_t step, int64_t experts, const float* gate, int64_t depth, float* mixed) {
-  // Two vectors of four samples are as many sums as a processor has products under way. With AVX-512 and few experts it
-  // goes on to the next vector by itself, and lines come faster one by one.
-  const int64_t size = depth * WIDE, in_pairs = PIECES > 1 || experts > 8 ? size / (2 * WIDEST) * (2 * WIDEST) : 0;
-  int64_t k = 0;
-  for (; k < in_pairs; k += 2 * WIDEST) mix_vectors<SOME, 2>(panels + k, step, experts, gate, mixed + k);
-  for (; k < size; k += WIDEST) mix_vectors<SOME, 1>(panels + k, step, experts, gate, mixed + k);
+  for (int64_t k = 0; k < depth; k++, panels += WIDE, mixed += WIDE) {
+    Widest sum[SOME][PIECES] = {};  // of four samples, as many as a processor has products under way
+    const float* expert = panels;
+    for (int64_t e = 0; e < experts; e++, expert += step) {
+      const Widest of[PIECES] = {load_widest(expert), load_widest(expert + WIDEST)};
+#pragma GCC unroll 4
+      for (int b = 0; b < SOME; b++) {
+        const float g = gate[b * experts + e];
+        for (int i = 0; i < PIECES; i++) sum[b][i] += g * of[i];
+      }
+    }
+#pragma GCC unroll 4
+    for (int b = 0; b < SOME; b++)
+      for (int i = 0; i < PIECES; i++) store_widest(mixed + b * step + i * WIDEST, sum[b][i]);
+  }
 }
 
 constexpr decltype(&mix<1>) MIXES[SAMPLES] = {mix<1>, mix<2>, mix<3>, mix<4>};  // by samples
