@@ -112,6 +112,22 @@ def test_what_is_left_to_torch() -> None:
     assert native.pool(x) is None
 
 
+@pytest.mark.parametrize(("batch", "left"), [(2, False), (500, True)])
+def test_what_is_large_is_left_to_matrix_products(batch: int, left: bool) -> None:
+    router, code, found = make(LAYERS["3x3"], ODConv(experts=4)), building.extension(), []
+
+    def attention(*given: object) -> object:
+        found.append(code.attention(*given))
+        return found[-1]
+
+    x = torch.randn(batch, 37, 3, 3)
+    with mock.patch.object(building, "_compiled", mock.Mock(wraps=code, attention=attention)), torch.no_grad():
+        actual = router(x)
+    assert [each is None for each in found] == [left]
+    for a, e in zip(actual, router(x), strict=True):
+        torch.testing.assert_close(a, e, rtol=2e-5, atol=2e-6)
+
+
 def test_who_listens_is_heard() -> None:
     x, seen = torch.randn(2, 37, 6, 6), []
     for variant in (CondConv(experts=4), ODConv(experts=4)):

@@ -122,8 +122,11 @@ class UnitConvolution {
   void multiply(int64_t p, const Chunk& chunk, const Sizes& offsets, int64_t b, int64_t place, int64_t next) {
     float* own = room_.mixed.data() + place * step_;
     const float* kernel = gates_.gate ? own : packed(p);
-    if (gates_.spatial) {
-      scale_taps(gates_.spatial + (unit_.first + b) * experts_.taps, phase_.taps, chunk.depth, kernel, own);
+    if (gates_.spatial || gates_.before) {
+      const int64_t sample = unit_.first + b;
+      const float* spatial = gates_.spatial ? gates_.spatial + sample * experts_.taps : nullptr;
+      const float* before = gates_.before ? gates_.before + sample * experts_.channels + chunk.first : nullptr;
+      scale_rows(spatial, before, phase_.taps, chunk.depth, kernel, own);
       kernel = own;
     }
     const float* base = picture_.data + chunk.first * picture_.channel;
@@ -206,9 +209,13 @@ Tensor convolve_phases(const Tensor& x, const Experts& experts, const Gates& gat
   Tensor y = in_large_pages(at::empty(shape, x.options()));
   if (written < height * width) y.zero_();
   float* out = y.mutable_data_ptr<float>();
+  // a picture that is padded is scaled as it is copied; of another the kernels are, rather than a copy
+  const bool padded = margins.top + margins.bottom + margins.left + margins.right > 0;
+  const float* before = padded ? gates.before : nullptr;
+  const Gates of_kernels{gates.gate, gates.spatial, padded ? nullptr : gates.before, gates.after};
   for (int64_t b = 0; b < B; b += some) {
     const int64_t n = std::min(some, B - b);
-    const Picture picture(x.narrow(0, b, n), gates.before ? gates.before + b * experts.channels : nullptr, margins);
+    const Picture picture(x.narrow(0, b, n), before ? before + b * experts.channels : nullptr, margins);
     for (const Phase& phase : phases) {
       const Shares shares(panels, phase.positions.size(), panels_together(experts, phase.taps.size(), n));
       at::parallel_for(0, shares.count, 1, [&](int64_t begin, int64_t end) {
@@ -217,7 +224,7 @@ Tensor convolve_phases(const Tensor& x, const Experts& experts, const Gates& gat
           shares.for_each_unit(i, [&](int64_t panel, int64_t some, int64_t from, int64_t to) {
             for (int64_t start = from; start < to; start += MOST_POSITIONS) {
               const Unit unit{panel, some, b, b + n, start, std::min(start + MOST_POSITIONS, to)};
-              UnitConvolution(experts, phase, picture, gates, unit, room).compute(out, height * width);
+              UnitConvolution(experts, phase, picture, of_kernels, unit, room).compute(out, height * width);
             }
           });
       });

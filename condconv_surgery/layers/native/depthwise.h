@@ -138,7 +138,8 @@ class Kernels {
         experts_(experts.size(0)),
         channels_(experts.size(1)),
         taps_(experts.size(3) * experts.size(4)),
-        held_(std::min(channels_, CHANNELS) * taps_) {}
+        held_(std::min(channels_, CHANNELS) * taps_),
+        ones_(std::max(taps_, CHANNELS), 1.f) {}
 
   const float* of(int64_t b, int64_t c) {
     if (b != sample_ || c / CHANNELS != block_) mix(sample_ = b, block_ = c / CHANNELS);
@@ -157,19 +158,24 @@ class Kernels {
       else
         for (int64_t i = 0; i < size; i++) to[i] += g * from[i];
     }
-    for (const float* scale : {gates_.before, gates_.after})
-      if (scale)
-        for (int64_t c = 0; c < channels; c++)
-          for (int64_t t = 0; t < taps_; t++) to[c * taps_ + t] *= scale[b * channels_ + first + c];
-    if (gates_.spatial)
-      for (int64_t c = 0; c < channels; c++)
-        for (int64_t t = 0; t < taps_; t++) to[c * taps_ + t] *= gates_.spatial[b * taps_ + t];
+    if (gates_.before || gates_.after || gates_.spatial) scale(b, first, channels);
+  }
+
+  void scale(int64_t b, int64_t first, int64_t channels) {
+    const float *before = gates_.before ? gates_.before + b * channels_ + first : ones_.data(),
+                *after = gates_.after ? gates_.after + b * channels_ + first : ones_.data(),
+                *spatial = gates_.spatial ? gates_.spatial + b * taps_ : ones_.data();
+    float* __restrict to = held_.data();
+    for (int64_t c = 0; c < channels; c++, to += taps_) {
+      const float of_channel = before[c] * after[c];
+      for (int64_t t = 0; t < taps_; t++) to[t] *= of_channel * spatial[t];
+    }
   }
 
   const float* weight_;
   Gates gates_;
   int64_t experts_, channels_, taps_, sample_ = -1, block_ = -1;
-  std::vector<float> held_;
+  std::vector<float> held_, ones_;
 };
 
 // For every map [H, W] of x [B, C, H, W]; each thread has a copy of ``padded`` for them, and makes one ``of_map``,

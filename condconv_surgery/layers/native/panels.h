@@ -320,10 +320,13 @@ void mix(const float* panels, int64_t step, int64_t experts, const float* gate, 
 
 constexpr decltype(&mix<1>) MIXES[SAMPLES] = {mix<1>, mix<2>, mix<3>, mix<4>};  // by samples
 
-void scale_taps(const float* spatial, const Sizes& taps, int64_t depth, const float* from, float* to) {
-  for (int64_t k = 0; k < depth;)
+// to[k] = from[k] times a number of the tap and one of the channel of row k; null: ones.
+void scale_rows(const float* spatial, const float* before, const Sizes& taps, int64_t depth, const float* from,
+                float* to) {
+  for (int64_t k = 0; k < depth; before += before != nullptr)
     for (const int64_t tap : taps) {
-      for (int i = 0; i < PIECES; i++, from += WIDEST, to += WIDEST) store_widest(to, spatial[tap] * load_widest(from));
+      const float scale = (spatial ? spatial[tap] : 1.f) * (before ? *before : 1.f);
+      for (int i = 0; i < PIECES; i++, from += WIDEST, to += WIDEST) store_widest(to, scale * load_widest(from));
       k++;
     }
 }
@@ -356,14 +359,14 @@ struct Picture {
 
  private:
   void copy(const float* from, int64_t H, int64_t W, float scale, Margins m, float* to) const {
-    std::fill(to, to + m.top * row, 0.f);
-    to += m.top * row;
-    for (int64_t h = 0; h < H; h++, from += W, to += row) {
-      std::fill(to, to + m.left, 0.f);
-      for (int64_t w = 0; w < W; w++) to[m.left + w] = scale * from[w];
-      std::fill(to + m.left + W, to + row, 0.f);
+    if (W == row && H > 0) W *= H, H = 1;  // nothing between the rows
+    to = std::fill_n(to, m.top * row, 0.f);
+    for (int64_t h = 0; h < H; h++, from += W) {
+      to = std::fill_n(to, m.left, 0.f);
+      for (int64_t w = 0; w < W; w++) to[w] = scale * from[w];
+      to = std::fill_n(to + W, m.right, 0.f);
     }
-    std::fill(to, to + m.bottom * row, 0.f);
+    std::fill_n(to, m.bottom * row, 0.f);
   }
 };
 
