@@ -323,9 +323,9 @@ constexpr decltype(&mix<1>) MIXES[SAMPLES] = {mix<1>, mix<2>, mix<3>, mix<4>};  
 // to[k] = from[k] times a number of the tap and one of the channel of row k; null: ones.
 void scale_rows(const float* spatial, const float* before, const Sizes& taps, int64_t depth, const float* from,
                 float* to) {
-  for (int64_t k = 0; k < depth; before += before != nullptr)
+  for (int64_t k = 0, channel = 0; k < depth; channel++)
     for (const int64_t tap : taps) {
-      const float scale = (spatial ? spatial[tap] : 1.f) * (before ? *before : 1.f);
+      const float scale = (spatial ? spatial[tap] : 1.f) * (before ? before[channel] : 1.f);
       for (int i = 0; i < PIECES; i++, from += WIDEST, to += WIDEST) store_widest(to, scale * load_widest(from));
       k++;
     }
