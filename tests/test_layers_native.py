@@ -84,6 +84,21 @@ def taken(x: torch.Tensor, experts: torch.Tensor, geometry: ConvGeometry) -> boo
     return native.fits(x, experts, geometry.stride, geometry.groups)
 
 
+def assert_equals_the_loop(
+    x: torch.Tensor,
+    experts: torch.Tensor,
+    mixture: Mixture,
+    geometry: ConvGeometry,
+    leaves: list[torch.Tensor],
+    tolerance: float = 2e-5,
+) -> None:
+    """In values, and in the gradients of ``leaves``."""
+    expected = values_and_gradients(per_sample_loop(x, experts, None, mixture, geometry), leaves)
+    actual = values_and_gradients(execute(x, experts, None, mixture, geometry, "blocks"), leaves)
+    for a, e in zip(actual, expected, strict=True):
+        assert (a - e).abs().max() <= tolerance * max(1.0, e.abs().max().item())
+
+
 @pytest.mark.usefixtures("compiled")
 class TestCompiled:
     pytestmark = slow_to_build
@@ -125,11 +140,7 @@ class TestCompiled:
         torch.manual_seed(0)
         x, gate = torch.randn(batch, 3, 67, 129, requires_grad=True), torch.rand(batch, 4, requires_grad=True)
         weight = torch.randn(4, *geometry.weight_shape, requires_grad=True)
-        leaves = [x, weight, gate]
-        expected = values_and_gradients(per_sample_loop(x, weight, None, Mixture(gate), geometry), leaves)
-        actual = values_and_gradients(execute(x, weight, None, Mixture(gate), geometry, "blocks"), leaves)
-        for a, e in zip(actual, expected, strict=True):
-            assert (a - e).abs().max() <= 2e-5 * max(1.0, e.abs().max().item())
+        assert_equals_the_loop(x, weight, Mixture(gate), geometry, [x, weight, gate])
 
     @every_build
     @pytest.mark.parametrize("name", ["3x3", "whole panels", "several panels and chunks"])
@@ -139,11 +150,7 @@ class TestCompiled:
         for experts, batch in itertools.product((1, 2, 3, 4, 7, 8, 9, 33), (1, 5, 12)):
             x, gate = torch.randn(batch, geometry.in_channels, 6, 7), torch.rand(batch, experts, requires_grad=True)
             weight = torch.randn(experts, *geometry.weight_shape, requires_grad=True)
-            leaves = [weight, gate]
-            expected = values_and_gradients(per_sample_loop(x, weight, None, Mixture(gate), geometry), leaves)
-            actual = values_and_gradients(execute(x, weight, None, Mixture(gate), geometry, "blocks"), leaves)
-            for a, e in zip(actual, expected, strict=True):
-                assert (a - e).abs().max() <= 2e-5 * max(1.0, e.abs().max().item())
+            assert_equals_the_loop(x, weight, Mixture(gate), geometry, [weight, gate])
 
     def test_a_batch_whose_padded_input_is_cut(self) -> None:
         """More than is padded at a time, so that gradients add up over several parts."""
@@ -151,10 +158,7 @@ class TestCompiled:
         x, experts, _, mixture = make_case(geometry, MIXTURES["everything"], 3, False, torch.float32)
         x = torch.randn(3, 32, 256, 256, requires_grad=True)
         leaves = [x, *(t for t in (experts, *mixture) if t is not None)]
-        expected = values_and_gradients(per_sample_loop(x, experts, None, mixture, geometry), leaves)
-        actual = values_and_gradients(execute(x, experts, None, mixture, geometry, "blocks"), leaves)
-        for a, e in zip(actual, expected, strict=True):
-            assert (a - e).abs().max() <= 1e-4 * max(1.0, e.abs().max().item())
+        assert_equals_the_loop(x, experts, mixture, geometry, leaves, tolerance=1e-4)
 
     @pytest.mark.parametrize(
         "geometry",

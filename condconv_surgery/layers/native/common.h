@@ -77,6 +77,7 @@ Tensor in_large_pages(Tensor memory) {
 
 struct Margins {
   int64_t top, bottom, left, right;
+  bool any() const { return top + bottom + left + right > 0; }
 };
 
 struct Gates {  // of each sample, or null

@@ -210,9 +210,8 @@ Tensor convolve_phases(const Tensor& x, const Experts& experts, const Gates& gat
   if (written < height * width) y.zero_();
   float* out = y.mutable_data_ptr<float>();
   // a picture that is padded is scaled as it is copied; of another the kernels are, rather than a copy
-  const bool padded = margins.top + margins.bottom + margins.left + margins.right > 0;
-  const float* before = padded ? gates.before : nullptr;
-  const Gates of_kernels{gates.gate, gates.spatial, padded ? nullptr : gates.before, gates.after};
+  const float* before = margins.any() ? gates.before : nullptr;
+  const Gates of_kernels{gates.gate, gates.spatial, margins.any() ? nullptr : gates.before, gates.after};
   for (int64_t b = 0; b < B; b += some) {
     const int64_t n = std::min(some, B - b);
     const Picture picture(x.narrow(0, b, n), before ? before + b * experts.channels : nullptr, margins);

@@ -203,9 +203,9 @@ std::vector<Tensor> kernel_gradients(const Tensor& grad, const Tensor& x, const 
   const Margins margins{g.ph, g.ph, g.pw, g.pw};
   const Phase phase = forward_phase(g, read.size(3) + 2 * g.pw, grad.size(2), grad.size(3));
   const auto chunks = chunks_of(experts, experts.taps, DEPTH);
-  const bool padded = g.ph > 0 || g.pw > 0;  // if not, nothing is copied, and all samples are taken at a time
-  const int64_t B = x.size(0), some = padded ? samples_at_a_time(read, margins, experts) : B, panels = experts.panels(),
-                parts = chunks.size();
+  const int64_t B = x.size(0), panels = experts.panels(), parts = chunks.size();
+  // without margins nothing is copied, and all samples are taken at a time
+  const int64_t some = margins.any() ? samples_at_a_time(read, margins, experts) : B;
   const Gates gates{data_of(gate), data_of(spatial), data_of(before), data_of(after)};
   // one slice for each unit that could add to the same numbers at the same time
   auto slices = [&](const Maybe& part, int64_t count) {

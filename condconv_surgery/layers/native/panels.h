@@ -132,16 +132,20 @@ inline void transpose(Vec* r) {
   }
 }
 
+// to[j * to_step + i] = scale[j] * from[i * step + j] for i and j below 8; no scale: ones.
+inline void transpose(const float* from, int64_t step, const float* scale, float* to, int64_t to_step) {
+  Vec r[LANES];
+  for (int i = 0; i < LANES; i++) r[i] = load(from + i * step);
+  transpose(r);
+  for (int i = 0; i < LANES; i++) store(to + i * to_step, scale ? scale[i] * r[i] : r[i]);
+}
+
 // to[k][f] = from[f][k] for the rows of a panel at ``from + f * step``, of which ``count`` exist; the others are zeros.
 void transpose_rows(const float* from, int64_t step, int64_t count, int64_t depth, float* to) {
   for (int64_t first = 0; first < WIDE; first += LANES) {
     int64_t k = 0;
-    for (; first + LANES <= count && k + LANES <= depth; k += LANES) {
-      Vec r[LANES];
-      for (int i = 0; i < LANES; i++) r[i] = load(from + (first + i) * step + k);
-      transpose(r);
-      for (int i = 0; i < LANES; i++) store(to + (k + i) * WIDE + first, r[i]);
-    }
+    for (; first + LANES <= count && k + LANES <= depth; k += LANES)
+      transpose(from + first * step + k, step, nullptr, to + k * WIDE + first, WIDE);
     for (; k < depth; k++)
       for (int64_t f = first; f < first + LANES; f++) to[k * WIDE + f] = f < count ? from[f * step + k] : 0.f;
   }
@@ -151,12 +155,8 @@ void transpose_rows(const float* from, int64_t step, int64_t count, int64_t dept
 void transpose_back(const float* from, int64_t positions, int64_t count, const float* scale, float* to, int64_t step) {
   for (int64_t first = 0; first < count; first += LANES) {
     int64_t p = 0;
-    for (; first + LANES <= count && p + LANES <= positions; p += LANES) {
-      Vec r[LANES];
-      for (int i = 0; i < LANES; i++) r[i] = load(from + (p + i) * WIDE + first);
-      transpose(r);
-      for (int i = 0; i < LANES; i++) store(to + (first + i) * step + p, scale ? scale[first + i] * r[i] : r[i]);
-    }
+    for (; first + LANES <= count && p + LANES <= positions; p += LANES)
+      transpose(from + p * WIDE + first, WIDE, scale ? scale + first : nullptr, to + first * step + p, step);
     for (; p < positions; p++)
       for (int64_t f = first; f < std::min(first + LANES, count); f++)
         to[f * step + p] = scale ? scale[f] * from[p * WIDE + f] : from[p * WIDE + f];
@@ -331,7 +331,7 @@ void scale_rows(const float* spatial, const float* before, const Sizes& taps, in
     }
 }
 
-// Samples with margins of zeros, times a number for each channel.
+// Samples with margins of zeros, and then times a number for each channel; without margins as they are.
 struct Picture {
   Tensor held;
   const float* data;
@@ -342,7 +342,7 @@ struct Picture {
     row = m.left + W + m.right;
     channel = (m.top + H + m.bottom) * row;
     held = x;
-    if (scale || channel != H * W) {
+    if (m.any()) {
       channel = (channel + 15) / 16 * 16;
       if (channel / 16 % 2 == 0) channel += 16;  // an odd number of cache lines: channels share no cache set
       held = at::empty({B, I, channel}, x.options());
@@ -359,7 +359,6 @@ struct Picture {
 
  private:
   void copy(const float* from, int64_t H, int64_t W, float scale, Margins m, float* to) const {
-    if (W == row && H > 0) W *= H, H = 1;  // nothing between the rows
     to = std::fill_n(to, m.top * row, 0.f);
     for (int64_t h = 0; h < H; h++, from += W) {
       to = std::fill_n(to, m.left, 0.f);
