@@ -11,15 +11,15 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.conversion import conversion_table, measure_conversion
-from benchmarks.geometries import MODELS, QUICK, Site, sites
-from benchmarks.layers import VARIANTS, measure_layers
-from benchmarks.models import measure_model, peak_training_bytes
+from benchmarks.conversion_cost import conversion_table, measure_conversion
+from benchmarks.implementations import measure_ways, ways_line
+from benchmarks.layer_times import VARIANTS, measure_layers
+from benchmarks.model_geometries import MODELS, QUICK, Site, sites
+from benchmarks.model_times import measure_model, peak_training_bytes
 from benchmarks.presenting import environment, layer_table, model_table, plot_experts, write_json
 from benchmarks.setting import Setting
 from benchmarks.timing import use_clock
-from benchmarks.ways import measure_ways, ways_line
-from condconv_surgery.layers import native
+from condconv_surgery.ops.backends import cpp as native
 from condconv_surgery.recipe import CondConv, Variant
 
 

@@ -12,8 +12,8 @@ from pathlib import Path
 import torch
 import torchvision
 
-from benchmarks.layers import LayerResult
-from benchmarks.models import ModelResult
+from benchmarks.layer_times import LayerResult
+from benchmarks.model_times import ModelResult
 
 
 def environment(threads: int) -> dict[str, object]:

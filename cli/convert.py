@@ -10,7 +10,7 @@ import typer
 from condconv_surgery.errors import InputError, listed
 from condconv_surgery.recipe import VARIANTS, Selection, Upcycling, Variant, make_variant
 
-from .output import print_json, say
+from .console import print_json, say
 
 if TYPE_CHECKING:
     from torch import nn
@@ -26,7 +26,9 @@ def convert(
         typer.Argument(help="torchvision:NAME, timm:NAME, a file (.pt, .safetensors) or pkg.mod:factory."),
     ],
     output: Annotated[Path | None, typer.Option("-o", "--output", help="The artifact to write (.safetensors).")] = None,
-    kind: Annotated[str, typer.Option(help=f"Kind of conditional convolution: {', '.join(VARIANTS)}.")] = "condconv",
+    variant_name: Annotated[
+        str, typer.Option("--variant", help=f"Conditional convolution: {', '.join(VARIANTS)}.")
+    ] = "condconv",
     experts: Annotated[int, typer.Option(help="Kernels per layer.")] = 4,
     reduction: Annotated[
         int | None, typer.Option(help="Hidden width of the router: channels / REDUCTION (odconv, dynamicconv).")
@@ -64,7 +66,7 @@ def convert(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")] = False,
 ) -> None:
     """Replace the convolutions of a trained MODEL by conditional ones; same function at the start."""
-    variant = make_variant(kind, experts=experts, reduction=reduction, routing=routing)
+    variant = make_variant(variant_name, experts=experts, reduction=reduction, routing=routing)
     patterns, names = (tuple(include or ()), tuple(exclude or ())), (tuple(block or ()), tuple(subclass or ()))
     selection = Selection(*patterns, min_channels, skip_stem, skip_pooled, classifier, *names)
     upcycling = Upcycling(diversity, seed)
@@ -129,7 +131,7 @@ def _convert(
 
 
 def _save(conversion: Conversion, path: Path) -> None:
-    from condconv_surgery.models.artifact import save
+    from condconv_surgery.models.artifact.save_load import save
 
     save(conversion.model, path)
 
@@ -144,14 +146,16 @@ def _show_plan(model: nn.Module, selection: Selection, variant: Variant, as_json
                 "variant": variant.kind,
                 "experts": variant.experts,
                 "routers": [{"block": router.block, "layers": router.layers} for router in plan.routers],
-                "kept": [{"name": site.name, "calls": site.calls, "input": site.input} for site in plan.kept],
+                "to_convert": [
+                    {"name": site.name, "calls": site.calls, "input": site.input} for site in plan.to_convert
+                ],
                 "skipped": _skipped(plan),
                 "notes": list(plan.notes),
             }
         )
         return
     _print_plan(plan)
-    say(f"{len(plan.kept)} layers would be converted, {len(plan.skipped)} left. Nothing was changed (--dry-run).")
+    say(f"{len(plan.to_convert)} layers would be converted, {len(plan.skipped)} left. Nothing was changed (--dry-run).")
 
 
 def _print_plan(plan: Plan) -> None:
@@ -164,7 +168,7 @@ def _print_plan(plan: Plan) -> None:
     table.add_column("input", no_wrap=True)
     table.add_column("plan", overflow="fold")
     block_of = {name: router.block for router in plan.routers for name in router.layers}
-    for site in plan.kept:
+    for site in plan.to_convert:
         shape = "x".join(map(str, site.input[1:])) if site.input else ""
         times = f", called {site.calls} times" if site.calls > 1 else ""
         routed = f", routed by {block_of[site.name]}" if site.name in block_of else ""
@@ -188,8 +192,8 @@ def _summary(source: str, path: Path, variant: Variant, conversion: Conversion) 
         "source": recipe.source.name if recipe and recipe.source.name else source,
         "variant": variant.kind,
         "experts": variant.experts,
-        "converted": len(conversion.plan.kept),
-        "routers": len(conversion.plan.kept) - sum(len(router.layers) - 1 for router in conversion.plan.routers),
+        "converted": len(conversion.plan.to_convert),
+        "routers": len(conversion.plan.to_convert) - sum(len(router.layers) - 1 for router in conversion.plan.routers),
         "skipped": _skipped(conversion.plan),
         "parameters": {name: totals["parameters"][name] for name in ("before", "after")},
         "macs": {name: totals["macs"][name] for name in ("before", "after")},

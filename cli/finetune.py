@@ -9,7 +9,7 @@ import typer
 
 from condconv_surgery.errors import InputError
 
-from .output import print_json, say
+from .console import print_json, say
 
 if TYPE_CHECKING:
     from condconv_surgery.recipe import TrainingOptions
@@ -147,7 +147,7 @@ def _train(options: TrainingOptions, resume: bool) -> TrainingResult | None:
     """The run; ``None`` in every process but the first."""
     import os
 
-    from condconv_surgery.training.finding import require_data
+    from condconv_surgery.training.data.find_data import require_data
 
     require_data(options.data)  # before the model: a wrong path answers at once
 
@@ -155,7 +155,7 @@ def _train(options: TrainingOptions, resume: bool) -> TrainingResult | None:
 
     from condconv_surgery.models.sources import load_model
     from condconv_surgery.training import finetune as train
-    from condconv_surgery.training.watching import console_watcher
+    from condconv_surgery.training.monitor.progress_display import console_watcher
 
     say(f"Loading {options.model}")
     torch.manual_seed(options.seed)  # of weights that start at random

@@ -10,11 +10,11 @@ import typer
 from condconv_surgery import __version__
 from condconv_surgery.errors import SurgeryError
 
+from .console import print_error, say
 from .convert import convert
-from .exporting import export
+from .export_layout import export
 from .finetune import finetune
-from .importing import import_
-from .output import print_error, say
+from .import_layout import import_
 from .report import report
 
 app = typer.Typer(
@@ -54,7 +54,7 @@ def condconv(
 ) -> None:
     """Give a trained convolutional network conditional convolutions."""
     if native:
-        from condconv_surgery.layers import native as kernels  # torch, which help and typos need not wait for
+        from condconv_surgery.ops.backends import cpp as kernels  # torch, which help and typos need not wait for
 
         if not kernels.is_built():
             say("Compiling the native kernels, once: about a minute ...")

@@ -16,7 +16,7 @@ from condconv_surgery.errors import SurgeryError
 from condconv_surgery.recipe import CondConv, DynamicConv, ODConv
 
 if TYPE_CHECKING:
-    from condconv_surgery.models.artifact import load, save
+    from condconv_surgery.models.artifact.save_load import load, save
     from condconv_surgery.reporting import report
     from condconv_surgery.surgery import Conversion, convert
 
@@ -25,8 +25,8 @@ __version__ = "0.1.0"
 _LAZY = {
     "convert": "condconv_surgery.surgery",
     "Conversion": "condconv_surgery.surgery",
-    "load": "condconv_surgery.models.artifact",
-    "save": "condconv_surgery.models.artifact",
+    "load": "condconv_surgery.models.artifact.save_load",
+    "save": "condconv_surgery.models.artifact.save_load",
     "report": "condconv_surgery.reporting",
 }
 

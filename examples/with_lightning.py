@@ -18,7 +18,7 @@ from torchvision.datasets import ImageFolder
 
 import condconv_surgery as cs
 from condconv_surgery.recipe import InputSpec
-from condconv_surgery.recipe.sections import AugmentOptions, OptimizerOptions, ScheduleOptions
+from condconv_surgery.recipe.training_sections import AugmentOptions, OptimizerOptions, ScheduleOptions
 from condconv_surgery.training import (
     GateWatch,
     apply_schedule,

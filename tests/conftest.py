@@ -39,7 +39,7 @@ def condconv(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 @pytest.fixture
 def interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
     """Triton's kernels run on the CPU, by the interpreter that is asked for above."""
-    from condconv_surgery.layers.gpu import availability
+    from condconv_surgery.ops.backends.triton import availability
 
     if torch.cuda.is_available():
         pytest.skip("compiled here")
@@ -49,6 +49,6 @@ def interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="session")
 def measured(tmp_path_factory: pytest.TempPathFactory) -> Report:
     """The report of a small converted network with pictures."""
-    from tests.measured import measure
+    from tests.measured_report import measure
 
     return measure(tmp_path_factory.mktemp("measured"))

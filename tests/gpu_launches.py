@@ -1,8 +1,8 @@
-"""Compiles the kernels of ``layers.gpu`` and records their launches, on a machine that needs no GPU.
+"""Compiles the kernels of ``ops.backends.triton`` and records their launches, on a machine that needs no GPU.
 
 A process of its own, since the driver that Triton finds is one that only writes down: ``python -m tests.gpu_launches
 90`` for compute capability 9.0, an H100, prints, as JSON, for each kernel whether the launch of a second call, which
-``layers.gpu.launching`` makes by itself, has the arguments of the first, which Triton makes; how many instructions for
+``triton.launch`` makes by itself, has the arguments of the first, which Triton makes; how many instructions for
 tensor cores the machine code has; and how many bytes of shared memory it asks for.
 """
 
@@ -18,7 +18,12 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 from condconv_surgery.layers import Mixture
-from condconv_surgery.layers.gpu import dense, depthwise, gates, launching, mixing, pooling
+from condconv_surgery.ops.backends.triton import dense_kernels as dense
+from condconv_surgery.ops.backends.triton import depthwise_kernels as depthwise
+from condconv_surgery.ops.backends.triton import launch as launching
+from condconv_surgery.ops.backends.triton import mixing_kernels as mixing
+from condconv_surgery.ops.backends.triton import pooling_kernels as pooling
+from condconv_surgery.ops.backends.triton import router_kernels as gates
 
 launches: list[tuple[Any, ...]] = []
 

@@ -26,7 +26,7 @@ import torchvision
 from safetensors.torch import save_file
 from torch import nn
 
-from condconv_surgery.models.container import MAGIC, digest
+from condconv_surgery.models.artifact.container import MAGIC, digest
 from condconv_surgery.recipe import Recipe
 
 

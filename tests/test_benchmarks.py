@@ -15,13 +15,13 @@ pytest.importorskip("timm")
 
 from benchmarks.__main__ import main
 from benchmarks.contenders import contenders
-from benchmarks.geometries import MODELS, QUICK, Site, sites
-from benchmarks.layers import TOLERANCE, VARIANTS, LayerResult, check_layer
-from benchmarks.models import roofline
+from benchmarks.layer_times import TOLERANCE, VARIANTS, LayerResult, check_layer
+from benchmarks.model_geometries import MODELS, QUICK, Site, sites
+from benchmarks.model_times import roofline
 from benchmarks.presenting import geometric_mean, layer_table
 from benchmarks.setting import Setting
 from benchmarks.timing import interleaved, ratio
-from benchmarks.training import main as measure_training
+from benchmarks.trainer_overhead import main as measure_training
 from benchmarks.turns import Loop, process_seconds, take_turns
 from condconv_surgery.layers import ConvGeometry, conditional_like
 from condconv_surgery.recipe import CondConv
@@ -64,7 +64,7 @@ def test_ratios_are_taken_within_a_repeat() -> None:
 
 
 def test_the_floor_counts_every_expert_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("benchmarks.models.copy_bandwidth", lambda setting: 1000.0)
+    monkeypatch.setattr("benchmarks.model_times.copy_bandwidth", lambda setting: 1000.0)
     model = conditional_like(torch.nn.Conv2d(5, 10, 1), CondConv(experts=4))  # 4 * 50 floats = 800 bytes
     assert roofline(model, static_seconds=1.0) == pytest.approx(1.8)
 

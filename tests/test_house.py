@@ -15,9 +15,8 @@ ROOT = Path(__file__).parent.parent
 ROOMS = [
     "errors",
     "recipe",
-    "meta",
-    "running",
-    "undisturbed",
+    "runtime",
+    "ops",
     "layers",
     "surgery",
     "models",

@@ -1,14 +1,14 @@
 """Conditional convolutions: a variant says which kernel each sample gets, one room says how to convolve."""
 
 from condconv_surgery.layers.autotune import autotune
-from condconv_surgery.layers.building import conditional_layers, conditional_like, plain_like, routers, set_temperature
 from condconv_surgery.layers.condconv import CondConv2d
 from condconv_surgery.layers.conditional import ConditionalConv2d
+from condconv_surgery.layers.conditional_linear import ConditionalLinear
 from condconv_surgery.layers.dynamicconv import DynamicConv2d
-from condconv_surgery.layers.linear import ConditionalLinear
-from condconv_surgery.layers.mixture import ConvGeometry, Mixture
 from condconv_surgery.layers.odconv import ODConv2d
+from condconv_surgery.layers.registry import conditional_layers, conditional_like, plain_like, routers, set_temperature
 from condconv_surgery.layers.routed_block import RoutedBlock, routed_blocks
+from condconv_surgery.ops.mixture import ConvGeometry, Mixture
 
 __all__ = [
     "CondConv2d",

@@ -8,14 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from condconv_surgery.layers.building import conditional_layers
 from condconv_surgery.layers.conditional import ConditionalConv2d
-from condconv_surgery.layers.execution import choose
-from condconv_surgery.layers.linear import ConditionalLinear
-from condconv_surgery.layers.mixture import Mixture
-from condconv_surgery.layers.ways import legal_ways
+from condconv_surgery.layers.conditional_linear import ConditionalLinear
+from condconv_surgery.layers.registry import conditional_layers
+from condconv_surgery.ops.conditional_conv2d import choose
+from condconv_surgery.ops.implementations import legal_ways
+from condconv_surgery.ops.mixture import Mixture
 from condconv_surgery.recipe import Variant
-from condconv_surgery.running import in_mode
+from condconv_surgery.runtime.modes import in_mode
 
 Layer = ConditionalConv2d[Variant]
 

@@ -13,10 +13,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from condconv_surgery.layers import gpu, native
 from condconv_surgery.layers.conditional import ConditionalConv2d
-from condconv_surgery.layers.mixture import ConvGeometry, Mixture
-from condconv_surgery.layers.routing import Router, router_for, zero_linear_
+from condconv_surgery.layers.router import Router, router_for, zero_linear_
+from condconv_surgery.ops.backends import cpp as native
+from condconv_surgery.ops.backends import triton as gpu
+from condconv_surgery.ops.mixture import ConvGeometry, Mixture
 from condconv_surgery.recipe import CondConv
 
 

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from condconv_surgery.errors import InputError
-from condconv_surgery.layers.execution import execute
-from condconv_surgery.layers.graph_node import as_node, is_traced
-from condconv_surgery.layers.mixture import ConvGeometry, Mixture
-from condconv_surgery.layers.routing import Router, make_router
-from condconv_surgery.layers.standardisation import WeightStandardisation
+from condconv_surgery.layers.router import Router, make_router
+from condconv_surgery.layers.weight_standardisation import WeightStandardisation
+from condconv_surgery.ops.conditional_conv2d import execute
+from condconv_surgery.ops.graph_node import as_node, is_traced
+from condconv_surgery.ops.mixture import ConvGeometry, Mixture
 from condconv_surgery.recipe import Variant
 
 if TYPE_CHECKING:
@@ -40,8 +40,8 @@ class ConditionalConv2d(nn.Module, Generic[V]):
     sample, which the block's router makes.
 
     variant: the configuration, ``CondConv(experts=4)`` and the like; ``None`` takes the variant's defaults.
-    standardisation: an attribute, what is done to the weight at each call (``layers.standardisation``), or None.
-    execution: an attribute, ``"auto"`` or the name of one way to compute (``layers.execution.WAYS``).
+    standardisation: an attribute, what is done to the weight at each call (``layers.weight_standardisation``), or None.
+    execution: an attribute, ``"auto"`` or the name of one way to compute (``ops.conditional_conv2d.WAYS``).
     """
 
     variant_class: ClassVar[type[Variant]] = Variant

@@ -17,10 +17,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from condconv_surgery.layers import gpu, native
 from condconv_surgery.layers.conditional import ConditionalConv2d
-from condconv_surgery.layers.mixture import ConvGeometry, Mixture
-from condconv_surgery.layers.routing import Router, router_for, temperature_buffer, zero_linear_
+from condconv_surgery.layers.router import Router, router_for, temperature_buffer, zero_linear_
+from condconv_surgery.ops.backends import cpp as native
+from condconv_surgery.ops.backends import triton as gpu
+from condconv_surgery.ops.mixture import ConvGeometry, Mixture
 from condconv_surgery.recipe import ODConv
 
 

@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 
 from torch import nn
 
-from condconv_surgery.layers.routing import Router
+from condconv_surgery.layers.router import Router
 
 Forward = Callable[..., Any]
 

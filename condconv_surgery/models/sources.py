@@ -11,27 +11,27 @@ import torchvision
 from torch import Tensor, nn
 
 from condconv_surgery.errors import InputError, unknown_name
-from condconv_surgery.models import artifact
-from condconv_surgery.models.allowlist import trusted
-from condconv_surgery.models.building import build, put_conditional, require_timm
-from condconv_surgery.models.checkpoints import read_checkpoint, read_tensors
-from condconv_surgery.models.filling import fill_foreign, modern_names
-from condconv_surgery.models.hollow import build_hollow
-from condconv_surgery.models.odconv_layout import (
+from condconv_surgery.models.artifact import save_load as artifact
+from condconv_surgery.models.artifact.meta_init import build_hollow
+from condconv_surgery.models.artifact.strict_fill import fill_foreign, modern_names
+from condconv_surgery.models.build_model import build, put_conditional, require_timm
+from condconv_surgery.models.checkpoints.allowlist import trusted
+from condconv_surgery.models.checkpoints.read_checkpoint import read_checkpoint, read_tensors
+from condconv_surgery.models.checkpoints.recognise_architecture import recognise, recognise_module
+from condconv_surgery.models.layouts.odconv_layout import (
     from_odconv_layout,
     is_odconv_layout,
     odconv_layers,
     without_attention,
 )
-from condconv_surgery.models.published import build_published, default_weights, input_of, published_weights
-from condconv_surgery.models.recognition import recognise, recognise_module
-from condconv_surgery.models.timm_layout import (
+from condconv_surgery.models.layouts.timm_layout import (
     condconv_names,
     from_timm_layout,
     is_timm_layout,
     plain_counterpart,
     put_routed_blocks,
 )
+from condconv_surgery.models.published_weights import build_published, default_weights, input_of, published_weights
 from condconv_surgery.recipe import InputSpec, Recipe, Source, attach_recipe, recipe_of
 from condconv_surgery.surgery import hash_weights
 

@@ -1,7 +1,7 @@
 """Every decision as a frozen dataclass, checked when made, JSON in and out. Imports no torch."""
 
-from condconv_surgery.recipe.conversion import Selection, Upcycling, patterns_of
-from condconv_surgery.recipe.model import (
+from condconv_surgery.recipe.conversion_options import Selection, Upcycling, patterns_of
+from condconv_surgery.recipe.model_recipe import (
     FORMAT,
     ConvertedLayer,
     InputSpec,
@@ -11,7 +11,7 @@ from condconv_surgery.recipe.model import (
     attach_recipe,
     recipe_of,
 )
-from condconv_surgery.recipe.training import TrainingOptions
+from condconv_surgery.recipe.training_options import TrainingOptions
 from condconv_surgery.recipe.variants import (
     VARIANTS,
     CondConv,

@@ -8,8 +8,8 @@ from dataclasses import fields
 from typing import Any
 
 from condconv_surgery.errors import InputError
-from condconv_surgery.recipe.options import Section, rules
-from condconv_surgery.recipe.training import TrainingOptions
+from condconv_surgery.recipe.option_rules import Section, rules
+from condconv_surgery.recipe.training_options import TrainingOptions
 
 if sys.version_info >= (3, 11):
     import tomllib

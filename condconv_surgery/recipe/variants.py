@@ -96,7 +96,7 @@ class ODConv(Variant):
                 "ODConv cannot share a router within a block (routing='block').",
                 "Its attention over channels, filters and positions has the shape of one layer; CondConv's and "
                 "DynamicConv's gates have not.",
-                "--routing layer, or --kind condconv|dynamicconv",
+                "--routing layer, or --variant condconv|dynamicconv",
             )
         _require_whole("reduction", self.reduction, low=1)
         _require_whole("min_hidden", self.min_hidden, low=1)
@@ -113,7 +113,7 @@ def make_variant(kind: str, **options: Any) -> Variant:
     CondConv(experts=8, routing='layer')
     """
     if kind not in VARIANTS:
-        raise unknown_name("kind of convolution", kind, VARIANTS, fix=f"--kind {'|'.join(VARIANTS)}")
+        raise unknown_name("kind of convolution", kind, VARIANTS, fix=f"--variant {'|'.join(VARIANTS)}")
     cls = VARIANTS[kind]
     given = {name: value for name, value in options.items() if value is not None}
     allowed = [field.name for field in fields(cls)]
@@ -123,7 +123,7 @@ def make_variant(kind: str, **options: Any) -> Variant:
             raise InputError(
                 f"{kind} has no option {name!r}.",
                 f"It has: {', '.join(allowed)}.",
-                f"leave it out, or --kind {having[0]}" if having else "leave it out",
+                f"leave it out, or --variant {having[0]}" if having else "leave it out",
             )
     return cls(**given)
 

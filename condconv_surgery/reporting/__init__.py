@@ -1,14 +1,14 @@
 """Reports: numbers first, pictures last."""
 
-from condconv_surgery.reporting.comparison import Comparison
-from condconv_surgery.reporting.cost import Cost, Peak
-from condconv_surgery.reporting.latency import Latency
-from condconv_surgery.reporting.model_profile import CONVENTION, Layer, Macs, Profile
-from condconv_surgery.reporting.profile import profile
-from condconv_surgery.reporting.recorded import recorded_accuracy
-from condconv_surgery.reporting.reports import Report, report, write_page
-from condconv_surgery.reporting.routing import LayerRouting, Routing
-from condconv_surgery.reporting.similarity import Experts
+from condconv_surgery.reporting.full_report import Report, report, write_page
+from condconv_surgery.reporting.measure.comparison import Comparison
+from condconv_surgery.reporting.measure.expert_similarity import Experts
+from condconv_surgery.reporting.measure.latency import Latency
+from condconv_surgery.reporting.measure.model_profile import CONVENTION, Layer, Macs, Profile
+from condconv_surgery.reporting.measure.profile_model import profile
+from condconv_surgery.reporting.measure.recorded_scores import recorded_accuracy
+from condconv_surgery.reporting.measure.routing_statistics import LayerRouting, Routing
+from condconv_surgery.reporting.measure.run_cost import Cost, Peak
 
 __all__ = [
     "CONVENTION",

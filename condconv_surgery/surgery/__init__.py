@@ -2,13 +2,13 @@
 
 from condconv_surgery.surgery.block_graph import BlockError
 from condconv_surgery.surgery.block_routing import route_block, share_routers
-from condconv_surgery.surgery.convert import Conversion, convert, example_arguments, make_plan
-from condconv_surgery.surgery.fingerprint import hash_weights
-from condconv_surgery.surgery.functional import lift_convolutions
-from condconv_surgery.surgery.graph import ConvSite, Sites, find_sites
+from condconv_surgery.surgery.conv_sites import ConvSite, Sites, find_sites
+from condconv_surgery.surgery.conversion import Conversion, convert, example_arguments, make_plan
+from condconv_surgery.surgery.lift_functional import lift_convolutions
 from condconv_surgery.surgery.proof import Difference, Gap
-from condconv_surgery.surgery.selection import Plan, Skip, select
-from condconv_surgery.surgery.upcycling import upcycle
+from condconv_surgery.surgery.select import Plan, Skip, select
+from condconv_surgery.surgery.upcycle import upcycle
+from condconv_surgery.surgery.weight_hash import hash_weights
 
 __all__ = [
     "BlockError",

@@ -21,9 +21,9 @@ from torch import fx, nn
 
 from condconv_surgery.errors import one_line
 from condconv_surgery.layers.routed_block import ROUTER, Forward
-from condconv_surgery.running import in_mode
-from condconv_surgery.surgery.upcycling import has_hooks
-from condconv_surgery.undisturbed import random_states, undisturbed
+from condconv_surgery.runtime.modes import in_mode
+from condconv_surgery.runtime.snapshot import random_states, undisturbed
+from condconv_surgery.surgery.upcycle import has_hooks
 
 Graphs = dict[bool, fx.Graph]
 """By mode: ``False`` for eval, ``True`` for train."""

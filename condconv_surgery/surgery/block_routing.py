@@ -18,7 +18,7 @@ from torch import nn
 from condconv_surgery.errors import InputError, listed
 from condconv_surgery.layers import ConditionalConv2d, ConvGeometry
 from condconv_surgery.layers.routed_block import ROUTER, route_once
-from condconv_surgery.layers.routing import make_router
+from condconv_surgery.layers.router import make_router
 from condconv_surgery.recipe import SharedRouter
 from condconv_surgery.surgery.block_graph import (
     CONTAINERS,
@@ -29,9 +29,9 @@ from condconv_surgery.surgery.block_graph import (
     insert_router,
     trace_block,
 )
-from condconv_surgery.surgery.graph import ConvSite
-from condconv_surgery.surgery.observation import Calls, observe
-from condconv_surgery.surgery.selection import Plan, matches
+from condconv_surgery.surgery.conv_sites import ConvSite
+from condconv_surgery.surgery.observe import Calls, observe
+from condconv_surgery.surgery.select import Plan, matches
 
 Seen = dict[bool, dict[str, Calls]]
 
@@ -42,7 +42,7 @@ def share_routers(model: nn.Module, plan: Plan, arguments: tuple[Any, ...], bloc
     blocks: see ``recipe.Selection``. Notes say which layers keep a router of their own, and why.
     Raises ``InputError`` when no block can share a router, or a pattern names no module.
     """
-    members = _members(model, plan.kept, blocks)
+    members = _members(model, plan.to_convert, blocks)
     seen = _observed(model, plan, members, arguments)
     routers: list[SharedRouter] = []
     own: dict[str, list[str]] = defaultdict(list)

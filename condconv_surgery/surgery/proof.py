@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from condconv_surgery.errors import InputError, ProofError, one_line
-from condconv_surgery.meta import on_device
-from condconv_surgery.running import device_of, in_mode, without_gradients
-from condconv_surgery.surgery.outputs import tensors_of
-from condconv_surgery.undisturbed import undisturbed
+from condconv_surgery.runtime.meta_device import on_device
+from condconv_surgery.runtime.modes import device_of, in_mode, without_gradients
+from condconv_surgery.runtime.snapshot import undisturbed
+from condconv_surgery.surgery.output_tensors import tensors_of
 
 HALF = (torch.float16, torch.bfloat16, torch.complex32)
 

@@ -1,7 +1,7 @@
 """Fine-tuning: a run from an image folder, and the pieces of it for a loop of your own.
 
 >>> import torch, torchvision
->>> from condconv_surgery.recipe.sections import OptimizerOptions, ScheduleOptions
+>>> from condconv_surgery.recipe.training_sections import OptimizerOptions, ScheduleOptions
 >>> from condconv_surgery.training import Batch, apply_schedule, evaluate, parameter_groups, train_step
 >>> model = torchvision.models.mobilenet_v3_small(num_classes=3).train()
 >>> optimizer = torch.optim.AdamW(parameter_groups(model, OptimizerOptions(lr=1e-3)))
@@ -13,18 +13,18 @@
 (4.0, 8.0)
 """
 
+from condconv_surgery.training.batch_norm import recalibrate
+from condconv_surgery.training.classifier_heads import fit_heads
+from condconv_surgery.training.data.image_dataset import Batch
+from condconv_surgery.training.data.train_transforms import training_transform
 from condconv_surgery.training.distillation import distillation_loss, feature_loss
 from condconv_surgery.training.evaluation import Tally, evaluate
 from condconv_surgery.training.finetuning import finetune
-from condconv_surgery.training.gates import ExpertDropout, GateWatch, balance_loss, sharpness_loss
-from condconv_surgery.training.groups import parameter_groups, routing_parameters
-from condconv_surgery.training.heads import fit_heads
-from condconv_surgery.training.pictures import Batch
-from condconv_surgery.training.progress import TrainingResult
+from condconv_surgery.training.gate_use import ExpertDropout, GateWatch, balance_loss, sharpness_loss
+from condconv_surgery.training.parameter_groups import parameter_groups, routing_parameters
 from condconv_surgery.training.schedule import apply_schedule, lr_factor, temperature_at
-from condconv_surgery.training.statistics import recalibrate
+from condconv_surgery.training.state.progress import TrainingResult
 from condconv_surgery.training.step import train_step
-from condconv_surgery.training.transforms import training_transform
 
 __all__ = [
     "Batch",

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from condconv_surgery.errors import InputError, unknown_name
 from condconv_surgery.models.sources import load_model
-from condconv_surgery.recipe.sections import DistillOptions
-from condconv_surgery.training.outputs import logits_of
+from condconv_surgery.recipe.training_sections import DistillOptions
+from condconv_surgery.training.logits import logits_of
 
 
 def distillation_loss(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:

@@ -11,10 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from condconv_surgery.running import in_mode
-from condconv_surgery.training.distributed import World
-from condconv_surgery.training.outputs import logits_of
-from condconv_surgery.training.pictures import Batch
+from condconv_surgery.runtime.modes import in_mode
+from condconv_surgery.training.data.image_dataset import Batch
+from condconv_surgery.training.distributed.world import World
+from condconv_surgery.training.logits import logits_of
 
 
 @dataclass

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from torch import nn
 
-from condconv_surgery.recipe.training import TrainingOptions
-from condconv_surgery.training.determinism import deterministic
-from condconv_surgery.training.distributed import open_world
-from condconv_surgery.training.failing import in_words
-from condconv_surgery.training.progress import TrainingResult
+from condconv_surgery.recipe.training_options import TrainingOptions
+from condconv_surgery.training.distributed.world import open_world
+from condconv_surgery.training.monitor.explained_errors import in_words
+from condconv_surgery.training.monitor.progress_display import Watcher
+from condconv_surgery.training.monitor.tensorboard_events import watcher_of
 from condconv_surgery.training.run import Run
-from condconv_surgery.training.stopping import watching_signals
-from condconv_surgery.training.tensorboard import watcher_of
-from condconv_surgery.training.watching import Watcher
+from condconv_surgery.training.state.determinism import deterministic
+from condconv_surgery.training.state.progress import TrainingResult
+from condconv_surgery.training.state.stop_signals import watching_signals
 
 
 def finetune(

@@ -12,30 +12,30 @@ from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn, get_ema_multi_a
 
 from condconv_surgery.errors import InputError, TrainingError
 from condconv_surgery.layers import set_temperature
-from condconv_surgery.recipe.sections import EngineOptions
-from condconv_surgery.recipe.training import TrainingOptions
-from condconv_surgery.training.checkpointing import checkpoint_blocks, uncheckpoint
-from condconv_surgery.training.diagnosis import first_nonfinite, first_nonfinite_gradient
+from condconv_surgery.recipe.training_options import TrainingOptions
+from condconv_surgery.recipe.training_sections import EngineOptions
+from condconv_surgery.training.data.image_dataset import Batch
+from condconv_surgery.training.data.mixup import batch_mix
 from condconv_surgery.training.distillation import Teacher, teacher_model
-from condconv_surgery.training.distributed import World
+from condconv_surgery.training.distributed.fsdp import Shell, check_sharding, shard
+from condconv_surgery.training.distributed.world import World
 from condconv_surgery.training.evaluation import Tally
-from condconv_surgery.training.gates import ExpertDropout
-from condconv_surgery.training.groups import freeze, routing_parameters
-from condconv_surgery.training.mixing import batch_mix
-from condconv_surgery.training.modes import hold_statistics
+from condconv_surgery.training.frozen_statistics import hold_statistics
+from condconv_surgery.training.gate_use import ExpertDropout
+from condconv_surgery.training.gradient_checkpointing import checkpoint_blocks, uncheckpoint
+from condconv_surgery.training.monitor.nonfinite import first_nonfinite, first_nonfinite_gradient
 from condconv_surgery.training.objective import Objective, balanced_weights
 from condconv_surgery.training.optimizers import make_optimizer
-from condconv_surgery.training.pictures import Batch
+from condconv_surgery.training.parameter_groups import freeze, routing_parameters
 from condconv_surgery.training.schedule import apply_schedule, temperature_at
-from condconv_surgery.training.seeding import seed_of
-from condconv_surgery.training.sharding import Shell, check_sharding, shard
-from condconv_surgery.training.state import (
+from condconv_surgery.training.state.run_state import (
     State,
     model_part,
     optimizer_part,
     restore_model,
     restore_optimizer,
 )
+from condconv_surgery.training.state.seeding import seed_of
 from condconv_surgery.training.step import NonFiniteError, autocast, train_step
 
 SKIPS_ALLOWED = 100

@@ -8,11 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from condconv_surgery.recipe.training import TrainingOptions
+from condconv_surgery.recipe.training_options import TrainingOptions
 from condconv_surgery.training.distillation import Teacher
-from condconv_surgery.training.distributed import World
-from condconv_surgery.training.gates import GateWatch, balance_loss, sharpness_loss
-from condconv_surgery.training.outputs import Logits
+from condconv_surgery.training.distributed.world import World
+from condconv_surgery.training.gate_use import GateWatch, balance_loss, sharpness_loss
+from condconv_surgery.training.logits import Logits
 
 AUXILIARY_WEIGHT = 0.3
 """Of each auxiliary head's loss, as GoogLeNet was trained."""

@@ -10,8 +10,8 @@ from torch import nn
 from torch.optim import Optimizer
 
 from condconv_surgery.errors import unknown_name
-from condconv_surgery.recipe.sections import LayerOptions, OptimizerOptions
-from condconv_surgery.training.groups import parameter_groups
+from condconv_surgery.recipe.training_sections import LayerOptions, OptimizerOptions
+from condconv_surgery.training.parameter_groups import parameter_groups
 
 OPTIMIZERS: dict[str, type[Optimizer]] = {
     cls.__name__.lower(): cls

@@ -8,7 +8,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from condconv_surgery.layers import set_temperature
-from condconv_surgery.recipe.sections import ScheduleOptions
+from condconv_surgery.recipe.training_sections import ScheduleOptions
 
 
 def lr_factor(step: int, steps: int, options: ScheduleOptions) -> float:

@@ -8,15 +8,15 @@ from collections.abc import Iterable
 from torch import Tensor
 
 from condconv_surgery.errors import TrainingError
-from condconv_surgery.running import in_mode
-from condconv_surgery.training.diagnosis import first_nonfinite
+from condconv_surgery.runtime.modes import in_mode
+from condconv_surgery.training.data.image_dataset import Batch
+from condconv_surgery.training.data.unreadable_images import Unreadable
 from condconv_surgery.training.evaluation import Tally, evaluate
-from condconv_surgery.training.failing import reading
-from condconv_surgery.training.gates import GateMeter, GateUse
+from condconv_surgery.training.gate_use import GateMeter, GateUse
 from condconv_surgery.training.learner import Learner
-from condconv_surgery.training.pictures import Batch
-from condconv_surgery.training.stopping import StopWish
-from condconv_surgery.training.unreadable import Unreadable
+from condconv_surgery.training.monitor.explained_errors import reading
+from condconv_surgery.training.monitor.nonfinite import first_nonfinite
+from condconv_surgery.training.state.stop_signals import StopWish
 
 
 def score(

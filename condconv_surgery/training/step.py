@@ -13,13 +13,13 @@ from torch.amp.grad_scaler import GradScaler
 from torch.distributed.fsdp import FSDPModule
 from torch.optim import Optimizer
 
-from condconv_surgery.training.distributed import World
+from condconv_surgery.training.data.image_dataset import Batch
+from condconv_surgery.training.data.mixup import Mix
+from condconv_surgery.training.distributed.fsdp import whole
+from condconv_surgery.training.distributed.world import World
 from condconv_surgery.training.evaluation import Tally
-from condconv_surgery.training.mixing import Mix
+from condconv_surgery.training.logits import Logits, logits_of
 from condconv_surgery.training.objective import classification_loss
-from condconv_surgery.training.outputs import Logits, logits_of
-from condconv_surgery.training.pictures import Batch
-from condconv_surgery.training.sharding import whole
 
 Loss = Callable[[Logits, Tensor, Tensor], Tensor]
 """``(logits, images, target) -> loss``; the target is labels [B] or shares [B, K]."""

@@ -14,9 +14,9 @@ from dataclasses import asdict
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from tests.sweep.models import Case, timm_cases, torchvision_cases
-from tests.sweep.running import read_rows, run
-from tests.sweep.table import to_markdown
+from tests.sweep.markdown_table import to_markdown
+from tests.sweep.model_list import Case, timm_cases, torchvision_cases
+from tests.sweep.run_trials import read_rows, run
 
 LIBRARIES = {"torchvision": torchvision_cases, "timm": timm_cases}
 

@@ -17,8 +17,8 @@ from torch.utils import _pytree as pytree
 
 import condconv_surgery as cs
 from condconv_surgery.layers import conditional_layers
-from condconv_surgery.running import in_mode
-from tests.sweep.models import Case, inputs_of
+from condconv_surgery.runtime.modes import in_mode
+from tests.sweep.model_list import Case, inputs_of
 
 EXPERTS = 2
 
@@ -117,13 +117,17 @@ def _settle(model: nn.Module, arguments: tuple[Any, ...]) -> None:
 def _describe(conversion: cs.Conversion, found: dict[str, Any]) -> None:
     plan, difference = conversion.plan, conversion.difference
     assert difference is not None
-    found["converted"] = len(plan.kept)
+    found["converted"] = len(plan.to_convert)
     found["skipped"] = dict(Counter(skip.reason for skip in plan.skipped))
     found["notes"] = plan.notes
     found["eval"] = difference.eval and difference.eval.relative
     found["train"] = difference.train and difference.train.relative
-    if conversion.exact is not None:
-        found["exact"] = max(gap.relative for gap in (conversion.exact.eval, conversion.exact.train) if gap is not None)
+    if conversion.difference_float64 is not None:
+        found["exact"] = max(
+            gap.relative
+            for gap in (conversion.difference_float64.eval, conversion.difference_float64.train)
+            if gap is not None
+        )
 
 
 def _survives_its_file(model: nn.Module, arguments: tuple[Any, ...]) -> bool:

@@ -1,0 +1,70 @@
+"""``condconv import``: from a checkpoint of another implementation to an artifact."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from condconv_surgery.errors import InputError
+
+from .console import print_json, say
+from .convert import writable
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+def import_(
+    file: Annotated[Path, typer.Argument(help="Weights with conditional layers, as timm or ODConv's authors write.")],
+    output: Annotated[Path | None, typer.Option("-o", "--output", help="The artifact to write (.safetensors).")] = None,
+    arch: Annotated[str | None, typer.Option(help="Architecture of the weights, where it is not recognised.")] = None,
+    num_classes: Annotated[int | None, typer.Option(help="Classes of the model, with --arch.")] = None,
+    input_size: Annotated[int | None, typer.Option(help="Side of the square input, in pixels.")] = None,
+    trust: Annotated[list[str] | None, typer.Option(help="A package whose code may build it; repeatable.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")] = False,
+) -> None:
+    """Read a conditional network that timm or the authors of ODConv saved; nothing more is converted."""
+    path = writable(output)
+    if not file.is_file():
+        raise InputError(f"{file} is no file.", "It must hold the weights.", "another path")
+    from condconv_surgery.layers import conditional_layers
+    from condconv_surgery.models.artifact.save_load import save
+    from condconv_surgery.models.sources import load_model
+    from condconv_surgery.recipe import recipe_of
+
+    trusted = tuple(trust or ())
+    model = load_model(f"{file}", arch=arch, num_classes=num_classes, input_size=input_size, trust=trusted)
+    recipe = recipe_of(model)
+    if not conditional_layers(model):
+        raise InputError(
+            f"{file} has no conditional layer.",
+            "timm's CondConv (routing_fn) and ODConv's attention are known.",
+            f"condconv convert {file} -o {path}",
+        )
+    save(model, path)
+    summary = _summary(model, path, recipe.source.name if recipe else "")
+    if as_json:
+        print_json(summary)
+        return
+    say(f"Source      {summary['source']}")
+    say(f"Layers      {summary['layers']} {summary['variant']}, {summary['experts']} experts each")
+    say(f"Routers     {summary['routers']}")
+    say(f"Parameters  {summary['parameters'] / 1e6:.2f}M")
+    say(f"Wrote       {path}")
+
+
+def _summary(model: nn.Module, path: Path, source: str) -> dict[str, Any]:
+    from condconv_surgery.layers import conditional_layers, routers
+
+    layers = list(conditional_layers(model).values())
+    return {
+        "output": f"{path}",
+        "source": source,
+        "variant": layers[0].variant.kind,
+        "experts": layers[0].experts,
+        "layers": len(layers),
+        "routers": len(routers(model)),
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+    }

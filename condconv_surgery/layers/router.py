@@ -1,0 +1,109 @@
+"""What every router has: features in, pooled, a ``Mixture`` out, one class for each variant."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from condconv_surgery.ops.autocast import is_autocast_on
+from condconv_surgery.ops.backends import cpp as native
+from condconv_surgery.ops.backends import triton as gpu
+from condconv_surgery.ops.graph_node import as_node, is_traced
+from condconv_surgery.ops.mixture import ConvGeometry, Mixture
+from condconv_surgery.recipe import Variant
+
+
+class Router(nn.Module):
+    """Maps the input of a layer, or of a block that routes once for its layers, to the mixture of each sample.
+
+    A *zeroed* router (``zero_``) gives the neutral mixture for every input: gates that sum to 1, scales of 1.
+
+    weight_factor, bias_factor: what the experts and biases are multiplied by to read as the paper writes them, without
+    the normalisation of the gates (see ``ConditionalConv2d.paper_weights``).
+    """
+
+    weight_factor: float = 1.0
+    bias_factor: float = 1.0
+
+    def forward(self, x: Tensor) -> Mixture:
+        """The mixture of each sample of ``x`` [B, I, H, W], or [I, H, W], or [B, I] where it is pooled already.
+
+        Under autocast the router keeps the precision of its weights: gates are few, and a kernel is only as exact
+        as they are.
+        """
+        if is_traced(x):
+            node: Mixture = as_node(self, x)
+            return node
+        if x.dim() == 3:
+            x = x.unsqueeze(0)
+        pooled = _pooled(x) if x.dim() == 4 else x  # [B, I]
+        if not is_autocast_on(x):
+            return self.mix(pooled)
+        with torch.autocast(x.device.type, enabled=False):
+            return self.mix(pooled.to(next(self.parameters()).dtype))
+
+    def mix(self, pooled: Tensor) -> Mixture:
+        """The mixture of each sample from its pooled features [B, I]."""
+        raise NotImplementedError
+
+    def zero_(self) -> Router:
+        """Zero the last linear map or maps, in place."""
+        raise NotImplementedError
+
+
+MakeRouter = Callable[..., Router]
+ROUTERS: dict[type[Variant], MakeRouter] = {}
+
+R = TypeVar("R", bound=type[Router])
+
+
+def router_for(variant: type[Variant]) -> Callable[[R], R]:
+    """Register a router class, called as ``(geometry, variant, device=, dtype=)``, for a variant."""
+
+    def register(cls: R) -> R:
+        ROUTERS[variant] = cls
+        return cls
+
+    return register
+
+
+def make_router(
+    geometry: ConvGeometry,
+    variant: Variant,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+) -> Router:
+    """The router of ``variant`` for a layer of this geometry, zeroed."""
+    return ROUTERS[type(variant)](geometry, variant, device=device, dtype=dtype).zero_()
+
+
+def zero_linear_(linear: nn.Linear) -> None:
+    """Zero a linear map, in place."""
+    nn.init.zeros_(linear.weight)
+    if linear.bias is not None:
+        nn.init.zeros_(linear.bias)
+
+
+def temperature_buffer(value: float, device: torch.device | str | None) -> Tensor:
+    """A temperature as saved state: a scalar in float32 whatever the layer's own dtype."""
+    return torch.tensor(float(value), dtype=torch.float32, device=device)
+
+
+def _pooled(x: Tensor) -> Tensor:
+    """The mean over positions, [B, I, H, W] -> [B, I].
+
+    ``mean`` is four operators on a CPU, a sum and a product are two: 12.5 us against 18 on a small map. A sum of halves
+    can leave their range.
+    """
+    pooled = native.pool(x)
+    if pooled is not None:
+        return pooled
+    pooled = gpu.pool(x)
+    if pooled is not None:
+        return pooled if is_autocast_on(x) else pooled.to(x.dtype)
+    if x.dtype in (torch.float16, torch.bfloat16):
+        return x.mean(dim=(2, 3))
+    return x.sum(dim=(2, 3)) * (1.0 / (x.shape[2] * x.shape[3]))

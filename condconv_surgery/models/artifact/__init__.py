@@ -1,0 +1,1 @@
+"""The file that ``save`` writes and ``load`` reads."""

@@ -1,0 +1,151 @@
+"""The file around an artifact: safetensors whose metadata is JSON text, read with suspicion."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from condconv_surgery.errors import DamagedFileError, InputError
+from condconv_surgery.models.artifact.skeleton import Skeleton
+from condconv_surgery.models.checkpoints.file_type import SAFETENSORS, sniff
+from condconv_surgery.recipe import Recipe
+
+MAGIC = "condconv-surgery"
+_WANTED = "An artifact is one whole .safetensors file that condconv wrote."
+
+
+@dataclass(frozen=True)
+class Content:
+    """What an artifact holds.
+
+    tensors: each once. aliases: for each further name of a tensor the one it is stored under.
+    skeleton: the modules, where the recipe's source alone does not rebuild them. undescribed: why there is none, where
+        there should be.
+    """
+
+    path: Path
+    recipe: Recipe
+    tensors: dict[str, Tensor]
+    aliases: dict[str, str]
+    skeleton: Skeleton | None
+    undescribed: str = ""
+
+    def all_tensors(self) -> dict[str, Tensor]:
+        """The tensors under all their names."""
+        return {**self.tensors, **{name: self.tensors[first] for name, first in self.aliases.items()}}
+
+
+def read(path: Path) -> Content:
+    """The whole file. Raises ``InputError`` when it is none of ours, ``DamagedFileError`` when it is not as written."""
+    with _opened(path) as file:
+        metadata = _metadata(path, file)
+        recipe = Recipe.from_dict(_json(path, metadata, "recipe", dict))
+        aliases = _json(path, metadata, "aliases", dict)
+        skeleton = _json(path, metadata, "skeleton", list) if "skeleton" in metadata else None
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+    unknown = [first for first in aliases.values() if not isinstance(first, str) or first not in tensors]
+    if unknown:
+        raise damaged(path, f"an alias points to {unknown[0]!r}, which is not there")
+    if digest(tensors) != metadata.get("tensors_sha256"):
+        raise damaged(path, "its tensors are not the ones that were written")
+    return Content(path, recipe, tensors, aliases, skeleton, metadata.get("undescribed", ""))
+
+
+def read_recipe(path: str | Path) -> Recipe:
+    """The recipe alone, without reading a tensor. Raises as ``load`` does."""
+    path = Path(path)
+    with _opened(path) as file:
+        return Recipe.from_dict(_json(path, _metadata(path, file), "recipe", dict))
+
+
+def is_artifact(path: Path) -> bool:
+    """The file is a safetensors file that says it is ours."""
+    try:
+        with safe_open(path, "pt") as file:
+            return (file.metadata() or {}).get("format") == MAGIC
+    except (SafetensorError, OSError):
+        return False
+
+
+def unique_tensors(state: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Every tensor of the state once, contiguous, and for each further name of one the first."""
+    tensors: dict[str, Tensor] = {}
+    aliases: dict[str, str] = {}
+    first: dict[tuple[object, ...], str] = {}
+    for name, tensor in state.items():
+        if not isinstance(tensor, Tensor):
+            raise InputError(
+                f"The state of {name!r} is a {type(tensor).__name__}.", "Only tensors can be saved without pickle."
+            )
+        place = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype, tensor.device)
+        if tensor.numel() and place in first:
+            aliases[name] = first[place]
+        else:
+            first[place] = name
+            tensors[name] = tensor.detach().contiguous()
+    kept = {t.untyped_storage().data_ptr() for t in tensors.values()}
+    if len(kept) < sum(t.numel() > 0 for t in tensors.values()):  # two views of one storage: safetensors refuses them
+        tensors = {name: tensor.clone() for name, tensor in tensors.items()}
+    return tensors, aliases
+
+
+def digest(tensors: dict[str, Tensor]) -> str:
+    """SHA-256 of the tensors' bytes, in the order of their names."""
+    sha = hashlib.sha256()
+    for _, tensor in sorted(tensors.items()):
+        if tensor.numel():
+            sha.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return sha.hexdigest()
+
+
+def damaged(path: Path, what: str) -> DamagedFileError:
+    """The error for a file that is not as it was written."""
+    return DamagedFileError(f"{path} is damaged: {what}.", "It was altered after it was written.", "convert again")
+
+
+def _opened(path: Path) -> Any:
+    if not path.exists():
+        raise InputError(f"{path} does not exist.", "A model file is needed.", "ls " + str(path.parent or "."))
+    if path.is_dir():
+        raise InputError(f"{path} is a folder.", "A model file is needed.", f"{path}/best.safetensors")
+    try:
+        return safe_open(path, "pt")
+    except (SafetensorError, OSError) as error:
+        kind = sniff(path)
+        if kind != SAFETENSORS:
+            raise InputError(f"{path} is {kind}.", _WANTED, _converting(path)) from error
+        raise DamagedFileError(
+            f"{path} cannot be read as safetensors: {error}.", _WANTED, "copy it again, or convert the original again"
+        ) from error
+
+
+def _converting(path: Path) -> str:
+    return f"condconv convert {path} -o {path.with_suffix('.safetensors')}"
+
+
+def _metadata(path: Path, file: Any) -> dict[str, str]:
+    metadata: dict[str, str] = file.metadata() or {}
+    if metadata.get("format") != MAGIC:
+        raise InputError(
+            f"{path} is a safetensors file, but not one that condconv wrote.",
+            "An artifact carries its recipe in the metadata.",
+            f"condconv convert {path}",
+        )
+    return metadata
+
+
+def _json(path: Path, metadata: dict[str, str], key: str, kind: type) -> Any:
+    try:
+        value = json.loads(metadata[key])
+    except (KeyError, ValueError, RecursionError) as error:
+        raise damaged(path, f"its {key} is not JSON ({type(error).__name__})") from error
+    if not isinstance(value, kind):
+        raise damaged(path, f"its {key} is not the JSON that condconv writes")
+    return value

@@ -1,0 +1,184 @@
+"""Attribute values of modules as JSON and back: numbers, texts, containers, names of classes, references to modules."""
+
+from __future__ import annotations
+
+import enum
+import functools
+import inspect
+import math
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from condconv_surgery.errors import InputError
+from condconv_surgery.models.checkpoints.allowlist import name_of, resolve
+
+DEEPEST = 32
+"""Containers in containers; more is a loop."""
+
+LARGEST = 4096
+"""Numbers of a tensor kept as a plain attribute: the anchors of a detector, not weights."""
+
+
+class UndescribableError(InputError):
+    """Part of a module cannot be written as JSON, so the module cannot be rebuilt from its file alone."""
+
+    def __init__(self, what: str) -> None:
+        self.what = what
+        super().__init__(f"The model cannot be described without its code: {what}.")
+
+
+class ValueWriter:
+    """From values to JSON. ``number`` gives the number of a module in the skeleton."""
+
+    def __init__(self, number: Callable[[nn.Module], int]) -> None:
+        self.number = number
+
+    def write(self, value: Any, where: str, depth: int = 0) -> Any:
+        """Numbers, texts and lists as they are, all else as an object of one key: ``{kind: content}``.
+
+        where: what to call the value in an error.
+        """
+        if value is None or type(value) in (bool, int, str) or (type(value) is float and math.isfinite(value)):
+            return value
+        if depth > DEEPEST:
+            raise UndescribableError(f"{where} contains itself")
+
+        def each(values: Any) -> list[Any]:
+            return [self.write(item, where, depth + 1) for item in values]
+
+        if type(value) is list:
+            return each(value)
+        if type(value) in (tuple, set, frozenset, torch.Size):
+            return {type(value).__name__: each(value)}
+        if type(value) in (dict, OrderedDict):
+            return {type(value).__name__: [each(pair) for pair in value.items()]}
+        if type(value) is functools.partial:
+            return {"partial": each((value.func, list(value.args), dict(value.keywords)))}
+        return self._write_leaf(value, where, depth)
+
+    def _write_leaf(self, value: Any, where: str, depth: int) -> Any:
+        if type(value) is float:
+            return {"float": repr(value)}
+        if isinstance(value, torch.dtype):
+            return {"dtype": str(value).removeprefix("torch.")}
+        if isinstance(value, torch.device):
+            return {"device": "cpu"}  # where a file is loaded
+        if isinstance(value, nn.Module):
+            return {"module": self.number(value)}
+        if isinstance(value, enum.Enum):
+            return {"enum": [name_in_file(type(value)), value.name]}
+        if inspect.ismethod(value) and isinstance(value.__self__, nn.Module):
+            return {"method": [self.number(value.__self__), value.__name__]}
+        if inspect.isclass(value) or inspect.isfunction(value):
+            return {"name": name_in_file(value)}
+        if type(value) is Tensor and value.numel() <= LARGEST and not value.is_meta:
+            return {
+                "tensor": [
+                    str(value.dtype).removeprefix("torch."),
+                    list(value.shape),
+                    self.write(value.flatten().tolist(), where, depth),
+                ]
+            }
+        if isinstance(value, (Tensor, *_BUILT_IN)) or not hasattr(value, "__dict__"):
+            raise UndescribableError(f"{where} is a {type(value).__name__}")
+        name = name_in_file(type(value))  # a plain helper: box coders, matchers
+        state = {key: self.write(item, f"{where}.{key}", depth + 1) for key, item in value.__dict__.items()}
+        return {"object": [name, state]}
+
+
+class ValueReader:
+    """The inverse of ``ValueWriter``. Raises ``ValueError`` and its like for anything that it does not write."""
+
+    def __init__(self, modules: list[nn.Module], trust: tuple[str, ...] = ()) -> None:
+        self.modules = modules
+        self.trust = trust
+
+    def read(self, data: Any) -> Any:
+        if isinstance(data, list):
+            return [self.read(item) for item in data]
+        if not isinstance(data, dict):
+            return data
+        ((kind, content),) = data.items()
+        if kind in _CONTAINERS:
+            return _CONTAINERS[kind](self.read(content))
+        if kind in ("dict", "OrderedDict"):
+            pairs = [(self.read(key), self.read(value)) for key, value in content]
+            return OrderedDict(pairs) if kind == "OrderedDict" else dict(pairs)
+        if kind == "partial":
+            function, args, keywords = self.read(content)
+            return functools.partial(function, *args, **keywords)
+        return self._readers()[kind](content)
+
+    def module(self, number: int) -> nn.Module:
+        if type(number) is not int or not 0 <= number < len(self.modules):
+            raise ValueError(f"module number {number!r}")
+        return self.modules[number]
+
+    def dtype(self, name: str) -> torch.dtype:
+        found = getattr(torch, name)
+        if not isinstance(found, torch.dtype):
+            raise TypeError(f"{name} is not a dtype")
+        return found
+
+    def _readers(self) -> dict[str, Callable[[Any], Any]]:
+        return {
+            "float": float,
+            "dtype": self.dtype,
+            "tensor": self._tensor,
+            "device": torch.device,
+            "module": self.module,
+            "enum": self._enum,
+            "method": self._method,
+            "name": lambda name: resolve(name, self.trust),
+            "object": self._object,
+        }
+
+    def _tensor(self, content: list[Any]) -> Tensor:
+        kind, shape, values = content
+        return torch.tensor(self.read(values), dtype=self.dtype(kind)).reshape(shape)
+
+    def _enum(self, content: list[str]) -> enum.Enum:
+        cls, member = resolve(content[0], self.trust), content[1]
+        if not (isinstance(cls, type) and issubclass(cls, enum.Enum)):
+            raise TypeError(f"{content[0]} is not an enumeration")
+        return cls[member]
+
+    def _method(self, content: list[Any]) -> Any:
+        """A method of a module that its class defines; what runs is that class's own code, when the model does."""
+        module, name = self.module(content[0]), content[1]
+        function = inspect.getattr_static(type(module), name)
+        if name.startswith("__") or not inspect.isfunction(function):
+            raise TypeError(f"{name} is not a method")
+        return function.__get__(module)
+
+    def _object(self, content: list[Any]) -> Any:
+        cls, state = resolve(content[0], self.trust), content[1]
+        if not isinstance(cls, type) or issubclass(cls, nn.Module) or any(key.startswith("__") for key in state):
+            raise TypeError(f"{content[0]} is not a plain class")
+        made = object.__new__(cls)
+        made.__dict__.update({key: self.read(value) for key, value in state.items()})
+        return made
+
+
+_BUILT_IN = (bool, int, float, str, bytes, list, tuple, dict, set, frozenset)
+"""Subclasses of these hold more than their attributes."""
+
+_CONTAINERS: dict[str, Callable[[Any], Any]] = {
+    "tuple": tuple,
+    "set": set,
+    "frozenset": frozenset,
+    "Size": torch.Size,
+}
+
+
+def name_in_file(value: Any) -> str:
+    """The name by which a class or function is found again. Raises ``UndescribableError`` when there is none."""
+    name = name_of(value)
+    if name is None:
+        home = f"{getattr(value, '__module__', '?')}.{getattr(value, '__qualname__', value)}"
+        raise UndescribableError(f"{home} cannot be found again by that name")
+    return name

@@ -1,0 +1,192 @@
+"""A converted model as one self-describing safetensors file.
+
+The metadata holds the recipe (where the skeleton comes from, which layers are conditional and of which variant, which
+heads were exchanged), the names that share one tensor and, where no name can rebuild the model, its modules as JSON
+(see ``skeleton``). ``load`` builds the skeleton, puts empty conditional layers in their places and fills every tensor,
+strictly. There is no pickle, and nothing is imported that the user or this package did not name.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import fx, nn
+
+from condconv_surgery.errors import DamagedFileError, InputError, nearest
+from condconv_surgery.layers import ConditionalConv2d, ConditionalLinear, routed_blocks
+from condconv_surgery.models.artifact.atomic_write import replacing, require_values
+from condconv_surgery.models.artifact.container import (
+    MAGIC,
+    Content,
+    damaged,
+    digest,
+    is_artifact,
+    read,
+    read_recipe,
+    unique_tensors,
+)
+from condconv_surgery.models.artifact.json_values import UndescribableError
+from condconv_surgery.models.artifact.skeleton import describe, rebuild, transient_tensors
+from condconv_surgery.models.build_model import build, exchange_heads, put_conditional
+from condconv_surgery.models.checkpoints.allowlist import trusted
+from condconv_surgery.models.checkpoints.pickled_modules import check_module
+from condconv_surgery.models.checkpoints.recognise_architecture import recognise_module, same_modules
+from condconv_surgery.recipe import ConvertedLayer, Recipe, SharedRouter, attach_recipe, recipe_of
+from condconv_surgery.surgery import BlockError, lift_convolutions, route_block
+
+__all__ = ["attach_recipe", "is_artifact", "load", "read_recipe", "recipe_of", "save"]
+
+SMALL = 1024
+"""Widths up to this are not worth a check."""
+
+
+def save(model: nn.Module, path: str | Path) -> None:
+    """Write ``model``, converted or not, so that ``load(path)`` gives it back with bit-identical outputs.
+
+    The recipe is the one that the model carries, brought up to date from the model itself. A model that no longer is
+    what its source builds, or has none, is described module by module; one that cannot be described either (hooks,
+    local functions) needs ``load(path, model=skeleton)``. Training flags, ``requires_grad`` and hooks are not saved.
+
+    Raises ``InputError`` when the file cannot be written or a tensor has no values; an existing file is then unchanged.
+    """
+    path = Path(path)
+    require_values(model.state_dict())
+    tensors, aliases = unique_tensors(model.state_dict())
+    recipe = _current_recipe(model)
+    metadata = {"format": MAGIC, "recipe": json.dumps(recipe.to_dict()), "aliases": json.dumps(aliases)}
+    metadata |= _description(model, recipe)
+    if "skeleton" in metadata:
+        tensors |= {name: tensor.detach().clone() for name, tensor in transient_tensors(model).items()}
+    metadata["tensors_sha256"] = digest(tensors)
+    with replacing(path) as temporary:
+        save_file(tensors, temporary, metadata)
+
+
+def load(path: str | Path, *, model: nn.Module | None = None, trust: str | tuple[str, ...] = ()) -> nn.Module:
+    """The model that ``save`` wrote, in eval mode, on the CPU, carrying its recipe.
+
+    model: the unconverted skeleton, for a model whose source only its author knows; it is changed and returned.
+    trust: packages that the file may name as the home of a factory or of classes, beyond torch.nn, torchvision and
+        timm.
+
+    Raises ``InputError`` for a file of another kind or a package that is not trusted, and ``DamagedFileError`` for a
+    file that is truncated, altered or newer.
+    """
+    path = Path(path)
+    packages = trusted(trust)
+    content = read(path)
+    recipe = content.recipe
+    skeleton = _skeleton(content, packages) if model is None else model
+    if isinstance(skeleton, fx.GraphModule) and recipe.layers:
+        lift_convolutions(skeleton)  # as convert did, whose names of them the file has
+    try:
+        if content.skeleton is None or model is not None:
+            exchange_heads(skeleton, recipe.heads)
+        for row in recipe.layers:
+            put_conditional(skeleton, row)
+        for shared in recipe.routers:
+            route_block(skeleton, shared)
+    except (AttributeError, IndexError, TypeError, RuntimeError, BlockError) as error:
+        raise DamagedFileError(
+            f"{path} does not fit its own source {recipe.source.name or 'model'!r}: {error}.",
+            "The recipe's layers must exist in the model that its source builds.",
+            "install the versions that wrote it: " + ", ".join(f"{k}=={v}" for k, v in recipe.versions.items()),
+        ) from error
+    _fill(skeleton, content, transients=content.skeleton is not None and model is None)
+    attach_recipe(skeleton, recipe)
+    return skeleton.eval()
+
+
+def _current_recipe(model: nn.Module) -> Recipe:
+    recipe = recipe_of(model) or Recipe()
+    if not recipe.source.name:
+        recipe = replace(recipe, source=recognise_module(model) or recipe.source)
+    versions = {name: version(name) for name in ("torch", "torchvision", "condconv-surgery")}
+    return replace(recipe, layers=_converted_layers(model), routers=_shared_routers(model), versions=versions)
+
+
+def _converted_layers(model: nn.Module) -> tuple[ConvertedLayer, ...]:
+    found: dict[int, tuple[list[str], ConditionalConv2d[Any]]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, ConditionalConv2d):
+            found.setdefault(id(module), ([], module))[0].append(name)
+    return tuple(
+        ConvertedLayer(tuple(names), layer.variant, isinstance(layer, ConditionalLinear))
+        for names, layer in found.values()
+    )
+
+
+def _shared_routers(model: nn.Module) -> tuple[SharedRouter, ...]:
+    return tuple(
+        SharedRouter(name, block.routed_channels, tuple(f"{name}.{layer}" for layer in block.routed_layers))
+        for name, block in routed_blocks(model).items()
+    )
+
+
+def _description(model: nn.Module, recipe: Recipe) -> dict[str, str]:
+    """The skeleton of a model that its source does not rebuild as it is, or why it has none, for the metadata."""
+    library = recipe.source.name.partition(":")[0]
+    if library not in ("", "torchvision", "timm") or (library and same_modules(model, recipe.source, recipe.heads)):
+        return {}  # a user's factory is not called again to compare
+    try:
+        return {"skeleton": json.dumps(describe(model))}
+    except UndescribableError as error:
+        return {"undescribed": error.what}
+
+
+def _skeleton(content: Content, trust: tuple[str, ...]) -> nn.Module:
+    path, source = content.path, content.recipe.source
+    _check_widths(content)
+    numbers = sum(tensor.numel() for tensor in content.tensors.values())
+    if content.skeleton is not None:
+        return check_module(rebuild(content.skeleton, trust, most_numbers=numbers), path)
+    if not source.name:
+        raise InputError(
+            f"{path} does not say how its model is built: {content.undescribed or 'only its author knows'}.",
+            "Give the unconverted model, with any weights.",
+            f'condconv_surgery.load("{path}", model=MyNet())',
+        )
+    return build(source, trust)
+
+
+def _check_widths(content: Content) -> None:
+    """A recipe that asks for more classes, experts or hidden units than any tensor has would only take memory."""
+    recipe, layers = content.recipe, content.recipe.layers
+    most = max((side for tensor in content.tensors.values() for side in tensor.shape), default=0)
+    asked = [*recipe.heads.values(), *(row.variant.experts for row in layers)]
+    asked += [getattr(row.variant, "min_hidden", 0) for row in layers]
+    asked += [shared.channels for shared in recipe.routers]
+    asked += [width for name, width in recipe.source.options.items() if name == "num_classes" and type(width) is int]
+    lies = [width for width in asked if width > max(most, SMALL)]
+    if lies:
+        raise damaged(content.path, f"its recipe has a width of {lies[0]}, the largest of its tensors {most}")
+
+
+@torch.no_grad()
+def _fill(model: nn.Module, content: Content, transients: bool) -> None:
+    """Copy every tensor into its place, strictly: the same names, the same shapes; dtypes as in the file."""
+    path, tensors = content.path, content.all_tensors()
+    wanted = model.state_dict(keep_vars=True)
+    if transients:
+        wanted |= transient_tensors(model)
+    missing, unexpected = sorted(set(wanted) - set(tensors)), sorted(set(tensors) - set(wanted))
+    if missing or unexpected:
+        what = f"it lacks {missing[0]!r}" if missing else f"it has {unexpected[0]!r}, which the model has not"
+        close = nearest((missing or unexpected)[0], unexpected if missing else missing, 1)
+        counts = f"({len(missing)} missing, {len(unexpected)} unexpected)"
+        raise damaged(path, f"{what} {counts}" + "".join(f"; nearest: {name!r}" for name in close))
+    for name, tensor in tensors.items():
+        place = wanted[name]
+        if place.shape != tensor.shape:
+            raise damaged(path, f"{name!r} has shape {tuple(tensor.shape)}, the model {tuple(place.shape)}")
+        if place.is_floating_point() != tensor.is_floating_point():
+            raise damaged(path, f"{name!r} has dtype {tensor.dtype}, the model {place.dtype}")
+        if place.dtype != tensor.dtype:
+            place.data = place.data.to(tensor.dtype)
+        place.copy_(tensor)

@@ -1,0 +1,175 @@
+"""A model without its tensors, as JSON: for models that no name in torchvision or timm can rebuild.
+
+Each module is its class by name, and its attributes by value. Rebuilding looks every name up in ``allowlist``, makes an
+empty object of the class and sets the attributes: no constructor and nothing else in the file is called.
+
+Not described, and so not rebuilt: hooks; lambdas and local functions; large tensors kept as plain attributes. A
+conditional layer is described as the plain layer that it replaced, a block that routes for its layers as it was before.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from condconv_surgery.errors import DamagedFileError, InputError, SurgeryError
+from condconv_surgery.layers import ConditionalConv2d, RoutedBlock, plain_like
+from condconv_surgery.layers.routed_block import ROUTER, plain_class_of
+from condconv_surgery.models.artifact.json_values import UndescribableError, ValueReader, ValueWriter, name_in_file
+from condconv_surgery.models.checkpoints.allowlist import resolve
+from condconv_surgery.recipe import Recipe
+from condconv_surgery.surgery.upcycle import has_hooks
+
+Skeleton = list[dict[str, Any]]
+
+_OWN_KEYS = frozenset(nn.Module().__dict__)
+"""What every module has: tables of parameters, buffers, children and hooks, and the training flag."""
+
+_KEPT_BY_A_RUN = ("corr_pyramid", "attention_bias_cache")
+"""In RAFT of torchvision; in LeViT, TinyViT and EfficientFormer of timm."""
+
+
+def describe(model: nn.Module, *, without_hooks: bool = False) -> Skeleton:
+    """The modules of ``model``, its root first; a shared module is described once and referred to by number.
+
+    without_hooks: leave out hooks, which cannot be described, in place of raising.
+
+    Raises ``UndescribableError`` (an ``InputError``) with the first module and attribute that cannot be described.
+    """
+    modules: list[nn.Module] = []
+    numbers: dict[int, int] = {}
+
+    def number(module: nn.Module) -> int:
+        if id(module) not in numbers:
+            if not without_hooks and has_hooks(module):
+                raise UndescribableError(f"a {type(module).__name__} has hooks")
+            numbers[id(module)] = len(modules)
+            modules.append(plain_like(module) if isinstance(module, ConditionalConv2d) else module)
+        return numbers[id(module)]
+
+    number(model)
+    tensors: dict[int, int] = {}
+    rows: Skeleton = []
+    while len(rows) < len(modules):  # describing a module adds its children to the list
+        rows.append(_row(modules[len(rows)], ValueWriter(number), tensors))
+    return rows
+
+
+def rebuild(rows: Skeleton, trust: tuple[str, ...] = (), most_numbers: int | None = None) -> nn.Module:
+    """The model that ``describe`` was given, its tensors not filled.
+
+    most_numbers: of all tensors together; more than the file holds is a lie, and would only take memory.
+
+    Raises ``InputError`` for a class that is not allowed and ``DamagedFileError`` for anything that ``describe`` does
+    not write.
+    """
+    try:
+        _check_size(rows, most_numbers)
+        modules = [_empty(row["class"], trust) for row in rows]
+        tensors: dict[int, Tensor] = {}
+        for module, row in zip(modules, rows, strict=True):
+            _set(module, row, modules, tensors, trust)
+        return modules[0]
+    except SurgeryError:
+        raise
+    except Exception as error:  # JSON that describe did not write fails in many ways
+        raise DamagedFileError(
+            f"The skeleton of the model cannot be read: {type(error).__name__}: {error}.",
+            "A skeleton is the JSON that condconv writes.",
+            "convert the original model again",
+        ) from error
+
+
+def transient_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """The buffers that are not in the state dict (masks, tables made by a constructor), by their full names."""
+    return {
+        f"{prefix}.{name}" if prefix else name: module._buffers[name]
+        for prefix, module in model.named_modules()
+        for name in sorted(module._non_persistent_buffers_set)
+        if isinstance(module._buffers.get(name), Tensor) and not isinstance(module, ConditionalConv2d)
+    }
+
+
+def _row(module: nn.Module, writer: ValueWriter, tensors: dict[int, int]) -> dict[str, Any]:
+    def slot(tensor: Tensor | None) -> list[Any] | None:
+        if tensor is None:
+            return None
+        number = tensors.setdefault(id(tensor), len(tensors))
+        return [number, list(tensor.shape), str(tensor.dtype).removeprefix("torch.")]
+
+    own = {ROUTER} if isinstance(module, RoutedBlock) else set()
+    return {
+        "class": name_in_file(plain_class_of(module)),
+        "state": {
+            key: writer.write(_as_before_a_run(module, key, value), f"{type(module).__name__}.{key}")
+            for key, value in module.__dict__.items()
+            if key not in _OWN_KEYS and not isinstance(value, Recipe)
+        },
+        "parameters": {name: slot(value) for name, value in module._parameters.items()},
+        "buffers": {name: slot(value) for name, value in module._buffers.items()},
+        "transient": sorted(module._non_persistent_buffers_set),
+        "children": {
+            name: None if child is None else writer.number(child)
+            for name, child in module._modules.items()
+            if name not in own
+        },
+    }
+
+
+def _as_before_a_run(module: nn.Module, key: str, value: Any) -> Any:
+    """An attribute's value, or an empty list or dict for what a forward pass keeps for itself and makes anew."""
+    known = type(module).__module__.startswith(("torchvision.", "timm."))
+    return type(value)() if known and key in _KEPT_BY_A_RUN and isinstance(value, (list, dict)) else value
+
+
+def _check_size(rows: Skeleton, most_numbers: int | None) -> None:
+    sizes: dict[int, int] = {}
+    for row in rows:
+        for entry in (*row["parameters"].values(), *row["buffers"].values()):
+            if entry is not None:
+                number, shape, _ = entry
+                if any(type(side) is not int or side < 0 for side in shape):
+                    raise ValueError(f"a tensor of shape {shape}")
+                sizes[number] = torch.Size(shape).numel()
+    if most_numbers is not None and sum(sizes.values()) > most_numbers:
+        raise ValueError(f"its tensors have {sum(sizes.values())} numbers, the file {most_numbers}")
+
+
+def _empty(name: str, trust: tuple[str, ...]) -> nn.Module:
+    cls = resolve(name, trust)
+    if not (isinstance(cls, type) and issubclass(cls, nn.Module)):
+        raise InputError(f"The skeleton names {name}, which is not a module.", "Only modules can be in a module tree.")
+    module: nn.Module = cls.__new__(cls)
+    nn.Module.__init__(module)
+    return module
+
+
+def _set(
+    module: nn.Module,
+    row: dict[str, Any],
+    modules: list[nn.Module],
+    tensors: dict[int, Tensor],
+    trust: tuple[str, ...],
+) -> None:
+    reader = ValueReader(modules, trust)
+
+    def tensor(entry: list[Any] | None, parameter: bool) -> Any:
+        if entry is None:
+            return None
+        number, shape, kind = entry
+        if number not in tensors:
+            empty = torch.zeros(shape, dtype=reader.dtype(kind))
+            tensors[number] = nn.Parameter(empty, empty.is_floating_point()) if parameter else empty
+        return tensors[number]
+
+    for key, value in row["state"].items():
+        if key in _OWN_KEYS or key.startswith("__"):
+            raise ValueError(f"an attribute called {key!r}")
+        module.__dict__[key] = reader.read(value)
+    module._parameters.update({name: tensor(entry, True) for name, entry in row["parameters"].items()})
+    module._buffers.update({name: tensor(entry, False) for name, entry in row["buffers"].items()})
+    module._non_persistent_buffers_set.update(set(row["transient"]) & set(module._buffers))
+    for name, number in row["children"].items():
+        module._modules[name] = None if number is None else reader.module(number)

@@ -1,0 +1,1 @@
+"""Files that other programs wrote: what they are, what they hold, which architecture they fit."""

@@ -1,0 +1,135 @@
+"""Reading a pickle without running it: tensors always, whole modules when each name in the file is allowed.
+
+The file is first disassembled, not run, for the names that it mentions. Every name is looked up in ``allowlist``, and
+torch's own restricted unpickler (``weights_only=True``) then reads the file with exactly those names.
+"""
+
+from __future__ import annotations
+
+import pickle
+import warnings
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
+
+from condconv_surgery.errors import DamagedFileError, InputError, SurgeryError
+from condconv_surgery.models.checkpoints.allowlist import resolve, trusted
+
+_FORBIDDEN = ("GLOBAL", "Can only", "Trying to call")
+"""Words of torch's restricted unpickler for what it may not do; its other complaints are of a damaged file."""
+
+NEWEST_PROTOCOL = 3
+"""Of pickle, as far as torch's restricted unpickler goes: 4 brought frames and other ways to name a class."""
+
+DEEPEST = 200
+"""Modules in modules."""
+
+
+def load_pickle(path: Path, trust: str | tuple[str, ...] = ()) -> Any:
+    """What ``torch.save`` put into ``path``, on the CPU.
+
+    trust: packages whose classes and functions the file may name beside those of ``allowlist``.
+
+    Raises ``InputError`` for a name that is not allowed, saying which package to trust, and ``DamagedFileError`` for a
+    file that cannot be read.
+    """
+    packages = trusted(trust)
+    names = _names(path)
+    allowed = _allowed(names, packages, path)
+    try:
+        with safe_globals(allowed), warnings.catch_warnings():  # type: ignore[arg-type]
+            warnings.filterwarnings("ignore", "Detected pickle protocol", UserWarning)  # 3 is read like 2
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # the file's own arguments reach constructors: anything may go wrong there
+        if isinstance(error, pickle.UnpicklingError) and any(words in str(error) for words in _FORBIDDEN):
+            raise _refused(path, names) from error
+        if (protocol := _protocol(path)) > NEWEST_PROTOCOL:
+            raise InputError(
+                f"{path} was written with pickle protocol {protocol}.",
+                f"torch reads protocols up to {NEWEST_PROTOCOL} without running what is in a file; its own is 2.",
+                "torch.save(model.state_dict(), 'model.pt') where the model was made, without pickle_protocol",
+            ) from error
+        raise DamagedFileError(
+            f"{path} is a torch file that cannot be read: {_reason(error)}",
+            "It must be whole, written by torch.save, with versions of its packages like those installed here.",
+            "copy or download it again, or save model.state_dict() where the model was made",
+        ) from error
+
+
+def check_module(model: nn.Module, path: Path) -> nn.Module:
+    """``model``, after a look at what a file may have put where modules, parameters and buffers belong.
+
+    Raises ``DamagedFileError`` when something else is there, or a module contains itself.
+    """
+    try:
+        _check_tree(model, ())
+    except (AttributeError, TypeError, ValueError) as error:
+        raise DamagedFileError(
+            f"{path} holds a module that is not whole: {error}.",
+            "Modules, parameters and buffers must be what they say.",
+            "save model.state_dict() where the model was made",
+        ) from error
+    return model
+
+
+def _protocol(path: Path) -> int:
+    """The pickle protocol that the file says it has; 0 where it says none."""
+    with path.open("rb") as file:
+        head = file.read(2)
+    if head == b"PK":
+        try:
+            with zipfile.ZipFile(path) as archive:
+                record = next(name for name in archive.namelist() if name.endswith("/data.pkl"))
+                head = archive.open(record).read(2)
+        except Exception:  # not whole: that is what reading it says, then
+            return 0
+    return head[1] if len(head) == 2 and head[:1] == pickle.PROTO else 0
+
+
+def _reason(error: Exception) -> str:
+    """What torch found, without its advice to run what is in the file."""
+    lines = [line for line in str(error).rpartition("WeightsUnpickler error:")[2].splitlines() if line.strip()]
+    return lines[0].strip() if lines else type(error).__name__
+
+
+def _names(path: Path) -> list[str]:
+    """The names in the file beyond those of tensors; none for a file from before torch 1.6, which lists no names."""
+    try:
+        return sorted(get_unsafe_globals_in_checkpoint(path))
+    except Exception:  # not a zip of torch's own, or cut short: reading it says what is wrong
+        return []
+
+
+def _allowed(names: list[str], trust: tuple[str, ...], path: Path) -> list[tuple[Any, str]]:
+    try:
+        return [(resolve(name, trust), name) for name in names]
+    except InputError as error:
+        given = f"{path} is a pickle of more than tensors (a module, or a training state with its options)."
+        raise InputError(f"{given} {error.given}", error.allowed, error.fix) from error
+
+
+def _check_tree(module: nn.Module, above: tuple[int, ...]) -> None:
+    if id(module) in above:
+        raise ValueError("it contains itself")
+    if len(above) > DEEPEST:
+        raise ValueError(f"modules in modules, more than {DEEPEST} deep")
+    for slots, kind in ((module._parameters, nn.Parameter), (module._buffers, Tensor), (module._modules, nn.Module)):
+        for name, value in slots.items():
+            if not isinstance(name, str) or not (value is None or isinstance(value, kind)):
+                raise TypeError(f"{name!r} is a {type(value).__name__}, not a {kind.__name__}")
+    for child in module._modules.values():
+        if child is not None:
+            _check_tree(child, (*above, id(module)))
+
+
+def _refused(path: Path, names: list[str]) -> SurgeryError:
+    shown = f" (it names {', '.join(names[:5])}{', ...' if len(names) > 5 else ''})" if names else ""
+    return InputError(
+        f"{path} is a pickle that would have to run code to be read{shown}, so it is not.",
+        "Only tensors, and modules made of known layers, are read from a pickle.",
+        "torch.save(model.state_dict(), 'model.pt') where you trust the file",
+    )

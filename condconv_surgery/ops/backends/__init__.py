@@ -1,0 +1,1 @@
+"""Peers that compute the same operation: C++ and Triton beside eager torch."""

@@ -1,0 +1,56 @@
+"""What a model costs to run: memory from the lifetimes of its tensors, time from a clock."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from condconv_surgery.reporting.measure.latency import Latency, environment, measure_latency
+from condconv_surgery.reporting.measure.original_model import Original
+from condconv_surgery.reporting.measure.peak_activations import peak_activations
+from condconv_surgery.reporting.measure.report_inputs import arguments_for, one_sample, repeated
+
+
+@dataclass(frozen=True)
+class Peak:
+    """Bytes of a forward pass of ``batch`` images at its fullest, weights and input aside."""
+
+    batch: int
+    before: int
+    after: int
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Peak memory and latency at batch 1 and N.
+
+    latency: empty when it was not asked for. environment: of the latency.
+    """
+
+    peaks: tuple[Peak, ...]
+    latency: tuple[Latency, ...] = ()
+    environment: tuple[tuple[str, str], ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "peak_activation_bytes": [{"batch": p.batch, "before": p.before, "after": p.after} for p in self.peaks],
+            "latency_seconds": [row.to_dict() for row in self.latency],
+            "environment": dict(self.environment),
+        }
+
+
+def measure_cost(model: nn.Module, inputs: Any = None, *, batch: int = 8, latency: bool = False) -> Cost:
+    """Peak memory at batch 1 and ``batch``; with ``latency`` also the time, where the model's weights are."""
+    one = one_sample(arguments_for(model, inputs))
+    batches = {size: repeated(one, size) for size in sorted({1, batch})}
+    after = {size: peak_activations(model, given) for size, given in batches.items()}
+    with Original(model).in_place():
+        before = {size: peak_activations(model, given) for size, given in batches.items()}
+    peaks = tuple(Peak(size, before[size], after[size]) for size in batches)
+    if not latency:
+        return Cost(peaks)
+    device = next((p.device for p in model.parameters()), None)
+    times = tuple(measure_latency(model, given, size) for size, given in batches.items())
+    return Cost(peaks, times, tuple(environment(device).items()) if device else ())

@@ -1,0 +1,166 @@
+"""A report on a terminal of 80 columns or more."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from rich import box
+from rich.console import Console, Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from condconv_surgery.reporting.measure.model_profile import CONVENTION, Layer, Macs, Profile
+from condconv_surgery.reporting.measure.other_counters import other_counters
+from condconv_surgery.reporting.render.number_format import human
+from condconv_surgery.reporting.render.tables import (
+    cost_rows,
+    latency_line,
+    measured_columns,
+    multiplying,
+    remainder,
+    summary_rows,
+)
+
+if TYPE_CHECKING:
+    from condconv_surgery.reporting.measure.expert_similarity import Experts
+    from condconv_surgery.reporting.measure.routing_statistics import Routing
+    from condconv_surgery.reporting.measure.run_cost import Cost
+
+WIDTH = 80
+"""Columns of a terminal that is not told to be wider."""
+
+
+def render_profile(profile: Profile, title: str, width: int = WIDTH, cost: Cost | None = None) -> RenderableType:
+    """The totals and what it costs to run, the layers, what is not listed, the convention, for ``width`` columns."""
+    totals = [*summary_rows(profile), *(cost_rows(cost) if cost else [])]
+    notes = [CONVENTION, other_counters(profile), latency_line(cost) if cost else ""]
+    return Group(
+        Text(title, style="bold"),
+        Text(f"input {profile.input}", style="dim"),
+        Text(""),
+        simple_table([("", False), ("before", True), ("after", True), ("change", True)], totals),
+        Text(""),
+        _layers(profile, width),
+        Text(""),
+        *(Text(f"Not listed: {text}.", style="dim") for text in remainder(profile)),
+        *(Text(note, style="dim") for note in notes if note),
+    )
+
+
+def render_routing(routing: Routing, experts: Sequence[Experts] = (), width: int = WIDTH) -> RenderableType:
+    """A line a layer: how many experts it uses, how much gates vary, and what that means."""
+    cosines = {row.name: f"{row.cosine:.2f}" for row in experts}
+    headers = [
+        ("layer", False),
+        *((name, True) for name in ("used", "vary", "class", "info", "cos")),
+        ("verdict", False),
+    ]
+    verdict = max([len(layer.advice) for layer in routing.layers], default=0)
+    name = max(12, width - verdict - 32)
+    rows: list[list[str | Text]] = [
+        [
+            shortened(layer.name, name),
+            f"{layer.used:.1f}/{layer.experts}",
+            f"{layer.variation:.3f}",
+            f"{layer.between:.0%}",
+            f"{layer.information:.2f}",
+            cosines.get(layer.name, ""),
+            Text(layer.advice, style="dim" if layer.static else "green"),
+        ]
+        for layer in routing.layers
+    ]
+    key = (
+        "vary: mean distance of a picture's gates from their mean. class: variance that the class explains. "
+        "info: of expert and class, nats. cos: mean cosine between experts."
+    )
+    verdict_line = Text(routing.verdict, style="bold")
+    if not rows:
+        return Group("", verdict_line)
+    return Group("", simple_table(headers, rows, tight=True), Text(key, style="dim"), verdict_line)
+
+
+def render_experts(experts: Sequence[Experts]) -> RenderableType:
+    """How different the kernels are, in a sentence: the mean of the layers, and the layer that moved most."""
+    if not experts:
+        return Group()
+    cosine = sum(row.cosine for row in experts) / len(experts)
+    text = f"Experts: mean cosine {cosine:.3f} over {len(experts)} layers (1: equal kernels)"
+    moved = [row for row in experts if row.moved is not None]
+    if moved:
+        most = max(moved, key=lambda row: row.moved or 0.0)
+        mean = sum(row.moved or 0.0 for row in moved) / len(moved)
+        text += f"; {mean:.1%} from the original weight on average, most in {most.name}: {most.moved:.1%}"
+    return Text(text + ".")
+
+
+def render_comparison(headers: Sequence[str], rows: Sequence[Sequence[str]], width: int = WIDTH) -> RenderableType:
+    """Models side by side; columns in which nothing was measured are left out."""
+    kept = measured_columns(rows)
+    widths = [max(len(headers[i]), *(len(row[i]) for row in rows)) for i in kept[1:]]
+    first = max(16, width - sum(widths) - 2 * len(widths))
+    cells = [[shortened(row[0], first), *(row[i] for i in kept[1:])] for row in rows]
+    return simple_table([(headers[i], i != 0) for i in kept], cells)
+
+
+def make_console(width: int | None = None) -> Console:
+    """A console on stdout, as wide as the terminal; 80 columns in a pipe."""
+    console = Console(width=width, highlight=False)
+    return console if width is not None or console.is_terminal else Console(width=WIDTH, highlight=False)
+
+
+def simple_table(
+    headers: Sequence[tuple[str, bool]], rows: Sequence[Sequence[str | Text]], tight: bool = False
+) -> Table:
+    """A table without vertical lines; a header's flag says whether its column is of numbers.
+
+    tight: one space between columns instead of two.
+    """
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 0 if tight else 1, 0, 0), pad_edge=False, show_edge=False)
+    for header, numeric in headers:
+        table.add_column(header, justify="right" if numeric else "left", no_wrap=True)
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def shortened(name: str, width: int) -> str:
+    """A layer name whose end is kept: that is what tells layers apart.
+
+    >>> shortened("features.denseblock4.denselayer16.conv2", 20)
+    '….denselayer16.conv2'
+    """
+    return name if len(name) <= width else "…" + name[-(width - 1) :]
+
+
+def compact(count: float) -> str:
+    """``human`` without the space, for narrow columns."""
+    return human(count).replace(" ", "")
+
+
+def _layers(profile: Profile, width: int) -> Table:
+    macs = profile.macs
+    columns = [("kind", False), ("E", True), ("shape", False), ("params", True), ("conv", True)]
+    columns += [("mix", True)] if macs.mixing else []
+    columns += [("route", True)] if macs.routing else []
+    columns += [("attn", True)] if macs.attention else []
+    layers = multiplying(profile)
+    rows = [_layer_row(layer, macs) for layer in layers]
+    widths = [max([len(header), *(len(row[i]) for row in rows)]) for i, (header, _) in enumerate(columns)]
+    tight = max(len(layer.name) for layer in layers) + sum(widths) + 2 * len(widths) > width if layers else False
+    name_width = max(12, width - sum(widths) - len(widths) * (1 if tight else 2))
+    named: list[list[str | Text]] = [
+        [Text(shortened(layer.name, name_width), style="bold cyan" if layer.conditional else ""), *row]
+        for layer, row in zip(layers, rows, strict=True)
+    ]
+    return simple_table([("layer", False), *columns], named, tight)
+
+
+def _layer_row(layer: Layer, shown: Macs) -> list[str]:
+    """Everything but the name; of the added MACs only the kinds that the model has."""
+    macs = layer.macs
+    pairs = ((macs.mixing, shown.mixing), (macs.routing, shown.routing), (macs.attention, shown.attention))
+    added = [compact(own) if own else "" for own, any_layer_has in pairs if any_layer_has]
+    kind = layer.kind if len(layer.kind) <= 11 else layer.kind[:10] + "…"
+    experts = str(layer.experts) if layer.conditional else ""
+    return [kind, experts, layer.geometry, compact(layer.parameters), compact(macs.convolution), *added]

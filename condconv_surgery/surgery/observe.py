@@ -1,0 +1,90 @@
+"""What one forward pass tells: which layers are called, in which order, how often, with which shapes.
+
+The pass runs on the meta device where it can: the model's own code, no memory, no arithmetic.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+
+from condconv_surgery.runtime.meta_device import META, meta_state, on_device
+from condconv_surgery.runtime.modes import device_of, in_mode, without_gradients
+from condconv_surgery.runtime.snapshot import undisturbed
+
+
+@dataclass
+class Calls:
+    """The calls of one module: shapes of first input and output of each, and the place of the first among all.
+
+    elsewhere: another module with the same hooks ran, for which this one stands in (``surgery.clone_and_run``).
+    """
+
+    order: int
+    inputs: list[tuple[int, ...]] = field(default_factory=list)
+    outputs: list[tuple[int, ...]] = field(default_factory=list)
+    elsewhere: bool = False
+
+
+def observe(
+    model: nn.Module, layers: Mapping[str, nn.Module], arguments: tuple[Any, ...], training: bool
+) -> dict[str, Calls]:
+    """The calls of ``layers`` (by name) in one forward pass of ``model``; those never called are absent.
+
+    The model is as before afterwards. Raises what the model's forward raises.
+    """
+    with in_mode(model, training), without_gradients(model):
+        try:
+            return _observe_on_meta(model, layers, arguments)
+        except Exception:
+            # Data-dependent code (boxes, topk, .item()) and tensors outside the state dict cannot run on meta.
+            return _observe_for_real(model, layers, arguments)
+
+
+def _observe_on_meta(model: nn.Module, layers: Mapping[str, nn.Module], arguments: tuple[Any, ...]) -> dict[str, Calls]:
+    with undisturbed(model), meta_state(model), recording(layers) as calls:
+        model(*on_device(arguments, META))
+    return calls
+
+
+def _observe_for_real(
+    model: nn.Module, layers: Mapping[str, nn.Module], arguments: tuple[Any, ...]
+) -> dict[str, Calls]:
+    with undisturbed(model), recording(layers) as calls:
+        model(*on_device(arguments, device_of(model)))
+    return calls
+
+
+@contextmanager
+def recording(layers: Mapping[str, nn.Module]) -> Iterator[dict[str, Calls]]:
+    """The calls of ``layers`` (by name) within the block."""
+    calls: dict[str, Calls] = {}
+
+    def hook(name: str, layer: nn.Module) -> Any:
+        def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            call = calls.setdefault(name, Calls(order=len(calls)))
+            call.elsewhere |= module is not layer
+            for shapes, tensor in ((call.inputs, _first_input(module, args, kwargs)), (call.outputs, output)):
+                if isinstance(tensor, Tensor):
+                    shapes.append(tuple(tensor.shape))
+
+        return record
+
+    handles = [layer.register_forward_hook(hook(name, layer), with_kwargs=True) for name, layer in layers.items()]
+    try:
+        yield calls
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _first_input(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """What the first parameter of the module's forward was given, by position or by keyword; ``None`` for nothing."""
+    if args:
+        return args[0]
+    return next((kwargs[name] for name in inspect.signature(module.forward).parameters if name in kwargs), None)

@@ -1,0 +1,45 @@
+"""Batch-norm statistics measured anew with the final weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import nn
+
+from condconv_surgery.runtime.modes import in_mode
+from condconv_surgery.training.data.image_dataset import Batch
+from condconv_surgery.training.distributed.world import World
+from condconv_surgery.training.frozen_statistics import BatchNorm
+
+
+@torch.no_grad()
+def recalibrate(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    *,
+    world: World = World(),  # noqa: B008  # frozen
+    cast: Callable[[], AbstractContextManager[object]] = nullcontext,
+) -> int:
+    """Replace the running statistics of the batch norms that are in train mode by the mean over ``batches``.
+
+    Training leaves an average over the last steps, whose weights were other ones. The processes' statistics are
+    averaged. Everything else runs as in eval mode. Returns how many norms there are.
+    """
+    norms = [m for m in model.modules() if isinstance(m, BatchNorm) and m.track_running_stats and m.training]
+    if not norms:
+        return 0
+    momenta = [norm.momentum for norm in norms]
+    with in_mode(model, training=False):
+        for norm in norms:
+            norm.train()
+            norm.reset_running_stats()
+            norm.momentum = None  # a plain mean
+        for batch in batches:
+            with cast():
+                model(batch.images.to(world.device))
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
+        world.mean_([t for t in (norm.running_mean, norm.running_var) if t is not None])
+    return len(norms)

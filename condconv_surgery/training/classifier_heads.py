@@ -1,0 +1,117 @@
+"""The last layer, exchanged when the number of classes differs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from condconv_surgery.errors import InputError
+from condconv_surgery.layers import ConditionalConv2d, ConditionalLinear, conditional_like
+from condconv_surgery.models.artifact.save_load import attach_recipe, recipe_of
+from condconv_surgery.models.build_model import resized
+from condconv_surgery.recipe import InputSpec, Recipe
+from condconv_surgery.runtime.modes import in_mode
+from condconv_surgery.training.logits import Logits, logits_of
+
+
+def fit_heads(model: nn.Module, classes: tuple[str, ...], spec: InputSpec) -> dict[str, int]:
+    """Give every head of ``model`` one logit per class, in place; returns the widths of those exchanged.
+
+    A head of the right width is kept as trained. A new one starts at random from torch's global generator. The
+    recipe notes both the new widths and the class names.
+    """
+    names = find_heads(model, spec)
+    old = {name: _width(model.get_submodule(name)) for name in names}
+    changed = {name: len(classes) for name, width in old.items() if width != len(classes)}
+    for name, width in changed.items():
+        model.set_submodule(name, _like(model.get_submodule(name), width))
+        if "." not in name and isinstance(getattr(model, "num_classes", None), int):
+            model.num_classes = width  # type: ignore[assignment]  # timm's attribute
+    recipe = recipe_of(model) or Recipe()
+    attach_recipe(model, replace(recipe, input=spec, heads={**recipe.heads, **changed}, classes=classes))
+    return changed
+
+
+def find_heads(model: nn.Module, spec: InputSpec) -> list[str]:
+    """The layers that make the logits: the last of the width of the output, and auxiliary heads in training mode.
+
+    Runs the model once in each mode on an empty picture; its buffers and modes are left as they were.
+    Raises ``InputError`` when no layer has the width of the output.
+    """
+    produced: list[tuple[str, Tensor]] = []
+    hooks = [
+        module.register_forward_hook(_noting(name, produced))
+        for name, module in model.named_modules(remove_duplicate=True)
+        if isinstance(module, (nn.Linear, nn.Conv2d, ConditionalConv2d))
+    ]
+    heads: list[str] = []
+    try:
+        for training in (False, True):
+            produced.clear()
+            logits = _run(model, spec, training)
+            found = [_maker(produced, logits.main, anyway=True)]
+            found += [_maker(produced, extra, anyway=False) for extra in logits.auxiliary]
+            heads += [name for name in found if name and name not in heads]
+    finally:
+        for hook in hooks:
+            hook.remove()
+    if not heads:
+        raise InputError(
+            f"No last layer found: no Linear or convolution of {type(model).__name__} has the width of its output.",
+            "The logits must come from an nn.Linear or an nn.Conv2d.",
+            "give the model a head with the right number of classes, then finetune",
+        )
+    return heads
+
+
+def _noting(name: str, produced: list[tuple[str, Tensor]]) -> Callable[[nn.Module, object, object], None]:
+    def note(module: nn.Module, args: object, output: object) -> None:
+        if isinstance(output, Tensor):
+            produced.append((name, output))
+
+    return note
+
+
+@torch.no_grad()
+def _run(model: nn.Module, spec: InputSpec, training: bool) -> Logits:
+    """The logits on zeros, with copies in place of the buffers: batch norm must not learn from this."""
+    parameter = next(model.parameters())
+    x = torch.zeros(2, spec.channels, spec.height, spec.width, device=parameter.device, dtype=parameter.dtype)
+    with in_mode(model, training), torch.random.fork_rng(devices=[]):
+        output = functional_call(model, {name: buffer.clone() for name, buffer in model.named_buffers()}, (x,))
+    return logits_of(output)
+
+
+def _maker(produced: list[tuple[str, Tensor]], logits: Tensor, *, anyway: bool) -> str | None:
+    """The layer whose output the logits are; else, if ``anyway``, the last one of their width."""
+    for name, output in reversed(produced):
+        if output.data_ptr() == logits.data_ptr():
+            return name
+    if anyway:
+        return next((name for name, output in reversed(produced) if output.shape[1] == logits.shape[1]), None)
+    return None
+
+
+def _width(head: nn.Module) -> int:
+    if isinstance(head, ConditionalConv2d):
+        return head.geometry.out_channels
+    return int(head.out_features if isinstance(head, nn.Linear) else head.out_channels)  # type: ignore[arg-type]
+
+
+def _like(head: nn.Module, width: int) -> nn.Module:
+    """A fresh head of another width, otherwise the same."""
+    if isinstance(head, ConditionalLinear):
+        g = head.geometry
+        plain = nn.Linear(g.in_channels, width, head.bias is not None, head.weight.device, head.weight.dtype)
+        return conditional_like(plain, head.variant)
+    if isinstance(head, nn.Linear) or (isinstance(head, nn.Conv2d) and head.groups == 1):
+        return resized(head, width)
+    raise InputError(
+        f"The last layer is a {type(head).__name__}, which cannot be exchanged.",
+        "It must be an nn.Linear, an nn.Conv2d with one group, or a converted nn.Linear.",
+        "convert after fine-tuning, or exclude the last layer: condconv convert ... --exclude NAME",
+    )

@@ -1,0 +1,1 @@
+"""From a folder, shards or a data set by name to batches."""

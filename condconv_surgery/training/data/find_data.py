@@ -1,0 +1,64 @@
+"""Where ``--data`` points: a folder, shards, or a data set by name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from condconv_surgery.errors import InputError
+from condconv_surgery.recipe.training_sections import DataOptions
+from condconv_surgery.training.data.hub_datasets import find_hub, require_datasets
+from condconv_surgery.training.data.image_folders import find_pictures, require_folder, scan
+from condconv_surgery.training.data.labelled_images import Labelled, matched, split
+from condconv_surgery.training.data.torchvision_datasets import find_torchvision, require_known
+from condconv_surgery.training.data.webdataset_shards import find_shards, scan_shards
+
+
+def find_data(options: DataOptions, seed: int) -> tuple[Labelled, Labelled]:
+    """The training and the validation pictures. Raises ``InputError`` for what can't be found or trained on."""
+    place, val = options.folder, options.val
+    kind, _, name = place.partition(":")
+    if kind == "torchvision":
+        return find_torchvision(name, Path(options.root), options.download, options.val_fraction, seed)
+    if kind == "hf":
+        return find_hub(options, seed)
+    if is_shards(place):
+        train = scan_shards(place)
+        return (train, matched(scan_shards(val), train, val)) if val else split(train, options.val_fraction, seed)
+    if not val:
+        return find_pictures(Path(place), options.val_fraction, seed)
+    require_folder(Path(place))
+    require_folder(Path(val))
+    folder = scan(Path(place))
+    return folder, matched(scan(Path(val), least_classes=1), folder, val)
+
+
+def require_data(options: DataOptions) -> None:
+    """Raise ``InputError`` for what can be seen to be wrong at once, before a model is loaded."""
+    kind, _, name = options.folder.partition(":")
+    if options.streaming and kind != "hf":
+        raise InputError(
+            f"data.streaming with --data {options.folder}.",
+            "Only Hugging Face data sets are streamed.",
+            "--data hf:NAME, or --set data.streaming=false",
+        )
+    if kind == "torchvision":
+        require_known(name)
+        if options.val:
+            raise InputError(
+                f"data.val = {options.val} with --data {options.folder}.",
+                "torchvision's sets have their own pictures to validate on, or are split.",
+                "leave data.val out",
+            )
+    elif kind == "hf":
+        require_datasets()
+    elif is_shards(options.folder):
+        find_shards(options.folder)
+        if options.val:
+            find_shards(options.val)
+    else:
+        require_folder(Path(options.folder))
+
+
+def is_shards(place: str) -> bool:
+    """A file or pattern of tar files, not a folder."""
+    return not Path(place).is_dir() and (".tar" in Path(place).name or "://" in place or place.startswith("pipe:"))

@@ -1,0 +1,160 @@
+"""Hugging Face data sets, by a path on this machine or a name on the hub: ``--data hf:PATH_OR_NAME``."""
+
+from __future__ import annotations
+
+import io
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from condconv_surgery.errors import InputError
+from condconv_surgery.recipe.training_sections import DataOptions
+from condconv_surgery.training.data.labelled_images import Rows, matched, split
+
+TRAIN_SPLITS = ("train", "training")
+VAL_SPLITS = ("validation", "valid", "val", "dev", "test")
+
+
+@dataclass(frozen=True)
+class HubPictures(Rows):
+    """Some rows of a ``datasets.Dataset``, whose pictures, in ``column``, are decoded here."""
+
+    column: str
+
+    def key(self, index: int) -> str:
+        return str(self.indices[index])
+
+    def open(self, index: int) -> Image.Image:
+        return open_cell(self.data[self.indices[index]][self.column])
+
+
+def find_hub(options: DataOptions, seed: int) -> tuple[HubPictures, HubPictures]:
+    """The training and the validation pictures of ``hf:PATH_OR_NAME``; without a second split, the first is split.
+
+    Raises ``InputError`` for data that is not there and for columns that a classifier can't learn from.
+    """
+    parts = load_splits(options, streaming=False)
+    title = options.folder.partition(":")[2]
+    train_name, val_name = split_names(list(parts), options)
+    train = _pictures(parts[train_name], f"{title} {train_name}", options)
+    if val_name is None:
+        return split(train, options.val_fraction, seed)
+    return train, matched(_pictures(parts[val_name], f"{title} {val_name}", options), train, f"{title} {val_name}")
+
+
+def load_splits(options: DataOptions, streaming: bool) -> dict[str, Any]:
+    """Every split by name, as ``datasets`` gives it. Raises ``InputError``."""
+    datasets = require_datasets()
+    place, _, config = options.folder.partition(":")[2].partition("#")
+    path = Path(place)
+    try:
+        if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
+            found = datasets.load_from_disk(place)
+            if streaming:
+                found = {n: d.to_iterable_dataset() for n, d in _by_name(found).items()}
+        else:
+            found = datasets.load_dataset(place, config or None, streaming=streaming)
+    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise InputError(
+            f"hf:{place} can't be read: {first.rstrip('.')}.",
+            "It is a folder that the datasets library reads (save_to_disk, parquet, imagefolder) or a name on the hub.",
+            "--data hf:FOLDER, or --data hf:NAME#CONFIG",
+        ) from error
+    return _by_name(found)
+
+
+def require_datasets() -> Any:
+    """The ``datasets`` package. Raises ``InputError`` when it is not installed."""
+    try:
+        import datasets
+    except ImportError as error:
+        raise InputError(
+            "Hugging Face datasets is not installed.", "--data hf:... needs it.", 'pip install "condconv-surgery[data]"'
+        ) from error
+    return datasets
+
+
+def split_names(names: list[str], options: DataOptions) -> tuple[str, str | None]:
+    """Which split trains and which validates; ``None``: there is one only."""
+    train = next((name for name in TRAIN_SPLITS if name in names), names[0] if len(names) == 1 else None)
+    if train is None:
+        raise InputError(
+            f"{options.folder} has the splits {', '.join(names)}.", "One must be called train.", "rename one"
+        )
+    wanted = (options.val,) if options.val else VAL_SPLITS
+    val = next((name for name in wanted if name in names), None)
+    if options.val and val is None:
+        raise InputError(
+            f"{options.folder} has no split {options.val}.",
+            f"It has: {', '.join(names)}.",
+            f"--set data.val={names[-1]}",
+        )
+    return train, val
+
+
+def columns(features: Any, title: str, options: DataOptions) -> tuple[str, str]:
+    """The names of the picture's and the label's column. Raises ``InputError`` where they can't be told or used."""
+    datasets = require_datasets()
+    names = ", ".join(f"{name} ({type(kind).__name__})" for name, kind in (features or {}).items())
+    pictures = [n for n, kind in (features or {}).items() if isinstance(kind, datasets.Image)]
+    labels = [n for n, kind in (features or {}).items() if isinstance(kind, datasets.ClassLabel)]
+    labels = labels or [n for n in ("label", "labels", "fine_label", "class") if n in (features or {})]
+    chosen = []
+    for what, given, found in (("image", options.image, pictures), ("label", options.label, labels)):
+        if given and given not in (features or {}):
+            raise InputError(f"{title} has no column {given}.", f"It has: {names}.", f"--set data.{what}=COLUMN")
+        if not given and len(found) != 1:
+            raise InputError(
+                f"{title} has {len(found)} columns that may be the {what}.",
+                f"It has: {names}.",
+                f"--set data.{what}=COLUMN",
+            )
+        chosen.append(given or found[0])
+    _require_classes(features[chosen[1]], f"{title}: the column {chosen[1]}")
+    return chosen[0], chosen[1]
+
+
+def open_cell(cell: Any) -> Image.Image:
+    """The picture in an undecoded cell: its bytes, else its path. Raises ``OSError`` for an empty one."""
+    if not cell or (cell.get("bytes") is None and not cell.get("path")):
+        raise OSError("no picture")
+    return Image.open(io.BytesIO(cell["bytes"]) if cell.get("bytes") is not None else cell["path"])
+
+
+def undecoded(rows: Any, column: str) -> Any:
+    """``rows`` whose pictures come as bytes."""
+    return rows.cast_column(column, require_datasets().Image(decode=False))
+
+
+def _pictures(rows: Any, title: str, options: DataOptions) -> HubPictures:
+    picture, label = columns(rows.features, title, options)
+    raw = list(rows[label])
+    names = getattr(rows.features[label], "names", None)
+    if any(value is None or value == -1 for value in raw):
+        raise InputError(f"{title} has pictures without a label.", "Each needs one.", "filter the data set first")
+    classes = tuple(names) if names else tuple(sorted(set(map(str, raw)), key=lambda n: (len(n), n)))
+    numbers = {name: i for i, name in enumerate(classes)}
+    labels = tuple(map(int, raw)) if names else tuple(numbers[str(value)] for value in raw)
+    return HubPictures(title, undecoded(rows, picture), classes, labels, tuple(range(len(labels))), picture)
+
+
+def _require_classes(kind: Any, where: str) -> None:
+    """Many labels and numbers to predict are other tasks."""
+    if getattr(kind, "names", None):
+        return
+    dtype = str(getattr(kind, "dtype", type(kind).__name__))
+    if dtype.startswith(("int", "uint", "string", "large_string", "bool")):
+        return
+    task = "numbers to predict (regression)" if dtype.startswith(("float", "decimal")) else "many labels a picture"
+    raise InputError(
+        f"{where} holds {task}: {kind}.",
+        "finetune trains classifiers of one label per picture.",
+        "--set data.label=COLUMN, or a loop of your own with the pieces of condconv_surgery.training",
+    )
+
+
+def _by_name(found: Any) -> dict[str, Any]:
+    return dict(found) if hasattr(found, "items") else {"train": found}

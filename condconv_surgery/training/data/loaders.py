@@ -1,0 +1,137 @@
+"""From folders to batches: data sets, samplers and loaders of one process."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import nn
+from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
+
+from condconv_surgery.errors import InputError
+from condconv_surgery.models.artifact.save_load import recipe_of
+from condconv_surgery.models.preprocess import evaluation_transform
+from condconv_surgery.recipe import InputSpec, Recipe
+from condconv_surgery.recipe.training_options import TrainingOptions
+from condconv_surgery.training.data.find_data import find_data, require_data
+from condconv_surgery.training.data.image_dataset import (
+    Batch,
+    PictureDataset,
+    Sample,
+    Transform,
+    collate,
+    collate_whole,
+)
+from condconv_surgery.training.data.labelled_images import Labelled
+from condconv_surgery.training.data.samplers import EvaluationBatches, Steps, TrainingBatches
+from condconv_surgery.training.data.streaming import RowDataset, Stream, StreamBatches, StreamEvaluation, find_streams
+from condconv_surgery.training.data.train_transforms import training_transform
+from condconv_surgery.training.distributed.world import World
+from condconv_surgery.training.monitor.explained_errors import reading
+from condconv_surgery.training.state.stop_signals import ignore_signals
+
+
+@dataclass(frozen=True)
+class Data:
+    """The pictures of a run and how this process takes them."""
+
+    train: Labelled | Stream
+    val: Labelled | Stream
+    order: Steps
+    train_loader: DataLoader[Batch]
+    val_loader: DataLoader[Batch]
+
+    def batches_from(self, step: int) -> Iterator[Batch]:
+        """Training batches from a step of the whole run on. One iterator at a time."""
+        self.order.start = step
+        return reading(iter(self.train_loader))
+
+    def close(self) -> None:
+        """End the readers. While torch knows of a dead one, it raises again whenever any child process ends."""
+        with ExitStack() as stack:
+            for loader in (self.train_loader, self.val_loader):
+                if isinstance(loader._iterator, _MultiProcessingDataLoaderIter):
+                    stack.callback(loader._iterator._shutdown_workers)
+                loader._iterator = None
+
+
+def open_data(options: TrainingOptions, spec: InputSpec, world: World) -> Data:
+    """Find the pictures and make the loaders. Raises ``InputError`` for data that cannot be trained on."""
+    require_data(options.data)
+    transforms = training_transform(spec, options.augment), evaluation_transform(spec)
+    if options.data.streaming:
+        return _streamed(options, spec, world, *transforms)
+    train, val = find_data(options.data, options.seed)
+    steps = _steps(options, len(train), world)
+
+    def pictures(which: Labelled, transform: Transform, replace: bool) -> PictureDataset:
+        return PictureDataset(which, transform, channels=spec.channels, seed=options.seed, replace=replace)
+
+    return Data(
+        train,
+        val,
+        steps,
+        _loader(pictures(train, transforms[0], True), TrainingBatches(steps, options.seed, world.rank), options, world),
+        _loader(
+            pictures(val, transforms[1], False),
+            EvaluationBatches(len(val), steps.slice_size, rank=world.rank, world=world.size),
+            options,
+            world,
+        ),
+    )
+
+
+def _streamed(options: TrainingOptions, spec: InputSpec, world: World, training: Transform, scoring: Transform) -> Data:
+    if options.optimizer.class_weights:
+        raise InputError(
+            "optimizer.class_weights with data.streaming.",
+            "Classes are weighed by their number of pictures, which a stream doesn't tell.",
+            "--set optimizer.class_weights=false, or --set data.streaming=false",
+        )
+    train, val = find_streams(options.data)
+    steps = _steps(options, len(train), world)
+
+    def rows(which: Stream, transform: Transform) -> RowDataset:
+        return RowDataset(which.title, transform, channels=spec.channels, seed=options.seed)
+
+    order = StreamBatches(train, steps, options.seed, options.data.buffer, world)
+    each = StreamEvaluation(val, steps.slice_size, world)
+    loaders = (
+        _loader(rows(train, training), order, options, world, collate_whole),
+        _loader(rows(val, scoring), each, options, world),
+    )
+    return Data(train, val, steps, *loaders)
+
+
+def _steps(options: TrainingOptions, count: int, world: World) -> Steps:
+    accumulate = options.optimizer.accumulate
+    epochs, batch_size = options.schedule.epochs, options.data.batch_size
+    return Steps(count, batch_size, epochs=epochs, world=world.size, accumulate=accumulate)
+
+
+def _loader(
+    dataset: Dataset[Sample],
+    batches: Sampler[list[Any]],
+    options: TrainingOptions,
+    world: World,
+    together: Callable[[Sequence[Sample]], Batch] = collate,
+) -> DataLoader[Batch]:
+    return DataLoader(
+        dataset,  # type: ignore[arg-type]
+        batch_sampler=batches,
+        num_workers=options.data.workers,
+        worker_init_fn=ignore_signals,
+        collate_fn=together,
+        pin_memory=world.device.type == "cuda",
+        persistent_workers=options.data.workers > 0,
+    )
+
+
+def input_spec(model: nn.Module, options: TrainingOptions) -> InputSpec:
+    """The model's own input, with the side that the options ask for."""
+    spec = (recipe_of(model) or Recipe()).input
+    side = options.data.image_size
+    return spec if side is None else replace(spec, height=side, width=side)

@@ -1,0 +1,28 @@
+"""Mixup and CutMix, torchvision's own, on a batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor
+from torchvision.transforms import v2
+
+from condconv_surgery.recipe.training_sections import AugmentOptions
+
+Mix = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+def batch_mix(options: AugmentOptions, classes: int) -> Mix | None:
+    """``images, labels [B] -> images, shares [B, K]``, drawn from torch's global generator; ``None`` when off.
+
+    With both on, each batch draws one of them.
+    """
+    ways: list[Mix] = []
+    if options.mixup:
+        ways.append(v2.MixUp(alpha=options.mixup, num_classes=classes))
+    if options.cutmix:
+        ways.append(v2.CutMix(alpha=options.cutmix, num_classes=classes))
+    if not ways:
+        return None
+    chosen: Mix = v2.RandomChoice(ways) if len(ways) > 1 else ways[0]
+    return chosen

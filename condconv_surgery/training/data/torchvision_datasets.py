@@ -1,0 +1,137 @@
+"""torchvision's classification data sets by name: ``--data torchvision:cifar10``."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torchvision
+from PIL import Image
+
+from condconv_surgery.errors import InputError, unknown_name
+from condconv_surgery.training.data.labelled_images import Rows, matched, split
+
+Part = dict[str, Any]
+BY_FLAG: tuple[Part, Part] = ({"train": True}, {"train": False})
+BY_TEST: tuple[Part, Part] = ({"split": "train"}, {"split": "test"})
+BY_VAL: tuple[Part, Part] = ({"split": "train"}, {"split": "val"})
+WHOLE: tuple[Part, ...] = ({},)
+
+SETS: dict[str, tuple[str, tuple[Part, ...]]] = {
+    "caltech101": ("Caltech101", WHOLE),
+    "caltech256": ("Caltech256", WHOLE),
+    "cifar10": ("CIFAR10", BY_FLAG),
+    "cifar100": ("CIFAR100", BY_FLAG),
+    "clevr": ("CLEVRClassification", BY_VAL),
+    "country211": ("Country211", ({"split": "train"}, {"split": "valid"})),
+    "dtd": ("DTD", BY_VAL),
+    "emnist": ("EMNIST", ({"split": "balanced", "train": True}, {"split": "balanced", "train": False})),
+    "eurosat": ("EuroSAT", WHOLE),
+    "fakedata": ("FakeData", WHOLE),
+    "fashionmnist": ("FashionMNIST", BY_FLAG),
+    "fgvcaircraft": ("FGVCAircraft", BY_VAL),
+    "flowers102": ("Flowers102", BY_VAL),
+    "food101": ("Food101", BY_TEST),
+    "gtsrb": ("GTSRB", BY_TEST),
+    "imagenet": ("ImageNet", BY_VAL),
+    "imagenette": ("Imagenette", BY_VAL),
+    "kmnist": ("KMNIST", BY_FLAG),
+    "mnist": ("MNIST", BY_FLAG),
+    "oxfordiiitpet": ("OxfordIIITPet", ({"split": "trainval"}, {"split": "test"})),
+    "pcam": ("PCAM", BY_VAL),
+    "places365": ("Places365", ({"split": "train-standard"}, {"split": "val"})),
+    "qmnist": ("QMNIST", ({"what": "train"}, {"what": "test"})),
+    "renderedsst2": ("RenderedSST2", BY_VAL),
+    "semeion": ("SEMEION", WHOLE),
+    "stl10": ("STL10", BY_TEST),
+    "sun397": ("SUN397", WHOLE),
+    "svhn": ("SVHN", BY_TEST),
+    "usps": ("USPS", BY_FLAG),
+}
+"""Class in torchvision.datasets, and how it is asked for the training and the validation pictures."""
+
+OTHER_TASKS = {
+    "celeba": "many labels a picture",
+    "cocodetection": "boxes",
+    "kitti": "boxes",
+    "vocdetection": "boxes",
+    "vocsegmentation": "masks",
+    "cityscapes": "masks",
+    "widerface": "boxes",
+}
+
+
+@dataclass(frozen=True)
+class TorchvisionPictures(Rows):
+    """Some pictures of a torchvision data set; ``data`` is the ``VisionDataset``."""
+
+    def open(self, index: int) -> Image.Image:
+        picture: Image.Image = self.data[self.indices[index]][0]
+        return picture
+
+
+def find_torchvision(
+    name: str, root: Path, download: bool, val_fraction: float, seed: int
+) -> tuple[TorchvisionPictures, TorchvisionPictures]:
+    """The training and the validation pictures of ``torchvision:NAME``, which lie or are downloaded below ``root``.
+
+    A set that comes in one piece is split. Raises ``InputError`` for an unknown name, a set of another task, and files
+    that are not there.
+    """
+    require_known(name)
+    title, parts = SETS[name.lower()]
+    found = [_pictures(title, root, part, download) for part in parts]
+    if len(found) == 1:
+        return split(found[0], val_fraction, seed)
+    return found[0], matched(found[1], found[0], f"{title} {parts[1]}")
+
+
+def require_known(name: str) -> None:
+    """Raise ``InputError`` unless the name is one of torchvision's classification data sets."""
+    if name.lower() in OTHER_TASKS:
+        raise InputError(
+            f"torchvision:{name} has {OTHER_TASKS[name.lower()]}.",
+            "finetune trains classifiers of one label per picture.",
+            "a loop of your own with the pieces of condconv_surgery.training",
+        )
+    if name.lower() not in SETS:
+        raise unknown_name("data set of torchvision", name, SETS, "--data torchvision:cifar10")
+
+
+def _pictures(title: str, root: Path, part: Part, download: bool) -> TorchvisionPictures:
+    cls = getattr(torchvision.datasets, title)
+    taken = inspect.signature(cls).parameters
+    where = {"root": root} if "root" in taken else {}
+    how = {"download": True} if download and ("download" in taken or title in ("EMNIST", "QMNIST")) else {}
+    try:
+        data = cls(**where, **part, **how)
+    except (RuntimeError, OSError, ImportError, ValueError) as error:
+        raise InputError(
+            f"torchvision's {title} can't be read from {root}: {str(error).strip().rstrip('.')}.",
+            "Its files must be there as torchvision leaves them.",
+            "--set data.download=true, or --set data.root=FOLDER",
+        ) from error
+    labels = _labels(data)
+    return TorchvisionPictures(title, data, _classes(data, labels), labels, tuple(range(len(labels))))
+
+
+def _labels(data: Any) -> tuple[int, ...]:
+    """From where torchvision's classes keep them; else by reading everything once."""
+    for attribute in ("targets", "labels", "_labels", "y"):
+        found = getattr(data, attribute, None)
+        if found is not None and len(found) == len(data):
+            return tuple(int(label) for label in found)
+    samples = getattr(data, "_samples", None)
+    if samples is not None:
+        return tuple(int(label) for _, label in samples)
+    return tuple(int(data[index][1]) for index in range(len(data)))
+
+
+def _classes(data: Any, labels: tuple[int, ...]) -> tuple[str, ...]:
+    for attribute in ("classes", "categories"):
+        found = getattr(data, attribute, None)
+        if found:  # ImageNet has several words for a class
+            return tuple(name if isinstance(name, str) else ", ".join(name) for name in found)
+    return tuple(str(label) for label in range(max(labels) + 1))

@@ -1,0 +1,83 @@
+"""Speed, memory and temperature of a run, and the numbers of a step or an epoch put together."""
+
+from __future__ import annotations
+
+import resource
+import time
+
+import torch
+from torch import nn
+
+from condconv_surgery.layers import routers
+from condconv_surgery.training.evaluation import Tally
+from condconv_surgery.training.monitor.progress_display import EpochRow, StepView
+from condconv_surgery.training.state.progress import Progress
+
+
+class Meter:
+    """Counts pictures and time within an epoch."""
+
+    def __init__(self, device: torch.device, epochs: int, steps: int) -> None:
+        self.device, self.epochs, self.steps = device, epochs, steps
+        self.restart()
+
+    def restart(self) -> None:
+        """Begin an epoch."""
+        self.began, self.pictures, self.training_seconds = time.monotonic(), 0, 0.0
+
+    def count(self, tally: Tally) -> None:
+        """Note the pictures of a step."""
+        self.pictures += int(tally.count)
+        self.training_seconds = time.monotonic() - self.began
+
+    @property
+    def rate(self) -> float:
+        """Training pictures per second in this epoch, over all processes."""
+        return self.pictures / self.training_seconds if self.training_seconds else 0.0
+
+    def view(self, progress: Progress, lr: float) -> StepView:
+        """The step just done, as it is shown."""
+        return StepView(
+            epoch=progress.epochs_done + 1,
+            epochs=self.epochs,
+            step=progress.step,
+            steps=self.steps,
+            loss=progress.tally.loss,
+            top1=progress.tally.top1,
+            lr=lr,
+            images_per_second=self.rate,
+            memory=peak_memory(self.device),
+        )
+
+    def row(self, progress: Progress, lr: float, temperature: float | None, scores: Tally, best: bool) -> EpochRow:
+        """The epoch just scored, as it is written."""
+        return EpochRow(
+            epoch=progress.epochs_done,
+            step=progress.step,
+            lr=lr,
+            temperature=temperature,
+            train_loss=progress.tally.loss,
+            train_top1=progress.tally.top1,
+            val_loss=scores.loss,
+            val_top1=scores.top1,
+            images_per_second=self.rate,
+            seconds=time.monotonic() - self.began,
+            memory=peak_memory(self.device),
+            best=best,
+        )
+
+
+def temperature_of(model: nn.Module) -> float | None:
+    """The temperature of the first router that has one."""
+    for router in routers(model).values():
+        temperature = getattr(router, "temperature", None)
+        if temperature is not None:
+            return float(temperature)
+    return None
+
+
+def peak_memory(device: torch.device) -> float:
+    """The most memory that this process has held so far, MB; on a GPU, of the GPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e6
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3

@@ -1,0 +1,29 @@
+"""The run as a picture: loss and top-1 over the epochs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from condconv_surgery.models.artifact.atomic_write import replacing
+from condconv_surgery.training.state.run_files import keeping
+
+
+def draw_curves(rows: list[dict[str, Any]], path: Path) -> None:
+    """Draw the rows of ``metrics.jsonl`` as a PNG: loss at the left, top-1 at the right, train and validation."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # here: half a second that only this needs
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 3.5), layout="constrained")
+    FigureCanvasAgg(figure)
+    epochs = [row["epoch"] for row in rows]
+    for position, (what, label) in enumerate((("loss", "loss, nats per picture"), ("top1", "top-1")), start=1):
+        axes = figure.add_subplot(1, 2, position)
+        for part, style in (("train", "--"), ("val", "-")):
+            axes.plot(epochs, [row[f"{part}_{what}"] for row in rows], style, marker=".", label=part)
+        axes.set_xlabel("epoch")
+        axes.set_ylabel(label)
+        axes.grid(alpha=0.3)
+        axes.legend()
+    with keeping(path), replacing(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=120)

@@ -1,0 +1,74 @@
+"""May this run go on from that state?"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from condconv_surgery.errors import InputError
+from condconv_surgery.recipe.training_options import TrainingOptions
+from condconv_surgery.training.state.run_files import read_rows, write_rows
+from condconv_surgery.training.state.run_state import BEFORE, LAST, State
+
+RECIPE = "recipe.toml"
+METRICS = "metrics.jsonl"
+
+FREE = ("model", "output", "data.folder", "data.workers", "data.max_bad", "engine.save_every", "schedule.epochs")
+"""Options that may differ after a resume: they name places or costs, or extend the run."""
+
+
+def require_fresh(folder: Path) -> None:
+    """Raise ``InputError`` when ``folder`` already holds a run: nobody loses a week by a repeated command."""
+    if any((folder / name).exists() for name in (LAST, BEFORE, METRICS)):
+        raise InputError(
+            f"{folder} already holds a run.",
+            "A new run needs a folder of its own.",
+            f"--resume to go on with it, or another -o RUN (or: rm -r {folder})",
+        )
+
+
+def require_same_run(state: State, options: TrainingOptions, fingerprint: str, processes: int) -> None:
+    """Raise ``InputError`` when pictures or options are not those of the state.
+
+    The number of processes may differ where they share what one would see alone; of a stream each reads its own part.
+    """
+    before_processes = state.facts.get("processes", processes)
+    if options.data.streaming and before_processes != processes:
+        raise InputError(
+            f"The run streams its pictures with {before_processes} processes and is resumed with {processes}.",
+            "Each process reads a part of a stream of its own, so their number must stay.",
+            f"--nproc-per-node {before_processes}, or start anew: another -o RUN",
+        )
+    if state.facts["fingerprint"] != fingerprint:
+        raise InputError(
+            f"The pictures in {options.data.folder} are not those that the run began with.",
+            "Names, classes and split must be the same for the run to go on exactly.",
+            "restore the folder, or start anew: another -o RUN",
+        )
+    before, now = _flat(state.facts["options"]), _flat(options.to_dict())
+    changed = [name for name in now if name not in FREE and before.get(name) != now[name]]
+    if changed:
+        words = ", ".join(f"{name} was {before.get(name)!r} and is {now[name]!r}" for name in changed)
+        raise InputError(
+            f"The run began with other options: {words}.",
+            f"On a resume only these may change: {', '.join(FREE)}.",
+            "leave the option out, or start anew: another -o RUN",
+        )
+
+
+def cut_metrics(folder: Path, epochs_done: int) -> None:
+    """Drop rows of epochs that the state does not know: they will be trained again."""
+    rows = read_rows(folder / METRICS)
+    kept = [row for row in rows if row["epoch"] <= epochs_done]
+    if kept or rows:
+        write_rows(folder / METRICS, kept)
+
+
+def _flat(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in data.items():
+        if isinstance(value, dict):
+            flat.update(_flat(value, f"{prefix}{name}."))
+        else:
+            flat[prefix + name] = list(value) if isinstance(value, tuple) else value
+    return flat

@@ -1,0 +1,70 @@
+"""The files of a run, each written whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from condconv_surgery.errors import InputError, TrainingError
+from condconv_surgery.models.artifact.atomic_write import replacing
+
+
+@contextmanager
+def keeping(path: Path) -> Iterator[None]:
+    """Turn a failure to write ``path`` into the failure of a run that can go on: ``TrainingError``."""
+    try:
+        yield
+    except InputError as error:
+        raise TrainingError(
+            error.given,
+            "What was there before is unchanged, and the last good state is kept.",
+            "free space or change the rights, then run the same command with --resume",
+        ) from error
+
+
+def write_text(path: Path, text: str) -> None:
+    """``text`` as a whole file."""
+    with keeping(path), replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def copy_file(source: Path, path: Path) -> None:
+    """The content of ``source`` as a whole file."""
+    with keeping(path), replacing(path) as temporary:
+        shutil.copyfile(source, temporary)
+
+
+def make_folder(path: Path) -> None:
+    """Make the run's folder and see that it can be written. Raises ``InputError``."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        probe = path / f".probe.{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise InputError(
+            f"{path} cannot be written: {error.strerror or error}.",
+            "-o names a folder that can be made or written.",
+            "-o RUN",
+        ) from error
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of a ``.jsonl`` file; a last line cut short by a kill is left out."""
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return rows
+
+
+def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
+    """All rows as a ``.jsonl`` file."""
+    write_text(path, "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows))

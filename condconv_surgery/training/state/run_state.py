@@ -1,0 +1,148 @@
+"""Where a run stands, on disk: one safetensors file whose metadata holds the JSON part. No pickle.
+
+Two states are kept, the last and the one before: a file that a crash or a bad disk has damaged is noticed by its
+hash, and the run goes on from the other.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from condconv_surgery.errors import DamagedFileError, TrainingError
+from condconv_surgery.models.artifact.atomic_write import replacing
+from condconv_surgery.training.distributed.fsdp import like, whole
+from condconv_surgery.training.state.run_files import keeping
+
+FORMAT = 1
+LAST = "state.safetensors"
+BEFORE = "state.previous.safetensors"
+
+
+@dataclass(frozen=True)
+class State:
+    """``tensors`` by ``part.name``; ``facts`` are plain JSON values."""
+
+    tensors: dict[str, Tensor]
+    facts: dict[str, Any]
+
+    def part(self, name: str) -> dict[str, Tensor]:
+        """The tensors of one part, without its prefix."""
+        prefix = f"{name}."
+        return {key[len(prefix) :]: value for key, value in self.tensors.items() if key.startswith(prefix)}
+
+
+def save_state(folder: Path, state: State) -> None:
+    """Write ``state`` as the last one; the last becomes the one before. A kill at any moment leaves one whole."""
+    tensors = {name: _own(tensor) for name, tensor in state.tensors.items()}
+    facts = json.dumps(state.facts)
+    metadata = {"format": str(FORMAT), "facts": facts, "sha256": _digest(tensors, facts)}
+    last = folder / LAST
+    with keeping(last), replacing(last) as temporary:
+        save_file(tensors, temporary, metadata)
+        if last.exists():
+            last.replace(folder / BEFORE)
+
+
+def load_state(folder: Path) -> tuple[State | None, str]:
+    """The newest whole state in ``folder`` and a line about what was passed over (``""``: nothing).
+
+    ``None`` when there is no state yet. Raises ``DamagedFileError`` when states are there and none is whole.
+    """
+    troubles: list[str] = []
+    for path in (folder / LAST, folder / BEFORE):
+        if not path.exists():
+            continue
+        try:
+            return read_state(path), "; ".join(troubles)
+        except DamagedFileError as error:
+            troubles.append(error.given)
+    if troubles:
+        raise DamagedFileError(
+            " ".join(troubles), "No whole state is left to go on from.", "start anew: another -o RUN"
+        )
+    return None, ""
+
+
+def read_state(path: Path) -> State:
+    """The state in one file. Raises ``DamagedFileError``."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not a dict
+        facts = metadata["facts"]
+        whole = metadata["sha256"] == _digest(tensors, facts) and int(metadata["format"]) <= FORMAT
+    except (OSError, SafetensorError, KeyError, ValueError) as error:
+        raise DamagedFileError(f"{path} is damaged: {error}.", "A state is what finetune writes.") from error
+    if not whole:
+        raise DamagedFileError(
+            f"{path} is damaged: its content is not what was written.", "A state is what finetune writes."
+        )
+    return State(tensors, json.loads(facts))
+
+
+def model_part(model: nn.Module, part: str = "model") -> dict[str, Tensor]:
+    """Parameters and persistent buffers, under ``part.``."""
+    return {f"{part}.{name}": whole(tensor) for name, tensor in model.state_dict().items()}
+
+
+@torch.no_grad()
+def restore_model(model: nn.Module, tensors: dict[str, Tensor]) -> None:
+    """Fill ``model`` in place, every tensor and no other. Raises ``TrainingError`` when they do not fit."""
+    target = model.state_dict()
+    if target.keys() != tensors.keys() or any(target[n].shape != t.shape for n, t in tensors.items()):
+        strange = ", ".join(sorted(target.keys() ^ tensors.keys())[:3])
+        raise TrainingError(
+            f"The saved state is of another model{f' (differs in {strange})' if strange else ''}.",
+            "A run goes on with the model that it started with.",
+            "start anew: another -o RUN",
+        )
+    for name, tensor in tensors.items():
+        target[name].copy_(like(target[name], tensor))  # keeps device and memory format
+
+
+def optimizer_part(optimizer: Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """An optimizer's state as tensors under ``optimizer.INDEX.NAME`` and plain values."""
+    tensors: dict[str, Tensor] = {}
+    plain: dict[str, Any] = {}
+    for index, values in optimizer.state_dict()["state"].items():
+        for name, value in values.items():
+            if isinstance(value, Tensor):
+                tensors[f"optimizer.{index}.{name}"] = whole(value)
+            else:
+                plain[f"{index}.{name}"] = value
+    return tensors, plain
+
+
+def restore_optimizer(optimizer: Optimizer, tensors: dict[str, Tensor], plain: dict[str, Any]) -> None:
+    """The inverse of ``optimizer_part``. The groups stay as they were built from the options."""
+    state: dict[int, dict[str, Any]] = {}
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    for key, value in [*tensors.items(), *plain.items()]:
+        index, _, name = key.partition(".")
+        place = parameters[int(index)]
+        state.setdefault(int(index), {})[name] = like(place, value) if isinstance(value, Tensor) else value
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def _own(tensor: Tensor) -> Tensor:
+    """A contiguous CPU copy: safetensors takes no views and no two names for one memory."""
+    return tensor.detach().to("cpu", copy=True).contiguous()
+
+
+def _digest(tensors: dict[str, Tensor], facts: str) -> str:
+    digest = hashlib.sha256(facts.encode())
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()

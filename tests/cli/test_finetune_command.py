@@ -1,0 +1,219 @@
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import torchvision
+
+import condconv_surgery as cs
+from condconv_surgery.models.artifact.save_load import recipe_of
+from condconv_surgery.models.sources import load_model
+from tests.conftest import Run
+from tests.images import write_pictures
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    return write_pictures(tmp_path / "data", each=6)
+
+
+QUICK = ("--image-size", 32, "--batch-size", 6, "--workers", 0, "--epochs", 2)
+NET = torchvision.models.mobilenet_v3_small()
+PLAIN = ("torchvision:mobilenet_v3_small", "--weights", "none")
+
+
+def test_a_plain_model_is_trained(condconv: Run, data: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    code, out, err = condconv("finetune", *PLAIN, "--data", data, "-o", run, *QUICK, "--json")
+    assert code == 0, err
+    result = json.loads(out)
+    assert (result["epochs"], result["train_pictures"], result["val_pictures"]) == (2, 15, 3)
+    assert result["heads"] == {"classifier.3": 3}
+    assert {"last.safetensors", "best.safetensors", "metrics.jsonl", "recipe.toml"} <= {p.name for p in run.iterdir()}
+    assert "epoch   2  train loss" in err
+    model = cs.load(run / "best.safetensors")
+    recipe = recipe_of(model)
+    assert recipe is not None
+    assert recipe.classes == ("class0", "class1", "class2")
+    assert (recipe.input.height, recipe.heads) == (32, {"classifier.3": 3})
+    assert model(torch.zeros(1, 3, 32, 32)).shape == (1, 3)
+
+
+@pytest.mark.parametrize("variant", [cs.CondConv(experts=2), cs.ODConv(experts=2), cs.DynamicConv(experts=2)], ids=str)
+@pytest.mark.parametrize("classifier", [False, True])
+def test_a_converted_model_is_trained_and_loads_again(
+    condconv: Run, data: Path, tmp_path: Path, variant: object, classifier: bool
+) -> None:
+    plain = load_model("torchvision:resnet18", weights="none")
+    conversion = cs.convert(
+        plain,
+        variant,  # type: ignore[arg-type]
+        include=["layer1.0.*", "fc"],
+        classifier=classifier,
+        example=torch.randn(8, 3, 64, 64),
+    )
+    cs.save(conversion.model, tmp_path / "m.safetensors")
+    train = ("finetune", tmp_path / "m.safetensors", "--data", data, "-o", tmp_path / "run", *QUICK)
+    code, out, err = condconv(*train, "--temperature", 30, "--json")
+    assert code == 0, err
+    assert json.loads(out)["heads"] == {"fc": 3}
+    model = cs.load(tmp_path / "run/last.safetensors")
+    recipe = recipe_of(model)
+    assert recipe is not None
+    assert len(recipe.layers) == 2 + classifier
+    assert model(torch.zeros(1, 3, 32, 32)).shape == (1, 3)
+
+
+def test_a_trained_model_is_trained_again(condconv: Run, data: Path, tmp_path: Path) -> None:
+    assert condconv("finetune", *PLAIN, "--data", data, "-o", tmp_path / "one", *QUICK)[0] == 0
+    more = write_pictures(tmp_path / "more", classes=4)
+    best = tmp_path / "one/best.safetensors"
+    code, out, err = condconv("finetune", best, "--data", more, "-o", tmp_path / "two", *QUICK, "--json")
+    assert code == 0, err
+    assert json.loads(out)["heads"] == {"classifier.3": 4}
+    assert cs.load(tmp_path / "two/best.safetensors")(torch.zeros(1, 3, 32, 32)).shape == (1, 4)
+
+
+def test_a_file_of_half_precision_is_trained_in_whole(condconv: Run, data: Path, tmp_path: Path) -> None:
+    torch.save({n: t.half() if t.is_floating_point() else t for n, t in NET.state_dict().items()}, tmp_path / "half.pt")
+    how = ("--arch", "torchvision:mobilenet_v3_small", "--data", data, "-o", tmp_path / "run", *QUICK)
+    code, _, err = condconv("finetune", tmp_path / "half.pt", *how)
+    assert code == 0, err
+    assert load_model(f"{tmp_path}/run/last.safetensors").classifier[3].weight.dtype == torch.float32  # type: ignore[index, union-attr]
+
+
+def test_a_run_is_repeated_from_its_recipe_alone(condconv: Run, data: Path, tmp_path: Path) -> None:
+    flags = ("--optimizer", "sgd", "--lr", 0.05, "--freeze", "features.0*", "--set", "augment.flip=0", "--ema", 0.5)
+    assert condconv("finetune", *PLAIN, "--data", data, "-o", tmp_path / "one", *QUICK, *flags)[0] == 0
+    again = ("finetune", "--recipe", tmp_path / "one/recipe.toml", "-o", tmp_path / "two")
+    code, _, err = condconv(*again)
+    assert code == 0, err
+    one, two = (cs.load(tmp_path / name / "last.safetensors").state_dict() for name in ("one", "two"))
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    code, out, _ = condconv(*again, "--print-recipe", "--lr", 0.1)
+    assert code == 0
+    assert 'name = "sgd"' in out
+    assert "lr = 0.1 " in out
+
+
+def test_resume_needs_the_folder_alone(condconv: Run, data: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    assert condconv("finetune", *PLAIN, "--data", data, "-o", run, *QUICK)[0] == 0
+    code, out, err = condconv("finetune", "-o", run, "--resume", "--epochs", 3, "--json")
+    assert code == 0, err
+    assert json.loads(out)["epochs"] == 3
+    assert "Going on after step 4, epoch 2" in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--data", "{tmp}/nowhere"], "There is no"),
+        (["--data", "{tmp}/empty"], "has no pictures"),
+        (["--data", "{tmp}/one"], "one class only"),
+        (["--data", "{data}", "--epochs", "0"], "schedule.epochs is 0"),
+        (["--data", "{data}", "--lr", "-1"], "optimizer.lr is -1"),
+        (["--data", "{data}", "--batch-size", "0"], "--batch-size 32"),
+        (["--data", "{data}", "--set", "optimizer.larning_rate=3"], "Unknown option in [optimizer] 'larning_rate'"),
+        (["--data", "{data}", "--optimizer", "adamx"], "Unknown optimizer 'adamx'"),
+        (["--data", "{data}", "--precision", "fp8"], "one of: fp32, bf16, fp16"),
+        (["--data", "{data}", "--freeze", "layer9"], "matches none of"),
+        (["--data", "{data}", "--warm-routers", "1"], "without routers"),
+        (["--data", "{data}", "--recipe", "{tmp}/none.toml"], "none.toml cannot be read"),
+        (["--data", "{data}", "-o", "/proc/run"], "/proc/run cannot be written"),
+        (["--data", "{data}", "--distill", "start"], "is new and untrained"),
+        (["--data", "{data}", "--image-size", "2"], "leave --image-size out"),
+        (["--data", "{data}", "--temperature", "0"], "leave --temperature out"),
+        ([], "No pictures are given"),
+    ],
+)
+def test_bad_input_ends_in_words_with_nothing_written(
+    condconv: Run, data: Path, tmp_path: Path, arguments: list[str], message: str
+) -> None:
+    (tmp_path / "empty").mkdir()
+    write_pictures(tmp_path / "one", classes=1)
+    given = [a.replace("{tmp}", str(tmp_path)).replace("{data}", str(data)) for a in arguments]
+    code, out, err = condconv("finetune", *PLAIN, "-o", tmp_path / "run", *QUICK, *given)
+    assert (code, out) == (2, "")
+    assert message in err
+    assert "Try: " in err
+    assert "Traceback" not in err
+    written = {p.name for p in (tmp_path / "run").iterdir()} if (tmp_path / "run").exists() else set()
+    assert written <= {"recipe.toml"}
+
+
+def test_resume_without_a_run_or_a_model_says_how_to_begin_one(condconv: Run, tmp_path: Path) -> None:
+    code, _, err = condconv("finetune", "-o", tmp_path / "nothing", "--resume")
+    assert code == 2
+    assert "recipe.toml cannot be read: No such file or directory.\n" in err
+    assert f"Try: condconv finetune MODEL --data FOLDER -o {tmp_path / 'nothing'}, a new run" in err
+
+
+def test_a_missing_model_a_corrupt_picture_and_a_used_folder(condconv: Run, data: Path, tmp_path: Path) -> None:
+    code, _, err = condconv("finetune", tmp_path / "no.safetensors", "--data", data, "-o", tmp_path / "run")
+    assert code == 2
+    assert "no.safetensors" in err
+    code, _, err = condconv("finetune", "--data", data, "-o", tmp_path / "run")
+    assert (code, "No model is given" in err) == (2, True)
+    code, _, err = condconv("finetune", "-o", tmp_path / "run", "--resume")
+    assert (code, "recipe.toml cannot be read" in err) == (2, True)
+    bad = data / "class1/03.png"
+    whole = bad.read_bytes()
+    bad.write_bytes(whole[: len(whole) // 2])
+    code, _, err = condconv("finetune", *PLAIN, "--data", data, "-o", tmp_path / "run", *QUICK)
+    assert code == 2
+    assert str(bad) in err
+    assert "--max-bad" in err
+    code, _, err = condconv(
+        "finetune", *PLAIN, "--data", data, "-o", tmp_path / "run", *QUICK, "--max-bad", 1, "--resume"
+    )
+    assert code == 0, err
+    assert f"Unreadable, passed over: {bad}" in err
+    code, _, err = condconv("finetune", *PLAIN, "--data", data, "-o", tmp_path / "run", *QUICK)
+    assert (code, "already holds a run" in err) == (2, True)
+
+
+def test_help_and_print_recipe_import_no_torch() -> None:
+    code = (
+        "import sys; sys.argv = ['condconv', 'finetune', *{}]\n"
+        "from condconv_surgery.cli.main import run\n"
+        "try: run()\n"
+        "except SystemExit: pass\n"
+        "sys.exit('torch' in sys.modules)"
+    )
+    for arguments in (["--help"], ["--print-recipe", "m"], ["m", "--epochs", "0"], ["m", "--epochs", "x"], ["--bad"]):
+        done = subprocess.run([sys.executable, "-c", code.format(arguments)], capture_output=True, check=False)
+        assert done.returncode == 0, arguments
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
+def test_a_signal_to_the_whole_group_saves_and_ends_as_documented(
+    data: Path, tmp_path: Path, number: int, code: int
+) -> None:
+    """As a terminal sends Ctrl-C and a cluster SIGTERM: to the reading processes too."""
+    run = tmp_path / "run"
+    settings = ["--image-size", 32, "--batch-size", 6, "--workers", 2, "--epochs", 5000]
+    command = [sys.executable, "-m", "condconv_surgery", "finetune", *PLAIN, "--data", data, "-o", run, *settings]
+    process = subprocess.Popen(
+        [*map(str, command)],
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        start_new_session=True,
+    )
+    for _ in range(600):
+        if (run / "metrics.jsonl").exists() or process.poll() is not None:
+            break
+        time.sleep(0.1)
+    os.killpg(process.pid, number)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == code, err.decode()
+    assert "state saved" in err.decode()
+    assert (run / "state.safetensors").exists()

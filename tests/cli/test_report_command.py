@@ -1,0 +1,189 @@
+from __future__ import annotations
+
+import csv
+import io
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torchvision
+
+import condconv_surgery as cs
+from condconv_surgery.models.sources import load_model
+from tests.conftest import Run
+from tests.images import write_pictures
+from tests.variant_cases import scramble
+
+PLAIN = ("torchvision:mobilenet_v3_small", "--weights", "none", "--input-size", 64)
+
+
+@pytest.fixture(scope="module")
+def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    model = load_model("torchvision:mobilenet_v3_small", weights="none", num_classes=3, input_size=64)
+    converted = cs.convert(model, cs.CondConv(4), include=["features.1[0-2]*"], prove=False).model
+    scramble(converted)
+    path = tmp_path_factory.mktemp("models") / "small.safetensors"
+    cs.save(converted, path)
+    return path
+
+
+def test_a_table_of_80_columns(condconv: Run, artifact: Path) -> None:
+    code, out, err = condconv("report", artifact)
+    assert code == 0, err
+    assert max(len(line) for line in out.splitlines()) <= 80
+    assert "condconv" in out
+    assert "peak activations, batch 8" in out
+    assert "Loading" in err
+
+
+def test_json_is_what_other_software_leans_on(condconv: Run, artifact: Path) -> None:
+    code, out, err = condconv("report", artifact, "--json")
+    assert code == 0, err
+    data = json.loads(out)
+    model = cs.load(artifact)
+    macs = data["macs"]
+    assert data["parameters"]["after"] == sum(p.numel() for p in model.parameters())
+    assert data["parameters"]["before"] == sum(
+        p.numel() for p in torchvision.models.mobilenet_v3_small(num_classes=3).parameters()
+    )
+    assert (
+        macs["after"]
+        == macs["convolution"] + macs["mixing"] + macs["routing"]
+        == macs["before"] + (macs["mixing"] + macs["routing"])
+    )
+    assert sum(layer["parameters"] for layer in data["layers"]) == data["parameters"]["after"]
+    assert data["other_counters"]["macs"]["torchinfo"] < macs["before"] < data["other_counters"]["macs"]["fvcore"]
+
+
+def test_csv_and_markdown(condconv: Run, artifact: Path) -> None:
+    code, out, _ = condconv("report", artifact, "--csv")
+    rows = list(csv.DictReader(io.StringIO(out)))
+    assert code == 0
+    assert rows[-1]["name"] == "total"
+    code, out, _ = condconv("report", artifact, "--markdown")
+    assert code == 0
+    assert out.startswith("# torchvision:mobilenet_v3_small\n")
+    assert "| latency" not in out
+
+
+def test_a_plain_model(condconv: Run) -> None:
+    code, out, err = condconv("report", *PLAIN, "--json")
+    assert code == 0, err
+    data = json.loads(out)
+    assert data["macs"]["before"] == data["macs"]["after"]
+    assert data["converted"] == 0
+
+
+def test_routing_page_and_plots(condconv: Run, artifact: Path, tmp_path: Path) -> None:
+    data = write_pictures(tmp_path / "data", classes=3, each=3)
+    page, plots = tmp_path / "r.html", tmp_path / "plots"
+    code, out, err = condconv("report", artifact, "--data", data, "--html", page, "--plots", plots, "--json")
+    assert code == 0, err
+    routing = json.loads(out)["routing"]
+    assert routing["pictures"] == 9
+    assert len(routing["layers"]) == json.loads(out)["converted"]
+    assert 0 <= routing["frozen_accuracy"] <= 1
+    assert "Gates by class" in page.read_text(encoding="utf-8")
+    assert (plots / "experts.svg").is_file()
+
+
+def test_moved_from_the_original(condconv: Run, artifact: Path, tmp_path: Path) -> None:
+    plain = tmp_path / "plain.pt"
+    torch.save(torchvision.models.mobilenet_v3_small(num_classes=3).state_dict(), plain)
+    code, out, err = condconv("report", artifact, "--original", plain, "--json")
+    assert code == 0, err
+    assert all(row["moved"] > 0 for row in json.loads(out)["experts"])
+
+
+def test_latency_and_dtype(condconv: Run, artifact: Path) -> None:
+    code, out, err = condconv("report", artifact, "--latency", "--batch", 2, "--dtype", "bfloat16", "--json")
+    assert code == 0, err
+    data = json.loads(out)
+    assert [row["batch"] for row in data["cost"]["latency_seconds"]] == [1, 2]
+    assert all(row["ratio"] > 0 for row in data["cost"]["latency_seconds"])
+    assert data["cost"]["environment"]["torch"] == torch.__version__
+    single = json.loads(condconv("report", artifact, "--json")[1])
+    assert data["layers"][0]["weight_bytes"] * 2 == single["layers"][0]["weight_bytes"]
+
+
+def test_side_by_side(condconv: Run, artifact: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "best.safetensors").write_bytes(artifact.read_bytes())
+    (run / "metrics.jsonl").write_text('{"val_top1": 0.625, "best": true}\n')
+    best, page = run / "best.safetensors", tmp_path / "c.html"
+    code, out, err = condconv("report", artifact, best, "--html", page)
+    assert code == 0, err
+    assert "62.5%" in out
+    assert max(len(line) for line in out.splitlines()) <= 80
+    assert "<svg" in page.read_text(encoding="utf-8")
+    models = json.loads(condconv("report", artifact, best, "--json")[1])["models"]
+    assert [model["accuracy"] for model in models] == [None, 0.625]
+
+
+BAD = [
+    ((), ("--json", "--csv"), "stdout has one form"),
+    ((), ("--batch", 0), "must be at least 1"),
+    ((), ("--dtype", "bfloat61"), "Nearest: bfloat16"),
+    ((), ("--device", "nowhere"), "--device nowhere"),
+    ((), ("--data", "nowhere"), "There is no nowhere"),
+    ((), ("--html", "nowhere/r.html"), "could not be written"),
+    ((), ("--html", "."), "could not be written"),
+    ((), ("--plots", __file__), "cannot be made in"),
+    ((), ("--original", "nowhere.pt"), "does not exist"),
+    (("nowhere.safetensors",), (), "does not exist"),
+    (("torchvision:resnet81", "--weights", "none"), (), "resnet18"),
+]
+
+
+@pytest.mark.parametrize(("model", "flags", "words"), BAD, ids=lambda value: str(value)[:24])
+def test_bad_input_ends_in_words(
+    condconv: Run, artifact: Path, model: tuple[object, ...], flags: tuple[object, ...], words: str
+) -> None:
+    code, out, err = condconv("report", *(model or (artifact,)), *flags)
+    assert code == 2
+    assert out == "", "nothing but words on stderr"
+    assert words in err
+    assert "Traceback" not in err
+
+
+@pytest.mark.parametrize("arguments", [["report", "--help"], ["report", "m.safetensors", "--jso"]])
+def test_help_and_typos_do_not_import_torch(arguments: list[str]) -> None:
+    program = (
+        "import sys; sys.argv = ['condconv', *sys.argv[1:]]\n"
+        "from condconv_surgery.cli.main import run\n"
+        "try: run()\n"
+        "finally: print('torch' in sys.modules, 'matplotlib' in sys.modules, file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", program, *arguments], capture_output=True, text=True, check=False)
+    assert done.stderr.splitlines()[-1] == "False False"
+
+
+MEASURE = """
+import gc, pathlib, time, torch, torchvision
+from condconv_surgery import CondConv, convert, report
+def status(name):
+    return next(int(l.split()[1]) for l in pathlib.Path("/proc/self/status").open() if l.startswith(name))
+torch.set_num_threads(1)
+model = convert(torchvision.models.resnet50(weights=None).eval(), CondConv(8), prove=False, inplace=True).model
+report(torch.nn.Conv2d(3, 3, 1), inputs=torch.randn(1, 3, 8, 8))  # what is imported late is not the report's
+size = sum(p.numel() * 4 for p in model.parameters())
+gc.collect()
+pathlib.Path("/proc/self/clear_refs").write_text("5")  # the peak of memory begins here, not in the conversion
+begin, before = time.process_time(), status("VmRSS")
+report(model)
+print(time.process_time() - begin, (status("VmHWM") - before) * 1024 / size)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_resnet50_with_8_experts_in_3_seconds_and_half_its_size() -> None:
+    """Seconds of one processor: what a clock shows depends on who else is at work."""
+    done = subprocess.run([sys.executable, "-c", MEASURE], capture_output=True, text=True, check=True)
+    seconds, share = map(float, done.stdout.split())
+    assert seconds < 3
+    assert share < 0.5

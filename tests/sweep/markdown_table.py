@@ -1,0 +1,82 @@
+"""The rows of a sweep as a page of Markdown."""
+
+from __future__ import annotations
+
+import platform
+from importlib.metadata import version
+
+from tests.sweep.model_list import torchvision_left_aside
+from tests.sweep.trial import EXPERTS, Row
+
+HEADER = """| model | input | convolutions | converted | skipped | eval | train | float64 | loaded = saved | step |
+|---|---|---|---|---|---|---|---|---|---|"""
+
+
+def to_markdown(rows: list[Row]) -> str:
+    """A page: how it was made, the totals, the failures, one table for each library."""
+    libraries: dict[str, list[Row]] = {}
+    for row in rows:
+        libraries.setdefault(row.source.partition(":")[0], []).append(row)
+    versions = ", ".join(f"{name} {version(name)}" for name in ("torch", *libraries))
+    parts = [
+        "# Models tried\n",
+        f"Written by `python -m tests.sweep {' '.join(libraries)} -o rows.jsonl --table docs/models.md` with "
+        f"{versions}, Python {platform.python_version()}, on the CPU. Random weights, {EXPERTS} CondConv experts, "
+        "every convolution that can be converted, the stem and those over 1x1 maps too.\n",
+        "eval, train: the largest difference between original and converted, relative to the largest output; inf: "
+        "another number of outputs (boxes). A batch norm over few values amplifies rounding, and near ties decide "
+        "which boxes stay: where float32 leaves doubt the proof decides in float64, in both modes. loaded = saved: the "
+        "outputs of the loaded artifact are bit-identical. step: a step by the sign of the gradient moved every "
+        "parameter that has one.\n",
+    ]
+    if "torchvision" in libraries:
+        parts.append(
+            f"Left aside: torchvision's {len(torchvision_left_aside())} int8 models (`quantized_*`), whose "
+            "convolutions hold no weight to train.\n"
+        )
+    for library, found in libraries.items():
+        parts += [f"## {library}\n", _totals(found), HEADER, *(_line(row) for row in found if not row.failure), ""]
+        parts += [f"- not converted: {row.source}: {_first_line(row.failure)}" for row in found if row.failure]
+        parts += [""]
+    return "\n".join(parts)
+
+
+def _totals(rows: list[Row]) -> str:
+    done = [row for row in rows if row.converted]
+    whole = sum(row.convolutions for row in rows)
+    return (
+        f"{len(rows)} models: {len(done)} converted, {sum(not r.failure and not r.converted for r in rows)} without a "
+        f"2D convolution, {sum(bool(row.failure) for row in rows)} failed; "
+        f"{sum(row.converted for row in done)} of {whole} convolutions.\n"
+    )
+
+
+def _line(row: Row) -> str:
+    if not row.converted:
+        return f"| {row.source} | | 0 | | {row.notes[0] if row.notes else ''} | | | | | |"
+    skipped = "; ".join(f"{count}: {reason}" for reason, count in row.skipped.items())
+    cells = [
+        row.source,
+        "x".join(map(str, row.input)),
+        str(row.convolutions),
+        str(row.converted),
+        skipped,
+        _number(row.eval),
+        _number(row.train),
+        "" if row.exact is None else _number(row.exact),
+        _yes(row.loaded),
+        _yes(row.stepped),
+    ]
+    return f"| {' | '.join(cells)} |"
+
+
+def _number(value: float | None) -> str:
+    return "not run" if value is None else f"{value:.0e}" if value else "0"
+
+
+def _yes(value: bool | None) -> str:
+    return "yes" if value else "no"
+
+
+def _first_line(failure: str) -> str:
+    return failure.splitlines()[0]

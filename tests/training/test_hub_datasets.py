@@ -1,0 +1,229 @@
+"""Pictures from Hugging Face data sets, kept or streamed: the same as in a folder."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from condconv_surgery.errors import InputError, TrainingError
+from condconv_surgery.recipe import InputSpec, TrainingOptions
+from condconv_surgery.recipe.training_sections import DataOptions
+from condconv_surgery.training import finetune
+from condconv_surgery.training.data.find_data import find_data, require_data
+from condconv_surgery.training.data.labelled_images import Labelled
+from condconv_surgery.training.data.loaders import open_data
+from condconv_surgery.training.distributed.world import World
+from condconv_surgery.training.monitor.progress_display import Silent, StepView
+from condconv_surgery.training.state.run_state import LAST, State, read_state, save_state
+from tests.images import write_pictures
+from tests.small_networks import small_net
+from tests.training.test_sources import assert_same, options_for, pixels
+
+
+@pytest.fixture
+def rows(tmp_path: Path) -> Path:
+    """A picture folder, a saved data set and a folder of parquet files, all with the same pictures."""
+    datasets = pytest.importorskip("datasets")
+    datasets.disable_progress_bars()
+    write_pictures(tmp_path / "folder/train", each=8)
+    write_pictures(tmp_path / "folder/validation", each=3)
+    found = datasets.load_dataset("imagefolder", data_dir=str(tmp_path / "folder"), cache_dir=str(tmp_path / "cache"))
+    found.save_to_disk(str(tmp_path / "saved"))
+    (tmp_path / "parquet").mkdir()
+    for name, part in found.items():
+        for shard in range(2):
+            part.shard(2, shard).to_parquet(tmp_path / f"parquet/{name}-{shard}.parquet")
+    return tmp_path
+
+
+@pytest.fixture(autouse=True)
+def _caches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is read from the net, nothing written outside."""
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "hf-cache")
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    # Five seconds after each pass over several files, for threads of pyarrow that may still read from a net.
+    monkeypatch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0.1)
+
+
+@pytest.mark.parametrize("place", ["saved", "parquet", "folder"])
+def test_hugging_face_sets_hold_the_folders_pictures(rows: Path, place: str) -> None:
+    train, val = find_data(DataOptions(folder=f"hf:{rows / place}"), 0)
+    theirs, _ = find_data(DataOptions(folder=str(rows / "folder")), 0)
+    assert (len(train), len(val), train.classes) == (24, 9, theirs.classes)
+
+    def content(pictures: Labelled) -> list[tuple[int, bytes]]:
+        return sorted((pictures.labels[i], pixels(pictures, i).tobytes()) for i in range(len(pictures)))
+
+    assert content(train) == content(theirs)
+
+
+def test_one_split_is_split_and_a_split_can_be_named(rows: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    parts = datasets.load_from_disk(str(rows / "saved"))
+    parts["train"].save_to_disk(str(rows / "one"))
+    train, val = find_data(DataOptions(folder=f"hf:{rows / 'one'}", val_fraction=0.25), 0)
+    assert (len(train), len(val)) == (18, 6)
+    assert not {train.name(i) for i in range(18)} & {val.name(i) for i in range(6)}
+    datasets.DatasetDict(train=parts["train"], held=parts["validation"]).save_to_disk(str(rows / "named"))
+    _, held = find_data(DataOptions(folder=f"hf:{rows / 'named'}", val="held"), 0)
+    assert len(held) == 9
+    with pytest.raises(InputError, match=r"no split test\.\n.*train, held"):
+        find_data(DataOptions(folder=f"hf:{rows / 'named'}", val="test"), 0)
+
+
+@pytest.mark.parametrize(
+    ("label", "message"),
+    [
+        ([[0, 1]] * 6, "many labels a picture"),
+        ([0.5] * 6, "regression"),
+        ([None, 1, 0, 1, 0, 1], "pictures without a label"),
+    ],
+)
+def test_other_heads_are_refused_in_words(tmp_path: Path, label: list[object], message: str) -> None:
+    datasets = pytest.importorskip("datasets")
+    pictures = [Image.new("RGB", (8, 8), (i, 0, 0)) for i in range(6)]
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")})
+    made = datasets.Dataset.from_dict({"image": pictures, "label": label}, features if label[0] is None else None)
+    made.cast_column("image", datasets.Image()).save_to_disk(str(tmp_path / "set"))
+    with pytest.raises(InputError, match=message):
+        find_data(DataOptions(folder=f"hf:{tmp_path / 'set'}"), 0)
+
+
+def test_columns_that_cannot_be_told(rows: Path, tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    part = datasets.load_from_disk(str(rows / "saved"))["train"]
+    part.rename_columns({"label": "kind"}).cast_column("kind", datasets.Value("string")).save_to_disk(str(rows / "odd"))
+    place = f"hf:{rows / 'odd'}"
+    with pytest.raises(
+        InputError, match=r"0 columns that may be the label\.\n.*kind \(Value\)\.\n.*data\.label=COLUMN"
+    ):
+        find_data(DataOptions(folder=place), 0)
+    with pytest.raises(InputError, match="has no column cls"):
+        find_data(DataOptions(folder=place, label="cls"), 0)
+    train, val = find_data(DataOptions(folder=place, label="kind"), 0)
+    assert train.classes == ("0", "1", "2")
+    assert len(train) + len(val) == 24
+    with pytest.raises(InputError, match="can't be read"):
+        find_data(DataOptions(folder=f"hf:{tmp_path / 'nowhere'}"), 0)
+
+
+def streamed(rows: Path, run: str, place: str = "parquet", **data: object) -> TrainingOptions:
+    return options_for(rows, run, folder=f"hf:{rows / place}", streaming=True, buffer=7, **data)
+
+
+@pytest.mark.parametrize("place", ["saved", "parquet"])
+def test_a_stream_sees_every_picture_once_an_epoch(rows: Path, place: str) -> None:
+    options = streamed(rows, "run", place, batch_size=8)
+    spec = InputSpec(height=16, width=16)
+    data = open_data(options, spec, World())
+    assert (len(data.train), len(data.val), data.order.steps_per_epoch) == (24, 9, 3)
+    batches = list(data.batches_from(0))
+    assert len(batches) == 6
+    one, two = (torch.cat([b.labels for b in batches[i : i + 3]]) for i in (0, 3))
+    assert sorted(one.tolist()) == sorted(two.tolist()) == [0] * 8 + [1] * 8 + [2] * 8
+    assert not torch.equal(one, two)
+    assert sum(len(b.labels) for b in data.val_loader) == 9
+
+
+def test_processes_share_a_stream_without_overlap(rows: Path) -> None:
+    def labels_and_sums(rank: int, world: int, part: str) -> list[float]:
+        options = streamed(rows, "run", batch_size=24, workers=0)
+        options = options.updated({"augment": {"crop": [1.0, 1.0], "flip": 0.0}, "schedule": {"epochs": 1}})
+        data = open_data(options, InputSpec(height=24, width=24), World(rank, world))
+        loader = data.batches_from(0) if part == "train" else data.val_loader
+        return [float(image.double().sum()) for batch in loader for image in batch.images]
+
+    for part, count in (("train", 24), ("val", 9)):
+        alone = labels_and_sums(0, 1, part)
+        shared = [labels_and_sums(rank, 2, part) for rank in (0, 1)]
+        assert len(set(alone)) == count
+        assert sorted(shared[0] + shared[1]) == sorted(alone)
+
+
+def test_a_streamed_run_goes_on_at_any_step_whatever_the_workers(rows: Path) -> None:
+    import signal
+
+    from tests.training.test_training_run import StopAt
+
+    whole, cut = streamed(rows, "whole"), streamed(rows, "cut", workers=1)
+    finetune(small_net(), whole)
+    stopped = finetune(small_net(), cut, watcher=StopAt(8, signal.SIGTERM))
+    assert stopped.steps == 8
+    finetune(small_net(), cut, resume=True)
+    assert_same(whole, cut)
+
+
+def test_streams_that_are_refused(rows: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    parts = datasets.load_from_disk(str(rows / "saved"))
+    parts["train"].save_to_disk(str(rows / "one"))
+    spec = InputSpec(height=16, width=16)
+    with pytest.raises(InputError, match="has one split only"):
+        open_data(streamed(rows, "run", "one"), spec, World())
+    parts.cast_column("label", datasets.Value("int64")).save_to_disk(str(rows / "numbers"))
+    with pytest.raises(InputError, match="doesn't say what its classes are"):
+        open_data(streamed(rows, "run", "numbers"), spec, World())
+    with pytest.raises(InputError, match=r"class_weights with data\.streaming"):
+        open_data(streamed(rows, "run").updated({"optimizer": {"class_weights": True}}), spec, World())
+    with pytest.raises(InputError, match="Only Hugging Face data sets are streamed"):
+        require_data(replace(streamed(rows, "run").data, folder=str(rows)))
+
+
+def test_a_stream_goes_on_with_as_many_processes_only(rows: Path) -> None:
+    options = streamed(rows, "run", "saved")
+    finetune(small_net(), options)
+    state = read_state(Path(options.output) / LAST)
+    save_state(Path(options.output), State(state.tensors, {**state.facts, "processes": 2}))
+    with pytest.raises(InputError, match=r"with 2 processes and is resumed with 1(.|\n)*--nproc-per-node 2"):
+        finetune(small_net(), options, resume=True)
+
+
+def test_a_stream_that_breaks_off_ends_in_words(rows: Path) -> None:
+    """A file that goes away while it is read, with the states saved before."""
+    options = streamed(rows, "run", "parquet").updated({"engine": {"save_every": 2}})
+
+    class Remove(Silent):
+        def step(self, view: StepView) -> None:
+            if view.step == 6:  # at an epoch's end: the next one opens the files anew
+                for path in (rows / "parquet").glob("train-*.parquet"):
+                    path.write_bytes(path.read_bytes()[:100])
+
+    with pytest.raises(TrainingError, match=r"can't be read on after row \d+ of epoch 2(.|\n)*--resume"):
+        finetune(small_net(), options, watcher=Remove())
+    assert read_state(Path(options.output) / LAST).facts["progress"]["step"] == 6
+
+
+def test_a_row_without_a_label_is_named(rows: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    parts = datasets.load_from_disk(str(rows / "saved"))
+    lost = parts["train"].map(
+        lambda row, index: {"label": None if index == 5 else row["label"]},
+        with_indices=True,
+        features=parts["train"].features,
+    )
+    datasets.DatasetDict(train=lost, validation=parts["validation"]).save_to_disk(str(rows / "lost"))
+    with pytest.raises(InputError, match=r"1 unreadable picture: .*row \d+ of epoch 1, which has no label"):
+        finetune(small_net(), streamed(rows, "run", "lost"))
+
+
+def test_an_unreadable_row_is_named_and_replaced(rows: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    parts = datasets.load_from_disk(str(rows / "saved")).cast_column("image", datasets.Image(decode=False))
+
+    def spoil(row: dict[str, dict[str, object]], index: int) -> dict[str, object]:
+        return {"image": {"bytes": b"text", "path": "bad.png"}} if index == 5 else row
+
+    spoilt = parts["train"].map(spoil, with_indices=True, features=parts["train"].features)
+    made = datasets.DatasetDict(train=spoilt, validation=parts["validation"])
+    made.cast_column("image", datasets.Image()).save_to_disk(str(rows / "spoilt"))
+    result = finetune(small_net(), streamed(rows, "run", "spoilt", max_bad=1))
+    assert len(result.unreadable) == 1
+    assert result.unreadable[0].endswith("train: bad.png")
+    still = options_for(rows, "still", folder=f"hf:{rows / 'spoilt'}")
+    with pytest.raises(InputError, match=r"unreadable picture.*spoilt train\[5\]"):
+        finetune(small_net(), still)

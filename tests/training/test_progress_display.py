@@ -1,0 +1,88 @@
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from condconv_surgery.recipe import TrainingOptions
+from condconv_surgery.training import finetune
+from condconv_surgery.training.monitor import progress_display as module
+from condconv_surgery.training.monitor.progress_display import (
+    Bar,
+    Both,
+    EpochRow,
+    PlainLines,
+    Silent,
+    StepView,
+    console_watcher,
+)
+from tests.images import write_pictures
+from tests.small_networks import small_net
+
+VIEW = StepView(2, 10, 150, 1000, 1.23456, 0.5, 9.87e-4, 123.4, 1024.0)
+ROW = EpochRow(2, 200, 9.87e-4, None, 1.2, 0.51, 1.1, 0.55, 120.0, 60.0, 1024.0, True)
+WORDS = "loss 1.2346  top-1 0.5000  lr 9.87e-04  123 images/s  1024 MB"
+
+
+def test_plain_lines_are_few_and_whole(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    watcher = PlainLines()
+    watcher.step(VIEW)  # too soon for another line
+    monkeypatch.setattr(module, "PLAIN_SECONDS", 0.0)
+    watcher.step(VIEW)
+    watcher.epoch(ROW)
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.splitlines() == [
+        f"epoch 2/10  step 150/1000  {WORDS}",
+        "epoch   2  train loss 1.2000  top-1 0.5100   val loss 1.1000  top-1 0.5500 * 120 images/s",
+    ]
+
+
+def test_a_terminal_has_a_bar_with_the_numbers_beside_it() -> None:
+    file = io.StringIO()
+    watcher = Bar(Console(file=file, force_terminal=True, width=160, color_system=None))
+    watcher.step(VIEW)
+    watcher.epoch(ROW)
+    watcher.close()
+    text = file.getvalue()
+    assert "epoch 2/10" in text
+    assert f"150/1000  {WORDS}" in text
+    assert "val loss 1.1000" in text
+
+
+def test_stderr_that_is_no_terminal_has_plain_lines() -> None:
+    assert isinstance(console_watcher(), PlainLines)
+
+
+def test_both_watchers_are_told_everything() -> None:
+    told: list[str] = []
+
+    class Telling(Silent):
+        def __getattribute__(self, name: str):  # type: ignore[no-untyped-def]
+            return lambda *args: told.append(name)
+
+    both = Both(Telling(), Telling())
+    both.note("line")
+    both.step(VIEW)
+    both.epoch(ROW)
+    both.gates(1, {})
+    both.close()
+    assert told == ["note", "note", "step", "step", "epoch", "epoch", "gates", "gates", "close", "close"]
+
+
+def test_a_kept_head_with_other_class_names_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = small_net(classes=3)
+    for name in ("one", "two"):
+        folder = write_pictures(tmp_path / name)
+        if name == "two":
+            (folder / "class0").rename(folder / "class9")
+        sections = {"data": {"folder": str(folder), "image_size": 16, "workers": 0}, "schedule": {"epochs": 1}}
+        finetune(
+            model,
+            TrainingOptions().updated({"output": str(tmp_path / f"run-{name}"), **sections}),
+            watcher=PlainLines(),
+        )
+        said = "they were called class0, class1, class2" in capsys.readouterr().err
+        assert said == (name == "two")

@@ -1,0 +1,230 @@
+"""Data sets other than folders: torchvision's by name, and tar shards."""
+
+from __future__ import annotations
+
+import gc
+import struct
+import tarfile
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from condconv_surgery.errors import InputError
+from condconv_surgery.recipe import TrainingOptions
+from condconv_surgery.recipe.training_sections import DataOptions
+from condconv_surgery.training import finetune
+from condconv_surgery.training.data.find_data import find_data, require_data
+from condconv_surgery.training.data.labelled_images import Labelled
+from condconv_surgery.training.data.torchvision_datasets import SETS
+from condconv_surgery.training.data.webdataset_shards import expand_braces, scan_shards
+from tests.small_networks import small_net
+
+
+def pixels(pictures: Labelled, index: int) -> np.ndarray:
+    with pictures.open(index) as picture:
+        return np.asarray(picture)
+
+
+def options_for(tmp_path: Path, run: str, **data: object) -> TrainingOptions:
+    return TrainingOptions().updated(
+        {
+            "output": str(tmp_path / run),
+            "data": {"image_size": 16, "batch_size": 4, "workers": 0, **data},
+            "schedule": {"epochs": 2},
+        }
+    )
+
+
+def weights(options: TrainingOptions) -> dict[str, torch.Tensor]:
+    return load_file(Path(options.output) / "last.safetensors")
+
+
+def assert_same(one: TrainingOptions, other: TrainingOptions) -> None:
+    assert [n for n, t in weights(one).items() if not torch.equal(t, weights(other)[n])] == []
+
+
+def write_mnist(root: Path, each: int = 6) -> np.ndarray:
+    """Files as MNIST has them: magic number, sizes, bytes."""
+    raw = root / "MNIST/raw"
+    raw.mkdir(parents=True)
+    images = np.random.default_rng(0).integers(0, 256, (3 * each, 28, 28)).astype("uint8")
+    labels = (np.arange(3 * each) % 3).astype("uint8")
+    for part in ("train", "t10k"):
+        (raw / f"{part}-images-idx3-ubyte").write_bytes(struct.pack(">IIII", 2051, *images.shape) + images.tobytes())
+        (raw / f"{part}-labels-idx1-ubyte").write_bytes(struct.pack(">II", 2049, len(labels)) + labels.tobytes())
+    return images
+
+
+def test_a_torchvision_set_by_name(tmp_path: Path) -> None:
+    images = write_mnist(tmp_path)
+    train, val = find_data(DataOptions(folder="torchvision:mnist", root=str(tmp_path)), 0)
+    assert (len(train), len(val)) == (18, 18)
+    assert train.classes[:2] == val.classes[:2] == ("0 - zero", "1 - one")
+    assert train.labels[:4] == (0, 1, 2, 0)
+    assert np.array_equal(pixels(train, 5), images[5])
+    assert train.name(5) == "MNIST[5]"
+
+
+def test_a_torchvision_set_in_one_piece_is_split() -> None:
+    train, val = find_data(DataOptions(folder="torchvision:FakeData", val_fraction=0.3), 0)
+    assert len(train) + len(val) == 1000
+    assert set(train.labels) == set(val.labels) == set(range(10))
+    assert not {train.name(i) for i in range(len(train))} & {val.name(i) for i in range(len(val))}
+
+
+def test_a_torchvision_set_with_other_pictures_to_validate_on_is_refused() -> None:
+    with pytest.raises(
+        InputError, match=r"data\.val = pictures with --data torchvision:cifar10(.|\n)*leave data\.val out"
+    ):
+        require_data(DataOptions(folder="torchvision:cifar10", val="pictures"))
+
+
+def test_every_named_set_is_torchvisions() -> None:
+    import inspect
+
+    import torchvision
+
+    for title, parts in SETS.values():
+        taken = inspect.signature(getattr(torchvision.datasets, title)).parameters
+        for part in parts:
+            assert "kwargs" in taken or set(part) <= set(taken), title
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("torchvision:cifar11", r"Unknown data set of torchvision 'cifar11'.\n.*cifar10"),
+        ("torchvision:celeba", "has many labels a picture"),
+        ("torchvision:vocdetection", "has boxes"),
+        ("torchvision:cifar10", r"CIFAR10 can't be read(.|\n)*--set data.download=true"),
+    ],
+)
+def test_torchvision_sets_that_are_refused(tmp_path: Path, name: str, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        find_data(DataOptions(folder=name, root=str(tmp_path)), 0)
+
+
+def write_shards(
+    folder: Path, pattern: str = "s-%03d.tar", label: Callable[[int], dict[str, object]] | None = None
+) -> Path:
+    """Three shards with eight pictures each, written by webdataset itself."""
+    webdataset = pytest.importorskip("webdataset")
+    folder.mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng(0)
+    with webdataset.ShardWriter(str(folder / pattern), maxcount=8, verbose=0) as sink:
+        for i in range(24):
+            picture = rng.integers(0, 100, (20, 20, 3)).astype("uint8")
+            picture[..., i % 3] += 120
+            sink.write({"__key__": f"{i:05}", "png": picture, **(label(i) if label else {"cls": i % 3})})
+    return folder
+
+
+def test_shards_hold_what_webdataset_reads(tmp_path: Path) -> None:
+    webdataset = pytest.importorskip("webdataset")
+    pattern = str(write_shards(tmp_path) / "s-{000..002}.tar")
+    pictures = scan_shards(pattern)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ResourceWarning)  # it leaves its files to the garbage collector
+        theirs = list(webdataset.WebDataset(pattern, shardshuffle=False).decode("pil").to_tuple("png", "cls"))
+        gc.collect()
+    assert pictures.labels == tuple(label for _, label in theirs)
+    assert pictures.classes == ("0", "1", "2")
+    for index, (picture, _) in enumerate(theirs):
+        assert np.array_equal(pixels(pictures, index), np.asarray(picture))
+    assert scan_shards(str(tmp_path / "s-*.tar")) == pictures
+
+
+@pytest.mark.parametrize(
+    "pattern", ["a", "a-{0..3}.tar", "a-{08..11}.tar", "a-{998..1001}.tar", "{x,y}/s-{00..01}{p,q}.tar", "a-{3..3}"]
+)
+def test_braces_expand_as_in_webdataset(pattern: str) -> None:
+    assert expand_braces(pattern) == list(pytest.importorskip("braceexpand").braceexpand(pattern))
+
+
+def test_class_names_of_shards(tmp_path: Path) -> None:
+    write_shards(tmp_path / "texts", label=lambda i: {"cls": ["cat", "ant", "bee"][i % 3]})
+    assert scan_shards(str(tmp_path / "texts/s-*.tar")).classes == ("ant", "bee", "cat")
+    write_shards(tmp_path / "named", label=lambda i: {"json": {"label": i % 3}})
+    (tmp_path / "named/classes.txt").write_text("red\ngreen\nblue\n")
+    named = scan_shards(str(tmp_path / "named/s-*.tar"))
+    assert (named.classes, named.labels[:3]) == (("red", "green", "blue"), (0, 1, 2))
+    (tmp_path / "named/classes.txt").write_text("red\n")
+    with pytest.raises(InputError, match="has 1 names, but there is a label 2"):
+        scan_shards(str(tmp_path / "named/s-*.tar"))
+
+
+@pytest.mark.parametrize(
+    ("label", "message"),
+    [
+        (lambda i: {"json": {"label": [0, 1]}}, "has many labels"),
+        (lambda i: {"json": {"label": 0.5}}, "has the label 0.5"),
+        (lambda i: {"json": {"class": 1}}, "has no label"),
+        (lambda i: {"txt": "a caption"}, "has no label for 00000.png"),
+        (lambda i: {"cls": i if i % 2 else "odd"}, "Some labels are numbers and some are names"),
+    ],
+)
+def test_shards_of_other_tasks_are_refused(
+    tmp_path: Path, label: Callable[[int], dict[str, object]], message: str
+) -> None:
+    write_shards(tmp_path, label=label)
+    with pytest.raises(InputError, match=message):
+        scan_shards(str(tmp_path / "s-*.tar"))
+
+
+def test_shards_that_are_not_there(tmp_path: Path) -> None:
+    write_shards(tmp_path)
+    for pattern, message in (
+        ("s-{000..004}.tar", r"There is no .*s-003\.tar"),
+        ("t-*.tar", "There is no"),
+        ("s-000.tar.gz", "There is no"),
+    ):
+        with pytest.raises(InputError, match=message):
+            require_data(DataOptions(folder=str(tmp_path / pattern)))
+    with pytest.raises(InputError, match="not on this machine"):
+        require_data(DataOptions(folder="https://somewhere/s-000.tar"))
+    with tarfile.open(tmp_path / "z.tar.gz", "w:gz"):
+        pass
+    with pytest.raises(InputError, match=r"not a \.tar file(.|\n)*gunzip"):
+        require_data(DataOptions(folder=str(tmp_path / "z.tar.gz")))
+    (tmp_path / "x.tar").write_bytes(b"no tar at all" * 100)
+    with pytest.raises(InputError, match="is no whole tar file"):
+        scan_shards(str(tmp_path / "x.tar"))
+
+
+def test_a_run_over_shards_is_a_run_over_the_same_folder(tmp_path: Path) -> None:
+    """The same pictures in the same order give the same weights, wherever they lie and whoever reads them."""
+    sorted_by_class = lambda i: {"cls": i * 3 // 16 if i < 16 else (i - 16) * 3 // 8}  # noqa: E731
+    shards = scan_shards(str(write_shards(tmp_path / "tar", label=sorted_by_class) / "s-*.tar"))
+    for index in range(24):
+        path = tmp_path / f"folder/{'train' if index < 16 else 'val'}/{shards.labels[index]}/{index:05}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels(shards, index)).save(path)
+    of_folder = options_for(tmp_path, "of-folder", folder=str(tmp_path / "folder"))
+    finetune(small_net(), of_folder)
+    for workers in (0, 2):
+        places = {"folder": str(tmp_path / "tar/s-{000..001}.tar"), "val": str(tmp_path / "tar/s-002.tar")}
+        of_shards = options_for(tmp_path, f"of-shards-{workers}", **places, workers=workers)
+        result = finetune(small_net(), of_shards)
+        assert (result.train_pictures, result.val_pictures, result.classes) == (16, 8, ("0", "1", "2"))
+        assert_same(of_folder, of_shards)
+
+
+def test_a_shard_cut_short_has_unreadable_pictures(tmp_path: Path) -> None:
+    write_shards(tmp_path)
+    last = tmp_path / "s-002.tar"
+    with tarfile.open(last) as tar:
+        offset = next(m.offset_data for m in tar if m.name == "00020.png")
+    content = bytearray(last.read_bytes())
+    content[offset : offset + 40] = bytes(40)
+    last.write_bytes(content)
+    options = options_for(tmp_path, "run", folder=str(tmp_path / "s-*.tar"))
+    with pytest.raises(InputError, match=r"unreadable picture.*s-002\.tar/00020\.png"):
+        finetune(small_net(), options)
+    patient = options_for(tmp_path, "patient", folder=str(tmp_path / "s-*.tar"), max_bad=1)
+    assert finetune(small_net(), patient).unreadable == (f"{last}/00020.png",)

@@ -1,0 +1,336 @@
+from __future__ import annotations
+
+import json
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from condconv_surgery.errors import DamagedFileError, InputError, TrainingError
+from condconv_surgery.layers import conditional_layers
+from condconv_surgery.models.artifact.save_load import load
+from condconv_surgery.recipe import CondConv, DynamicConv, Variant
+from condconv_surgery.recipe.toml_text import from_toml
+from condconv_surgery.recipe.training_options import TrainingOptions
+from condconv_surgery.training import TrainingResult, finetune
+from condconv_surgery.training.monitor.progress_display import EpochRow, Silent, StepView
+from condconv_surgery.training.state.run_state import BEFORE, LAST
+from tests.images import write_pictures
+from tests.small_networks import VARIANTS, small_net
+
+STEPS_PER_EPOCH = 4
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return write_pictures(tmp_path / "data", each=7)  # 18 to train on, 3 to validate on
+
+
+def options_for(folder: Path, run: str = "run", **schedule: object) -> TrainingOptions:
+    return TrainingOptions().updated(
+        {
+            "output": str(folder.parent / run),
+            "data": {"folder": str(folder), "image_size": 16, "batch_size": 4, "workers": 0},
+            "optimizer": {"lr": 0.01},
+            "schedule": {"epochs": 3, **schedule},
+        }
+    )
+
+
+class StopAt(Silent):
+    """Sends a signal to this process in the middle of a step, as a cluster would."""
+
+    def __init__(self, step: int, number: int) -> None:
+        self.at, self.number, self.lines = step, number, []
+
+    def note(self, line: str) -> None:
+        self.lines.append(line)
+
+    def step(self, view: StepView) -> None:
+        if view.step == self.at:
+            os.kill(os.getpid(), self.number)
+
+
+def run(options: TrainingOptions, variant: Variant | None = None, **how: object) -> TrainingResult:
+    return finetune(small_net(variant), options, **how)  # type: ignore[arg-type]
+
+
+def weights(options: TrainingOptions, name: str = "last") -> dict[str, torch.Tensor]:
+    return load_file(Path(options.output) / f"{name}.safetensors")
+
+
+def assert_same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
+    assert one.keys() == other.keys()
+    assert [name for name in one if not torch.equal(one[name], other[name])] == []
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=str)
+def test_a_run_learns_and_leaves_its_files(folder: Path, variant: Variant | None) -> None:
+    options = options_for(folder, epochs=8, temperature=10.0)
+    result = run(options, variant)
+    output = Path(options.output)
+    rows = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    assert [row["epoch"] for row in rows] == list(range(1, 9))
+    assert rows[-1]["train_loss"] < rows[0]["train_loss"]
+    assert result.best_top1 == max(row["val_top1"] for row in rows)
+    assert result.best_top1 > 0.5
+    assert (result.steps, result.stopped_by, result.heads) == (32, 0, {"head": 3})
+    assert from_toml((output / "recipe.toml").read_text()) == options
+    assert {path.name for path in output.iterdir()} == {
+        "last.safetensors",
+        "best.safetensors",
+        "metrics.jsonl",
+        "recipe.toml",
+        "curves.png",
+        LAST,
+        BEFORE,
+    }
+    json.dumps(result.to_dict())
+
+
+def test_the_saved_model_is_the_trained_one(folder: Path) -> None:
+    options = options_for(folder)
+    model = small_net(CondConv(experts=2))
+    finetune(model, options)
+    again = load(Path(options.output) / "last.safetensors", model=small_net())
+    x = torch.randn(2, 3, 16, 16)
+    assert torch.equal(model.eval()(x), again.eval()(x))
+
+
+def test_experts_separate_and_temperature_is_annealed(folder: Path) -> None:
+    model = small_net(DynamicConv(experts=2))
+    finetune(model, options_for(folder, temperature=30.0, temperature_steps=0.5))
+    (layer,) = conditional_layers(model).values()
+    assert layer.router.temperature == 1.0
+    assert layer.router.linear.weight.abs().sum() > 0  # type: ignore[union-attr, operator]
+
+
+def test_the_same_seed_gives_the_same_weights_whatever_the_workers(folder: Path) -> None:
+    one, other, third = (options_for(folder, name) for name in ("one", "other", "third"))
+    run(one)
+    run(other.updated({"data": {"workers": 2}}))
+    run(third.updated({"seed": 1}))
+    assert_same(weights(one), weights(other))
+    with pytest.raises(AssertionError):
+        assert_same(weights(one), weights(third))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("at", [1, STEPS_PER_EPOCH, STEPS_PER_EPOCH + 2, 3 * STEPS_PER_EPOCH])
+def test_a_stopped_run_goes_on_to_the_same_weights(folder: Path, number: int, at: int) -> None:
+    whole, cut = options_for(folder, "whole"), options_for(folder, "cut")
+    variant = DynamicConv(experts=2)
+    expected = run(whole, variant)
+    watcher = StopAt(at, number)
+    stopped = run(cut, variant, watcher=watcher)
+    assert (stopped.stopped_by, stopped.steps) == (number, at)
+    assert any("--resume" in line for line in watcher.lines)
+    result = run(cut, variant, resume=True)
+    assert_same(weights(whole), weights(cut))
+    assert_same(weights(whole, "best"), weights(cut, "best"))
+    assert (result.top1, result.loss, result.best_epoch) == (expected.top1, expected.loss, expected.best_epoch)
+    assert [r["train_loss"] for r in _rows(whole)] == [r["train_loss"] for r in _rows(cut)]
+
+
+def _rows(options: TrainingOptions) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (Path(options.output) / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_signal_handlers_are_put_back(folder: Path) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    run(options_for(folder, epochs=1))
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+class Crash(Silent):
+    """Dies right after a state was saved in the midst of an epoch, as by SIGKILL."""
+
+    def __init__(self, step: int) -> None:
+        self.at = step
+
+    def step(self, view: StepView) -> None:
+        if view.step == self.at:
+            raise RuntimeError("killed")
+
+
+@pytest.mark.parametrize("damage", ["truncate", "flip", "empty"])
+def test_a_damaged_state_falls_back_to_the_one_before(folder: Path, damage: str) -> None:
+    whole, cut = options_for(folder, "whole"), options_for(folder, "cut")
+    run(whole)
+    with pytest.raises(RuntimeError, match="killed"):
+        run(cut.updated({"engine": {"save_every": 3}}), watcher=Crash(8))  # states after 3, 4, 6
+    last = Path(cut.output) / LAST
+    content = bytearray(last.read_bytes())
+    content[-5] ^= 1
+    last.write_bytes({"truncate": content[:-9], "flip": content, "empty": b""}[damage])
+    watcher = StopAt(-1, 0)
+    run(cut.updated({"engine": {"save_every": 3}}), resume=True, watcher=watcher)
+    assert any("damaged" in line for line in watcher.lines)
+    assert any("after step 4, epoch 1" in line for line in watcher.lines)
+    assert_same(weights(whole), weights(cut))
+
+
+def test_no_whole_state_is_an_error(folder: Path) -> None:
+    options = options_for(folder)
+    run(options)
+    for name in (LAST, BEFORE):
+        (Path(options.output) / name).write_bytes(b"")
+    with pytest.raises(DamagedFileError, match="No whole state is left"):
+        run(options, resume=True)
+
+
+def test_resume_without_a_state_begins(folder: Path) -> None:
+    one, other = options_for(folder, "one"), options_for(folder, "other")
+    run(one)
+    run(other, resume=True)
+    assert_same(weights(one), weights(other))
+
+
+def test_a_finished_run_is_only_extended(folder: Path) -> None:
+    options = options_for(folder)
+    run(options)
+    done = run(options, resume=True)
+    assert (done.epochs, done.steps) == (3, 12)
+    watcher = StopAt(-1, 0)
+    longer = run(options.updated({"schedule": {"epochs": 4}}), resume=True, watcher=watcher)
+    assert any("follow the new length" in line for line in watcher.lines)
+    assert (longer.epochs, longer.steps) == (4, 16)
+
+
+def test_a_second_run_does_not_overwrite_the_first(folder: Path) -> None:
+    options = options_for(folder, epochs=1)
+    run(options)
+    with pytest.raises(InputError, match=r"already holds a run\.\n.*\n.*--resume"):
+        run(options)
+
+
+def test_resume_refuses_other_options_and_other_pictures(folder: Path) -> None:
+    options = options_for(folder, epochs=1)
+    run(options)
+    with pytest.raises(InputError, match=r"optimizer\.lr was 0\.01 and is 0\.1"):
+        run(options.updated({"optimizer": {"lr": 0.1}}), resume=True)
+    next(folder.rglob("*.png")).unlink()
+    with pytest.raises(InputError, match="not those that the run began with"):
+        run(options, resume=True)
+
+
+def test_resume_refuses_another_model(folder: Path) -> None:
+    options = options_for(folder, epochs=1)
+    run(options)
+    with pytest.raises(TrainingError, match="of another model"):
+        run(options, CondConv(experts=2), resume=True)
+
+
+def test_an_unreadable_picture_stops_the_run_or_is_passed_over(folder: Path) -> None:
+    for path in folder.rglob("0[0-3].png"):
+        path.write_bytes(b"text")
+    with pytest.raises(InputError, match=r"unreadable picture.*\n.*At most 0.*\n.*--max-bad"):
+        run(options_for(folder))
+    result = run(options_for(folder, "patient").updated({"data": {"max_bad": 12}}))
+    assert len(result.unreadable) == 12
+    assert result.epochs == 3
+
+
+def test_a_loss_that_is_no_number_keeps_the_last_good_state(folder: Path) -> None:
+    options = options_for(folder).updated({"optimizer": {"lr": 1e30, "clip_norm": 0.0}})
+    with pytest.raises(
+        TrainingError, match=r"loss is not finite at step 2; first in the output of \w+ .*\n.*kept.*\n.*--lr 3\.3e\+29"
+    ):
+        run(options)
+
+
+@pytest.mark.skipif(
+    os.geteuid() == 0 and not Path("/proc/version").exists(), reason="needs a place that root cannot write"
+)
+def test_a_folder_that_cannot_be_written(folder: Path) -> None:
+    with pytest.raises(InputError, match="cannot be written"):
+        run(options_for(folder).updated({"output": "/proc/run"}))
+    with pytest.raises(InputError, match="cannot be written"):
+        run(options_for(folder).updated({"output": str(next(folder.rglob("*.png")))}))
+
+
+def test_a_full_disk_ends_in_words_with_the_last_state_whole(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = options_for(folder)
+    run(options)
+    state = (Path(options.output) / LAST).read_bytes()
+
+    def full(*args: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("condconv_surgery.training.state.run_state.save_file", full)
+    with pytest.raises(TrainingError, match=r"No space left on device.*\n.*last good state.*\n.*--resume"):
+        run(options.updated({"schedule": {"epochs": 4}}), resume=True, watcher=StopAt(13, signal.SIGTERM))
+    assert (Path(options.output) / LAST).read_bytes() == state
+    assert not list(Path(options.output).glob(".*.tmp"))
+
+
+def test_bf16_trains(folder: Path) -> None:
+    result = run(options_for(folder, epochs=6).updated({"engine": {"precision": "bf16"}}), CondConv(experts=2))
+    assert result.best_top1 is not None
+    assert result.best_top1 > 0.5
+
+
+def test_the_watcher_is_told_every_step_and_epoch(folder: Path) -> None:
+    class Counting(Silent):
+        def __init__(self) -> None:
+            self.steps: list[StepView] = []
+            self.rows: list[EpochRow] = []
+
+        def step(self, view: StepView) -> None:
+            self.steps.append(view)
+
+        def epoch(self, row: EpochRow) -> None:
+            self.rows.append(row)
+
+    watcher = Counting()
+    run(options_for(folder), watcher=watcher)
+    assert [view.step for view in watcher.steps] == list(range(1, 13))
+    assert [row.to_dict() for row in watcher.rows] == _rows(options_for(folder))
+    assert watcher.rows[0].images_per_second > 0
+
+
+def test_tensorboard_has_scores_and_the_use_of_experts(folder: Path) -> None:
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    options = options_for(folder).updated({"engine": {"tensorboard": True}})
+    run(options, CondConv(experts=2))
+    events = EventAccumulator(str(Path(options.output) / "tensorboard"))
+    events.Reload()
+    top1 = [event.value for event in events.Scalars("epoch/val_top1")]
+    assert top1 == pytest.approx([row["val_top1"] for row in _rows(options)])
+    shares = [events.Scalars(f"expert use/inner/{expert}")[-1].value for expert in range(2)]
+    assert sum(shares) == pytest.approx(1.0)
+    assert 0 <= events.Scalars("gate entropy/inner")[-1].value <= 1 + 1e-6
+
+
+def test_the_curves_are_a_picture_of_every_epoch(folder: Path) -> None:
+    from PIL import Image
+
+    options = options_for(folder)
+    run(options)
+    with Image.open(Path(options.output) / "curves.png") as picture:
+        assert picture.size == (1080, 420)
+        assert len(picture.convert("L").getcolors() or []) > 10
+
+
+def test_early_stop_ends_the_run(folder: Path) -> None:
+    result = run(options_for(folder, epochs=40, early_stop=2))
+    assert result.epochs == result.best_epoch + 2 < 40
+
+
+def test_recalibrated_statistics_are_in_the_last_model(folder: Path) -> None:
+    plain, measured = options_for(folder, "plain"), options_for(folder, "measured")
+    run(plain)
+    run(measured.updated({"layers": {"batch_norm": "recalibrate"}}))
+    one, other = weights(plain), weights(measured)
+    differing = {name for name in one if not torch.equal(one[name], other[name])}
+    assert differing == {"norm.running_mean", "norm.running_var"}
+
+
+def test_a_deterministic_run_sets_torch_back(folder: Path) -> None:
+    run(options_for(folder, epochs=1).updated({"engine": {"deterministic": True}}))
+    assert not torch.are_deterministic_algorithms_enabled()
