@@ -31,7 +31,7 @@ from benchmarks.turns import Loop, Turn, busy_cores, take_turns
 from condconv_surgery.models.sources import load_model
 from condconv_surgery.recipe import InputSpec, TrainingOptions
 from condconv_surgery.training import Tally, fit_heads
-from condconv_surgery.training.data.loaders import input_spec
+from condconv_surgery.training.batches.loaders import input_spec
 from condconv_surgery.training.distributed.world import World
 from condconv_surgery.training.monitor.progress_display import console_watcher
 from condconv_surgery.training.run import Run

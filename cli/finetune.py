@@ -147,7 +147,7 @@ def _train(options: TrainingOptions, resume: bool) -> TrainingResult | None:
     """The run; ``None`` in every process but the first."""
     import os
 
-    from condconv_surgery.training.data.find_data import require_data
+    from condconv_surgery.data.find_data import require_data
 
     require_data(options.data)  # before the model: a wrong path answers at once
 

@@ -20,6 +20,7 @@ ROOMS = [
     "layers",
     "surgery",
     "models",
+    "data",
     "training",
     "reporting",
     "cli",

@@ -8,8 +8,8 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import nn
 
+from condconv_surgery.data.image_dataset import Batch
 from condconv_surgery.runtime.modes import in_mode
-from condconv_surgery.training.data.image_dataset import Batch
 from condconv_surgery.training.distributed.world import World
 from condconv_surgery.training.frozen_statistics import BatchNorm
 

@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from condconv_surgery.data.image_dataset import Batch
 from condconv_surgery.runtime.modes import in_mode
-from condconv_surgery.training.data.image_dataset import Batch
 from condconv_surgery.training.distributed.world import World
 from condconv_surgery.training.logits import logits_of
 

@@ -10,12 +10,13 @@ from torch import nn
 from torch.amp.grad_scaler import GradScaler
 from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn, get_ema_multi_avg_fn
 
+from condconv_surgery.data.image_dataset import Batch
 from condconv_surgery.errors import InputError, TrainingError
 from condconv_surgery.layers import set_temperature
 from condconv_surgery.recipe.training_options import TrainingOptions
 from condconv_surgery.recipe.training_sections import EngineOptions
-from condconv_surgery.training.data.image_dataset import Batch
-from condconv_surgery.training.data.mixup import batch_mix
+from condconv_surgery.runtime.seeding import seed_of
+from condconv_surgery.training.batches.mixup import batch_mix
 from condconv_surgery.training.distillation import Teacher, teacher_model
 from condconv_surgery.training.distributed.fsdp import Shell, check_sharding, shard
 from condconv_surgery.training.distributed.world import World
@@ -35,7 +36,6 @@ from condconv_surgery.training.state.run_state import (
     restore_model,
     restore_optimizer,
 )
-from condconv_surgery.training.state.seeding import seed_of
 from condconv_surgery.training.step import NonFiniteError, autocast, train_step
 
 SKIPS_ALLOWED = 100

@@ -10,16 +10,17 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from condconv_surgery.data.image_dataset import Batch
 from condconv_surgery.errors import InputError
 from condconv_surgery.models.artifact.save_load import recipe_of, save
 from condconv_surgery.recipe import Recipe
 from condconv_surgery.recipe.toml_text import to_toml
 from condconv_surgery.recipe.training_options import TrainingOptions
+from condconv_surgery.runtime.seeding import seeded
 from condconv_surgery.training.batch_norm import recalibrate
+from condconv_surgery.training.batches.loaders import Data, input_spec, open_data
+from condconv_surgery.training.batches.unreadable_images import Unreadable
 from condconv_surgery.training.classifier_heads import fit_heads
-from condconv_surgery.training.data.image_dataset import Batch
-from condconv_surgery.training.data.loaders import Data, input_spec, open_data
-from condconv_surgery.training.data.unreadable_images import Unreadable
 from condconv_surgery.training.distributed.world import World
 from condconv_surgery.training.evaluation import Tally
 from condconv_surgery.training.learner import Learner
@@ -32,7 +33,6 @@ from condconv_surgery.training.state.progress import Progress, TrainingResult
 from condconv_surgery.training.state.resume import METRICS, RECIPE, cut_metrics, require_fresh, require_same_run
 from condconv_surgery.training.state.run_files import copy_file, keeping, make_folder, read_rows, write_rows, write_text
 from condconv_surgery.training.state.run_state import load_state, save_state
-from condconv_surgery.training.state.seeding import seeded
 from condconv_surgery.training.state.stop_signals import StopWish
 
 CURVES = "curves.png"

@@ -7,10 +7,10 @@ from collections.abc import Iterable
 
 from torch import Tensor
 
+from condconv_surgery.data.image_dataset import Batch
 from condconv_surgery.errors import TrainingError
 from condconv_surgery.runtime.modes import in_mode
-from condconv_surgery.training.data.image_dataset import Batch
-from condconv_surgery.training.data.unreadable_images import Unreadable
+from condconv_surgery.training.batches.unreadable_images import Unreadable
 from condconv_surgery.training.evaluation import Tally, evaluate
 from condconv_surgery.training.gate_use import GateMeter, GateUse
 from condconv_surgery.training.learner import Learner

@@ -13,8 +13,8 @@ from torch.amp.grad_scaler import GradScaler
 from torch.distributed.fsdp import FSDPModule
 from torch.optim import Optimizer
 
-from condconv_surgery.training.data.image_dataset import Batch
-from condconv_surgery.training.data.mixup import Mix
+from condconv_surgery.data.image_dataset import Batch
+from condconv_surgery.training.batches.mixup import Mix
 from condconv_surgery.training.distributed.fsdp import whole
 from condconv_surgery.training.distributed.world import World
 from condconv_surgery.training.evaluation import Tally

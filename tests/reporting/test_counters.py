@@ -14,8 +14,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from condconv_surgery import CondConv, DynamicConv, ODConv, convert
 from condconv_surgery.recipe import InputSpec, Variant
-from condconv_surgery.reporting.measure.profile_model import profile
 from condconv_surgery.reporting.measure.other_counters import other_counters, predicted
+from condconv_surgery.reporting.measure.profile_model import profile
 
 # fvcore 0.1.5.post20221221, thop 0.1.1.post2209072238, ptflops 0.7.5, torchinfo 1.8.0 on a picture of 64 pixels
 PRINTED: dict[tuple[str, Variant | None], dict[str, int]] = {

@@ -12,12 +12,12 @@ import pytest
 import torch
 from PIL import Image
 
+from condconv_surgery.data.image_folders import Pictures, find_pictures
 from condconv_surgery.errors import InputError, TrainingError
 from condconv_surgery.recipe import CondConv, TrainingOptions
 from condconv_surgery.training import finetune
 from condconv_surgery.training import learner as learner_module
-from condconv_surgery.training.data import loaders as loading_module
-from condconv_surgery.training.data.image_folders import Pictures, find_pictures
+from condconv_surgery.training.batches import loaders as loading_module
 from condconv_surgery.training.monitor.progress_display import Silent, StepView
 from condconv_surgery.training.state.run_files import read_rows
 from condconv_surgery.training.state.run_state import LAST, load_state, read_state

@@ -9,13 +9,13 @@ import pytest
 import torch
 from PIL import Image
 
+from condconv_surgery.data.find_data import find_data, require_data
+from condconv_surgery.data.labelled_images import Labelled
 from condconv_surgery.errors import InputError, TrainingError
 from condconv_surgery.recipe import InputSpec, TrainingOptions
 from condconv_surgery.recipe.training_sections import DataOptions
 from condconv_surgery.training import finetune
-from condconv_surgery.training.data.find_data import find_data, require_data
-from condconv_surgery.training.data.labelled_images import Labelled
-from condconv_surgery.training.data.loaders import open_data
+from condconv_surgery.training.batches.loaders import open_data
 from condconv_surgery.training.distributed.world import World
 from condconv_surgery.training.monitor.progress_display import Silent, StepView
 from condconv_surgery.training.state.run_state import LAST, State, read_state, save_state

@@ -7,10 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from condconv_surgery.errors import InputError
-from condconv_surgery.recipe import InputSpec
-from condconv_surgery.recipe.training_sections import AugmentOptions
-from condconv_surgery.training.data.image_dataset import (
+from condconv_surgery.data.image_dataset import (
     Draw,
     PictureDataset,
     Sample,
@@ -19,10 +16,13 @@ from condconv_surgery.training.data.image_dataset import (
     collate_whole,
     read_picture,
 )
-from condconv_surgery.training.data.image_folders import find_pictures
-from condconv_surgery.training.data.samplers import EvaluationBatches, Steps, TrainingBatches
-from condconv_surgery.training.data.train_transforms import training_transform
-from condconv_surgery.training.data.unreadable_images import Unreadable
+from condconv_surgery.data.image_folders import find_pictures
+from condconv_surgery.errors import InputError
+from condconv_surgery.recipe import InputSpec
+from condconv_surgery.recipe.training_sections import AugmentOptions
+from condconv_surgery.training.batches.samplers import EvaluationBatches, Steps, TrainingBatches
+from condconv_surgery.training.batches.train_transforms import training_transform
+from condconv_surgery.training.batches.unreadable_images import Unreadable
 from tests.images import write_pictures
 
 SPEC = InputSpec(height=16, width=16)

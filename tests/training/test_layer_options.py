@@ -9,12 +9,12 @@ import pytest
 import torch
 from torch import nn
 
+from condconv_surgery.data.image_dataset import Batch
 from condconv_surgery.errors import InputError
 from condconv_surgery.layers import conditional_layers
 from condconv_surgery.recipe import CondConv, DynamicConv, ODConv, TrainingOptions, Variant
 from condconv_surgery.recipe.training_sections import LayerOptions, OptimizerOptions
 from condconv_surgery.training.batch_norm import recalibrate
-from condconv_surgery.training.data.image_dataset import Batch
 from condconv_surgery.training.distributed.world import World
 from condconv_surgery.training.gate_use import (
     ExpertDropout,

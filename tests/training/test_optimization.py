@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch import nn
 
+from condconv_surgery.data.image_dataset import Batch
 from condconv_surgery.errors import InputError
 from condconv_surgery.recipe import CondConv, DynamicConv, ODConv
 from condconv_surgery.recipe.training_sections import OptimizerOptions, ScheduleOptions
 from condconv_surgery.training import apply_schedule, lr_factor, parameter_groups, temperature_at
-from condconv_surgery.training.data.image_dataset import Batch
 from condconv_surgery.training.evaluation import evaluate
 from condconv_surgery.training.logits import Logits
 from condconv_surgery.training.objective import classification_loss

@@ -7,9 +7,9 @@ from typing import cast
 import torch
 from torchvision.transforms import InterpolationMode, v2
 
+from condconv_surgery.data.image_dataset import Transform
 from condconv_surgery.recipe import InputSpec
 from condconv_surgery.recipe.training_sections import AugmentOptions
-from condconv_surgery.training.data.image_dataset import Transform
 
 
 def training_transform(spec: InputSpec, options: AugmentOptions) -> Transform:

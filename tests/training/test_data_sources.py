@@ -15,14 +15,14 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from condconv_surgery.data.find_data import find_data, require_data
+from condconv_surgery.data.labelled_images import Labelled
+from condconv_surgery.data.torchvision_datasets import SETS
+from condconv_surgery.data.webdataset_shards import expand_braces, scan_shards
 from condconv_surgery.errors import InputError
 from condconv_surgery.recipe import TrainingOptions
 from condconv_surgery.recipe.training_sections import DataOptions
 from condconv_surgery.training import finetune
-from condconv_surgery.training.data.find_data import find_data, require_data
-from condconv_surgery.training.data.labelled_images import Labelled
-from condconv_surgery.training.data.torchvision_datasets import SETS
-from condconv_surgery.training.data.webdataset_shards import expand_braces, scan_shards
 from tests.small_networks import small_net
 
 

@@ -9,9 +9,9 @@ from typing import Any
 
 from PIL import Image
 
+from condconv_surgery.data.labelled_images import Rows, matched, split
 from condconv_surgery.errors import InputError
 from condconv_surgery.recipe.training_sections import DataOptions
-from condconv_surgery.training.data.labelled_images import Rows, matched, split
 
 TRAIN_SPLITS = ("train", "training")
 VAL_SPLITS = ("validation", "valid", "val", "dev", "test")

@@ -1,4 +1,4 @@
-"""A Hugging Face data set that is read from its beginning, over and over, and never stored: ``data.streaming``.
+"""A Hugging Face data set that is read from its beginning, over and over, and never stored (``data.streaming``).
 
 The training process reads rows, shuffled within a buffer; the loader's workers decode and transform them. Each process
 of a run reads its own share. So the order is a function of seed, epoch and the number of processes, whatever the
@@ -16,13 +16,13 @@ from typing import Any, NamedTuple
 
 from torch.utils.data import Dataset, Sampler
 
+from condconv_surgery.data.hub_datasets import columns, load_splits, open_cell, split_names, undecoded
+from condconv_surgery.data.image_dataset import Sample, Transform, UnreadablePictureError, decoded
 from condconv_surgery.errors import InputError, TrainingError
 from condconv_surgery.recipe.training_sections import DataOptions
-from condconv_surgery.training.data.hub_datasets import columns, load_splits, open_cell, split_names, undecoded
-from condconv_surgery.training.data.image_dataset import Sample, Transform, UnreadablePictureError, decoded
-from condconv_surgery.training.data.samplers import Steps
+from condconv_surgery.runtime.seeding import seed_of, seeded
+from condconv_surgery.training.batches.samplers import Steps
 from condconv_surgery.training.distributed.world import World
-from condconv_surgery.training.state.seeding import seed_of, seeded
 
 
 class Row(NamedTuple):

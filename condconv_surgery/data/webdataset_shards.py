@@ -23,8 +23,8 @@ from typing import NamedTuple
 from PIL import Image
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
+from condconv_surgery.data.labelled_images import Labelled
 from condconv_surgery.errors import InputError
-from condconv_surgery.training.data.labelled_images import Labelled
 
 LAYOUT = "A shard holds pairs: NAME.png (or .jpg, .webp) and NAME.cls (or NAME.json with a label)."
 

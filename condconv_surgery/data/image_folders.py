@@ -10,8 +10,8 @@ from pathlib import Path
 from PIL import Image
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
+from condconv_surgery.data.labelled_images import Labelled, matched, split
 from condconv_surgery.errors import InputError
-from condconv_surgery.training.data.labelled_images import Labelled, matched, split
 
 LAYOUT = "A data folder holds FOLDER/CLASS/*.png, or FOLDER/train/CLASS/*.png and FOLDER/val/CLASS/*.png."
 TRAIN_NAMES = ("train", "training")

@@ -12,9 +12,9 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from condconv_surgery.data.labelled_images import Labelled
 from condconv_surgery.models.preprocess import flat
-from condconv_surgery.training.data.labelled_images import Labelled
-from condconv_surgery.training.state.seeding import seeded
+from condconv_surgery.runtime.seeding import seeded
 
 Transform = Callable[[Image.Image], Tensor]
 

@@ -10,8 +10,8 @@ from typing import Any
 import torchvision
 from PIL import Image
 
+from condconv_surgery.data.labelled_images import Rows, matched, split
 from condconv_surgery.errors import InputError, unknown_name
-from condconv_surgery.training.data.labelled_images import Rows, matched, split
 
 Part = dict[str, Any]
 BY_FLAG: tuple[Part, Part] = ({"train": True}, {"train": False})

@@ -7,9 +7,9 @@ from collections.abc import Iterator
 import torch
 from torch.utils.data import Sampler
 
+from condconv_surgery.data.image_dataset import Draw
 from condconv_surgery.errors import InputError
-from condconv_surgery.training.data.image_dataset import Draw
-from condconv_surgery.training.state.seeding import generator_for
+from condconv_surgery.runtime.seeding import generator_for
 
 
 def epoch_order(count: int, seed: int, epoch: int) -> list[int]:

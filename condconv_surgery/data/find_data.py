@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from condconv_surgery.data.hub_datasets import find_hub, require_datasets
+from condconv_surgery.data.image_folders import find_pictures, require_folder, scan
+from condconv_surgery.data.labelled_images import Labelled, matched, split
+from condconv_surgery.data.torchvision_datasets import find_torchvision, require_known
+from condconv_surgery.data.webdataset_shards import find_shards, scan_shards
 from condconv_surgery.errors import InputError
 from condconv_surgery.recipe.training_sections import DataOptions
-from condconv_surgery.training.data.hub_datasets import find_hub, require_datasets
-from condconv_surgery.training.data.image_folders import find_pictures, require_folder, scan
-from condconv_surgery.training.data.labelled_images import Labelled, matched, split
-from condconv_surgery.training.data.torchvision_datasets import find_torchvision, require_known
-from condconv_surgery.training.data.webdataset_shards import find_shards, scan_shards
 
 
 def find_data(options: DataOptions, seed: int) -> tuple[Labelled, Labelled]:

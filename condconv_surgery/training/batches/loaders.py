@@ -11,13 +11,8 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset, Sampler
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
-from condconv_surgery.errors import InputError
-from condconv_surgery.models.artifact.save_load import recipe_of
-from condconv_surgery.models.preprocess import evaluation_transform
-from condconv_surgery.recipe import InputSpec, Recipe
-from condconv_surgery.recipe.training_options import TrainingOptions
-from condconv_surgery.training.data.find_data import find_data, require_data
-from condconv_surgery.training.data.image_dataset import (
+from condconv_surgery.data.find_data import find_data, require_data
+from condconv_surgery.data.image_dataset import (
     Batch,
     PictureDataset,
     Sample,
@@ -25,10 +20,21 @@ from condconv_surgery.training.data.image_dataset import (
     collate,
     collate_whole,
 )
-from condconv_surgery.training.data.labelled_images import Labelled
-from condconv_surgery.training.data.samplers import EvaluationBatches, Steps, TrainingBatches
-from condconv_surgery.training.data.streaming import RowDataset, Stream, StreamBatches, StreamEvaluation, find_streams
-from condconv_surgery.training.data.train_transforms import training_transform
+from condconv_surgery.data.labelled_images import Labelled
+from condconv_surgery.errors import InputError
+from condconv_surgery.models.artifact.save_load import recipe_of
+from condconv_surgery.models.preprocess import evaluation_transform
+from condconv_surgery.recipe import InputSpec, Recipe
+from condconv_surgery.recipe.training_options import TrainingOptions
+from condconv_surgery.training.batches.samplers import EvaluationBatches, Steps, TrainingBatches
+from condconv_surgery.training.batches.streaming import (
+    RowDataset,
+    Stream,
+    StreamBatches,
+    StreamEvaluation,
+    find_streams,
+)
+from condconv_surgery.training.batches.train_transforms import training_transform
 from condconv_surgery.training.distributed.world import World
 from condconv_surgery.training.monitor.explained_errors import reading
 from condconv_surgery.training.state.stop_signals import ignore_signals

@@ -1,1 +1,0 @@
-"""From a folder, shards or a data set by name to batches."""
