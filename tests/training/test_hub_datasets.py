@@ -21,7 +21,7 @@ from condconv_surgery.training.monitor.progress_display import Silent, StepView
 from condconv_surgery.training.state.run_state import LAST, State, read_state, save_state
 from tests.images import write_pictures
 from tests.small_networks import small_net
-from tests.training.test_sources import assert_same, options_for, pixels
+from tests.training.test_data_sources import assert_same, options_for, pixels
 
 
 @pytest.fixture
