@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from condconv_surgery.layers import Mixture, routers
+from condconv_surgery.layers.gate_statistics import entropy, shares
 from condconv_surgery.training.distributed.world import World
 
 
@@ -62,17 +63,6 @@ class ExpertDropout:
         left = kept.sum(1, keepdim=True)
         scaled = kept * (gate.sum(1, keepdim=True) / left.clamp_min(torch.finfo(gate.dtype).tiny))
         return mixture._replace(gate=torch.where(left > 0, scaled, gate))
-
-
-def shares(gate: Tensor) -> Tensor:
-    """Gates [B, E] as shares that sum to 1 for each picture."""
-    return gate / gate.sum(1, keepdim=True).clamp_min(torch.finfo(gate.dtype).tiny)
-
-
-def entropy(p: Tensor) -> Tensor:
-    """``-sum p log p`` over the last axis, nats."""
-    terms: Tensor = torch.special.xlogy(p, p)
-    return -terms.sum(-1)
 
 
 def balance_loss(gate: Tensor) -> Tensor:

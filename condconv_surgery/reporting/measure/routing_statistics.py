@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from condconv_surgery.layers import gate_statistics
 from condconv_surgery.recipe import InputSpec
 from condconv_surgery.reporting.measure.observed_gates import frozen_right, observe
 from condconv_surgery.reporting.measure.report_images import Pictures
@@ -187,11 +188,11 @@ def measure_routing(
 def layer_routing(name: str, gates: Tensor, labels: Tensor, classes: int) -> LayerRouting:
     """The statistics of ``gates`` [N, E] of pictures with ``labels`` [N]."""
     gates = gates.double()
-    shares = gates / gates.sum(dim=1, keepdim=True).clamp_min(1e-12)
-    mean_share = shares.mean(dim=0)
+    shares = gate_statistics.shares(gates)
+    entropy_of_mean = gate_statistics.entropy(shares.mean(dim=0))
     shares_by_class = _class_means(shares, labels, classes)  # [C, E]
     weights = torch.bincount(labels, minlength=classes).double() / len(labels)
-    entropy = float(_entropy(shares).mean())
+    entropy = float(gate_statistics.entropy(shares).mean())
     experts = gates.shape[1]
     return LayerRouting(
         name=name,
@@ -200,10 +201,10 @@ def layer_routing(name: str, gates: Tensor, labels: Tensor, classes: int) -> Lay
         by_class=tuple(tuple(row) for row in _class_means(gates, labels, classes).tolist()),
         quantiles=tuple(tuple(row) for row in torch.quantile(gates, QUANTILES, dim=0).T.tolist()),
         entropy=entropy,
-        used=math.exp(float(_entropy(mean_share))),
+        used=math.exp(float(entropy_of_mean)),
         per_picture=math.exp(entropy),
-        variation=float(0.5 * (gates - gates.mean(dim=0)).abs().sum(dim=1).mean()),
-        information=max(0.0, float(_entropy(mean_share) - (weights * _entropy(shares_by_class)).sum())),
+        variation=float(gate_statistics.total_variation(gates)),
+        information=max(0.0, float(entropy_of_mean - (weights * gate_statistics.entropy(shares_by_class)).sum())),
         between=_between(gates, labels, weights),
         dead=tuple(i for i in range(experts) if float(shares[:, i].max()) < DEAD / experts),
         saturated=tuple(i for i in range(experts) if float((shares[:, i] > SATURATED).double().mean()) > SATURATED),
@@ -223,11 +224,6 @@ def _between(gates: Tensor, labels: Tensor, weights: Tensor) -> float:
     total = float(((gates - mean) ** 2).sum(dim=1).mean())
     between = float((weights[:, None] * (_class_means(gates, labels, len(weights)) - mean) ** 2).sum())
     return between / total if total > 1e-12 else 0.0
-
-
-def _entropy(shares: Tensor) -> Tensor:
-    """``-sum p log p`` over the last dimension, nats."""
-    return -torch.xlogy(shares, shares).sum(dim=-1)
 
 
 def _answers(folder: tuple[str, ...], model: tuple[str, ...]) -> Tensor | None:

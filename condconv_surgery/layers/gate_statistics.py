@@ -1,0 +1,32 @@
+"""Statistics of gates [B, E]: how a layer uses its E experts over B images.
+
+Conventions: natural logarithms (nats), ``0 * log 0 = 0``. Gates are not negative; those of a softmax sum to 1 for each
+image, those of sigmoids need not, so what concerns the use of experts is computed from their shares.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def shares(gate: Tensor) -> Tensor:
+    """``gate[b,e] / sum_e gate[b,e]``: [B, E] -> [B, E], in the dtype of ``gate``. Zeros where all gates are zero."""
+    return gate / gate.sum(1, keepdim=True).clamp_min(torch.finfo(gate.dtype).tiny)
+
+
+def entropy(share: Tensor) -> Tensor:
+    """``H = -sum_e p[e] log p[e]`` in nats, 0 (one expert) to log E (all alike): [..., E] -> [...].
+
+    Gradients are finite at ``p[e] = 0`` too, where those of ``torch.xlogy`` and ``torch.special.entr`` are not: expert
+    dropout makes such shares.
+    """
+    return -(share * share.clamp_min(torch.finfo(share.dtype).tiny).log()).sum(-1)
+
+
+def total_variation(gate: Tensor) -> Tensor:
+    """``mean_b (1/2) sum_e |gate[b,e] - mean_b gate[b,e]|``: [B, E] -> []; 0 for gates that are equal for all images.
+
+    For gates that sum to 1 it is the mean distance in total variation from the mean gates, at most 1 - 1/E.
+    """
+    return 0.5 * (gate - gate.mean(0)).abs().sum(1).mean()
