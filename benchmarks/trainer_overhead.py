@@ -112,9 +112,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--data", type=Path, help="FOLDER/train/CLASS/*.png; without it noise is written and read")
     parser.add_argument("--model", default="torchvision:mobilenet_v2", help="as condconv finetune takes it")
     parser.add_argument("--weights", default="none", help="of a model by name: default, none or a file")
-    parser.add_argument("--side", type=int, default=64, help="of the pictures, in pixels")
+    parser.add_argument("--side", type=int, default=64, help="of the images, in pixels")
     parser.add_argument("--batch-size", type=int, default=64)
-    parser.add_argument("--workers", type=int, default=2, help="processes that read pictures, in both loops")
+    parser.add_argument("--workers", type=int, default=2, help="processes that read images, in both loops")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of torch")
     parser.add_argument(
         "--rounds", type=int, default=20, help="turns of each loop; what comes once an epoch shows in their sum only"

@@ -32,11 +32,11 @@ def main(source: str, folder: str, output: str, epochs: int = 2) -> None:
     torch.manual_seed(0)
     accelerator = Accelerator()
     spec = InputSpec(height=64, width=64)
-    pictures = ImageFolder(folder, training_transform(spec, AugmentOptions(crop=(0.7, 1.0), flip=0.0)))
+    images = ImageFolder(folder, training_transform(spec, AugmentOptions(crop=(0.7, 1.0), flip=0.0)))
     model = cs.load(source).train()
-    fit_heads(model, tuple(pictures.classes), spec)  # a new last layer where there are other classes
+    fit_heads(model, tuple(images.classes), spec)  # a new last layer where there are other classes
     optimizer = torch.optim.AdamW(parameter_groups(model, OptimizerOptions(lr=1e-3)))
-    loader = DataLoader(pictures, batch_size=16, shuffle=True, drop_last=True)
+    loader = DataLoader(images, batch_size=16, shuffle=True, drop_last=True)
     wrapped, optimizer, loader = accelerator.prepare(model, optimizer, loader)
 
     schedule, steps = ScheduleOptions(warmup=0.1, temperature=30.0), epochs * len(loader)

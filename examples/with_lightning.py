@@ -57,11 +57,11 @@ class FineTuning(lightning.LightningModule):
 def main(source: str, folder: str, output: str, epochs: int = 2) -> None:
     lightning.seed_everything(0, verbose=False)
     spec = InputSpec(height=64, width=64)
-    pictures = ImageFolder(folder, training_transform(spec, AugmentOptions(crop=(0.7, 1.0), flip=0.0)))
+    images = ImageFolder(folder, training_transform(spec, AugmentOptions(crop=(0.7, 1.0), flip=0.0)))
     model = cs.load(source).train()
-    fit_heads(model, tuple(pictures.classes), spec)  # a new last layer where there are other classes
+    fit_heads(model, tuple(images.classes), spec)  # a new last layer where there are other classes
     trainer = lightning.Trainer(max_epochs=epochs, gradient_clip_val=1.0, logger=False, enable_checkpointing=False)
-    trainer.fit(FineTuning(model), DataLoader(pictures, batch_size=16, shuffle=True, drop_last=True))
+    trainer.fit(FineTuning(model), DataLoader(images, batch_size=16, shuffle=True, drop_last=True))
     if trainer.is_global_zero:
         cs.save(model, output)
 

@@ -1,4 +1,4 @@
-"""Small picture folders that can be learned: the class is the colour."""
+"""Small image folders that can be learned: the class is the colour."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import numpy as np
 from PIL import Image
 
 
-def write_pictures(folder: Path, classes: int = 3, each: int = 7, side: int = 24) -> Path:
-    """``classes`` folders of ``each`` noisy pictures, the class's colour channel brighter."""
+def write_images(folder: Path, classes: int = 3, each: int = 7, side: int = 24) -> Path:
+    """``classes`` folders of ``each`` noisy images, the class's colour channel brighter."""
     rng = np.random.default_rng(0)
     for label in range(classes):
         (folder / f"class{label}").mkdir(parents=True, exist_ok=True)

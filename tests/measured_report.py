@@ -12,7 +12,7 @@ from torch import nn
 from condconv_surgery import ODConv, convert, report
 from condconv_surgery.recipe import InputSpec, Recipe, attach_recipe
 from condconv_surgery.reporting import Report
-from tests.images import write_pictures
+from tests.images import write_images
 from tests.variant_cases import scramble
 
 SPEC = InputSpec(3, 32, 32, (0.5,) * 3, (0.25,) * 3)
@@ -31,7 +31,7 @@ def measure(folder: Path) -> Report:
     """With gates that differ, over 18 pictures of 3 classes that are written into ``folder``."""
     model = convert(network(), ODConv(4), prove=False).model
     scramble(model)
-    return report(model, data=write_pictures(folder, classes=3, each=6))
+    return report(model, data=write_images(folder, classes=3, each=6))
 
 
 def shown(renderable: object, width: int = 80) -> str:

@@ -5,16 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 
 from condconv_surgery.data.hub_datasets import find_hub, require_datasets
-from condconv_surgery.data.image_folders import find_pictures, require_folder, scan
-from condconv_surgery.data.labelled_images import Labelled, matched, split
+from condconv_surgery.data.image_folders import find_training_images, require_folder, scan
+from condconv_surgery.data.labelled_images import LabelledImages, split, with_classes_of
 from condconv_surgery.data.torchvision_datasets import find_torchvision, require_known
 from condconv_surgery.data.webdataset_shards import find_shards, scan_shards
 from condconv_surgery.errors import InputError
 from condconv_surgery.recipe.training_sections import DataOptions
 
 
-def find_data(options: DataOptions, seed: int) -> tuple[Labelled, Labelled]:
-    """The training and the validation pictures. Raises ``InputError`` for what can't be found or trained on."""
+def find_data(options: DataOptions, seed: int) -> tuple[LabelledImages, LabelledImages]:
+    """The training and the validation images. Raises ``InputError`` for what can't be found or trained on."""
     place, val = options.folder, options.val
     kind, _, name = place.partition(":")
     if kind == "torchvision":
@@ -23,13 +23,15 @@ def find_data(options: DataOptions, seed: int) -> tuple[Labelled, Labelled]:
         return find_hub(options, seed)
     if is_shards(place):
         train = scan_shards(place)
-        return (train, matched(scan_shards(val), train, val)) if val else split(train, options.val_fraction, seed)
+        return (
+            (train, with_classes_of(train, scan_shards(val), val)) if val else split(train, options.val_fraction, seed)
+        )
     if not val:
-        return find_pictures(Path(place), options.val_fraction, seed)
+        return find_training_images(Path(place), options.val_fraction, seed)
     require_folder(Path(place))
     require_folder(Path(val))
     folder = scan(Path(place))
-    return folder, matched(scan(Path(val), least_classes=1), folder, val)
+    return folder, with_classes_of(folder, scan(Path(val), min_classes=1), val)
 
 
 def require_data(options: DataOptions) -> None:
@@ -46,7 +48,7 @@ def require_data(options: DataOptions) -> None:
         if options.val:
             raise InputError(
                 f"data.val = {options.val} with --data {options.folder}.",
-                "torchvision's sets have their own pictures to validate on, or are split.",
+                "torchvision's sets have their own images to validate on, or are split.",
                 "leave data.val out",
             )
     elif kind == "hf":

@@ -9,7 +9,7 @@ from typing import Any
 
 from PIL import Image
 
-from condconv_surgery.data.labelled_images import Rows, matched, split
+from condconv_surgery.data.labelled_images import Rows, split, with_classes_of
 from condconv_surgery.errors import InputError
 from condconv_surgery.recipe.training_sections import DataOptions
 
@@ -18,8 +18,8 @@ VAL_SPLITS = ("validation", "valid", "val", "dev", "test")
 
 
 @dataclass(frozen=True)
-class HubPictures(Rows):
-    """Some rows of a ``datasets.Dataset``, whose pictures, in ``column``, are decoded here."""
+class HubImages(Rows):
+    """Some rows of a ``datasets.Dataset``, whose images, in ``column``, are decoded here."""
 
     column: str
 
@@ -30,18 +30,19 @@ class HubPictures(Rows):
         return open_cell(self.data[self.indices[index]][self.column])
 
 
-def find_hub(options: DataOptions, seed: int) -> tuple[HubPictures, HubPictures]:
-    """The training and the validation pictures of ``hf:PATH_OR_NAME``; without a second split, the first is split.
+def find_hub(options: DataOptions, seed: int) -> tuple[HubImages, HubImages]:
+    """The training and the validation images of ``hf:PATH_OR_NAME``; without a second split, the first is split.
 
     Raises ``InputError`` for data that is not there and for columns that a classifier can't learn from.
     """
     parts = load_splits(options, streaming=False)
     title = options.folder.partition(":")[2]
     train_name, val_name = split_names(list(parts), options)
-    train = _pictures(parts[train_name], f"{title} {train_name}", options)
+    train = _images(parts[train_name], f"{title} {train_name}", options)
     if val_name is None:
         return split(train, options.val_fraction, seed)
-    return train, matched(_pictures(parts[val_name], f"{title} {val_name}", options), train, f"{title} {val_name}")
+    where = f"{title} {val_name}"
+    return train, with_classes_of(train, _images(parts[val_name], where, options), where)
 
 
 def load_splits(options: DataOptions, streaming: bool) -> dict[str, Any]:
@@ -96,14 +97,14 @@ def split_names(names: list[str], options: DataOptions) -> tuple[str, str | None
 
 
 def columns(features: Any, title: str, options: DataOptions) -> tuple[str, str]:
-    """The names of the picture's and the label's column. Raises ``InputError`` where they can't be told or used."""
+    """The names of the image's and the label's column. Raises ``InputError`` where they can't be told or used."""
     datasets = require_datasets()
     names = ", ".join(f"{name} ({type(kind).__name__})" for name, kind in (features or {}).items())
-    pictures = [n for n, kind in (features or {}).items() if isinstance(kind, datasets.Image)]
+    images = [n for n, kind in (features or {}).items() if isinstance(kind, datasets.Image)]
     labels = [n for n, kind in (features or {}).items() if isinstance(kind, datasets.ClassLabel)]
     labels = labels or [n for n in ("label", "labels", "fine_label", "class") if n in (features or {})]
     chosen = []
-    for what, given, found in (("image", options.image, pictures), ("label", options.label, labels)):
+    for what, given, found in (("image", options.image, images), ("label", options.label, labels)):
         if given and given not in (features or {}):
             raise InputError(f"{title} has no column {given}.", f"It has: {names}.", f"--set data.{what}=COLUMN")
         if not given and len(found) != 1:
@@ -118,27 +119,27 @@ def columns(features: Any, title: str, options: DataOptions) -> tuple[str, str]:
 
 
 def open_cell(cell: Any) -> Image.Image:
-    """The picture in an undecoded cell: its bytes, else its path. Raises ``OSError`` for an empty one."""
+    """The image in an undecoded cell: its bytes, else its path. Raises ``OSError`` for an empty one."""
     if not cell or (cell.get("bytes") is None and not cell.get("path")):
-        raise OSError("no picture")
+        raise OSError("no image")
     return Image.open(io.BytesIO(cell["bytes"]) if cell.get("bytes") is not None else cell["path"])
 
 
 def undecoded(rows: Any, column: str) -> Any:
-    """``rows`` whose pictures come as bytes."""
+    """``rows`` whose images come as bytes."""
     return rows.cast_column(column, require_datasets().Image(decode=False))
 
 
-def _pictures(rows: Any, title: str, options: DataOptions) -> HubPictures:
-    picture, label = columns(rows.features, title, options)
+def _images(rows: Any, title: str, options: DataOptions) -> HubImages:
+    image, label = columns(rows.features, title, options)
     raw = list(rows[label])
     names = getattr(rows.features[label], "names", None)
     if any(value is None or value == -1 for value in raw):
-        raise InputError(f"{title} has pictures without a label.", "Each needs one.", "filter the data set first")
+        raise InputError(f"{title} has images without a label.", "Each needs one.", "filter the data set first")
     classes = tuple(names) if names else tuple(sorted(set(map(str, raw)), key=lambda n: (len(n), n)))
     numbers = {name: i for i, name in enumerate(classes)}
     labels = tuple(map(int, raw)) if names else tuple(numbers[str(value)] for value in raw)
-    return HubPictures(title, undecoded(rows, picture), classes, labels, tuple(range(len(labels))), picture)
+    return HubImages(title, undecoded(rows, image), classes, labels, tuple(range(len(labels))), image)
 
 
 def _require_classes(kind: Any, where: str) -> None:
@@ -148,10 +149,10 @@ def _require_classes(kind: Any, where: str) -> None:
     dtype = str(getattr(kind, "dtype", type(kind).__name__))
     if dtype.startswith(("int", "uint", "string", "large_string", "bool")):
         return
-    task = "numbers to predict (regression)" if dtype.startswith(("float", "decimal")) else "many labels a picture"
+    task = "numbers to predict (regression)" if dtype.startswith(("float", "decimal")) else "many labels a image"
     raise InputError(
         f"{where} holds {task}: {kind}.",
-        "finetune trains classifiers of one label per picture.",
+        "finetune trains classifiers of one label per image.",
         "--set data.label=COLUMN, or a loop of your own with the pieces of condconv_surgery.training",
     )
 

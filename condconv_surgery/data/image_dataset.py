@@ -1,4 +1,4 @@
-"""From a file to a tensor: reading, transforming, and what happens to a picture that cannot be read."""
+"""Images as samples and batches: decode, transform, replace or omit an image that cannot be read."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from condconv_surgery.data.labelled_images import Labelled
+from condconv_surgery.data.labelled_images import LabelledImages
+from condconv_surgery.errors import InputError, one_line
 from condconv_surgery.models.preprocess import flat
 from condconv_surgery.runtime.seeding import seeded
 
@@ -20,14 +21,14 @@ Transform = Callable[[Image.Image], Tensor]
 
 
 class Draw(NamedTuple):
-    """One picture in one epoch: all that its random transforms depend on, beside the seed."""
+    """One image in one epoch. With the seed it determines the random transforms."""
 
     epoch: int
-    picture: int
+    image: int
 
 
 class Sample(NamedTuple):
-    """``image`` [C, H, W] and its class; ``unreadable`` names files passed over. No image: nothing could be read."""
+    """``image`` [C, H, W], ``None`` when it cannot be read, and its class; ``unreadable``: names of skipped images."""
 
     image: Tensor | None
     label: int
@@ -42,64 +43,62 @@ class Batch(NamedTuple):
     unreadable: tuple[str, ...] = ()
 
 
-class PictureDataset(Dataset[Sample]):
-    """Labelled pictures, each a function of (seed, epoch, picture) and of nothing else.
+class ImageDataset(Dataset[Sample]):
+    """Labelled images as transformed samples, each a function of (seed, epoch, image) only.
 
-    replace: an unreadable picture is replaced by the next readable one, so that a training batch keeps its size;
-        otherwise it is left out, so that no picture is scored twice.
+    replace: the next readable image replaces an unreadable one, so that a training batch keeps its size; otherwise an
+        unreadable image is omitted, so that no image is scored twice.
     """
 
     def __init__(
-        self, pictures: Labelled, transform: Transform, *, channels: int = 3, seed: int = 0, replace: bool = False
+        self, images: LabelledImages, transform: Transform, *, channels: int = 3, seed: int = 0, replace: bool = False
     ) -> None:
-        self.pictures = pictures
+        self.images = images
         self.transform = transform
         self.channels = channels
         self.seed = seed
         self.replace = replace
 
     def __len__(self) -> int:
-        return len(self.pictures)
+        return len(self.images)
 
     def __getitem__(self, draw: Draw) -> Sample:
         unreadable: list[str] = []
         for step in range(len(self) if self.replace else 1):
-            index = (draw.picture + step) % len(self)
+            index = (draw.image + step) % len(self)
             try:
-                picture = decoded(lambda index=index: self.pictures.open(index), self.channels)  # type: ignore[misc]
-            except UnreadablePictureError:
-                unreadable.append(self.pictures.name(index))
+                image = decode_image(lambda index=index: self.images.open(index), self.channels)  # type: ignore[misc]
+            except UnreadableImageError:
+                unreadable.append(self.images.name(index))
                 continue
-            with seeded(self.seed, "transform", draw.epoch, draw.picture):
-                return Sample(self.transform(picture), self.pictures.labels[index], tuple(unreadable))
+            with seeded(self.seed, "transform", draw.epoch, draw.image):
+                return Sample(self.transform(image), self.images.labels[index], tuple(unreadable))
         return Sample(None, -1, tuple(unreadable))
 
 
-class UnreadablePictureError(Exception):
-    """A file that ends in .png or the like and is not a whole picture."""
+class UnreadableImageError(InputError):
+    """A file that is named like an image and cannot be decoded."""
 
 
-def read_picture(path: Path, channels: int = 3) -> Image.Image:
-    """The picture in a file. Raises ``UnreadablePictureError``."""
-    try:
-        return decoded(lambda: Image.open(path), channels)
-    except UnreadablePictureError as error:
-        raise UnreadablePictureError(str(path)) from error
+def read_image(path: str | Path, channels: int = 3) -> Image.Image:
+    """The image in a file, in RGB (or grey for one channel). Raises ``UnreadableImageError``."""
+    return decode_image(lambda: Image.open(path), channels, str(path))
 
 
-def decoded(opened: Callable[[], Image.Image], channels: int = 3) -> Image.Image:
-    """What ``opened()`` gives, in RGB (or grey for one channel), transparency laid on white.
+def decode_image(open_image: Callable[[], Image.Image], channels: int = 3, name: str = "It") -> Image.Image:
+    """The image that ``open_image()`` opens, in RGB (or grey for one channel), with transparency laid on white.
 
-    Raises ``UnreadablePictureError`` where PIL can't open it, finds it cut short, or warns of a bomb.
+    Raises ``UnreadableImageError`` where PIL cannot open it, finds it truncated, or warns of a decompression bomb.
     """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             warnings.filterwarnings("ignore", category=UserWarning, module="PIL")
-            with opened() as picture:
-                return flat(picture, channels)
+            with open_image() as image:
+                return flat(image, channels)
     except Exception as error:  # PIL's readers raise whatever the bytes lead them into
-        raise UnreadablePictureError from error
+        reason = one_line(error)
+        raise UnreadableImageError(f"{name} is not a readable image: {reason}", "", "remove it") from error
 
 
 def collate(samples: Sequence[Sample]) -> Batch:
@@ -111,10 +110,10 @@ def collate(samples: Sequence[Sample]) -> Batch:
 
 
 def collate_whole(samples: Sequence[Sample]) -> Batch:
-    """A batch that keeps its size: the next readable picture of the batch takes the place of an unreadable one."""
+    """A batch that keeps its size: the next readable sample of the batch replaces an unreadable one."""
     read = [position for position, sample in enumerate(samples) if sample.image is not None]
     if not read:
         return collate(samples)
-    taken = [next((r for r in read if r >= position), read[0]) for position in range(len(samples))]
+    sources = [next((r for r in read if r >= position), read[0]) for position in range(len(samples))]
     unreadable = tuple(name for sample in samples for name in sample.unreadable)
-    return collate([samples[position] for position in taken])._replace(unreadable=unreadable)
+    return collate([samples[position] for position in sources])._replace(unreadable=unreadable)

@@ -1,4 +1,4 @@
-"""Pictures with labels, wherever they lie: what every kind of data set can tell, and how one is split."""
+"""Labelled images of any data set: the common interface, the split by a seed, an even subset, matching of classes."""
 
 from __future__ import annotations
 
@@ -13,44 +13,44 @@ from PIL import Image
 
 from condconv_surgery.errors import InputError
 
-L = TypeVar("L", bound="Labelled")
+L = TypeVar("L", bound="LabelledImages")
 R = TypeVar("R", bound="Rows")
 
 
-class Labelled(ABC):
-    """Picture ``i`` belongs to ``classes[labels[i]]``; it is opened only when it is needed."""
+class LabelledImages(ABC):
+    """Image ``i`` belongs to ``classes[labels[i]]``. ``open`` reads it when it is needed."""
 
     classes: tuple[str, ...]
     labels: tuple[int, ...]
 
     @abstractmethod
     def name(self, index: int) -> str:
-        """What a person calls a picture: a file, or a place in a data set."""
+        """The file of an image, or its index in a data set; for messages."""
 
     @abstractmethod
     def open(self, index: int) -> Image.Image:
-        """One picture, of any size and mode. What PIL raises for a damaged one is left to the caller."""
+        """One image, of any size and mode. Passes on what PIL raises for a damaged one."""
 
     @abstractmethod
     def subset(self: L, indices: Sequence[int]) -> L:
-        """Some of the pictures, with the same classes."""
+        """Some of the images, with the same classes."""
 
     def key(self, index: int) -> str:
-        """What tells a picture from the others, however the data set was reached."""
+        """Identifies an image, wherever the data set is stored."""
         return self.name(index)
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def counts(self) -> list[int]:
-        """How many pictures each class has."""
+        """Images per class."""
         counts = [0] * len(self.classes)
         for label in self.labels:
             counts[label] += 1
         return counts
 
     def fingerprint(self) -> str:
-        """A hash of keys and labels: a run goes on only with the pictures that it started with."""
+        """SHA-256 of keys and labels: a run is resumed only with the images that it started with."""
         digest = hashlib.sha256()
         for index, label in enumerate(self.labels):
             digest.update(f"{self.key(index)}\0{label}\n".encode())
@@ -58,8 +58,8 @@ class Labelled(ABC):
 
 
 @dataclass(frozen=True)
-class Rows(Labelled):
-    """Some rows, ``indices``, of a data set that a library reads."""
+class Rows(LabelledImages):
+    """The rows ``indices`` of ``data``, a data set that another library reads."""
 
     title: str
     data: Any
@@ -76,36 +76,49 @@ class Rows(Labelled):
         )
 
 
-def split(pictures: L, val_fraction: float, seed: int) -> tuple[L, L]:
-    """Each class split by the seed: ``val_fraction`` of it (at least one picture) for validation, the rest to train."""
+def split(images: L, val_fraction: float, seed: int) -> tuple[L, L]:
+    """Training and validation images: of each class ``val_fraction``, at least one image, is for validation.
+
+    The seed and the class name choose them. Raises ``InputError`` for a class of fewer than two images.
+    """
     members: dict[int, list[int]] = {}
-    for index, label in enumerate(pictures.labels):
+    for index, label in enumerate(images.labels):
         members.setdefault(label, []).append(index)
     train: list[int] = []
     val: list[int] = []
-    for label, name in enumerate(pictures.classes):
-        these = members.get(label, [])
-        if len(these) < 2:
+    for label, name in enumerate(images.classes):
+        indices = members.get(label, [])
+        if len(indices) < 2:
             raise InputError(
-                f"The class {name} has {'one picture only' if these else 'no pictures'}.",
-                "A split needs two of each: one to train on, one to validate on.",
-                "add pictures, or make the folders train and val yourself",
+                f"The class {name} has {'one image only' if indices else 'no images'}.",
+                "A split needs two of each class: one to train on, one to validate on.",
+                "add images, or make the folders train and val yourself",
             )
-        random.Random(f"{seed}/{name}").shuffle(these)
-        kept = min(max(round(len(these) * val_fraction), 1), len(these) - 1)
-        val += these[:kept]
-        train += these[kept:]
-    return pictures.subset(sorted(train)), pictures.subset(sorted(val))
+        random.Random(f"{seed}/{name}").shuffle(indices)
+        count = min(max(round(len(indices) * val_fraction), 1), len(indices) - 1)
+        val += indices[:count]
+        train += indices[count:]
+    return images.subset(sorted(train)), images.subset(sorted(val))
 
 
-def matched(val: L, train: Labelled, where: str) -> L:
-    """``val`` with the class numbers of ``train``. Raises ``InputError`` for a class that ``train`` has not."""
-    strange = sorted(set(val.classes) - set(train.classes))
-    if strange:
+def even_subset(images: L, limit: int) -> L:
+    """At most ``limit`` images, evenly from all classes: the first of each class, then the second, ...; in order."""
+    seen = [0] * len(images.classes)
+    ranked = []
+    for index, label in enumerate(images.labels):
+        ranked.append((seen[label], label, index))
+        seen[label] += 1
+    return images.subset(sorted(index for _, _, index in sorted(ranked)[:limit]))
+
+
+def with_classes_of(train: LabelledImages, val: L, where: str) -> L:
+    """``val`` with the class numbers of ``train``. Raises ``InputError`` for a class that ``train`` does not have."""
+    unknown = sorted(set(val.classes) - set(train.classes))
+    if unknown:
         raise InputError(
-            f"{where} has classes that the training pictures have not: {', '.join(strange[:5])}.",
+            f"{where} has classes that the training images do not have: {', '.join(unknown[:5])}.",
             f"The training classes are: {', '.join(train.classes[:8])}{', ...' if len(train.classes) > 8 else ''}.",
-            "give both the same classes",
+            "use the same class names in both",
         )
     index = {name: i for i, name in enumerate(train.classes)}
     labels = tuple(index[val.classes[label]] for label in val.labels)

@@ -10,7 +10,7 @@ from typing import Any
 import torchvision
 from PIL import Image
 
-from condconv_surgery.data.labelled_images import Rows, matched, split
+from condconv_surgery.data.labelled_images import Rows, split, with_classes_of
 from condconv_surgery.errors import InputError, unknown_name
 
 Part = dict[str, Any]
@@ -50,10 +50,10 @@ SETS: dict[str, tuple[str, tuple[Part, ...]]] = {
     "svhn": ("SVHN", BY_TEST),
     "usps": ("USPS", BY_FLAG),
 }
-"""Class in torchvision.datasets, and how it is asked for the training and the validation pictures."""
+"""Class in torchvision.datasets, and how it is asked for the training and the validation images."""
 
 OTHER_TASKS = {
-    "celeba": "many labels a picture",
+    "celeba": "many labels a image",
     "cocodetection": "boxes",
     "kitti": "boxes",
     "vocdetection": "boxes",
@@ -64,28 +64,28 @@ OTHER_TASKS = {
 
 
 @dataclass(frozen=True)
-class TorchvisionPictures(Rows):
-    """Some pictures of a torchvision data set; ``data`` is the ``VisionDataset``."""
+class TorchvisionImages(Rows):
+    """Some images of a torchvision data set; ``data`` is the ``VisionDataset``."""
 
     def open(self, index: int) -> Image.Image:
-        picture: Image.Image = self.data[self.indices[index]][0]
-        return picture
+        image: Image.Image = self.data[self.indices[index]][0]
+        return image
 
 
 def find_torchvision(
     name: str, root: Path, download: bool, val_fraction: float, seed: int
-) -> tuple[TorchvisionPictures, TorchvisionPictures]:
-    """The training and the validation pictures of ``torchvision:NAME``, which lie or are downloaded below ``root``.
+) -> tuple[TorchvisionImages, TorchvisionImages]:
+    """The training and the validation images of ``torchvision:NAME``, which lie or are downloaded below ``root``.
 
     A set that comes in one piece is split. Raises ``InputError`` for an unknown name, a set of another task, and files
     that are not there.
     """
     require_known(name)
     title, parts = SETS[name.lower()]
-    found = [_pictures(title, root, part, download) for part in parts]
+    found = [_images(title, root, part, download) for part in parts]
     if len(found) == 1:
         return split(found[0], val_fraction, seed)
-    return found[0], matched(found[1], found[0], f"{title} {parts[1]}")
+    return found[0], with_classes_of(found[0], found[1], f"{title} {parts[1]}")
 
 
 def require_known(name: str) -> None:
@@ -93,14 +93,14 @@ def require_known(name: str) -> None:
     if name.lower() in OTHER_TASKS:
         raise InputError(
             f"torchvision:{name} has {OTHER_TASKS[name.lower()]}.",
-            "finetune trains classifiers of one label per picture.",
+            "finetune trains classifiers of one label per image.",
             "a loop of your own with the pieces of condconv_surgery.training",
         )
     if name.lower() not in SETS:
         raise unknown_name("data set of torchvision", name, SETS, "--data torchvision:cifar10")
 
 
-def _pictures(title: str, root: Path, part: Part, download: bool) -> TorchvisionPictures:
+def _images(title: str, root: Path, part: Part, download: bool) -> TorchvisionImages:
     cls = getattr(torchvision.datasets, title)
     taken = inspect.signature(cls).parameters
     where = {"root": root} if "root" in taken else {}
@@ -114,7 +114,7 @@ def _pictures(title: str, root: Path, part: Part, download: bool) -> Torchvision
             "--set data.download=true, or --set data.root=FOLDER",
         ) from error
     labels = _labels(data)
-    return TorchvisionPictures(title, data, _classes(data, labels), labels, tuple(range(len(labels))))
+    return TorchvisionImages(title, data, _classes(data, labels), labels, tuple(range(len(labels))))
 
 
 def _labels(data: Any) -> tuple[int, ...]:

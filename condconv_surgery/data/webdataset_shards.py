@@ -1,9 +1,9 @@
-"""WebDataset shards: tar files in which the files of one picture share a name and differ in their endings.
+"""WebDataset shards: tar files in which the files of one image share a name and differ in their endings.
 
     00017.png  00017.cls          the label: a class number, or a class name
     00018.jpg  00018.json         {"label": 3}
 
-The headers of each shard are read once; after that every picture is read from its place in the file. So pictures are
+The headers of each shard are read once; after that every image is read from its place in the file. So images are
 shuffled one by one over all shards, and shared over processes and resumed like those of a folder.
 """
 
@@ -23,7 +23,7 @@ from typing import NamedTuple
 from PIL import Image
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from condconv_surgery.data.labelled_images import Labelled
+from condconv_surgery.data.labelled_images import LabelledImages
 from condconv_surgery.errors import InputError
 
 LAYOUT = "A shard holds pairs: NAME.png (or .jpg, .webp) and NAME.cls (or NAME.json with a label)."
@@ -45,8 +45,8 @@ class Place(NamedTuple):
 
 
 @dataclass(frozen=True)
-class ShardPictures(Labelled):
-    """Labelled pictures in tar files."""
+class ShardImages(LabelledImages):
+    """Labelled images in tar files."""
 
     classes: tuple[str, ...]
     labels: tuple[int, ...]
@@ -61,14 +61,14 @@ class ShardPictures(Labelled):
     def open(self, index: int) -> Image.Image:
         return Image.open(io.BytesIO(self.places[index].read()))
 
-    def subset(self, indices: Sequence[int]) -> ShardPictures:
+    def subset(self, indices: Sequence[int]) -> ShardImages:
         return replace(
             self, labels=tuple(self.labels[i] for i in indices), places=tuple(self.places[i] for i in indices)
         )
 
 
-def scan_shards(pattern: str) -> ShardPictures:
-    """The pictures in all shards of a pattern: ``train-{000..127}.tar``, ``shards/*.tar``, one file.
+def scan_shards(pattern: str) -> ShardImages:
+    """The images in all shards of a pattern: ``train-{000..127}.tar``, ``shards/*.tar``, one file.
 
     Classes are called as ``classes.txt`` beside the shards says (a name per line), else by their numbers or by the
     names in the ``.cls`` files. Raises ``InputError`` for shards that are missing, compressed or hold something else.
@@ -76,11 +76,11 @@ def scan_shards(pattern: str) -> ShardPictures:
     paths = find_shards(pattern)
     pairs = [pair for path in paths for pair in _pairs(path)]
     if not pairs:
-        raise InputError(f"{pattern} has no labelled pictures.", LAYOUT, "--data 'train-{000..007}.tar'")
+        raise InputError(f"{pattern} has no labelled images.", LAYOUT, "--data 'train-{000..007}.tar'")
     places, raw = zip(*pairs, strict=True)
     classes = _class_names(raw, paths[0].with_name("classes.txt"))
     numbers = {name: number for number, name in enumerate(classes)}
-    return ShardPictures(
+    return ShardImages(
         classes, tuple(label if isinstance(label, int) else numbers[label] for label in raw), tuple(places)
     )
 
@@ -90,7 +90,7 @@ def find_shards(pattern: str) -> list[Path]:
     if "://" in pattern or pattern.startswith("pipe:"):
         raise InputError(
             f"{pattern} is not on this machine.",
-            "Shards are read from a file system, each picture at its place.",
+            "Shards are read from a file system, each image at its place.",
             "download or mount them, then --data FOLDER/SHARDS.tar",
         )
     paths: list[Path] = []
@@ -101,7 +101,7 @@ def find_shards(pattern: str) -> list[Path]:
             raise InputError(
                 f"There is no {name}." if missing else f"{name} is not a .tar file.",
                 "A pattern names plain tar files: a glob, or braces such as {000..127} and {a,b}.",
-                "--data 'train-{000..127}.tar'" if missing else "gunzip it, for a picture is read at its place",
+                "--data 'train-{000..127}.tar'" if missing else "gunzip it, for a image is read at its place",
             )
         paths += map(Path, found)
     return paths
@@ -129,8 +129,8 @@ def expand_braces(pattern: str) -> list[str]:
 
 
 def _pairs(path: Path) -> list[tuple[Place, int | str]]:
-    """Each picture of a shard with its label as written."""
-    pictures: dict[str, Place] = {}
+    """Each image of a shard with its label as written."""
+    images: dict[str, Place] = {}
     labels: dict[str, int | str] = {}
     try:
         with tarfile.open(path, "r:") as tar:
@@ -141,15 +141,15 @@ def _pairs(path: Path) -> list[tuple[Place, int | str]]:
                 stem, _, ending = base.partition(".")
                 key, place = f"{folder}/{stem}", Place(str(path), member.name, member.offset_data, member.size)
                 if f".{ending.lower()}" in IMG_EXTENSIONS:
-                    pictures[key] = place
+                    images[key] = place
                 elif ending in ("cls", "json"):
                     labels[key] = _label(place, ending)
     except (tarfile.TarError, OSError) as error:
         raise InputError(f"{path} is no whole tar file: {error}.", LAYOUT, "write the shard anew") from error
-    lonely = next((key for key in pictures if key not in labels), None)
+    lonely = next((key for key in images if key not in labels), None)
     if lonely is not None:
-        raise InputError(f"{path} has no label for {pictures[lonely].name}.", LAYOUT, "write the shard anew")
-    return [(place, labels[key]) for key, place in pictures.items()]
+        raise InputError(f"{path} has no label for {images[lonely].name}.", LAYOUT, "write the shard anew")
+    return [(place, labels[key]) for key, place in images.items()]
 
 
 def _label(place: Place, ending: str) -> int | str:
@@ -169,7 +169,7 @@ def _label(place: Place, ending: str) -> int | str:
     kind = "many labels" if isinstance(value, list) else f"the label {value!r}"
     raise InputError(
         f"{place.shard}: {place.name} has {kind}.",
-        "finetune trains classifiers: each picture has one class, a whole number from 0 or a name.",
+        "finetune trains classifiers: each image has one class, a whole number from 0 or a name.",
         "a loop of your own with the pieces of condconv_surgery.training",
     )
 

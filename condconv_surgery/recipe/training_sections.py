@@ -11,7 +11,7 @@ from condconv_surgery.recipe.option_rules import Section, option
 
 @dataclass(frozen=True)
 class DataOptions(Section):
-    """Which pictures, and how they are read."""
+    """Which images, and how they are read."""
 
     title: ClassVar[str] = "data"
 
@@ -20,29 +20,29 @@ class DataOptions(Section):
         "FOLDER/CLASS/*.png, or FOLDER/train and FOLDER/val; shards-{000..127}.tar; torchvision:NAME; hf:PATH_OR_NAME",
         flag="--data",
     )
-    val: str = option("", "validation pictures where they lie apart: a folder, shards, or the split of a hf: data set")
+    val: str = option("", "validation images where they lie apart: a folder, shards, or the split of a hf: data set")
     root: str = option("data", "where torchvision's data sets lie")
     download: bool = option(False, "let torchvision download what is not there")
-    image: str = option("", "hf: the column of pictures; not set: the only one")
+    image: str = option("", "hf: the column of images; not set: the only one")
     label: str = option("", "hf: the column of classes; not set: the only one")
     streaming: bool = option(False, "hf: read the set over and over and never store it")
-    buffer: int = option(1000, "streaming: pictures among which the next one is drawn", low=1)
+    buffer: int = option(1000, "streaming: images among which the next one is drawn", low=1)
     val_fraction: float = option(
         0.2, "share of each class kept for validation where nothing is set apart", low=0.001, high=0.9
     )
     image_size: int | None = option(
         None, "side in pixels; not set: the model's own", kind=int, low=8, flag="--image-size"
     )
-    batch_size: int = option(32, "pictures per optimizer step, over all processes", low=1, flag="--batch-size")
-    workers: int = option(2, "processes that read pictures, for each training process", low=0, flag="--workers")
+    batch_size: int = option(32, "images per optimizer step, over all processes", low=1, flag="--batch-size")
+    workers: int = option(2, "processes that read images, for each training process", low=0, flag="--workers")
     max_bad: int = option(
-        0, "unreadable pictures that are passed over before the run is refused", low=0, flag="--max-bad"
+        0, "unreadable images that are passed over before the run is refused", low=0, flag="--max-bad"
     )
 
 
 @dataclass(frozen=True)
 class AugmentOptions(Section):
-    """Random transforms of the training pictures (torchvision.transforms.v2)."""
+    """Random transforms of the training images (torchvision.transforms.v2)."""
 
     title: ClassVar[str] = "augment"
 
@@ -50,7 +50,7 @@ class AugmentOptions(Section):
         (0.35, 1.0), "share of the area that a random crop keeps: least, most", low=0.01, high=1.0
     )
     flip: float = option(0.5, "probability of a horizontal flip", low=0, high=1)
-    policy: str = option("none", "random operations on each picture", choices=("none", "randaugment", "trivialaugment"))
+    policy: str = option("none", "random operations on each image", choices=("none", "randaugment", "trivialaugment"))
     magnitude: int = option(9, "strength of randaugment", low=0, high=30)
     erasing: float = option(0.0, "probability that a rectangle is erased", low=0, high=1)
     mixup: float = option(0.0, "alpha of mixup; 0: off", low=0)
@@ -80,7 +80,7 @@ class OptimizerOptions(Section):
     label_smoothing: float = option(
         0.1, "share of the target spread over all classes", low=0, high=0.99, flag="--label-smoothing"
     )
-    class_weights: bool = option(False, "weigh classes by the inverse of their number of pictures")
+    class_weights: bool = option(False, "weigh classes by the inverse of their number of images")
     clip_norm: float = option(1.0, "largest norm of the whole gradient; 0: not clipped", low=0)
     accumulate: int = option(1, "parts that each process splits its share of a batch into", low=1, flag="--accumulate")
     layer_decay: float = option(
@@ -94,7 +94,7 @@ class ScheduleOptions(Section):
 
     title: ClassVar[str] = "schedule"
 
-    epochs: int = option(10, "passes over the training pictures", low=1, flag="--epochs")
+    epochs: int = option(10, "passes over the training images", low=1, flag="--epochs")
     shape: str = option("cosine", "of the rate after warm-up", choices=("cosine", "step", "constant"))
     warmup: float = option(0.05, "share of all steps in which the rate rises from 0", low=0, high=1, flag="--warmup")
     final_lr: float = option(0.01, "cosine: last learning rate as a share of the peak", low=0, high=1)
@@ -138,9 +138,9 @@ class LayerOptions(Section):
         0, "first epochs in which only routers (and a new head) learn", low=0, flag="--warm-routers"
     )
     freeze: tuple[str, ...] = option((), "globs over layer names that do not learn", kind=str, flag="--freeze")
-    expert_dropout: float = option(0.0, "probability that an expert is left out for a picture", low=0, high=0.99)
+    expert_dropout: float = option(0.0, "probability that an expert is left out for a image", low=0, high=0.99)
     balance: float = option(0.0, "weight of log E minus the entropy of the mean gate: all experts are used", low=0)
-    sharpness: float = option(0.0, "weight of the mean entropy of the gates: each picture has few experts", low=0)
+    sharpness: float = option(0.0, "weight of the mean entropy of the gates: each image has few experts", low=0)
     batch_norm: str = option(
         "train",
         "freeze: keep the trained statistics; recalibrate: measure them anew after the last epoch",
@@ -178,7 +178,7 @@ class EngineOptions(Section):
         high=0.99999,
         flag="--ema",
     )
-    channels_last: bool = option(False, "memory format of pictures and kernels")
+    channels_last: bool = option(False, "memory format of images and kernels")
     compile: bool = option(False, "torch.compile the model")
     checkpointing: bool = option(False, "recompute the inside of blocks in the backward pass: less memory, more time")
     sync_batch_norm: bool = option(False, "batch statistics over all processes (GPUs only)")

@@ -39,7 +39,7 @@ def fit_heads(model: nn.Module, classes: tuple[str, ...], spec: InputSpec) -> di
 def find_heads(model: nn.Module, spec: InputSpec) -> list[str]:
     """The layers that make the logits: the last of the width of the output, and auxiliary heads in training mode.
 
-    Runs the model once in each mode on an empty picture; its buffers and modes are left as they were.
+    Runs the model once in each mode on an empty image; its buffers and modes are left as they were.
     Raises ``InputError`` when no layer has the width of the output.
     """
     produced: list[tuple[str, Tensor]] = []

@@ -85,7 +85,7 @@ class Teacher:
     def _on_logits(self, student: Tensor, teacher: Tensor) -> Tensor:
         if student.shape != teacher.shape:
             raise InputError(
-                f"The teacher tells {teacher.shape[1]} classes apart, the pictures have {student.shape[1]}.",
+                f"The teacher tells {teacher.shape[1]} classes apart, the images have {student.shape[1]}.",
                 "Logits are compared class by class.",
                 "fine-tune the unconverted model first, convert that, or --distill OTHER/best.safetensors",
             )

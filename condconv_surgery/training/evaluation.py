@@ -1,4 +1,4 @@
-"""Loss and top-1 over labelled pictures, each counted once however many processes share them."""
+"""Loss and top-1 over labelled images, each counted once however many processes share them."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ from condconv_surgery.training.logits import logits_of
 
 @dataclass
 class Tally:
-    """Sums over pictures: loss, right answers, how many. ``top1`` and ``loss`` are means."""
+    """Sums over images: loss, right answers, how many. ``top1`` and ``loss`` are means."""
 
     loss_sum: float = 0.0
     right: float = 0.0
     count: float = 0.0
 
     def add(self, loss_sum: float, right: float, count: float) -> None:
-        """Note some more pictures."""
+        """Note some more images."""
         self.loss_sum += loss_sum
         self.right += right
         self.count += count
 
     @property
     def loss(self) -> float:
-        """Mean loss per picture, nats."""
+        """Mean loss per image, nats."""
         return self.loss_sum / self.count if self.count else 0.0
 
     @property
@@ -56,9 +56,9 @@ def evaluate(
 ) -> Tally | None:
     """Cross-entropy (without smoothing) and top-1 of ``model`` in eval mode; ``None`` once ``interrupted()`` is true.
 
-    unreadable: given the names of each batch's unreadable pictures, which are not counted.
-    strange: given the pictures of each batch whose loss is not finite.
-    idle: called in a process that has no picture left while others have, to run ``model`` on something that is not
+    unreadable: given the names of each batch's unreadable images, which are not counted.
+    strange: given the images of each batch whose loss is not finite.
+    idle: called in a process that has no image left while others have, to run ``model`` on something that is not
         counted: a sharded model runs in all processes or in none.
 
     Each module has its own mode again afterwards.

@@ -29,7 +29,7 @@ def finetune(
     With ``engine.shard`` the model in memory stays split over the processes, which torch can't undo: load
     ``last.safetensors`` for a whole one.
 
-    Raises ``InputError`` for options, pictures or folders that cannot be used, ``TrainingError`` when training cannot
+    Raises ``InputError`` for options, images or folders that cannot be used, ``TrainingError`` when training cannot
     go on, ``DamagedFileError`` when no whole state is left.
     """
     with open_world() as world, watching_signals() as wish, deterministic(options.engine.deterministic):

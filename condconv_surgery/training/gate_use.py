@@ -41,7 +41,7 @@ class GateWatch:
 
 
 class ExpertDropout:
-    """In training, each expert of each picture is left out with probability ``p``.
+    """In training, each expert of each image is left out with probability ``p``.
 
     The gates that are left are scaled so that their sum stays; where all would go, all stay.
     """
@@ -71,20 +71,20 @@ def balance_loss(gate: Tensor) -> Tensor:
 
 
 def sharpness_loss(gate: Tensor) -> Tensor:
-    """``mean H(share)``: 0 when each picture has one expert, log E when it has all alike."""
+    """``mean H(share)``: 0 when each image has one expert, log E when it has all alike."""
     return entropy(shares(gate.float())).mean()
 
 
 @dataclass
 class GateUse:
-    """How a layer uses its experts: sums over pictures of their shares and of the entropy of the shares."""
+    """How a layer uses its experts: sums over images of their shares and of the entropy of the shares."""
 
     share_sum: Tensor  # [E]
     entropy_sum: float = 0.0
     count: int = 0
 
     def add(self, gate: Tensor) -> None:
-        """Note the gates [B, E] of some pictures."""
+        """Note the gates [B, E] of some images."""
         p = shares(gate.detach().float()).cpu()
         self.share_sum = self.share_sum + p.sum(0)
         self.entropy_sum += float(entropy(p).sum())
@@ -97,7 +97,7 @@ class GateUse:
 
     @property
     def entropy(self) -> float:
-        """Mean entropy of a picture's shares, as a fraction of log E."""
+        """Mean entropy of a image's shares, as a fraction of log E."""
         return self.entropy_sum / self.count / math.log(len(self.share_sum))
 
 
@@ -119,7 +119,7 @@ class GateMeter:
             self.counting = True
 
     def together(self, world: World) -> dict[str, GateUse]:
-        """The use of experts over the pictures of all processes, which must ask for it at the same time."""
+        """The use of experts over the images of all processes, which must ask for it at the same time."""
         own = {name: (use.share_sum.tolist(), use.entropy_sum, use.count) for name, use in self.uses.items()}
         total: dict[str, GateUse] = {}
         for uses in world.gather(own):

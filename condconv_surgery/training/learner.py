@@ -47,7 +47,7 @@ FINITE = "the loss; every layer's output in this process is finite"
 class Learner:
     """A model that can take a step, be scored, saved and restored. ``close`` leaves the model bare again.
 
-    counts: training pictures of each class. heads: new last layers by name.
+    counts: training images of each class. heads: new last layers by name.
     """
 
     def __init__(

@@ -88,6 +88,6 @@ class Objective:
 
 
 def balanced_weights(counts: list[int]) -> Tensor:
-    """Weights [K] by which each class counts alike however many pictures it has: ``N / (K count)``."""
+    """Weights [K] by which each class counts alike however many images it has: ``N / (K count)``."""
     numbers = torch.tensor(counts, dtype=torch.float32)
     return numbers.sum() / (len(counts) * numbers.clamp_min(1))

@@ -135,8 +135,8 @@ class Run:
             self.unreadable.meet(batch.unreadable)
             if not len(batch.labels):
                 raise InputError(
-                    f"No picture of a batch can be read: {', '.join(batch.unreadable[:3])}, ...",
-                    "Unreadable pictures are replaced by others of their batch or set.",
+                    f"No image of a batch can be read: {', '.join(batch.unreadable[:3])}, ...",
+                    "Unreadable images are replaced by others of their batch or set.",
                     "mend or remove them",
                 )
         tally = self.learner.step(taken, progress.step, order.steps)
@@ -176,7 +176,7 @@ class Run:
         self.meter.restart()
 
     def evaluate(self) -> Tally | None:
-        """Score the validation pictures; ``None`` when the run is to stop."""
+        """Score the validation images; ``None`` when the run is to stop."""
         found = score(self.learner, self.data.val_loader, self.black, self.unreadable, self.wish, self.progress.step)
         if found is None:
             return None
@@ -200,7 +200,7 @@ class Run:
             save_state(self.folder, state)
 
     def fingerprint(self) -> str:
-        """Of the training and the validation pictures."""
+        """Of the training and the validation images."""
         return f"{self.data.train.fingerprint()} {self.data.val.fingerprint()}"
 
     def patience_is_over(self) -> bool:
@@ -224,8 +224,8 @@ class Run:
             output=str(self.folder),
             epochs=self.progress.epochs_done,
             steps=self.progress.step,
-            train_pictures=len(self.data.train),
-            val_pictures=len(self.data.val),
+            train_images=len(self.data.train),
+            val_images=len(self.data.val),
             classes=self.data.train.classes,
             heads=self.heads,
             top1=last.get("val_top1"),

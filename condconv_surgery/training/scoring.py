@@ -1,4 +1,4 @@
-"""The validation pictures: loss, top-1, and how they use the experts."""
+"""The validation images: loss, top-1, and how they use the experts."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def score(
 ) -> tuple[Tally, dict[str, GateUse]] | None:
     """The scores of the model that is saved, after ``step`` steps; ``None`` when the run is to stop.
 
-    black: one empty picture. All processes must call it at the same time. Raises ``TrainingError`` when no picture can
+    black: one empty image. All processes must call it at the same time. Raises ``TrainingError`` when no image can
     be read, or the loss is not finite: such a model is not saved.
     """
     learner.share_buffers()
@@ -52,7 +52,7 @@ def score(
     if scores is None:
         return None
     if not scores.count:
-        raise TrainingError("No validation picture can be read.", "At least one must be readable.", "--data FOLDER")
+        raise TrainingError("No validation image can be read.", "At least one must be readable.", "--data FOLDER")
     if not math.isfinite(scores.loss):
         with in_mode(learner.scored, training=False):
             place = first_nonfinite(learner.scored, (strange or [black])[0], learner.cast)

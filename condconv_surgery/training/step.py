@@ -121,7 +121,7 @@ def _move(
 
 
 def _count(tally: Tally, loss: Tensor, logits: Tensor, target: Tensor) -> None:
-    """Note a batch; of mixed pictures the class with the larger share is the right one."""
+    """Note a batch; of mixed images the class with the larger share is the right one."""
     labels = target if target.dim() == 1 else target.argmax(1)
     tally.add(loss.item() * len(labels), float((logits.argmax(1) == labels).sum().item()), len(labels))
 

@@ -16,12 +16,12 @@ import condconv_surgery as cs
 from condconv_surgery.models.artifact.save_load import recipe_of
 from condconv_surgery.models.sources import load_model
 from tests.conftest import Run
-from tests.images import write_pictures
+from tests.images import write_images
 
 
 @pytest.fixture
 def data(tmp_path: Path) -> Path:
-    return write_pictures(tmp_path / "data", each=6)
+    return write_images(tmp_path / "data", each=6)
 
 
 QUICK = ("--image-size", 32, "--batch-size", 6, "--workers", 0, "--epochs", 2)
@@ -34,7 +34,7 @@ def test_a_plain_model_is_trained(condconv: Run, data: Path, tmp_path: Path) -> 
     code, out, err = condconv("finetune", *PLAIN, "--data", data, "-o", run, *QUICK, "--json")
     assert code == 0, err
     result = json.loads(out)
-    assert (result["epochs"], result["train_pictures"], result["val_pictures"]) == (2, 15, 3)
+    assert (result["epochs"], result["train_images"], result["val_images"]) == (2, 15, 3)
     assert result["heads"] == {"classifier.3": 3}
     assert {"last.safetensors", "best.safetensors", "metrics.jsonl", "recipe.toml"} <= {p.name for p in run.iterdir()}
     assert "epoch   2  train loss" in err
@@ -73,7 +73,7 @@ def test_a_converted_model_is_trained_and_loads_again(
 
 def test_a_trained_model_is_trained_again(condconv: Run, data: Path, tmp_path: Path) -> None:
     assert condconv("finetune", *PLAIN, "--data", data, "-o", tmp_path / "one", *QUICK)[0] == 0
-    more = write_pictures(tmp_path / "more", classes=4)
+    more = write_images(tmp_path / "more", classes=4)
     best = tmp_path / "one/best.safetensors"
     code, out, err = condconv("finetune", best, "--data", more, "-o", tmp_path / "two", *QUICK, "--json")
     assert code == 0, err
@@ -116,7 +116,7 @@ def test_resume_needs_the_folder_alone(condconv: Run, data: Path, tmp_path: Path
     ("arguments", "message"),
     [
         (["--data", "{tmp}/nowhere"], "There is no"),
-        (["--data", "{tmp}/empty"], "has no pictures"),
+        (["--data", "{tmp}/empty"], "no images"),
         (["--data", "{tmp}/one"], "one class only"),
         (["--data", "{data}", "--epochs", "0"], "schedule.epochs is 0"),
         (["--data", "{data}", "--lr", "-1"], "optimizer.lr is -1"),
@@ -138,7 +138,7 @@ def test_bad_input_ends_in_words_with_nothing_written(
     condconv: Run, data: Path, tmp_path: Path, arguments: list[str], message: str
 ) -> None:
     (tmp_path / "empty").mkdir()
-    write_pictures(tmp_path / "one", classes=1)
+    write_images(tmp_path / "one", classes=1)
     given = [a.replace("{tmp}", str(tmp_path)).replace("{data}", str(data)) for a in arguments]
     code, out, err = condconv("finetune", *PLAIN, "-o", tmp_path / "run", *QUICK, *given)
     assert (code, out) == (2, "")

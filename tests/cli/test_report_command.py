@@ -14,7 +14,7 @@ import torchvision
 import condconv_surgery as cs
 from condconv_surgery.models.sources import load_model
 from tests.conftest import Run
-from tests.images import write_pictures
+from tests.images import write_images
 from tests.variant_cases import scramble
 
 PLAIN = ("torchvision:mobilenet_v3_small", "--weights", "none", "--input-size", 64)
@@ -78,7 +78,7 @@ def test_a_plain_model(condconv: Run) -> None:
 
 
 def test_routing_page_and_plots(condconv: Run, artifact: Path, tmp_path: Path) -> None:
-    data = write_pictures(tmp_path / "data", classes=3, each=3)
+    data = write_images(tmp_path / "data", classes=3, each=3)
     page, plots = tmp_path / "r.html", tmp_path / "plots"
     code, out, err = condconv("report", artifact, "--data", data, "--html", page, "--plots", plots, "--json")
     assert code == 0, err

@@ -18,7 +18,7 @@ from condconv_surgery.reporting.measure.expert_similarity import measure_experts
 from condconv_surgery.reporting.measure.observed_gates import frozen_right, observe
 from condconv_surgery.reporting.measure.report_images import find_pictures
 from condconv_surgery.reporting.measure.routing_statistics import layer_routing, measure_routing
-from tests.images import write_pictures
+from tests.images import write_images
 from tests.variant_cases import scramble
 
 SPEC = InputSpec(3, 16, 16, (0.5,) * 3, (0.25,) * 3, crop_fraction=1.0)
@@ -100,7 +100,7 @@ class ByColour(nn.Module):
 
 @pytest.mark.parametrize("calls", [1, 2])
 def test_the_worth_of_conditioning(tmp_path: Path, calls: int) -> None:
-    pictures = find_pictures(write_pictures(tmp_path, classes=3, each=4))
+    pictures = find_pictures(write_images(tmp_path, classes=3, each=4))
     found = measure_routing(ByColour(calls).eval(), pictures, spec=SPEC, batch=5)
     assert found.accuracy == 1.0
     assert found.frozen == pytest.approx(1 / 3), "one answer for all"
@@ -111,7 +111,7 @@ def test_the_worth_of_conditioning(tmp_path: Path, calls: int) -> None:
 
 def test_frozen_at_neutral_changes_nothing(tmp_path: Path) -> None:
     model = nn.Sequential(conditional_like(nn.Conv2d(3, 3, 1), ODConv(2)), nn.AdaptiveAvgPool2d(1), nn.Flatten()).eval()
-    pictures = find_pictures(write_pictures(tmp_path, classes=3, each=3))
+    pictures = find_pictures(write_images(tmp_path, classes=3, each=3))
     found = measure_routing(model, pictures, spec=SPEC)
     assert found.accuracy == found.frozen
     assert "changes no answer from right to wrong or back" in found.verdict
@@ -120,7 +120,7 @@ def test_frozen_at_neutral_changes_nothing(tmp_path: Path) -> None:
 
 
 def test_classes_are_found_by_name(tmp_path: Path) -> None:
-    pictures = find_pictures(write_pictures(tmp_path, classes=3, each=2))
+    pictures = find_pictures(write_images(tmp_path, classes=3, each=2))
     model = ByColour().eval()
     turned = ("class1", "class2", "class0")  # logit 0 is class1, and so on
     assert measure_routing(model, pictures, spec=SPEC, classes=turned).accuracy == 0.0
@@ -147,7 +147,7 @@ def test_a_router_of_a_block_is_looked_at_once(tmp_path: Path) -> None:
     variant = CondConv(experts=4, routing="block")
     model = convert(nn.Sequential(*body).eval(), variant, example=torch.randn(2, 3, 16, 16)).model
     scramble(model)
-    found = report(model, inputs=SPEC, data=write_pictures(tmp_path, classes=3, each=4))
+    found = report(model, inputs=SPEC, data=write_images(tmp_path, classes=3, each=4))
     assert found.routing is not None
     assert [layer.name for layer in found.routing.layers] == ["1", "2"], "named by the block"
     assert all(layer.variation > 0 for layer in found.routing.layers)
@@ -160,10 +160,10 @@ def test_a_router_of_a_block_is_looked_at_once(tmp_path: Path) -> None:
 
 
 def test_says_when_pictures_may_have_been_trained_on(tmp_path: Path) -> None:
-    pictures = find_pictures(write_pictures(tmp_path / "flat", classes=3, each=2))
+    pictures = find_pictures(write_images(tmp_path / "flat", classes=3, each=2))
     model = ByColour().eval()
     assert "no val/" in measure_routing(model, pictures, spec=SPEC).verdict
-    write_pictures(tmp_path / "split" / "val", classes=3, each=2)
+    write_images(tmp_path / "split" / "val", classes=3, each=2)
     held_out = measure_routing(model, find_pictures(tmp_path / "split"), spec=SPEC)
     assert "no val/" not in held_out.verdict
     assert held_out.to_dict()["held_out"] is True
@@ -171,7 +171,7 @@ def test_says_when_pictures_may_have_been_trained_on(tmp_path: Path) -> None:
 
 def test_nothing_is_left_behind(tmp_path: Path) -> None:
     model = ByColour().train()
-    pictures = find_pictures(write_pictures(tmp_path, classes=3, each=2))
+    pictures = find_pictures(write_images(tmp_path, classes=3, each=2))
     seen = observe(model, pictures.batches(SPEC, 2))
     frozen_right(model, pictures.batches(SPEC, 2), seen.means)
     assert model.training
@@ -179,10 +179,10 @@ def test_nothing_is_left_behind(tmp_path: Path) -> None:
 
 
 def test_pictures_of_each_class_evenly(tmp_path: Path) -> None:
-    folder = write_pictures(tmp_path, classes=3, each=5)
+    folder = write_images(tmp_path, classes=3, each=5)
     assert find_pictures(folder, limit=7).labels == (0, 0, 0, 1, 1, 2, 2)
     (folder / "val").mkdir()
-    write_pictures(folder / "val", classes=2, each=1)
+    write_images(folder / "val", classes=2, each=1)
     assert find_pictures(folder).classes == ("class0", "class1")
 
 
@@ -223,4 +223,4 @@ def test_answers_that_are_no_numbers_are_refused(tmp_path: Path) -> None:
     model = ByColour().eval()
     model.layer.router.linear.weight.data *= float("nan")  # type: ignore[union-attr]
     with pytest.raises(InputError, match=r"answers to the pictures are not finite(.|\n)*--dtype float32"):
-        measure_routing(model, find_pictures(write_pictures(tmp_path, classes=3, each=4)), spec=SPEC)
+        measure_routing(model, find_pictures(write_images(tmp_path, classes=3, each=4)), spec=SPEC)

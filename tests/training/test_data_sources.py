@@ -16,7 +16,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from condconv_surgery.data.find_data import find_data, require_data
-from condconv_surgery.data.labelled_images import Labelled
+from condconv_surgery.data.labelled_images import LabelledImages
 from condconv_surgery.data.torchvision_datasets import SETS
 from condconv_surgery.data.webdataset_shards import expand_braces, scan_shards
 from condconv_surgery.errors import InputError
@@ -26,9 +26,9 @@ from condconv_surgery.training import finetune
 from tests.small_networks import small_net
 
 
-def pixels(pictures: Labelled, index: int) -> np.ndarray:
-    with pictures.open(index) as picture:
-        return np.asarray(picture)
+def pixels(images: LabelledImages, index: int) -> np.ndarray:
+    with images.open(index) as image:
+        return np.asarray(image)
 
 
 def options_for(tmp_path: Path, run: str, **data: object) -> TrainingOptions:
@@ -78,11 +78,11 @@ def test_a_torchvision_set_in_one_piece_is_split() -> None:
     assert not {train.name(i) for i in range(len(train))} & {val.name(i) for i in range(len(val))}
 
 
-def test_a_torchvision_set_with_other_pictures_to_validate_on_is_refused() -> None:
+def test_a_torchvision_set_with_other_images_to_validate_on_is_refused() -> None:
     with pytest.raises(
-        InputError, match=r"data\.val = pictures with --data torchvision:cifar10(.|\n)*leave data\.val out"
+        InputError, match=r"data\.val = images with --data torchvision:cifar10(.|\n)*leave data\.val out"
     ):
-        require_data(DataOptions(folder="torchvision:cifar10", val="pictures"))
+        require_data(DataOptions(folder="torchvision:cifar10", val="images"))
 
 
 def test_every_named_set_is_torchvisions() -> None:
@@ -100,7 +100,7 @@ def test_every_named_set_is_torchvisions() -> None:
     ("name", "message"),
     [
         ("torchvision:cifar11", r"Unknown data set of torchvision 'cifar11'.\n.*cifar10"),
-        ("torchvision:celeba", "has many labels a picture"),
+        ("torchvision:celeba", "has many labels a image"),
         ("torchvision:vocdetection", "has boxes"),
         ("torchvision:cifar10", r"CIFAR10 can't be read(.|\n)*--set data.download=true"),
     ],
@@ -113,31 +113,31 @@ def test_torchvision_sets_that_are_refused(tmp_path: Path, name: str, message: s
 def write_shards(
     folder: Path, pattern: str = "s-%03d.tar", label: Callable[[int], dict[str, object]] | None = None
 ) -> Path:
-    """Three shards with eight pictures each, written by webdataset itself."""
+    """Three shards with eight images each, written by webdataset itself."""
     webdataset = pytest.importorskip("webdataset")
     folder.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(0)
     with webdataset.ShardWriter(str(folder / pattern), maxcount=8, verbose=0) as sink:
         for i in range(24):
-            picture = rng.integers(0, 100, (20, 20, 3)).astype("uint8")
-            picture[..., i % 3] += 120
-            sink.write({"__key__": f"{i:05}", "png": picture, **(label(i) if label else {"cls": i % 3})})
+            image = rng.integers(0, 100, (20, 20, 3)).astype("uint8")
+            image[..., i % 3] += 120
+            sink.write({"__key__": f"{i:05}", "png": image, **(label(i) if label else {"cls": i % 3})})
     return folder
 
 
 def test_shards_hold_what_webdataset_reads(tmp_path: Path) -> None:
     webdataset = pytest.importorskip("webdataset")
     pattern = str(write_shards(tmp_path) / "s-{000..002}.tar")
-    pictures = scan_shards(pattern)
+    images = scan_shards(pattern)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ResourceWarning)  # it leaves its files to the garbage collector
         theirs = list(webdataset.WebDataset(pattern, shardshuffle=False).decode("pil").to_tuple("png", "cls"))
         gc.collect()
-    assert pictures.labels == tuple(label for _, label in theirs)
-    assert pictures.classes == ("0", "1", "2")
-    for index, (picture, _) in enumerate(theirs):
-        assert np.array_equal(pixels(pictures, index), np.asarray(picture))
-    assert scan_shards(str(tmp_path / "s-*.tar")) == pictures
+    assert images.labels == tuple(label for _, label in theirs)
+    assert images.classes == ("0", "1", "2")
+    for index, (image, _) in enumerate(theirs):
+        assert np.array_equal(pixels(images, index), np.asarray(image))
+    assert scan_shards(str(tmp_path / "s-*.tar")) == images
 
 
 @pytest.mark.parametrize(
@@ -198,7 +198,7 @@ def test_shards_that_are_not_there(tmp_path: Path) -> None:
 
 
 def test_a_run_over_shards_is_a_run_over_the_same_folder(tmp_path: Path) -> None:
-    """The same pictures in the same order give the same weights, wherever they lie and whoever reads them."""
+    """The same images in the same order give the same weights, wherever they lie and whoever reads them."""
     sorted_by_class = lambda i: {"cls": i * 3 // 16 if i < 16 else (i - 16) * 3 // 8}  # noqa: E731
     shards = scan_shards(str(write_shards(tmp_path / "tar", label=sorted_by_class) / "s-*.tar"))
     for index in range(24):
@@ -211,11 +211,11 @@ def test_a_run_over_shards_is_a_run_over_the_same_folder(tmp_path: Path) -> None
         places = {"folder": str(tmp_path / "tar/s-{000..001}.tar"), "val": str(tmp_path / "tar/s-002.tar")}
         of_shards = options_for(tmp_path, f"of-shards-{workers}", **places, workers=workers)
         result = finetune(small_net(), of_shards)
-        assert (result.train_pictures, result.val_pictures, result.classes) == (16, 8, ("0", "1", "2"))
+        assert (result.train_images, result.val_images, result.classes) == (16, 8, ("0", "1", "2"))
         assert_same(of_folder, of_shards)
 
 
-def test_a_shard_cut_short_has_unreadable_pictures(tmp_path: Path) -> None:
+def test_a_shard_cut_short_has_unreadable_images(tmp_path: Path) -> None:
     write_shards(tmp_path)
     last = tmp_path / "s-002.tar"
     with tarfile.open(last) as tar:
@@ -224,7 +224,7 @@ def test_a_shard_cut_short_has_unreadable_pictures(tmp_path: Path) -> None:
     content[offset : offset + 40] = bytes(40)
     last.write_bytes(content)
     options = options_for(tmp_path, "run", folder=str(tmp_path / "s-*.tar"))
-    with pytest.raises(InputError, match=r"unreadable picture.*s-002\.tar/00020\.png"):
+    with pytest.raises(InputError, match=r"unreadable image.*s-002\.tar/00020\.png"):
         finetune(small_net(), options)
     patient = options_for(tmp_path, "patient", folder=str(tmp_path / "s-*.tar"), max_bad=1)
     assert finetune(small_net(), patient).unreadable == (f"{last}/00020.png",)

@@ -17,14 +17,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from condconv_surgery.data.image_folders import find_pictures
+from condconv_surgery.data.image_folders import find_training_images
 from condconv_surgery.models.artifact.save_load import load
 from condconv_surgery.recipe import TrainingOptions
 from condconv_surgery.training import evaluate
 from condconv_surgery.training.batches.loaders import input_spec, open_data
 from condconv_surgery.training.distributed.world import World
 from condconv_surgery.training.state.run_state import LAST, read_state
-from tests.images import write_pictures
+from tests.images import write_images
 from tests.small_networks import small_net
 from tests.small_run import run_and_exit
 
@@ -34,7 +34,7 @@ ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "default"
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    return write_pictures(tmp_path / "data", each=11)  # 27 to train on, 6 to validate on
+    return write_images(tmp_path / "data", each=11)  # 27 to train on, 6 to validate on
 
 
 def options_for(folder: Path, name: str, epochs: int = 2, **sections: object) -> TrainingOptions:
@@ -85,13 +85,13 @@ def assert_same(one: TrainingOptions, other: TrainingOptions) -> None:
 
 @pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_processes_train_as_one(folder: Path, processes: int) -> None:
-    """Classes of unlike size, weighed; two pictures that can't be read, which different processes meet."""
-    for picture in sorted((folder / "class2").iterdir())[4:]:
-        picture.unlink()
+    """Classes of unlike size, weighed; two images that can't be read, which different processes meet."""
+    for image in sorted((folder / "class2").iterdir())[4:]:
+        image.unlink()
     sections = {"optimizer": {"lr": 0.01, "class_weights": True}}
-    spoilt = [find_pictures(folder)[part].path(index) for part, index in ((0, 5), (1, 1))]
-    for picture in spoilt:
-        picture.write_bytes(b"text")
+    spoilt = [find_training_images(folder)[part].path(index) for part, index in ((0, 5), (1, 1))]
+    for image in spoilt:
+        image.write_bytes(b"text")
     alone, together = (
         options_for(folder, name, **sections).updated({"data": {"max_bad": 2}}) for name in ("alone", "together")
     )
@@ -108,7 +108,7 @@ def test_processes_train_as_one(folder: Path, processes: int) -> None:
 
 
 def test_what_is_scored_is_what_is_saved(folder: Path) -> None:
-    """Batch norms have seen other pictures in each process; those of the first are saved, and all score with them."""
+    """Batch norms have seen other images in each process; those of the first are saved, and all score with them."""
     options = options_for(folder, "run", engine={"ema": 0.9})
     finish(launch(options, "norm", processes=2))
     model = load(Path(options.output) / "last.safetensors", model=small_net())
@@ -118,7 +118,7 @@ def test_what_is_scored_is_what_is_saved(folder: Path) -> None:
 
 
 def test_a_sharded_model_trains_as_a_whole_one(folder: Path) -> None:
-    """Weights and optimizer state split over two processes; two of seven validation pictures' batches are uneven."""
+    """Weights and optimizer state split over two processes; two of seven validation images' batches are uneven."""
     engine = {"ema": 0.5, "save_every": 2}
     alone = options_for(folder, "alone", engine=engine, optimizer={"lr": 0.01, "accumulate": 2})
     sharded = options_for(folder, "sharded", engine={**engine, "shard": True}, optimizer=alone.to_dict()["optimizer"])

@@ -1,4 +1,4 @@
-"""What goes wrong in the middle of a run: the machine, the disk, the pictures. Words, and a state to go on from."""
+"""What goes wrong in the middle of a run: the machine, the disk, the images. Words, and a state to go on from."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from condconv_surgery.data.image_folders import Pictures, find_pictures
+from condconv_surgery.data.image_folders import ImageFiles, find_training_images
 from condconv_surgery.errors import InputError, TrainingError
 from condconv_surgery.recipe import CondConv, TrainingOptions
 from condconv_surgery.training import finetune
@@ -21,14 +21,14 @@ from condconv_surgery.training.batches import loaders as loading_module
 from condconv_surgery.training.monitor.progress_display import Silent, StepView
 from condconv_surgery.training.state.run_files import read_rows
 from condconv_surgery.training.state.run_state import LAST, load_state, read_state
-from tests.images import write_pictures
+from tests.images import write_images
 from tests.small_networks import small_net
 from tests.training.test_training_run import StopAt, assert_same, weights
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    return write_pictures(tmp_path / "data", each=7)  # 18 to train on, 3 to validate on
+    return write_images(tmp_path / "data", each=7)  # 18 to train on, 3 to validate on
 
 
 def options_for(folder: Path, run: str, **data: object) -> TrainingOptions:
@@ -45,18 +45,18 @@ def options_for(folder: Path, run: str, **data: object) -> TrainingOptions:
 def test_a_killed_reader_ends_in_words_and_the_run_goes_on(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole, cut = options_for(folder, "whole"), options_for(folder, "cut", workers=1)
     finetune(small_net(CondConv(experts=2)), whole)
-    opened = Pictures.open
+    opened = ImageFiles.open
     countdown = [30]  # in the worker, which has a copy: in the 8th batch, when the 6th has been asked for
 
-    def deadly(self: Pictures, index: int) -> Image.Image:
+    def deadly(self: ImageFiles, index: int) -> Image.Image:
         countdown[0] -= 1
         if countdown[0] < 0 and torch.utils.data.get_worker_info() is not None:
             os.kill(os.getpid(), signal.SIGKILL)
         return opened(self, index)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Pictures, "open", deadly)
-        with pytest.raises(TrainingError, match=r"that reads pictures was killed after step \d(.|\n)*fewer --workers"):
+        patch.setattr(ImageFiles, "open", deadly)
+        with pytest.raises(TrainingError, match=r"that reads images was killed after step \d(.|\n)*fewer --workers"):
             finetune(small_net(CondConv(experts=2)), cut)
     state, _ = load_state(Path(cut.output))  # the one before, if the report came while the last was being saved
     assert state is not None
@@ -186,38 +186,38 @@ def test_a_file_that_the_system_cuts_short_leaves_the_last_state_whole(folder: P
     assert finetune(small_net(), options, resume=True).epochs == 3
 
 
-def test_unreadable_pictures_are_remembered_across_a_resume(folder: Path) -> None:
-    train, _ = find_pictures(folder)
+def test_unreadable_images_are_remembered_across_a_resume(folder: Path) -> None:
+    train, _ = find_training_images(folder)
     options = options_for(folder, "run", max_bad=1)
     train.path(0).write_bytes(b"text")
     stopped = finetune(small_net(), options, watcher=StopAt(5, signal.SIGTERM))
     assert stopped.unreadable == (str(train.path(0)),)
     train.path(9).write_bytes(b"text")
     watcher = AtStep(-1, list)
-    with pytest.raises(InputError, match=r"2 unreadable pictures: .*\n.*At most 1"):
+    with pytest.raises(InputError, match=r"2 unreadable images: .*\n.*At most 1"):
         finetune(small_net(), options, resume=True, watcher=watcher)
     assert [line for line in watcher.lines if "passed over" in line] == [f"Unreadable, passed over: {train.path(9)}"]
 
 
-def test_validation_pictures_that_all_go_bad_end_the_run(folder: Path) -> None:
-    _, val = find_pictures(folder)
+def test_validation_images_that_all_go_bad_end_the_run(folder: Path) -> None:
+    _, val = find_training_images(folder)
 
     def spoil() -> None:
         for index in range(len(val)):
             val.path(index).write_bytes(b"text")
 
     watcher = AtStep(1, spoil)
-    with pytest.raises(TrainingError, match=r"No validation picture can be read"):
+    with pytest.raises(TrainingError, match=r"No validation image can be read"):
         finetune(small_net(), options_for(folder, "run", max_bad=100), watcher=watcher)
     assert sum("passed over" in line for line in watcher.lines) == 3
     strict = AtStep(1, spoil)
-    with pytest.raises(InputError, match=r"3 unreadable pictures"):
+    with pytest.raises(InputError, match=r"3 unreadable images"):
         finetune(small_net(), options_for(folder, "strict"), watcher=strict)
 
 
-def test_a_batch_without_any_picture_is_said(folder: Path) -> None:
-    train, _ = find_pictures(folder)
+def test_a_batch_without_any_image_is_said(folder: Path) -> None:
+    train, _ = find_training_images(folder)
     for index in range(len(train)):
         train.path(index).write_bytes(b"text")
-    with pytest.raises(InputError, match=r"No picture of a batch can be read: .*\.png"):
+    with pytest.raises(InputError, match=r"No image of a batch can be read: .*\.png"):
         finetune(small_net(), options_for(folder, "run", max_bad=100))

@@ -1,4 +1,4 @@
-"""Pictures from Hugging Face data sets, kept or streamed: the same as in a folder."""
+"""Images from Hugging Face data sets, kept or streamed: the same as in a folder."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from condconv_surgery.data.find_data import find_data, require_data
-from condconv_surgery.data.labelled_images import Labelled
+from condconv_surgery.data.labelled_images import LabelledImages
 from condconv_surgery.errors import InputError, TrainingError
 from condconv_surgery.recipe import InputSpec, TrainingOptions
 from condconv_surgery.recipe.training_sections import DataOptions
@@ -19,18 +19,18 @@ from condconv_surgery.training.batches.loaders import open_data
 from condconv_surgery.training.distributed.world import World
 from condconv_surgery.training.monitor.progress_display import Silent, StepView
 from condconv_surgery.training.state.run_state import LAST, State, read_state, save_state
-from tests.images import write_pictures
+from tests.images import write_images
 from tests.small_networks import small_net
 from tests.training.test_data_sources import assert_same, options_for, pixels
 
 
 @pytest.fixture
 def rows(tmp_path: Path) -> Path:
-    """A picture folder, a saved data set and a folder of parquet files, all with the same pictures."""
+    """A image folder, a saved data set and a folder of parquet files, all with the same images."""
     datasets = pytest.importorskip("datasets")
     datasets.disable_progress_bars()
-    write_pictures(tmp_path / "folder/train", each=8)
-    write_pictures(tmp_path / "folder/validation", each=3)
+    write_images(tmp_path / "folder/train", each=8)
+    write_images(tmp_path / "folder/validation", each=3)
     found = datasets.load_dataset("imagefolder", data_dir=str(tmp_path / "folder"), cache_dir=str(tmp_path / "cache"))
     found.save_to_disk(str(tmp_path / "saved"))
     (tmp_path / "parquet").mkdir()
@@ -51,13 +51,13 @@ def _caches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("place", ["saved", "parquet", "folder"])
-def test_hugging_face_sets_hold_the_folders_pictures(rows: Path, place: str) -> None:
+def test_hugging_face_sets_hold_the_folders_images(rows: Path, place: str) -> None:
     train, val = find_data(DataOptions(folder=f"hf:{rows / place}"), 0)
     theirs, _ = find_data(DataOptions(folder=str(rows / "folder")), 0)
     assert (len(train), len(val), train.classes) == (24, 9, theirs.classes)
 
-    def content(pictures: Labelled) -> list[tuple[int, bytes]]:
-        return sorted((pictures.labels[i], pixels(pictures, i).tobytes()) for i in range(len(pictures)))
+    def content(images: LabelledImages) -> list[tuple[int, bytes]]:
+        return sorted((images.labels[i], pixels(images, i).tobytes()) for i in range(len(images)))
 
     assert content(train) == content(theirs)
 
@@ -79,16 +79,16 @@ def test_one_split_is_split_and_a_split_can_be_named(rows: Path) -> None:
 @pytest.mark.parametrize(
     ("label", "message"),
     [
-        ([[0, 1]] * 6, "many labels a picture"),
+        ([[0, 1]] * 6, "many labels a image"),
         ([0.5] * 6, "regression"),
-        ([None, 1, 0, 1, 0, 1], "pictures without a label"),
+        ([None, 1, 0, 1, 0, 1], "images without a label"),
     ],
 )
 def test_other_heads_are_refused_in_words(tmp_path: Path, label: list[object], message: str) -> None:
     datasets = pytest.importorskip("datasets")
-    pictures = [Image.new("RGB", (8, 8), (i, 0, 0)) for i in range(6)]
+    images = [Image.new("RGB", (8, 8), (i, 0, 0)) for i in range(6)]
     features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")})
-    made = datasets.Dataset.from_dict({"image": pictures, "label": label}, features if label[0] is None else None)
+    made = datasets.Dataset.from_dict({"image": images, "label": label}, features if label[0] is None else None)
     made.cast_column("image", datasets.Image()).save_to_disk(str(tmp_path / "set"))
     with pytest.raises(InputError, match=message):
         find_data(DataOptions(folder=f"hf:{tmp_path / 'set'}"), 0)
@@ -117,7 +117,7 @@ def streamed(rows: Path, run: str, place: str = "parquet", **data: object) -> Tr
 
 
 @pytest.mark.parametrize("place", ["saved", "parquet"])
-def test_a_stream_sees_every_picture_once_an_epoch(rows: Path, place: str) -> None:
+def test_a_stream_sees_every_image_once_an_epoch(rows: Path, place: str) -> None:
     options = streamed(rows, "run", place, batch_size=8)
     spec = InputSpec(height=16, width=16)
     data = open_data(options, spec, World())
@@ -207,7 +207,7 @@ def test_a_row_without_a_label_is_named(rows: Path) -> None:
         features=parts["train"].features,
     )
     datasets.DatasetDict(train=lost, validation=parts["validation"]).save_to_disk(str(rows / "lost"))
-    with pytest.raises(InputError, match=r"1 unreadable picture: .*row \d+ of epoch 1, which has no label"):
+    with pytest.raises(InputError, match=r"1 unreadable image: .*row \d+ of epoch 1, which has no label"):
         finetune(small_net(), streamed(rows, "run", "lost"))
 
 
@@ -225,5 +225,5 @@ def test_an_unreadable_row_is_named_and_replaced(rows: Path) -> None:
     assert len(result.unreadable) == 1
     assert result.unreadable[0].endswith("train: bad.png")
     still = options_for(rows, "still", folder=f"hf:{rows / 'spoilt'}")
-    with pytest.raises(InputError, match=r"unreadable picture.*spoilt train\[5\]"):
+    with pytest.raises(InputError, match=r"unreadable image.*spoilt train\[5\]"):
         finetune(small_net(), still)

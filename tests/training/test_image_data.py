@@ -9,68 +9,79 @@ from PIL import Image
 
 from condconv_surgery.data.image_dataset import (
     Draw,
-    PictureDataset,
+    ImageDataset,
     Sample,
-    UnreadablePictureError,
+    UnreadableImageError,
     collate,
     collate_whole,
-    read_picture,
+    read_image,
 )
-from condconv_surgery.data.image_folders import find_pictures
+from condconv_surgery.data.image_folders import find_evaluation_images, find_training_images
 from condconv_surgery.errors import InputError
 from condconv_surgery.recipe import InputSpec
 from condconv_surgery.recipe.training_sections import AugmentOptions
 from condconv_surgery.training.batches.samplers import EvaluationBatches, Steps, TrainingBatches
 from condconv_surgery.training.batches.train_transforms import training_transform
 from condconv_surgery.training.batches.unreadable_images import Unreadable
-from tests.images import write_pictures
+from tests.images import write_images
 
 SPEC = InputSpec(height=16, width=16)
 
 
 def test_split_is_seeded_stratified_and_disjoint(tmp_path: Path) -> None:
-    write_pictures(tmp_path, each=10)
-    train, val = find_pictures(tmp_path, 0.2, seed=1)
+    write_images(tmp_path, each=10)
+    train, val = find_training_images(tmp_path, 0.2, seed=1)
     assert (len(train), len(val)) == (24, 6)
     assert Counter(val.labels) == {0: 2, 1: 2, 2: 2}
     assert not set(train.files) & set(val.files)
-    assert find_pictures(tmp_path, 0.2, seed=1) == (train, val)
-    assert find_pictures(tmp_path, 0.2, seed=2)[1].files != val.files
+    assert find_training_images(tmp_path, 0.2, seed=1) == (train, val)
+    assert find_training_images(tmp_path, 0.2, seed=2)[1].files != val.files
 
 
 def test_train_and_val_folders_are_taken_as_they_are(tmp_path: Path) -> None:
-    write_pictures(tmp_path / "train", classes=3, each=4)
-    write_pictures(tmp_path / "val", classes=2, each=2)
+    write_images(tmp_path / "train", classes=3, each=4)
+    write_images(tmp_path / "val", classes=2, each=2)
     (tmp_path / "val/class0").rename(tmp_path / "val/class2")
-    train, val = find_pictures(tmp_path)
+    train, val = find_training_images(tmp_path)
     assert (len(train), len(val)) == (12, 4)
     assert train.classes == val.classes == ("class0", "class1", "class2")
     assert sorted(set(val.labels)) == [1, 2]  # by name, not by position
 
 
+def test_images_to_evaluate_on_are_the_validation_folder_or_all(tmp_path: Path) -> None:
+    write_images(tmp_path, classes=3, each=5)
+    images, held_out = find_evaluation_images(tmp_path, limit=7)
+    assert (images.labels, held_out) == ((0, 0, 0, 1, 1, 2, 2), False)
+    assert [path.stem for path in map(Path, images.files)] == ["00", "01", "02", "00", "01", "00", "01"]
+    assert len(find_evaluation_images(tmp_path)[0]) == 15
+    write_images(tmp_path / "val", classes=1, each=2)  # one class is enough, and no train folder is needed
+    images, held_out = find_evaluation_images(tmp_path, limit=7)
+    assert (images.root, images.labels, held_out) == (tmp_path / "val", (0, 0), True)
+
+
 @pytest.mark.parametrize(
     ("prepare", "message"),
     [
-        (lambda p: None, "no pictures"),
-        (lambda p: write_pictures(p, classes=1), "one class only: class0"),
-        (lambda p: (write_pictures(p), (p / "hollow").mkdir()), "without pictures: hollow"),
+        (lambda p: None, "no images"),
+        (lambda p: write_images(p, classes=1), "one class only: class0"),
+        (lambda p: (write_images(p), (p / "hollow").mkdir()), "without images: hollow"),
         (lambda p: Image.new("RGB", (8, 8)).save(p / "a.png"), "directly in it"),
-        (lambda p: write_pictures(p, each=1), "one picture only"),
-        (lambda p: (write_pictures(p / "train"), write_pictures(p / "val", classes=4)), "have not: class3"),
+        (lambda p: write_images(p, each=1), "one image only"),
+        (lambda p: (write_images(p / "train"), write_images(p / "val", classes=4)), "do not have: class3"),
     ],
 )
 def test_folders_that_cannot_be_trained_on(tmp_path: Path, prepare: object, message: str) -> None:
     prepare(tmp_path)  # type: ignore[operator]
     with pytest.raises(InputError, match=message):
-        find_pictures(tmp_path)
+        find_training_images(tmp_path)
 
 
 def test_missing_folder_and_file(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="There is no"):
-        find_pictures(tmp_path / "nowhere")
+        find_training_images(tmp_path / "nowhere")
     (tmp_path / "file").touch()
     with pytest.raises(InputError, match="a file, not a folder"):
-        find_pictures(tmp_path / "file")
+        find_training_images(tmp_path / "file")
 
 
 def test_transparency_is_laid_on_white(tmp_path: Path) -> None:
@@ -78,28 +89,28 @@ def test_transparency_is_laid_on_white(tmp_path: Path) -> None:
     palette = Image.new("P", (2, 2), 0)
     palette.info["transparency"] = 0
     palette.save(tmp_path / "palette.png", transparency=0)
-    assert read_picture(tmp_path / "clear.png").getpixel((0, 0)) == (255, 255, 255)
-    assert read_picture(tmp_path / "palette.png").getpixel((0, 0)) == (255, 255, 255)
-    assert read_picture(tmp_path / "clear.png", channels=1).getpixel((0, 0)) == 255
+    assert read_image(tmp_path / "clear.png").getpixel((0, 0)) == (255, 255, 255)
+    assert read_image(tmp_path / "palette.png").getpixel((0, 0)) == (255, 255, 255)
+    assert read_image(tmp_path / "clear.png", channels=1).getpixel((0, 0)) == 255
 
 
-@pytest.mark.parametrize("content", [b"", b"not a picture", b"\x89PNG\r\n\x1a\n"])
+@pytest.mark.parametrize("content", [b"", b"not a image", b"\x89PNG\r\n\x1a\n"])
 def test_unreadable_files(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "a.png").write_bytes(content)
-    with pytest.raises(UnreadablePictureError, match=r"a\.png"):
-        read_picture(tmp_path / "a.png")
+    with pytest.raises(UnreadableImageError, match=r"a\.png"):
+        read_image(tmp_path / "a.png")
 
 
-def test_a_picture_cut_short_is_unreadable(tmp_path: Path) -> None:
-    whole = next(write_pictures(tmp_path).rglob("*.png"))
+def test_a_image_cut_short_is_unreadable(tmp_path: Path) -> None:
+    whole = next(write_images(tmp_path).rglob("*.png"))
     whole.write_bytes(whole.read_bytes()[:-300])
-    with pytest.raises(UnreadablePictureError):
-        read_picture(whole)
+    with pytest.raises(UnreadableImageError):
+        read_image(whole)
 
 
 def test_transforms_depend_on_seed_epoch_and_index_alone(tmp_path: Path) -> None:
-    pictures, _ = find_pictures(write_pictures(tmp_path))
-    data = PictureDataset(pictures, training_transform(SPEC, AugmentOptions()), seed=5)
+    images, _ = find_training_images(write_images(tmp_path))
+    data = ImageDataset(images, training_transform(SPEC, AugmentOptions()), seed=5)
     first = data[Draw(1, 3)].image
     torch.manual_seed(123)
     before = torch.get_rng_state()
@@ -108,17 +119,17 @@ def test_transforms_depend_on_seed_epoch_and_index_alone(tmp_path: Path) -> None
     assert not torch.equal(data[Draw(2, 3)].image, first)  # type: ignore[arg-type]
 
 
-def test_training_replaces_an_unreadable_picture_and_validation_leaves_it_out(tmp_path: Path) -> None:
-    pictures, _ = find_pictures(write_pictures(tmp_path))
-    pictures.path(2).write_bytes(b"")
+def test_training_replaces_an_unreadable_image_and_validation_leaves_it_out(tmp_path: Path) -> None:
+    images, _ = find_training_images(write_images(tmp_path))
+    images.path(2).write_bytes(b"")
     transform = training_transform(SPEC, AugmentOptions())
-    training = PictureDataset(pictures, transform, replace=True)[Draw(0, 2)]
+    training = ImageDataset(images, transform, replace=True)[Draw(0, 2)]
     assert training.image is not None
-    assert training.unreadable == (str(pictures.path(2)),)
-    scoring = PictureDataset(pictures, transform)
+    assert training.unreadable == (str(images.path(2)),)
+    scoring = ImageDataset(images, transform)
     batch = collate([scoring[Draw(0, i)] for i in range(4)])
     assert batch.images.shape == (3, 3, 16, 16)
-    assert batch.unreadable == (str(pictures.path(2)),)
+    assert batch.unreadable == (str(images.path(2)),)
 
 
 def test_a_streams_batch_keeps_its_size() -> None:
@@ -135,7 +146,7 @@ def test_a_streams_batch_keeps_its_size() -> None:
     assert len(collate_whole([bad("a")]).labels) == 0
 
 
-def test_unreadable_pictures_are_counted_once_each_up_to_the_limit() -> None:
+def test_unreadable_images_are_counted_once_each_up_to_the_limit() -> None:
     told: list[str] = []
     seen = Unreadable(limit=2, note=told.append)
     for names in (["a.png"], ["a.png", "b.png", "b.png"]):
@@ -143,7 +154,7 @@ def test_unreadable_pictures_are_counted_once_each_up_to_the_limit() -> None:
         seen.share()
     assert told == ["Unreadable, passed over: a.png", "Unreadable, passed over: b.png"]
     seen.meet(["c.png"])
-    with pytest.raises(InputError, match=r"3 unreadable pictures: .*c\.png"):
+    with pytest.raises(InputError, match=r"3 unreadable images: .*c\.png"):
         seen.share()
 
 
@@ -160,12 +171,12 @@ def test_processes_see_together_what_one_sees_alone(world: int, accumulate: int)
         assert together == expected
 
 
-def test_an_epoch_sees_no_picture_twice_and_the_order_changes() -> None:
+def test_an_epoch_sees_no_image_twice_and_the_order_changes() -> None:
     steps = Steps(50, 16, epochs=2)
     order = TrainingBatches(steps, 0)
     batches = list(order)
     assert len(batches) == steps.steps == len(order) == 6
-    epochs = [[draw.picture for batch in batches[i : i + 3] for draw in batch] for i in (0, 3)]
+    epochs = [[draw.image for batch in batches[i : i + 3] for draw in batch] for i in (0, 3)]
     assert all(len(set(epoch)) == 48 for epoch in epochs)
     assert epochs[0] != epochs[1]
 
@@ -183,13 +194,13 @@ def test_small_sets_make_one_batch_and_unequal_shares_are_refused() -> None:
     assert [len(batch) for batch in TrainingBatches(Steps(5, 32, epochs=1), 0)] == [5]
     with pytest.raises(InputError, match="a multiple of 4"):
         Steps(100, 30, epochs=1, world=4)
-    with pytest.raises(InputError, match="1 training pictures for 2 processes"):
+    with pytest.raises(InputError, match="1 training images for 2 processes"):
         Steps(1, 2, epochs=1, world=2)
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 4])
-def test_evaluation_counts_each_picture_once(world: int) -> None:
+def test_evaluation_counts_each_image_once(world: int) -> None:
     drawn = [
         draw for rank in range(world) for batch in EvaluationBatches(53, 8, rank=rank, world=world) for draw in batch
     ]
-    assert sorted(draw.picture for draw in drawn) == list(range(53))
+    assert sorted(draw.image for draw in drawn) == list(range(53))

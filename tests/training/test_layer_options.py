@@ -34,7 +34,7 @@ BATCH = Batch(X, torch.arange(8) % 5)
 
 
 def randomize_router(model: SmallNet) -> None:
-    """Away from the neutral start, so that gates differ between pictures."""
+    """Away from the neutral start, so that gates differ between images."""
     generator = torch.Generator().manual_seed(1)
     for layer in conditional_layers(model).values():
         for parameter in layer.router.parameters():
@@ -183,7 +183,7 @@ def test_gate_use_adds_up_over_batches() -> None:
 
 
 def test_the_use_of_experts_is_that_of_all_processes() -> None:
-    """One process has seen six pictures, another two, a third none; idle runs do not count."""
+    """One process has seen six images, another two, a third none; idle runs do not count."""
     model = small_net(CondConv(experts=4)).eval()
     randomize_router(model)
 

@@ -16,7 +16,7 @@ import torchvision
 import condconv_surgery as cs
 from condconv_surgery.layers import routers
 from condconv_surgery.models.artifact.save_load import recipe_of
-from tests.images import write_pictures
+from tests.images import write_images
 
 ROOT = Path(__file__).parents[2]
 
@@ -41,7 +41,7 @@ def test_the_examples_with_other_libraries_train(tmp_path: Path, library: str) -
     plain = torchvision.models.resnet18(weights=None)
     conversion = cs.convert(plain, cs.DynamicConv(experts=2), include=["layer1.0.*"], example=torch.randn(2, 3, 64, 64))
     cs.save(conversion.model, tmp_path / "converted.safetensors")
-    folder = write_pictures(tmp_path / "data", each=16)
+    folder = write_images(tmp_path / "data", each=16)
     script = ROOT / f"examples/with_{library}.py"
     command = [sys.executable, str(script), "converted.safetensors", str(folder), "tuned.safetensors", "2"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}

@@ -18,7 +18,7 @@ from condconv_surgery.training.monitor.progress_display import (
     StepView,
     console_watcher,
 )
-from tests.images import write_pictures
+from tests.images import write_images
 from tests.small_networks import small_net
 
 VIEW = StepView(2, 10, 150, 1000, 1.23456, 0.5, 9.87e-4, 123.4, 1024.0)
@@ -75,7 +75,7 @@ def test_both_watchers_are_told_everything() -> None:
 def test_a_kept_head_with_other_class_names_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = small_net(classes=3)
     for name in ("one", "two"):
-        folder = write_pictures(tmp_path / name)
+        folder = write_images(tmp_path / name)
         if name == "two":
             (folder / "class0").rename(folder / "class9")
         sections = {"data": {"folder": str(folder), "image_size": 16, "workers": 0}, "schedule": {"epochs": 1}}

@@ -99,17 +99,17 @@ def test_mixing_gives_shares_and_trains(options: dict[str, float]) -> None:
 def test_policies_and_erasing(policy: str) -> None:
     from PIL import Image
 
-    picture = Image.radial_gradient("L").convert("RGB")
+    image = Image.radial_gradient("L").convert("RGB")
     spec = InputSpec(height=32, width=32)
     plain = training_transform(spec, AugmentOptions(crop=(1.0, 1.0), flip=0.0))
     other = training_transform(spec, AugmentOptions(crop=(1.0, 1.0), flip=0.0, policy=policy, erasing=1.0))
     torch.manual_seed(3)
-    one = other(picture)
+    one = other(image)
     torch.manual_seed(3)
-    again = other(picture)
+    again = other(image)
     assert torch.equal(one, again)
     assert one.shape == (3, 32, 32)
-    assert not torch.equal(one, plain(picture))
+    assert not torch.equal(one, plain(image))
 
 
 def test_class_weights_make_classes_count_alike() -> None:
@@ -231,7 +231,7 @@ def test_synchronised_statistics_need_a_gpu() -> None:
 
 def test_the_first_place_that_is_not_finite_is_named() -> None:
     model = small_net(dropout=0.0)
-    assert first_nonfinite(model, X * float("nan")) == "the pictures themselves"
+    assert first_nonfinite(model, X * float("nan")) == "the images themselves"
     assert first_nonfinite(model, X) is None
     model.stem.weight.data *= 100
     assert first_nonfinite(model, X.abs() / X.abs().max() * 3e38) == "the output of stem (Conv2d)"
@@ -247,7 +247,7 @@ def test_any_part_of_a_step_may_be_the_one_that_is_not_finite(bad: int) -> None:
     parts = [BATCH, BATCH]
     parts[bad] = BATCH._replace(images=X * float("nan"))
     it = learner(small_net(), data={"batch_size": 16}, optimizer={"accumulate": 2})
-    with pytest.raises(TrainingError, match="loss is not finite at step 3; first in the pictures themselves"):
+    with pytest.raises(TrainingError, match="loss is not finite at step 3; first in the images themselves"):
         it.step(parts, 2, 10)
 
 
@@ -310,7 +310,7 @@ def test_a_teacher_of_other_classes_or_layers_is_refused() -> None:
     it = learner(small_net(), distill={"teacher": "start"})
     assert it.teacher is not None
     it.model.head = nn.Linear(8, 3)  # type: ignore[assignment]
-    with pytest.raises(InputError, match=r"tells 5 classes apart, the pictures have 3.*\n.*\n.*--distill"):
+    with pytest.raises(InputError, match=r"tells 5 classes apart, the images have 3.*\n.*\n.*--distill"):
         it.step([Batch(X, BATCH.labels % 3)], 0, 1)
     with pytest.raises(InputError, match=r"Unknown layer in distill\.features 'steam'"):
         learner(small_net(), distill={"teacher": "start", "features": ["steam"]})

@@ -18,7 +18,7 @@ from condconv_surgery.recipe.training_options import TrainingOptions
 from condconv_surgery.training import TrainingResult, finetune
 from condconv_surgery.training.monitor.progress_display import EpochRow, Silent, StepView
 from condconv_surgery.training.state.run_state import BEFORE, LAST
-from tests.images import write_pictures
+from tests.images import write_images
 from tests.small_networks import VARIANTS, small_net
 
 STEPS_PER_EPOCH = 4
@@ -26,7 +26,7 @@ STEPS_PER_EPOCH = 4
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    return write_pictures(tmp_path / "data", each=7)  # 18 to train on, 3 to validate on
+    return write_images(tmp_path / "data", each=7)  # 18 to train on, 3 to validate on
 
 
 def options_for(folder: Path, run: str = "run", **schedule: object) -> TrainingOptions:
@@ -207,7 +207,7 @@ def test_a_second_run_does_not_overwrite_the_first(folder: Path) -> None:
         run(options)
 
 
-def test_resume_refuses_other_options_and_other_pictures(folder: Path) -> None:
+def test_resume_refuses_other_options_and_other_images(folder: Path) -> None:
     options = options_for(folder, epochs=1)
     run(options)
     with pytest.raises(InputError, match=r"optimizer\.lr was 0\.01 and is 0\.1"):
@@ -224,10 +224,10 @@ def test_resume_refuses_another_model(folder: Path) -> None:
         run(options, CondConv(experts=2), resume=True)
 
 
-def test_an_unreadable_picture_stops_the_run_or_is_passed_over(folder: Path) -> None:
+def test_an_unreadable_image_stops_the_run_or_is_passed_over(folder: Path) -> None:
     for path in folder.rglob("0[0-3].png"):
         path.write_bytes(b"text")
-    with pytest.raises(InputError, match=r"unreadable picture.*\n.*At most 0.*\n.*--max-bad"):
+    with pytest.raises(InputError, match=r"unreadable image.*\n.*At most 0.*\n.*--max-bad"):
         run(options_for(folder))
     result = run(options_for(folder, "patient").updated({"data": {"max_bad": 12}}))
     assert len(result.unreadable) == 12
@@ -307,14 +307,14 @@ def test_tensorboard_has_scores_and_the_use_of_experts(folder: Path) -> None:
     assert 0 <= events.Scalars("gate entropy/inner")[-1].value <= 1 + 1e-6
 
 
-def test_the_curves_are_a_picture_of_every_epoch(folder: Path) -> None:
+def test_the_curves_are_a_image_of_every_epoch(folder: Path) -> None:
     from PIL import Image
 
     options = options_for(folder)
     run(options)
-    with Image.open(Path(options.output) / "curves.png") as picture:
-        assert picture.size == (1080, 420)
-        assert len(picture.convert("L").getcolors() or []) > 10
+    with Image.open(Path(options.output) / "curves.png") as image:
+        assert image.size == (1080, 420)
+        assert len(image.convert("L").getcolors() or []) > 10
 
 
 def test_early_stop_ends_the_run(folder: Path) -> None:

@@ -14,13 +14,13 @@ from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 from condconv_surgery.data.find_data import find_data, require_data
 from condconv_surgery.data.image_dataset import (
     Batch,
-    PictureDataset,
+    ImageDataset,
     Sample,
     Transform,
     collate,
     collate_whole,
 )
-from condconv_surgery.data.labelled_images import Labelled
+from condconv_surgery.data.labelled_images import LabelledImages
 from condconv_surgery.errors import InputError
 from condconv_surgery.models.artifact.save_load import recipe_of
 from condconv_surgery.models.preprocess import evaluation_transform
@@ -42,10 +42,10 @@ from condconv_surgery.training.state.stop_signals import ignore_signals
 
 @dataclass(frozen=True)
 class Data:
-    """The pictures of a run and how this process takes them."""
+    """The images of a run and how this process takes them."""
 
-    train: Labelled | Stream
-    val: Labelled | Stream
+    train: LabelledImages | Stream
+    val: LabelledImages | Stream
     order: Steps
     train_loader: DataLoader[Batch]
     val_loader: DataLoader[Batch]
@@ -65,7 +65,7 @@ class Data:
 
 
 def open_data(options: TrainingOptions, spec: InputSpec, world: World) -> Data:
-    """Find the pictures and make the loaders. Raises ``InputError`` for data that cannot be trained on."""
+    """Find the images and make the loaders. Raises ``InputError`` for data that cannot be trained on."""
     require_data(options.data)
     transforms = training_transform(spec, options.augment), evaluation_transform(spec)
     if options.data.streaming:
@@ -73,16 +73,16 @@ def open_data(options: TrainingOptions, spec: InputSpec, world: World) -> Data:
     train, val = find_data(options.data, options.seed)
     steps = _steps(options, len(train), world)
 
-    def pictures(which: Labelled, transform: Transform, replace: bool) -> PictureDataset:
-        return PictureDataset(which, transform, channels=spec.channels, seed=options.seed, replace=replace)
+    def images(which: LabelledImages, transform: Transform, replace: bool) -> ImageDataset:
+        return ImageDataset(which, transform, channels=spec.channels, seed=options.seed, replace=replace)
 
     return Data(
         train,
         val,
         steps,
-        _loader(pictures(train, transforms[0], True), TrainingBatches(steps, options.seed, world.rank), options, world),
+        _loader(images(train, transforms[0], True), TrainingBatches(steps, options.seed, world.rank), options, world),
         _loader(
-            pictures(val, transforms[1], False),
+            images(val, transforms[1], False),
             EvaluationBatches(len(val), steps.slice_size, rank=world.rank, world=world.size),
             options,
             world,
@@ -94,7 +94,7 @@ def _streamed(options: TrainingOptions, spec: InputSpec, world: World, training:
     if options.optimizer.class_weights:
         raise InputError(
             "optimizer.class_weights with data.streaming.",
-            "Classes are weighed by their number of pictures, which a stream doesn't tell.",
+            "Classes are weighed by their number of images, which a stream doesn't tell.",
             "--set optimizer.class_weights=false, or --set data.streaming=false",
         )
     train, val = find_streams(options.data)

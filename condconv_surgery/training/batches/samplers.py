@@ -1,4 +1,4 @@
-"""Which pictures a step trains on: a function of seed and step, for any number of processes."""
+"""Which images a step trains on: a function of seed and step, for any number of processes."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from condconv_surgery.runtime.seeding import generator_for
 
 
 def epoch_order(count: int, seed: int, epoch: int) -> list[int]:
-    """The order of the pictures in one epoch."""
+    """The order of the images in one epoch."""
     return torch.randperm(count, generator=generator_for(seed, "order", epoch)).tolist()
 
 
 class Steps:
-    """How a run's pictures fall into steps and slices; ``start`` is the step that the next iteration begins with.
+    """How a run's images fall into steps and slices; ``start`` is the step that the next iteration begins with.
 
-    A step takes ``batch_size`` pictures in ``world * accumulate`` equal slices. What is left at an epoch's end, less
+    A step takes ``batch_size`` images in ``world * accumulate`` equal slices. What is left at an epoch's end, less
     than a batch, waits for another epoch's order. A set smaller than one batch is one batch.
 
     Raises ``InputError`` when a step cannot be shared out equally.
@@ -30,16 +30,16 @@ class Steps:
         slices = world * accumulate
         if batch_size % slices:
             raise InputError(
-                f"A batch of {batch_size} pictures for {world} processes with accumulation {accumulate}.",
+                f"A batch of {batch_size} images for {world} processes with accumulation {accumulate}.",
                 f"The batch is shared out equally: a multiple of {slices}.",
                 f"--batch-size {-(-batch_size // slices) * slices}",
             )
         self.batch_size = min(batch_size, count // slices * slices)
         if not self.batch_size:
             raise InputError(
-                f"{count} training pictures for {world} processes with accumulation {accumulate}.",
+                f"{count} training images for {world} processes with accumulation {accumulate}.",
                 f"There must be at least {slices}.",
-                "more pictures, or fewer processes",
+                "more images, or fewer processes",
             )
         self.count, self.epochs, self.accumulate = count, epochs, accumulate
         self.slice_size = self.batch_size // slices
@@ -58,7 +58,7 @@ class Steps:
 class TrainingBatches(Sampler[list[Draw]]):
     """The batches of one process from step ``steps.start`` to the last, without a pause between epochs.
 
-    A step takes the next pictures of the epoch's order; process ``rank`` gets slices ``rank * accumulate`` and
+    A step takes the next images of the epoch's order; process ``rank`` gets slices ``rank * accumulate`` and
     following. So two processes see together what one would see alone.
     """
 
@@ -82,7 +82,7 @@ class TrainingBatches(Sampler[list[Draw]]):
 
 
 class EvaluationBatches(Sampler[list[Draw]]):
-    """Every picture exactly once over all processes, in order, without padding."""
+    """Every image exactly once over all processes, in order, without padding."""
 
     def __init__(self, count: int, batch_size: int, *, rank: int = 0, world: int = 1) -> None:
         self.mine = range(rank, count, world)

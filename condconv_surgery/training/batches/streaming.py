@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 from torch.utils.data import Dataset, Sampler
 
 from condconv_surgery.data.hub_datasets import columns, load_splits, open_cell, split_names, undecoded
-from condconv_surgery.data.image_dataset import Sample, Transform, UnreadablePictureError, decoded
+from condconv_surgery.data.image_dataset import Sample, Transform, UnreadableImageError, decode_image
 from condconv_surgery.errors import InputError, TrainingError
 from condconv_surgery.recipe.training_sections import DataOptions
 from condconv_surgery.runtime.seeding import seed_of, seeded
@@ -26,7 +26,7 @@ from condconv_surgery.training.distributed.world import World
 
 
 class Row(NamedTuple):
-    """A row in one epoch: the undecoded picture, its label, and what its random transforms depend on."""
+    """A row in one epoch: the undecoded image, its label, and what its random transforms depend on."""
 
     epoch: int
     number: int
@@ -36,11 +36,11 @@ class Row(NamedTuple):
 
 @dataclass(frozen=True)
 class Stream:
-    """One split: ``count`` rows of pictures and labels."""
+    """One split: ``count`` rows of images and labels."""
 
     title: str
     rows: Any  # datasets.IterableDataset
-    picture: str
+    image: str
     label: str
     classes: tuple[str, ...]
     count: int
@@ -49,7 +49,7 @@ class Stream:
         return self.count
 
     def counts(self) -> list[int]:
-        """How many pictures each class has: nobody knows before all are read, so as if all classes were alike."""
+        """How many images each class has: nobody knows before all are read, so as if all classes were alike."""
         return [max(self.count // len(self.classes), 1)] * len(self.classes)
 
     def fingerprint(self) -> str:
@@ -62,7 +62,7 @@ class Stream:
         try:
             for number, row in enumerate(rows, start=1):
                 label = row[self.label]
-                yield Row(epoch, number - 1, row[self.picture], -1 if label is None else int(label))
+                yield Row(epoch, number - 1, row[self.image], -1 if label is None else int(label))
         except Exception as error:  # pyarrow, fsspec and http clients have no base class in common
             raise TrainingError(
                 f"{self.title} can't be read on after row {number} of epoch {epoch + 1}: {error}.",
@@ -136,12 +136,12 @@ class RowDataset(Dataset[Sample]):
         if row.label < 0:
             return Sample(None, -1, (f"{self.title}: row {row.number} of epoch {row.epoch + 1}, which has no label",))
         try:
-            picture = decoded(partial(open_cell, row.cell), self.channels)
-        except UnreadablePictureError:
+            image = decode_image(partial(open_cell, row.cell), self.channels)
+        except UnreadableImageError:
             name = (row.cell or {}).get("path") or f"row {row.number} of epoch {row.epoch + 1}"
             return Sample(None, -1, (f"{self.title}: {name}",))
         with seeded(self.seed, "transform", row.epoch, row.number):
-            return Sample(self.transform(picture), row.label)
+            return Sample(self.transform(image), row.label)
 
 
 def find_streams(options: DataOptions) -> tuple[Stream, Stream]:
@@ -169,7 +169,7 @@ def find_streams(options: DataOptions) -> tuple[Stream, Stream]:
 
 def _stream(rows: Any, name: str, options: DataOptions) -> Stream:
     title = f"{options.folder.partition(':')[2]} {name}"
-    picture, label = columns(rows.features, title, options)
+    image, label = columns(rows.features, title, options)
     names = getattr(rows.features[label], "names", None)
     if not names:
         raise InputError(
@@ -179,7 +179,7 @@ def _stream(rows: Any, name: str, options: DataOptions) -> Stream:
         )
     known = (rows.info.splits or {}).get(name)
     count = known.num_examples if known is not None and known.num_examples else _counted(rows, label)
-    return Stream(title, undecoded(rows.select_columns([picture, label]), picture), picture, label, tuple(names), count)
+    return Stream(title, undecoded(rows.select_columns([image, label]), image), image, label, tuple(names), count)
 
 
 def _counted(rows: Any, label: str) -> int:

@@ -13,7 +13,7 @@ from condconv_surgery.recipe.training_sections import AugmentOptions
 
 
 def training_transform(spec: InputSpec, options: AugmentOptions) -> Transform:
-    """PIL picture -> normalised tensor [C, H, W] of the model's size, drawn from torch's global generator."""
+    """PIL image -> normalised tensor [C, H, W] of the model's size, drawn from torch's global generator."""
     steps: list[object] = [
         v2.RandomResizedCrop(
             (spec.height, spec.width),

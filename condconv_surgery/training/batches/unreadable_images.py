@@ -1,4 +1,4 @@
-"""Pictures that can't be read, counted once each by all processes of a run together."""
+"""Images that can't be read, counted once each by all processes of a run together."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from condconv_surgery.training.distributed.world import World
 
 
 class Unreadable:
-    """``names`` of the unreadable pictures that any process has met; more than ``limit`` end the run.
+    """``names`` of the unreadable images that any process has met; more than ``limit`` end the run.
 
     note: told a line about each new one.
     """
@@ -42,8 +42,8 @@ class Unreadable:
         self.names += new
         if new and len(self.names) > self.limit:
             raise InputError(
-                f"{len(self.names)} unreadable picture{'s' if len(self.names) > 1 else ''}: "
+                f"{len(self.names)} unreadable image{'s' if len(self.names) > 1 else ''}: "
                 f"{', '.join(self.names[-3:])}.",
                 f"At most {self.limit} may be damaged or of another format than its name says.",
-                f"remove it, or --max-bad {max(10, 2 * len(self.names))} to pass over such pictures",
+                f"remove it, or --max-bad {max(10, 2 * len(self.names))} to pass over such images",
             )

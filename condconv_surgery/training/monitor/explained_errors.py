@@ -37,7 +37,7 @@ def reading(batches: Iterable[T]) -> Iterator[T]:
     """``batches``; where a reader dies while a batch is handed over, torch's own error for a dead one."""
     try:
         yield from batches
-    except (OSError, EOFError) as error:  # of the connection: what pictures raise has been dealt with in the reader
+    except (OSError, EOFError) as error:  # of the connection: what images raise has been dealt with in the reader
         raise RuntimeError(f"DataLoader worker gone: {error}") from error
 
 
@@ -53,7 +53,7 @@ def _known(error: Exception, step: int) -> TrainingError | None:
         )
     if any(words in text for words in READER_GONE):
         return TrainingError(
-            f"A process that reads pictures was killed after step {step}: {first}.",
+            f"A process that reads images was killed after step {step}: {first}.",
             f"Mostly there was no memory left, or no shared memory. {KEPT}",
             "the same command with --resume and fewer --workers",
         )

@@ -15,7 +15,7 @@ from condconv_surgery.training.state.progress import Progress
 
 
 class Meter:
-    """Counts pictures and time within an epoch."""
+    """Counts images and time within an epoch."""
 
     def __init__(self, device: torch.device, epochs: int, steps: int) -> None:
         self.device, self.epochs, self.steps = device, epochs, steps
@@ -23,17 +23,17 @@ class Meter:
 
     def restart(self) -> None:
         """Begin an epoch."""
-        self.began, self.pictures, self.training_seconds = time.monotonic(), 0, 0.0
+        self.began, self.images, self.training_seconds = time.monotonic(), 0, 0.0
 
     def count(self, tally: Tally) -> None:
-        """Note the pictures of a step."""
-        self.pictures += int(tally.count)
+        """Note the images of a step."""
+        self.images += int(tally.count)
         self.training_seconds = time.monotonic() - self.began
 
     @property
     def rate(self) -> float:
-        """Training pictures per second in this epoch, over all processes."""
-        return self.pictures / self.training_seconds if self.training_seconds else 0.0
+        """Training images per second in this epoch, over all processes."""
+        return self.images / self.training_seconds if self.training_seconds else 0.0
 
     def view(self, progress: Progress, lr: float) -> StepView:
         """The step just done, as it is shown."""

@@ -15,13 +15,13 @@ from condconv_surgery.training.distributed.fsdp import whole
 def first_nonfinite(
     model: nn.Module, images: Tensor, cast: Callable[[], AbstractContextManager[object]] = nullcontext
 ) -> str | None:
-    """In words, the first place where ``model`` has a value that is not finite: pictures, weights or a layer's output.
+    """In words, the first place where ``model`` has a value that is not finite: images, weights or a layer's output.
 
     Runs the model once more, in the mode it is in, with copies in place of its buffers. ``None``: every layer's output
     is finite.
     """
     if not _finite(images):
-        return "the pictures themselves"
+        return "the images themselves"
     for name, parameter in model.named_parameters():
         if not _finite(parameter):
             return f"the weights {name}"

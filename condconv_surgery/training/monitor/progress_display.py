@@ -33,7 +33,7 @@ class StepView:
 
 @dataclass(frozen=True)
 class EpochRow:
-    """One line of ``metrics.jsonl``. Losses in nats per picture, top-1 as a share, rates in pictures per second."""
+    """One line of ``metrics.jsonl``. Losses in nats per image, top-1 as a share, rates in images per second."""
 
     epoch: int
     step: int
@@ -65,7 +65,7 @@ class Watcher(Protocol):
         """An epoch is done and scored."""
 
     def gates(self, epoch: int, uses: dict[str, GateUse]) -> None:
-        """How the validation pictures of all processes used the experts of each conditional layer."""
+        """How the validation images of all processes used the experts of each conditional layer."""
 
     def close(self) -> None:
         """No more is to come."""

@@ -1,4 +1,4 @@
-"""The run as a picture: loss and top-1 over the epochs."""
+"""The run as a image: loss and top-1 over the epochs."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def draw_curves(rows: list[dict[str, Any]], path: Path) -> None:
     figure = Figure(figsize=(9, 3.5), layout="constrained")
     FigureCanvasAgg(figure)
     epochs = [row["epoch"] for row in rows]
-    for position, (what, label) in enumerate((("loss", "loss, nats per picture"), ("top1", "top-1")), start=1):
+    for position, (what, label) in enumerate((("loss", "loss, nats per image"), ("top1", "top-1")), start=1):
         axes = figure.add_subplot(1, 2, position)
         for part, style in (("train", "--"), ("val", "-")):
             axes.plot(epochs, [row[f"{part}_{what}"] for row in rows], style, marker=".", label=part)

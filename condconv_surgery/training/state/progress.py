@@ -31,15 +31,15 @@ class Progress:
 class TrainingResult:
     """What a run came to.
 
-    top1, loss: of the last epoch on the validation pictures. stopped_by: the number of the signal that ended the run
+    top1, loss: of the last epoch on the validation images. stopped_by: the number of the signal that ended the run
     early (15 SIGTERM, 2 Ctrl-C), 0 when it went to its end. heads: widths of exchanged last layers by name.
     """
 
     output: str
     epochs: int
     steps: int
-    train_pictures: int
-    val_pictures: int
+    train_images: int
+    val_images: int
     classes: tuple[str, ...]
     heads: dict[str, int]
     top1: float | None

@@ -28,20 +28,20 @@ def require_fresh(folder: Path) -> None:
 
 
 def require_same_run(state: State, options: TrainingOptions, fingerprint: str, processes: int) -> None:
-    """Raise ``InputError`` when pictures or options are not those of the state.
+    """Raise ``InputError`` when images or options are not those of the state.
 
     The number of processes may differ where they share what one would see alone; of a stream each reads its own part.
     """
     before_processes = state.facts.get("processes", processes)
     if options.data.streaming and before_processes != processes:
         raise InputError(
-            f"The run streams its pictures with {before_processes} processes and is resumed with {processes}.",
+            f"The run streams its images with {before_processes} processes and is resumed with {processes}.",
             "Each process reads a part of a stream of its own, so their number must stay.",
             f"--nproc-per-node {before_processes}, or start anew: another -o RUN",
         )
     if state.facts["fingerprint"] != fingerprint:
         raise InputError(
-            f"The pictures in {options.data.folder} are not those that the run began with.",
+            f"The images in {options.data.folder} are not those that the run began with.",
             "Names, classes and split must be the same for the run to go on exactly.",
             "restore the folder, or start anew: another -o RUN",
         )

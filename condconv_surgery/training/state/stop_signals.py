@@ -28,7 +28,7 @@ class StopWish:
 
 
 def ignore_signals(worker: int = 0) -> None:
-    """Let a process that reads pictures live on: a terminal or a cluster signals the whole group, and only the training
+    """Let a process that reads images live on: a terminal or a cluster signals the whole group, and only the training
     process knows when the batches may end."""
     for number in WATCHED:
         signal.signal(number, signal.SIG_IGN)
