@@ -26,8 +26,9 @@ import torchvision
 from safetensors.torch import save_file
 from torch import nn
 
-from condconv_surgery.models.artifact.container import MAGIC, digest
+from condconv_surgery.models.artifact.container import MAGIC
 from condconv_surgery.recipe import Recipe
+from condconv_surgery.runtime.tensor_hash import hash_tensors
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,7 @@ def artifact(path: Path, **metadata: str) -> None:
         "format": MAGIC,
         "recipe": json.dumps(Recipe().to_dict()),
         "aliases": "{}",
-        "tensors_sha256": digest(tensors),
+        "tensors_sha256": hash_tensors(tensors, headers=False),
     }
     save_file(tensors, path, {**own, **metadata})
 

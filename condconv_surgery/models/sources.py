@@ -33,7 +33,7 @@ from condconv_surgery.models.layouts.timm_layout import (
 )
 from condconv_surgery.models.published_weights import build_published, default_weights, input_of, published_weights
 from condconv_surgery.recipe import InputSpec, Recipe, Source, attach_recipe, recipe_of
-from condconv_surgery.surgery import hash_weights
+from condconv_surgery.runtime.tensor_hash import hash_weights
 
 FILE_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".tar", ".safetensors", ".onnx", ".h5", ".pt2", ".pkl")
 

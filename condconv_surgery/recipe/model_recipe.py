@@ -84,7 +84,7 @@ class Recipe:
     routers: those that serve several layers of a block.
     heads: output widths of final layers that were exchanged after building the source, by layer name.
     classes: class names, in the order of the logits; empty when unknown.
-    weights_sha256: hash of the original weights (see ``models.artifact.save_load.hash_weights``).
+    weights_sha256: hash of the original weights (see ``runtime.tensor_hash.hash_weights``).
     versions: of the libraries that wrote it.
     """
 

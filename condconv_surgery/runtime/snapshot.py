@@ -22,7 +22,7 @@ _NO_WRITES = {"requires_grad_", "detach_", "share_memory_", "rename_"}
 
 
 @contextmanager
-def random_state_kept(model: nn.Module) -> Iterator[None]:
+def preserving_random_state(model: nn.Module) -> Iterator[None]:
     """The random states of torch (on the CPU and on the model's GPUs), Python and NumPy afterwards as before."""
     numpy = sys.modules.get("numpy.random")
     python_state, numpy_state = random.getstate(), numpy.get_state() if numpy else None
@@ -43,24 +43,24 @@ def random_states() -> tuple[Any, bytes, bytes]:
 
 
 @contextmanager
-def undisturbed(model: nn.Module) -> Iterator[Holdings]:
+def preserving_state(model: nn.Module) -> Iterator[ModelState]:
     """A pass of ``model`` in the block leaves it as it was, whatever its forward does.
 
     Its attributes, buffers and parameters are the same objects with the same values, and so are the items of lists,
     dicts, sets and plain objects that attributes hold. Random numbers start from the same seed in every such block, and
     go on afterwards as if it had not been.
     """
-    holdings = Holdings(model)
-    with random_state_kept(model):
+    state = ModelState(model)
+    with preserving_random_state(model):
         _seed(model)
         try:
-            with _CopyBeforeWrite(holdings):
-                yield holdings
+            with _CopyBeforeWrite(state):
+                yield state
         finally:
-            holdings.restore()
+            state.restore()
 
 
-class Holdings:
+class ModelState:
     """What a model holds: containers with their items, tensors with their memory.
 
     The values of buffers are copied at once, those of other tensors by ``keep``, when they are about to change: a copy
@@ -83,7 +83,7 @@ class Holdings:
             if id(own) not in self._copies:
                 self._copies[id(own)] = (own, own.clone())
 
-    def exchanged(self) -> bool:
+    def attributes_changed(self) -> bool:
         """Some attribute or item is another object than at first."""
         return any(_differs(container, items) for container, items in self._containers)
 
@@ -134,9 +134,9 @@ class Holdings:
 class _CopyBeforeWrite(TorchFunctionMode):
     """Has tensors kept right before a call that may write to them. (``p.data.mul_()`` moves no version counter.)"""
 
-    def __init__(self, holdings: Holdings) -> None:
+    def __init__(self, state: ModelState) -> None:
         super().__init__()
-        self._holdings = holdings
+        self._holdings = state
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -152,7 +152,7 @@ def _gpus(model: nn.Module) -> list[torch.device]:
 
 
 def _seed(model: nn.Module) -> None:
-    """Seed what ``random_state_kept`` keeps, and no other GPU."""
+    """Seed what ``preserving_random_state`` keeps, and no other GPU."""
     torch.default_generator.manual_seed(0)
     for gpu in _gpus(model):
         with torch.cuda.device(gpu):

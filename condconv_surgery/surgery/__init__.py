@@ -8,7 +8,6 @@ from condconv_surgery.surgery.lift_functional import lift_convolutions
 from condconv_surgery.surgery.proof import Difference, Gap
 from condconv_surgery.surgery.select import Plan, Skip, select
 from condconv_surgery.surgery.upcycle import upcycle
-from condconv_surgery.surgery.weight_hash import hash_weights
 
 __all__ = [
     "BlockError",
@@ -22,7 +21,6 @@ __all__ = [
     "convert",
     "example_arguments",
     "find_sites",
-    "hash_weights",
     "lift_convolutions",
     "make_plan",
     "route_block",

@@ -22,7 +22,7 @@ from torch import fx, nn
 from condconv_surgery.errors import one_line
 from condconv_surgery.layers.routed_block import ROUTER, Forward
 from condconv_surgery.runtime.modes import in_mode
-from condconv_surgery.runtime.snapshot import random_states, undisturbed
+from condconv_surgery.runtime.snapshot import preserving_state, random_states
 from condconv_surgery.surgery.upcycle import has_hooks
 
 Graphs = dict[bool, fx.Graph]
@@ -93,7 +93,7 @@ def _require_plain(block: nn.Module, layers: Collection[nn.Module]) -> None:
 
 
 def _trace(block: nn.Module, layers: Collection[nn.Module]) -> fx.Graph:
-    with undisturbed(block) as holdings:
+    with preserving_state(block) as state:
         before = random_states()
         try:
             graph = _Tracer(layers).trace(block)
@@ -101,7 +101,7 @@ def _trace(block: nn.Module, layers: Collection[nn.Module]) -> fx.Graph:
             raise
         except Exception as error:  # whatever a user's forward raises when run on proxies
             raise BlockError(f"it cannot be traced: {one_line(error)}") from error
-        if holdings.exchanged():
+        if state.attributes_changed():
             raise BlockError("its forward makes tensors or attributes of its own")
         if random_states() != before:
             raise BlockError("its forward draws random numbers, which a graph would repeat")

@@ -23,7 +23,8 @@ from condconv_surgery.recipe import (
     recipe_of,
 )
 from condconv_surgery.runtime.modes import device_of, input_spec_of
-from condconv_surgery.runtime.snapshot import random_state_kept
+from condconv_surgery.runtime.snapshot import preserving_random_state
+from condconv_surgery.runtime.tensor_hash import hash_weights
 from condconv_surgery.surgery.accept_model import accept, eagerly
 from condconv_surgery.surgery.assumed_subclasses import checked, unchecked
 from condconv_surgery.surgery.block_routing import share_routers
@@ -43,7 +44,6 @@ from condconv_surgery.surgery.proof import (
 from condconv_surgery.surgery.rounding_error import explain
 from condconv_surgery.surgery.select import Plan, Skip, select
 from condconv_surgery.surgery.swap import Places, copy_of, copy_to_change, original_of, restore, swap
-from condconv_surgery.surgery.weight_hash import hash_weights
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ def convert(
     rule = _Rule(selection, variant, Upcycling(diversity, seed), prove, tolerance)
     inner = accept(model, inplace=inplace, prove=prove)
     arguments = example_arguments(inner, example)
-    with eagerly(inner), random_state_kept(inner):
+    with eagerly(inner), preserving_random_state(inner):
         if isinstance(inner, fx.GraphModule):
             conversion = _convert_graph(inner, arguments, rule, inplace)
         else:

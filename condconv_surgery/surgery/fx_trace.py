@@ -15,7 +15,7 @@ import torch
 from torch import fx, nn
 
 from condconv_surgery.errors import one_line
-from condconv_surgery.runtime.snapshot import undisturbed
+from condconv_surgery.runtime.snapshot import preserving_state
 
 
 @dataclass
@@ -44,7 +44,7 @@ def _descend(module: nn.Module, name: str, wanted: set[int], containers: set[int
         return
     if not isinstance(module, (nn.ModuleList, nn.ModuleDict)):  # they have no forward to trace
         try:
-            with undisturbed(module):  # a forward may keep what it computes: here, proxies
+            with preserving_state(module):  # a forward may keep what it computes: here, proxies
                 graph = _Tracer(wanted, containers).trace(module)
         except Exception as error:  # whatever a user's forward raises when run on proxies
             traces.untraceable[name] = one_line(error)

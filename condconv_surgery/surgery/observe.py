@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from condconv_surgery.runtime.meta_device import META, meta_state, on_device
 from condconv_surgery.runtime.modes import device_of, in_mode, without_gradients
-from condconv_surgery.runtime.snapshot import undisturbed
+from condconv_surgery.runtime.snapshot import preserving_state
 
 
 @dataclass
@@ -47,7 +47,7 @@ def observe(
 
 
 def _observe_on_meta(model: nn.Module, layers: Mapping[str, nn.Module], arguments: tuple[Any, ...]) -> dict[str, Calls]:
-    with undisturbed(model), meta_state(model), recording(layers) as calls:
+    with preserving_state(model), meta_state(model), recording(layers) as calls:
         model(*on_device(arguments, META))
     return calls
 
@@ -55,7 +55,7 @@ def _observe_on_meta(model: nn.Module, layers: Mapping[str, nn.Module], argument
 def _observe_for_real(
     model: nn.Module, layers: Mapping[str, nn.Module], arguments: tuple[Any, ...]
 ) -> dict[str, Calls]:
-    with undisturbed(model), recording(layers) as calls:
+    with preserving_state(model), recording(layers) as calls:
         model(*on_device(arguments, device_of(model)))
     return calls
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from condconv_surgery.errors import InputError, ProofError, one_line
 from condconv_surgery.runtime.meta_device import on_device
 from condconv_surgery.runtime.modes import device_of, in_mode, without_gradients
-from condconv_surgery.runtime.snapshot import undisturbed
+from condconv_surgery.runtime.snapshot import preserving_state
 from condconv_surgery.surgery.output_tensors import tensors_of
 
 HALF = (torch.float16, torch.bfloat16, torch.complex32)
@@ -66,7 +66,7 @@ def run_both_modes(model: nn.Module, arguments: tuple[Any, ...], modes: Sequence
     results: dict[bool, list[Tensor] | None] = {False: None, True: None}
     kind = ""
     for training in modes:
-        with in_mode(model, training), undisturbed(model), without_gradients(model):
+        with in_mode(model, training), preserving_state(model), without_gradients(model):
             output = model(*on_device(arguments, device_of(model)))
             kind = type(output).__name__
             # copied here: an output may be a buffer, whose values are about to be as before

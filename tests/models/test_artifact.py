@@ -19,11 +19,11 @@ from torch import nn
 import condconv_surgery as cs
 from condconv_surgery.errors import DamagedFileError, InputError
 from condconv_surgery.layers import conditional_layers
-from condconv_surgery.models.artifact.container import digest
 from condconv_surgery.models.artifact.save_load import read_recipe
 from condconv_surgery.models.checkpoints.recognise_architecture import recognise
 from condconv_surgery.models.sources import load_model
 from condconv_surgery.recipe import VARIANTS, CondConv, ODConv, Recipe, Source, attach_recipe, recipe_of
+from condconv_surgery.runtime.tensor_hash import hash_tensors
 from tests.surgery.test_conversion import Net
 from tests.variant_cases import scramble
 
@@ -136,7 +136,7 @@ def rewrite(path: Path, tensors: dict[str, torch.Tensor] | None = None, **change
     metadata = header["__metadata__"]
     for name, change in changes.items():
         metadata[name] = json.dumps(change(json.loads(metadata[name]))) if callable(change) else change
-    metadata["tensors_sha256"] = digest(tensors)
+    metadata["tensors_sha256"] = hash_tensors(tensors, headers=False)
     save_file(tensors, path, metadata)
 
 

@@ -19,7 +19,7 @@ import condconv_surgery as cs
 from condconv_surgery.layers import conditional_layers
 from condconv_surgery.reporting.measure.count_macs import count
 from condconv_surgery.reporting.measure.peak_activations import peak_activations
-from condconv_surgery.runtime.snapshot import undisturbed
+from condconv_surgery.runtime.snapshot import preserving_state
 from condconv_surgery.surgery.block_graph import BlockError, trace_block
 
 
@@ -237,9 +237,9 @@ def test_weights_made_in_inference_mode(x: Tensor) -> None:
 
 def test_a_pass_copies_only_the_weights_that_it_changes() -> None:
     model = Momentum()
-    with undisturbed(model) as holdings:
+    with preserving_state(model) as state:
         model.train()(torch.zeros(1, 3, 8, 8))
-        copied = [own for own, _ in holdings._copies.values()]
+        copied = [own for own, _ in state._copies.values()]
     changed = [*model.slow.parameters(), *model.slowest.parameters(), model.steps]
     assert {tensor.data_ptr() for tensor in copied} == {tensor.data_ptr() for tensor in changed}
 
@@ -249,7 +249,7 @@ def test_memory_given_back_by_a_forward_is_restored() -> None:
     model = Two().train()
     weight, before = model.a.weight, model.a.weight.detach().clone()
     view = weight.detach()
-    with undisturbed(model):
+    with preserving_state(model):
         model.half()
         model.a.weight.data = torch.zeros(1)
     assert weight is model.a.weight

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -16,6 +14,7 @@ from condconv_surgery.errors import DamagedFileError, InputError
 from condconv_surgery.models.artifact.skeleton import Skeleton
 from condconv_surgery.models.checkpoints.file_type import SAFETENSORS, sniff
 from condconv_surgery.recipe import Recipe
+from condconv_surgery.runtime.tensor_hash import hash_tensors
 
 MAGIC = "condconv-surgery"
 _WANTED = "An artifact is one whole .safetensors file that condconv wrote."
@@ -53,7 +52,7 @@ def read(path: Path) -> Content:
     unknown = [first for first in aliases.values() if not isinstance(first, str) or first not in tensors]
     if unknown:
         raise damaged(path, f"an alias points to {unknown[0]!r}, which is not there")
-    if digest(tensors) != metadata.get("tensors_sha256"):
+    if hash_tensors(tensors, headers=False) != metadata.get("tensors_sha256"):
         raise damaged(path, "its tensors are not the ones that were written")
     return Content(path, recipe, tensors, aliases, skeleton, metadata.get("undescribed", ""))
 
@@ -94,15 +93,6 @@ def unique_tensors(state: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, 
     if len(kept) < sum(t.numel() > 0 for t in tensors.values()):  # two views of one storage: safetensors refuses them
         tensors = {name: tensor.clone() for name, tensor in tensors.items()}
     return tensors, aliases
-
-
-def digest(tensors: dict[str, Tensor]) -> str:
-    """SHA-256 of the tensors' bytes, in the order of their names."""
-    sha = hashlib.sha256()
-    for _, tensor in sorted(tensors.items()):
-        if tensor.numel():
-            sha.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-    return sha.hexdigest()
 
 
 def damaged(path: Path, what: str) -> DamagedFileError:

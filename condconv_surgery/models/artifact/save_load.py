@@ -25,7 +25,6 @@ from condconv_surgery.models.artifact.container import (
     MAGIC,
     Content,
     damaged,
-    digest,
     is_artifact,
     read,
     read_recipe,
@@ -38,6 +37,7 @@ from condconv_surgery.models.checkpoints.allowlist import trusted
 from condconv_surgery.models.checkpoints.pickled_modules import check_module
 from condconv_surgery.models.checkpoints.recognise_architecture import recognise_module, same_modules
 from condconv_surgery.recipe import ConvertedLayer, Recipe, SharedRouter, attach_recipe, recipe_of
+from condconv_surgery.runtime.tensor_hash import hash_tensors
 from condconv_surgery.surgery import BlockError, lift_convolutions, route_block
 
 __all__ = ["attach_recipe", "is_artifact", "load", "read_recipe", "recipe_of", "save"]
@@ -63,7 +63,7 @@ def save(model: nn.Module, path: str | Path) -> None:
     metadata |= _description(model, recipe)
     if "skeleton" in metadata:
         tensors |= {name: tensor.detach().clone() for name, tensor in transient_tensors(model).items()}
-    metadata["tensors_sha256"] = digest(tensors)
+    metadata["tensors_sha256"] = hash_tensors(tensors, headers=False)
     with replacing(path) as temporary:
         save_file(tensors, temporary, metadata)
 

@@ -21,7 +21,7 @@ from condconv_surgery.errors import InputError
 from condconv_surgery.reporting.measure.report_inputs import materialized
 from condconv_surgery.runtime.meta_device import META, meta_state, on_device
 from condconv_surgery.runtime.modes import device_of, in_mode, without_gradients
-from condconv_surgery.runtime.snapshot import undisturbed
+from condconv_surgery.runtime.snapshot import preserving_state
 
 
 @dataclass
@@ -54,12 +54,12 @@ def count(model: nn.Module, arguments: tuple[Any, ...]) -> Counts:
     """
     with in_mode(model, training=False), without_gradients(model), _products_visible():
         try:
-            with undisturbed(model), meta_state(model):
+            with preserving_state(model), meta_state(model):
                 return _run(model, on_device(arguments, META))
         except Exception:  # boxes, topk, .item(): code that needs values
             pass
         try:
-            with undisturbed(model):
+            with preserving_state(model):
                 return _run(model, materialized(arguments, device_of(model)))
         except Exception as error:
             shapes = [tuple(a.shape) if isinstance(a, Tensor) else type(a).__name__ for a in arguments]

@@ -14,7 +14,7 @@ from condconv_surgery.ops.implementations.blockwise import OPERATOR, forward_in_
 from condconv_surgery.reporting.measure.report_inputs import materialized
 from condconv_surgery.runtime.meta_device import META, meta_state, on_device
 from condconv_surgery.runtime.modes import device_of, in_mode, without_gradients
-from condconv_surgery.runtime.snapshot import undisturbed
+from condconv_surgery.runtime.snapshot import preserving_state
 
 
 def peak_activations(model: nn.Module, arguments: tuple[Any, ...]) -> int:
@@ -26,11 +26,11 @@ def peak_activations(model: nn.Module, arguments: tuple[Any, ...]) -> int:
     with in_mode(model, training=False), without_gradients(model):
         try:
             inputs = on_device(arguments, META)
-            with undisturbed(model), meta_state(model), _Lifetimes() as lifetimes:
+            with preserving_state(model), meta_state(model), _Lifetimes() as lifetimes:
                 model(*inputs)
         except Exception:  # code that needs values
             inputs = materialized(arguments, device_of(model))
-            with undisturbed(model), _Lifetimes() as lifetimes:
+            with preserving_state(model), _Lifetimes() as lifetimes:
                 model(*inputs)
     return int(lifetimes.peak)
 

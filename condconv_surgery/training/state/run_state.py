@@ -6,7 +6,6 @@ hash, and the run goes on from the other.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ from torch.optim import Optimizer
 
 from condconv_surgery.errors import DamagedFileError, TrainingError
 from condconv_surgery.models.artifact.atomic_write import replacing
+from condconv_surgery.runtime.tensor_hash import hash_tensors
 from condconv_surgery.training.distributed.fsdp import like, whole
 from condconv_surgery.training.state.run_files import keeping
 
@@ -45,7 +45,7 @@ def save_state(folder: Path, state: State) -> None:
     """Write ``state`` as the last one; the last becomes the one before. A kill at any moment leaves one whole."""
     tensors = {name: _own(tensor) for name, tensor in state.tensors.items()}
     facts = json.dumps(state.facts)
-    metadata = {"format": str(FORMAT), "facts": facts, "sha256": _digest(tensors, facts)}
+    metadata = {"format": str(FORMAT), "facts": facts, "sha256": hash_tensors(tensors, prefix=facts)}
     last = folder / LAST
     with keeping(last), replacing(last) as temporary:
         save_file(tensors, temporary, metadata)
@@ -80,7 +80,7 @@ def read_state(path: Path) -> State:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not a dict
         facts = metadata["facts"]
-        whole = metadata["sha256"] == _digest(tensors, facts) and int(metadata["format"]) <= FORMAT
+        whole = metadata["sha256"] == hash_tensors(tensors, prefix=facts) and int(metadata["format"]) <= FORMAT
     except (OSError, SafetensorError, KeyError, ValueError) as error:
         raise DamagedFileError(f"{path} is damaged: {error}.", "A state is what finetune writes.") from error
     if not whole:
@@ -137,12 +137,3 @@ def restore_optimizer(optimizer: Optimizer, tensors: dict[str, Tensor], plain: d
 def _own(tensor: Tensor) -> Tensor:
     """A contiguous CPU copy: safetensors takes no views and no two names for one memory."""
     return tensor.detach().to("cpu", copy=True).contiguous()
-
-
-def _digest(tensors: dict[str, Tensor], facts: str) -> str:
-    digest = hashlib.sha256(facts.encode())
-    for name in sorted(tensors):
-        tensor = tensors[name]
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
