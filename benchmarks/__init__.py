@@ -1,1 +1,1 @@
-"""What conditional layers cost, as ratios from one run: ``python -m benchmarks --help``."""
+"""Benchmarks of conditional layers, as ratios within one run: ``python -m benchmarks --help``."""

@@ -1,4 +1,4 @@
-"""The command: ``python -m benchmarks layers|ways|models|experts|memory|convert``.
+"""The command: ``python -m benchmarks layers|implementations|models|experts|memory|convert``.
 
 Tables on stdout, progress on stderr.
 """
@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.conversion_cost import conversion_table, measure_conversion
-from benchmarks.implementations import measure_ways, ways_line
+from benchmarks.implementations import implementations_line, measure_implementations
 from benchmarks.layer_times import VARIANTS, measure_layers
 from benchmarks.model_geometries import MODELS, QUICK, Site, sites
 from benchmarks.model_times import measure_model, peak_training_bytes
@@ -36,7 +36,7 @@ def main(arguments: list[str] | None = None) -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     commands = {
         "layers": _layers,
-        "ways": _ways,
+        "implementations": _implementations,
         "models": _models,
         "experts": _experts,
         "memory": _memory,
@@ -47,26 +47,30 @@ def main(arguments: list[str] | None = None) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("what", choices=["layers", "ways", "models", "experts", "memory", "convert"])
-    parser.add_argument("--quick", action="store_true", help="few geometries, models and repeats: minutes")
-    parser.add_argument("--models", nargs="+", metavar="NAME", help=f"of torchvision; {', '.join(MODELS)}")
+    parser.add_argument("what", choices=["layers", "implementations", "models", "experts", "memory", "convert"])
+    parser.add_argument("--quick", action="store_true", help="measure few geometries, models and repeats (minutes)")
+    parser.add_argument(
+        "--models", nargs="+", metavar="NAME", help=f"torchvision models to measure: {', '.join(MODELS)}"
+    )
     parser.add_argument("--variants", nargs="+", choices=[*VARIANTS, "condconv8"], metavar="NAME")
     parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--pixels", type=int, default=224, help="side of the models' input pictures")
-    parser.add_argument("--repeats", type=int, default=None, help="5, or 3 with --quick")
-    parser.add_argument("--seconds", type=float, default=0.05, help="run a layer for as long in each repeat")
+    parser.add_argument("--pixels", type=int, default=224, help="side of the input images")
+    parser.add_argument("--repeats", type=int, default=None, help="timed repeats: 5, or 3 with --quick")
+    parser.add_argument("--seconds", type=float, default=0.05, help="run a layer for this long in each repeat")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument(
         "--clock",
         choices=["wall", "cpu", "graph"],
         default="wall",
-        help="cpu: for one thread on a busy machine; graph: of a GPU alone, without Python",
+        help="cpu: processor time of one thread, for a busy machine; graph: CUDA graph replays, without Python",
     )
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--autocast", choices=["bfloat16", "float16"], help="mixed precision instead of float32")
-    parser.add_argument("--channels-last", action="store_true", help="pictures and plain kernels in that layout")
-    parser.add_argument("--native", action="store_true", help="with the compiled kernels; native-*.json")
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"), help="folder for JSON and the plot")
+    parser.add_argument("--channels-last", action="store_true", help="images and static kernels in channels_last")
+    parser.add_argument("--native", action="store_true", help="use the C++ kernels; writes native-*.json")
+    parser.add_argument(
+        "--out", type=Path, default=Path("benchmarks/results"), help="folder for JSON files and the plot"
+    )
     return parser
 
 
@@ -78,13 +82,13 @@ def _layers(options: argparse.Namespace) -> None:
     _write(options, "layers", [r.as_json() for r in results])
 
 
-def _ways(options: argparse.Namespace) -> None:
-    results = measure_ways(
+def _implementations(options: argparse.Namespace) -> None:
+    results = measure_implementations(
         _sites(options), _variants(options), options.batch, _repeats(options), options.seconds, _setting(options)
     )
-    print("measured / estimated milliseconds of a batch; * the chosen way, and its time over the fastest's")
-    print(*map(ways_line, results), sep="\n")
-    _write(options, "ways", [r.as_json() for r in results])
+    print("measured / estimated milliseconds per batch; * chosen implementation; its time / the fastest time")
+    print(*map(implementations_line, results), sep="\n")
+    _write(options, "implementations", [r.as_json() for r in results])
 
 
 def _models(options: argparse.Namespace) -> None:
@@ -119,24 +123,24 @@ def _experts(options: argparse.Namespace) -> None:
 
 
 def _memory(options: argparse.Namespace) -> None:
-    found = {}
+    by_model = {}
     for name in options.models or ("resnet18", "mobilenet_v2"):
         which = ("static", *_variants(options))
         peaks = {variant: peak_training_bytes(name, variant, options.batch, _setting(options)) for variant in which}
-        found[name] = peaks
+        by_model[name] = peaks
         print(f"{name:16}", "  ".join(f"{who} {value / 2**20:.0f} MiB" for who, value in peaks.items()), flush=True)
-    _write(options, "memory", found)
+    _write(options, "memory", by_model)
 
 
 def _convert(options: argparse.Namespace) -> None:
-    found = []
+    costs = []
     for name in options.models or (("resnet18",) if options.quick else ("resnet50", "resnet18", "mobilenet_v2")):
         for experts in (8, 2):
             for prove in (False, True):
                 cost = measure_conversion(name, experts, prove, options.threads)
                 print(conversion_table([cost]), flush=True)
-                found.append(cost)
-    _write(options, "convert", [{**asdict(cost), "peak/both": cost.ratio} for cost in found])
+                costs.append(cost)
+    _write(options, "convert", [{**asdict(cost), "peak/both": cost.ratio} for cost in costs])
 
 
 def _sites(options: argparse.Namespace) -> list[Site]:

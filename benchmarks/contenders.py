@@ -1,6 +1,6 @@
-"""Other people's ways to compute a conditional layer, over the experts and the router of one of ours.
+"""Other implementations (timm, the authors of ODConv, a loop) with our experts and router.
 
-All share our router's answer, so their outputs can be compared and a difference in time is one of execution.
+All use the mixture from our router, so outputs can be compared, and times differ by the execution alone.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ Layer = ConditionalConv2d[Variant]
 
 
 def contenders(layer: Layer) -> dict[str, Callable[[Tensor], Tensor]]:
-    """``ours`` and every other implementation that can compute ``layer``, by name."""
+    """``ours`` and every other implementation that supports ``layer``, by name."""
     others: dict[str, Callable[[Tensor], Tensor]] = {"ours": layer, "loop": SampleLoop(layer)}
     if type(layer.variant).__name__ == "ODConv":
         others["authors"] = AuthorsODConv(layer)
@@ -28,7 +28,7 @@ def contenders(layer: Layer) -> dict[str, Callable[[Tensor], Tensor]]:
 
 
 class SampleLoop(nn.Module):
-    """The loop over the batch that this project started from: one kernel, one convolution, one sample."""
+    """A loop over the batch: one kernel and one convolution per sample."""
 
     def __init__(self, layer: Layer) -> None:
         super().__init__()
@@ -73,7 +73,7 @@ class AuthorsODConv(nn.Module):
         return y if mixture.out_scale is None else y * mixture.out_scale[:, :, None, None]
 
     def _attend(self, batch: int, gate: Tensor | None, spatial: Tensor | None) -> Tensor:
-        attention: Tensor | float = 1.0  # both attentions first, as theirs: one pass over B*E kernels, not two
+        attention: Tensor | float = 1.0  # both attentions first, as in their code: one pass over B*E kernels, not two
         if spatial is not None:
             attention = spatial[:, None, None, None]  # [B, 1, 1, 1, kh, kw]
         if gate is not None:
@@ -83,7 +83,7 @@ class AuthorsODConv(nn.Module):
 
 
 class TimmCondConv(nn.Module):
-    """``timm.layers.CondConv2d``, given our gates as its routing weights."""
+    """``timm.layers.CondConv2d`` with our gates as its routing weights."""
 
     def __init__(self, layer: Layer) -> None:
         super().__init__()

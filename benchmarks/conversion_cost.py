@@ -1,6 +1,6 @@
-"""What a conversion itself takes: peak memory beside the two models' own size, and seconds, with and without the proof.
+"""Cost of ``convert``: peak memory relative to the size of both models, and seconds, with and without the proof.
 
-Each in a process of its own, whose memory with everything imported is taken off. ``python -m benchmarks convert``.
+Each conversion runs in its own process; its memory after the imports is subtracted. ``python -m benchmarks convert``.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from condconv_surgery.surgery import convert
 @dataclass(frozen=True)
 class ConversionCost:
     """One conversion. Sizes in bytes: parameters and buffers of the original and of the converted model, and the peak
-    of the process from before the original was built to the end of the conversion, less what the process had then."""
+    resident memory of the process from before the original is built to the end of the conversion, minus its start."""
 
     model: str
     experts: int
@@ -48,7 +48,7 @@ def measure_conversion(name: str, experts: int, prove: bool, threads: int) -> Co
 
 
 def conversion_table(results: list[ConversionCost]) -> str:
-    """One line for each conversion."""
+    """One line per conversion."""
     lines = [
         f"{'model':20} {'experts':>7} {'proof':>5} {'seconds':>8} {'both MiB':>9} {'peak MiB':>9} {'peak/both':>9}"
     ]

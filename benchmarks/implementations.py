@@ -1,4 +1,4 @@
-"""Each way to compute a layer, timed beside its estimate (``ops.cost_model``): what the choice of a way is worth."""
+"""Time of each implementation of a layer beside its estimate (``ops.cost_model``): how good is the choice?"""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from condconv_surgery.recipe import Variant
 
 
 @dataclass(frozen=True)
-class WaysResult:
-    """One geometry, variant and mode. By way: measured, and the estimate of a forward pass, both of the whole batch.
+class ImplementationTimes:
+    """One geometry, variant and mode. By implementation: measured and estimated milliseconds of the whole batch.
 
-    chosen: what ``choose`` takes. exported: what it takes in a program that is to be exported.
+    Estimates are of a forward pass. chosen: what ``choose`` returns. exported: its choice under ``torch.export``.
     """
 
     site: str
@@ -36,7 +36,7 @@ class WaysResult:
 
     @property
     def regret(self) -> float:
-        """The time of the chosen way over that of the fastest."""
+        """Time of the chosen implementation / time of the fastest."""
         return self.milliseconds[self.chosen] / min(self.milliseconds.values())
 
     def as_json(self) -> dict[str, object]:
@@ -44,53 +44,53 @@ class WaysResult:
         return asdict(self)
 
 
-def measure_ways(
+def measure_implementations(
     sites: Iterable[Site],
     variants: dict[str, Variant],
     batch: int,
     repeats: int,
     seconds: float,
     setting: Setting = USUAL,
-) -> list[WaysResult]:
-    """Every legal way of every layer, in eval and in training."""
+) -> list[ImplementationTimes]:
+    """Every legal implementation of every layer, in eval and in training."""
     measure = partial(_measure, batch=batch, repeats=repeats, seconds=seconds, setting=setting)
-    return measure_each(sites, variants, measure, ways_line)
+    return measure_each(sites, variants, measure, implementations_line)
 
 
-def ways_line(result: WaysResult) -> str:
-    """Measured / estimated milliseconds of each way, the chosen one marked."""
+def implementations_line(result: ImplementationTimes) -> str:
+    """Measured / estimated milliseconds of each implementation, the chosen one marked."""
     cells = [
-        f"{way}{'*' if way == result.chosen else ''} {value:.1f}/{result.estimated[way]:.1f}"
-        for way, value in result.milliseconds.items()
+        f"{name}{'*' if name == result.chosen else ''} {value:.1f}/{result.estimated[name]:.1f}"
+        for name, value in result.milliseconds.items()
     ]
     return f"{result.site:36} {result.variant:10} {result.mode:5} {result.regret:5.2f}  " + "  ".join(cells)
 
 
 def _measure(
     site: Site, name: str, variant: Variant, mode: str, batch: int, repeats: int, seconds: float, setting: Setting
-) -> WaysResult:
+) -> ImplementationTimes:
     x = random_input(site, batch, setting)
     make = evaluation if mode == "eval" else training
     layer = routed_layer(site, variant, setting)
     with torch.no_grad():
         mixture = layer.route(x)
-    ways = legal_ways(batch, mixture, layer.geometry)
+    names = legal_ways(batch, mixture, layer.geometry)
     with setting.precision():
-        seen = autocast(x)
-    layers = {way: routed_layer(site, variant, setting) for way in ways}
-    for way, forced in layers.items():
-        forced.execution = way
-    times = interleaved({way: make(forced, x, setting) for way, forced in layers.items()}, repeats, seconds)
+        cast = autocast(x)
+    layers = {each: routed_layer(site, variant, setting) for each in names}
+    for each, forced in layers.items():
+        forced.execution = each
+    times = interleaved({each: make(forced, x, setting) for each, forced in layers.items()}, repeats, seconds)
 
-    def estimated(way: str) -> float:
-        return 1e3 * batch * estimate(way, seen, layer.experts, mixture, layer.geometry)
+    def estimated(implementation: str) -> float:
+        return 1e3 * batch * estimate(implementation, cast, layer.experts, mixture, layer.geometry)
 
-    return WaysResult(
+    return ImplementationTimes(
         str(site),
         name,
         mode,
         milliseconds(times),
-        {way: estimated(way) for way in ways},
-        choose(seen, layer.weight, mixture, layer.geometry),
+        {each: estimated(each) for each in names},
+        choose(cast, layer.weight, mixture, layer.geometry),
         min(candidates(mixture, layer.geometry, exporting=True), key=estimated),
     )

@@ -1,4 +1,4 @@
-"""Each layer geometry: ours against the static convolution and against every other implementation."""
+"""Time of each layer geometry: ours against the static convolution and against other implementations."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def measure_layers(
     seconds: float,
     setting: Setting = USUAL,
 ) -> list[LayerResult]:
-    """Check each contender against ours, then time them all, in eval and in training."""
+    """Check the output of each contender against ours, then time all of them, in eval and in training."""
     measure = partial(_measure, batch=batch, repeats=repeats, seconds=seconds, setting=setting)
     return measure_each(sites, variants, measure, _line)
 
@@ -67,7 +67,7 @@ def measure_each(
     measure: Callable[[Site, str, Variant, str], R],
     line: Callable[[R], str],
 ) -> list[R]:
-    """``measure(site, name, variant, mode)`` of every layer, in eval and in training, a line of each on stderr."""
+    """``measure(site, name, variant, mode)`` for every layer, in eval and in training; one line each on stderr."""
     results = []
     for site in sites:
         for name, variant in variants.items():
@@ -79,20 +79,20 @@ def measure_each(
 
 
 def check_layer(site: Site, variant: Variant, batch: int, setting: Setting = USUAL) -> dict[str, float]:
-    """The largest difference of each contender from ours, in output and in the gradient of the input, relative.
+    """Largest relative difference of each contender from ours, in the output and in the gradient of the input.
 
-    In float32, whatever the setting's precision.
+    Always in float32, also where the setting says autocast.
     """
     layer, x = routed_layer(site, variant, setting), random_input(site, batch, setting)
-    found, expected = {}, None
+    differences, expected = {}, None
     for name, run in contenders(layer).items():
         y = run(x)
         (grad,) = torch.autograd.grad(y.square().sum(), x)
         if expected is None:
             expected = (y.detach(), grad)
         pairs = zip((y, grad), expected, strict=True)
-        found[name] = max(((a - e).abs().max() / e.abs().max()).item() for a, e in pairs)
-    return found
+        differences[name] = max(((a - e).abs().max() / e.abs().max()).item() for a, e in pairs)
+    return differences
 
 
 def _measure(
@@ -122,7 +122,7 @@ def _measure(
 
 
 def routed_layer(site: Site, variant: Variant, setting: Setting = USUAL) -> Layer:
-    """A conditional layer whose router answers each sample differently."""
+    """A conditional layer whose router gives each sample a different mixture."""
     torch.manual_seed(0)
     layer = conditional_like(site.conv(), variant)
     for parameter in layer.router.parameters():
@@ -131,13 +131,13 @@ def routed_layer(site: Site, variant: Variant, setting: Setting = USUAL) -> Laye
 
 
 def random_input(site: Site, batch: int, setting: Setting = USUAL) -> Tensor:
-    """[B, I, H, W], the same at each call."""
+    """[B, I, H, W], equal at every call."""
     torch.manual_seed(1)
     return setting.place(torch.randn(batch, site.geometry.in_channels, *site.size)).requires_grad_()
 
 
 def evaluation(run: Callable[[Tensor], Tensor], x: Tensor, setting: Setting = USUAL) -> Callable[[], object]:
-    """A forward pass of ``run`` that records nothing."""
+    """A forward pass of ``run`` under ``no_grad``."""
 
     def step() -> None:
         with torch.no_grad(), setting.precision():
@@ -147,7 +147,7 @@ def evaluation(run: Callable[[Tensor], Tensor], x: Tensor, setting: Setting = US
 
 
 def training(run: Callable[[Tensor], Tensor], x: Tensor, setting: Setting = USUAL) -> Callable[[], object]:
-    """A forward and a backward pass of ``run``: gradients of ``x`` and of all parameters."""
+    """Forward and backward pass of ``run``: gradients of ``x`` and of all parameters."""
     with torch.no_grad(), setting.precision():
         direction = torch.randn_like(run(x))
     leaves = [x, *(p for p in run.parameters())] if isinstance(run, nn.Module) else [x]

@@ -1,4 +1,4 @@
-"""The distinct convolutions of a torchvision model, with the size of their input and how often they occur."""
+"""The distinct convolutions of a torchvision model, with their input size and count."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ QUICK = (  # one of each kind: dense at a large and a small map, 1x1 at both, de
 
 @dataclass(frozen=True)
 class Site:
-    """One convolution of a model: its geometry, its input's height and width, how many the model has."""
+    """One convolution of a model: geometry, input height and width, number of occurrences."""
 
     model: str
     geometry: ConvGeometry
@@ -41,7 +41,7 @@ class Site:
         return f"{self.model} {kernel} {g.in_channels}->{g.out_channels} @{self.size[0]}"
 
     def conv(self) -> nn.Conv2d:
-        """A plain convolution of this geometry, without bias."""
+        """An ``nn.Conv2d`` of this geometry, without bias."""
         g = self.geometry
         return nn.Conv2d(
             g.in_channels, g.out_channels, g.kernel_size, g.stride, g.padding, g.dilation, g.groups, bias=False
@@ -49,8 +49,8 @@ class Site:
 
 
 def sites(models: tuple[str, ...] = MODELS, pixels: int = 224) -> list[Site]:
-    """Every distinct convolution but the stem and those on pooled features, which conversion leaves alone too."""
-    found: dict[tuple[str, ConvGeometry, tuple[int, int]], int] = {}
+    """Every distinct convolution except the stem and those on pooled features, which ``convert`` skips too."""
+    counts: dict[tuple[str, ConvGeometry, tuple[int, int]], int] = {}
 
     def note(name: str, module: nn.Module, arguments: tuple[torch.Tensor, ...]) -> None:
         if not isinstance(module, nn.Conv2d) or module.in_channels == 3:
@@ -58,7 +58,7 @@ def sites(models: tuple[str, ...] = MODELS, pixels: int = 224) -> list[Site]:
         height, width = arguments[0].shape[2:]
         if (height, width) != (1, 1):
             key = (name, ConvGeometry.of(module), (height, width))
-            found[key] = found.get(key, 0) + 1
+            counts[key] = counts.get(key, 0) + 1
 
     for name in models:
         with torch.device("meta"):
@@ -66,4 +66,4 @@ def sites(models: tuple[str, ...] = MODELS, pixels: int = 224) -> list[Site]:
             for module in model.modules():
                 module.register_forward_pre_hook(lambda m, a, name=name: note(name, m, a))
             model(torch.empty(1, 3, pixels, pixels))
-    return [Site(*key, count) for key, count in found.items()]
+    return [Site(*key, count) for key, count in counts.items()]

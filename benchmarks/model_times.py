@@ -1,4 +1,4 @@
-"""Whole models at 224 px: the converted one against the static one, and against itself with other ways to convolve."""
+"""Whole models at 224 px: converted against static, and against other implementations of the convolution."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from condconv_surgery.ops.backends import cpp as native
 from condconv_surgery.recipe import Variant
 from condconv_surgery.surgery import convert
 
-OTHERS = ("grouped", "loop")  # the forms of timm and of ODConv's authors, and the loop over the batch
+OTHERS = ("grouped", "loop")  # the form of timm and of ODConv's authors, and a loop over the batch
 
 
 @dataclass(frozen=True)
@@ -56,8 +56,8 @@ def measure_model(
     models: dict[str, nn.Module] = {"static": static}
     for variant_name, variant in variants.items():
         models[variant_name] = converted(static, variant)
-        for way in OTHERS if others and batch > 1 else ():
-            models[f"{variant_name} {way}"] = _forced(converted(static, variant), way)
+        for implementation in OTHERS if others and batch > 1 else ():
+            models[f"{variant_name} {implementation}"] = _forced(converted(static, variant), implementation)
     make = _evaluation if mode == "eval" else _training
     at_least = 0.05 if setting.device != "cpu" else 0.2 if batch == 1 else 0.0
     times = interleaved({who: make(model, x, setting) for who, model in models.items()}, repeats, at_least)
@@ -68,26 +68,26 @@ def measure_model(
 
 
 def converted(static: nn.Module, variant: Variant) -> nn.Module:
-    """The converted model; the proof is left to the tests."""
+    """The converted model, without the proof (the tests run it)."""
     example = torch.randn(2, 3, 64, 64, device=next(static.parameters()).device)
     return convert(static, variant, example=example, prove=False).model
 
 
 def roofline(model: nn.Module, static_seconds: float, setting: Setting = USUAL) -> float:
-    """The least a batch of one can cost against static: its time, and reading every expert once at copy bandwidth."""
+    """Lower bound of time / static at batch 1: the static time plus one read of every expert at copy bandwidth."""
     read = sum(layer.weight.numel() * layer.weight.element_size() for layer in conditional_layers(model).values())
     return 1.0 + read / copy_bandwidth(setting) / static_seconds
 
 
 def copy_bandwidth(setting: Setting = USUAL, size: int = 256 << 20) -> float:
-    """Bytes read a second by a copy that fits no cache; its writes are not counted."""
+    """Bytes per second read by a copy larger than every cache; its writes are not counted."""
     source, target = (setting.place(torch.ones(size // 4)) for _ in range(2))
     times = interleaved({"copy": lambda: target.copy_(source)}, 5)["copy"]
     return size / statistics.median(times)
 
 
 def peak_training_bytes(name: str, variant: str, batch: int, setting: Setting = USUAL) -> int:
-    """Peak memory of one training step with SGD momentum, in a process of its own: resident, or a GPU's tensors."""
+    """Peak memory of a training step with SGD and momentum, in its own process: resident, or of tensors on a GPU."""
     command = [sys.executable, "-m", "benchmarks.model_times", name, variant, str(batch), json.dumps(asdict(setting))]
     command += ["native"] if native.is_enabled() else []
     answer = subprocess.run(command, capture_output=True, text=True, check=True).stdout
@@ -114,7 +114,7 @@ def _peak_here(name: str, variant: Variant | None, batch: int, setting: Setting)
 
 
 def _calibrated(model: nn.Module, x: Tensor) -> nn.Module:
-    """Batch-norm statistics of one batch: with those of a new network activations fade, layer by layer, to 1e-14."""
+    """Set batch-norm statistics from one batch; with those of a new network activations shrink to 1e-14."""
     norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
     usual = [norm.momentum for norm in norms]
     for norm in norms:
@@ -126,10 +126,10 @@ def _calibrated(model: nn.Module, x: Tensor) -> nn.Module:
     return model
 
 
-def _forced(model: nn.Module, way: str) -> nn.Module:
+def _forced(model: nn.Module, implementation: str) -> nn.Module:
     for layer in conditional_layers(model).values():
         one_kernel = layer.variant.experts == 1 and layer.geometry.pointwise
-        layer.execution = "static" if one_kernel else way
+        layer.execution = "static" if one_kernel else implementation
     return model
 
 

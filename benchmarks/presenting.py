@@ -1,4 +1,4 @@
-"""The results as a table, as JSON and as a plot."""
+"""Results as tables, JSON and a plot."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from benchmarks.model_times import ModelResult
 
 
 def environment(threads: int) -> dict[str, object]:
-    """The hardware and the versions that the numbers belong to."""
+    """Hardware and versions of a measurement."""
     return {
         "processor": _processor(),
         "cores": os.cpu_count(),
@@ -31,7 +31,7 @@ def environment(threads: int) -> dict[str, object]:
 
 
 def layer_table(results: Sequence[LayerResult]) -> str:
-    """One line for each geometry, then the geometric means."""
+    """One line per geometry, then the geometric means."""
     lines = [f"{'layer':36} {'variant':10} {'mode':5} {'static ms':>9} {'ours/static':>11} {'speed-up':>9}  over"]
     for r in results:
         lines.append(
@@ -48,7 +48,7 @@ def layer_table(results: Sequence[LayerResult]) -> str:
 
 
 def model_table(results: Sequence[ModelResult]) -> str:
-    """One line for each model, batch and mode, a column for each contender, the floor in brackets."""
+    """One line per model, batch and mode; one column per contender, the lower bound in brackets."""
     lines = []
     for r in results:
         floors = {who: f" [{value:.2f}]" for who, value in r.floor.items()}
@@ -63,7 +63,7 @@ def geometric_mean(values: Sequence[float]) -> float:
 
 
 def write_json(path: Path, content: object) -> None:
-    """Through a temporary name in the same folder."""
+    """Write atomically: a temporary file in the same folder, then a rename."""
     temporary = path.with_name(path.name + ".tmp")
     with temporary.open("w") as stream:
         json.dump(content, stream, indent=1)
@@ -74,9 +74,9 @@ def write_json(path: Path, content: object) -> None:
 
 
 def plot_experts(path: Path, title: str, times: dict[str, dict[int, float]]) -> None:
-    """Time against the number of experts, 1.0 being the static layer.
+    """Plot time / static over the number of experts.
 
-    times: by contender and mode, as in ``"ours (eval)"``; a colour for each contender, dashes for eval.
+    times: by contender and mode, such as ``"ours (eval)"``; one colour per contender, dashed for eval.
     """
     import matplotlib as mpl
 

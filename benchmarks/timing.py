@@ -1,4 +1,4 @@
-"""Interleaved timing: in each repeat every contender runs once, so that a busy machine slows all of them alike."""
+"""Interleaved timing: every contender runs once per repeat, so that other load slows all of them equally."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ import torch
 def interleaved(
     contenders: Mapping[str, Callable[[], object]], repeats: int, at_least: float = 0.0
 ) -> dict[str, list[float]]:
-    """Seconds of each contender in each repeat, after one run that is not counted.
+    """Seconds per contender and repeat, after one warm-up run.
 
-    at_least: within a repeat a contender runs as often as it takes to fill this many seconds; the mean counts.
+    at_least: within a repeat a contender runs until this many seconds have passed; the mean is recorded.
     """
     counts = {}
     steps = {name: _replayed(run) if _replays else run for name, run in contenders.items()}
@@ -29,25 +29,25 @@ def interleaved(
 
 
 def ratio(times: Mapping[str, list[float]], name: str, base: str) -> float:
-    """The median over repeats of ``name`` / ``base``, each taken within one repeat."""
+    """Median over repeats of ``name`` / ``base``, each ratio within one repeat."""
     return statistics.median(a / b for a, b in zip(times[name], times[base], strict=True))
 
 
 def milliseconds(times: Mapping[str, list[float]]) -> dict[str, float]:
-    """The middle repeat of each contender."""
-    return {name: 1e3 * sorted(found)[len(found) // 2] for name, found in times.items()}
+    """Median repeat of each contender."""
+    return {name: 1e3 * sorted(seconds)[len(seconds) // 2] for name, seconds in times.items()}
 
 
 def use_clock(name: str) -> None:
-    """``wall``; ``cpu``, the processor time of this process, which other work on a busy machine does not add to; or
-    ``graph``, the wall time of replays of a CUDA graph: a GPU's own time, with no Python between its kernels.
+    """Select the clock: ``wall``; ``cpu``, the processor time of this process, not affected by other processes; or
+    ``graph``, the wall time of CUDA graph replays: GPU time, without Python between kernels.
 
-    With one thread and an idle machine the first two agree; with more, only ``wall`` says how long one waits.
+    ``wall`` and ``cpu`` agree for one thread on an idle machine; with several threads only ``wall`` is a latency.
     """
     global _clock, _replays
     _clock = time.process_time if name == "cpu" else time.perf_counter
     _replays = name == "graph"
-    if _replays:  # a capture must not meet the default stream, on which all others wait
+    if _replays:  # a capture must not use the default stream, which synchronises with all others
         torch.cuda.set_stream(torch.cuda.Stream())
 
 
@@ -63,14 +63,14 @@ def _seconds(run: Callable[[], object], count: int) -> float:
 
 
 def _finished() -> float:
-    """The time when everything asked for is done, on a GPU too."""
+    """The clock after all queued work has finished, also on a GPU."""
     if torch.cuda.is_initialized():
         torch.cuda.synchronize()
     return _clock()
 
 
 def _replayed(run: Callable[[], object]) -> Callable[[], object]:
-    """``run`` as a CUDA graph, recorded after runs on a stream of their own, as torch asks for."""
+    """``run`` captured as a CUDA graph, after warm-up runs on a side stream as torch requires."""
     run()
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())

@@ -1,12 +1,12 @@
-"""What the trainer adds to a bare PyTorch loop: ``python -m benchmarks.trainer_overhead [--data FOLDER]``.
+"""Overhead of the trainer over a bare PyTorch loop: ``python -m benchmarks.trainer_overhead [--data FOLDER]``.
 
-The trainer is a whole run as ``condconv finetune`` makes it: its loader, schedule, clipping, progress lines, and its
-files at each epoch's end and at the default interval. The bare loop is the shortest that trains: ImageFolder,
-torchvision transforms, a DataLoader with as many workers, forward, cross-entropy, backward, AdamW, ``loss.item()``;
-it saves nothing. Neither scores. They take turns on copies of one model, first one first, then the other, and each is
-timed by the clock on the wall and by the processor time of this process and of the loop's own readers.
+The trainer is a whole run of ``condconv finetune``: loader, schedule, gradient clipping, progress lines, and its files
+after each epoch and at the default interval. The bare loop is the shortest one that trains: ImageFolder, torchvision
+transforms, a DataLoader with as many workers, forward, cross-entropy, backward, AdamW, ``loss.item()``; it saves
+nothing. Neither validates. They run in turns on copies of one model, in alternating order, and each is timed by wall
+clock and by the processor time of this process and of the loop's own workers.
 
-On a machine with other work only the processor time means something, and that with one thread.
+On a machine with other load only the processor time of one thread is meaningful.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from condconv_surgery.training.state.stop_signals import StopWish
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Print the ratios of the trainer's times to the bare loop's, and how busy the cores are."""
+    """Print trainer time / bare loop time, and how many cores each loop keeps busy."""
     chosen = _parser().parse_args(arguments)
     torch.set_num_threads(chosen.threads)
     torch.manual_seed(0)
@@ -61,7 +61,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def trainer(run: Run) -> Callable[[], object]:
-    """A function that takes one step of a run, and writes the files of an epoch where one ends."""
+    """A function that runs one step, and writes the files of an epoch at its end."""
     run.begin(resume=False)
     batches, order = run.data.batches_from(0), run.data.order
 
@@ -74,7 +74,7 @@ def trainer(run: Run) -> Callable[[], object]:
 
 
 def bare_loop(model: nn.Module, folder: Path, spec: InputSpec, options: TrainingOptions) -> Callable[[], object]:
-    """A function that takes one step of the bare loop, on the same random transforms."""
+    """A function that runs one step of the bare loop, with the same random transforms."""
     transform = v2.Compose(
         [
             v2.RandomResizedCrop((spec.height, spec.width), scale=options.augment.crop, antialias=True),
@@ -109,17 +109,17 @@ def bare_loop(model: nn.Module, folder: Path, spec: InputSpec, options: Training
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.trainer_overhead", description=__doc__)
-    parser.add_argument("--data", type=Path, help="FOLDER/train/CLASS/*.png; without it noise is written and read")
-    parser.add_argument("--model", default="torchvision:mobilenet_v2", help="as condconv finetune takes it")
-    parser.add_argument("--weights", default="none", help="of a model by name: default, none or a file")
-    parser.add_argument("--side", type=int, default=64, help="of the images, in pixels")
+    parser.add_argument("--data", type=Path, help="FOLDER/train/CLASS/*.png; default: generated noise images")
+    parser.add_argument("--model", default="torchvision:mobilenet_v2", help="model, as for condconv finetune")
+    parser.add_argument("--weights", default="none", help="weights of a model by name: default, none or a file")
+    parser.add_argument("--side", type=int, default=64, help="side of the images in pixels")
     parser.add_argument("--batch-size", type=int, default=64)
-    parser.add_argument("--workers", type=int, default=2, help="processes that read images, in both loops")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of torch")
+    parser.add_argument("--workers", type=int, default=2, help="data workers, in both loops")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="threads of torch")
     parser.add_argument(
-        "--rounds", type=int, default=20, help="turns of each loop; what comes once an epoch shows in their sum only"
+        "--rounds", type=int, default=20, help="turns of each loop; work done once per epoch shows only in their sum"
     )
-    parser.add_argument("--steps", type=int, default=30, help="steps of a turn")
+    parser.add_argument("--steps", type=int, default=30, help="steps per turn")
     return parser
 
 
@@ -163,10 +163,10 @@ def _noise(folder: Path, side: int) -> Path:
     generator = random.Random(0)
     for part, count in (("train", 160), ("val", 2)):
         for label in range(4):
-            place = folder / part / f"class{label}"
-            place.mkdir(parents=True)
+            target = folder / part / f"class{label}"
+            target.mkdir(parents=True)
             for i in range(count):
-                Image.frombytes("RGB", (side, side), generator.randbytes(3 * side * side)).save(place / f"{i}.png")
+                Image.frombytes("RGB", (side, side), generator.randbytes(3 * side * side)).save(target / f"{i}.png")
     return folder
 
 

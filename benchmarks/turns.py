@@ -1,7 +1,7 @@
-"""Loops that take turns, timed by two clocks: the one on the wall, and the processors'.
+"""Training loops that run in turns, timed by wall clock and by processor time.
 
-A loop's readers work ahead, also while the other loop has its turn. So the processor time of a turn is that of this
-process within it, and that of the loop's readers from its beginning to the beginning of the loop's next turn.
+The data workers of a loop prefetch also during the turn of the other loop. The processor time of a turn is therefore
+that of this process during the turn, plus that of the loop's workers until its next turn begins.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ WARM_STEPS = 5
 
 
 class Turn(NamedTuple):
-    """Seconds that some steps took, on the wall and of all processors."""
+    """Seconds of a number of steps: wall clock and processor time."""
 
     wall: float
     cpu: float
 
 
 class Loop:
-    """``step()`` again and again; ``readers`` are the processes that the first steps started."""
+    """Calls ``step()``; ``readers`` are the worker processes that the first steps started."""
 
     def __init__(self, step: Callable[[], object]) -> None:
         before = set(multiprocessing.active_children())
@@ -34,12 +34,12 @@ class Loop:
         self.readers = [p.pid for p in multiprocessing.active_children() if p not in before and p.pid is not None]
 
     def reader_seconds(self) -> float:
-        """Processor time of the readers since they began."""
+        """Processor time of the workers since they started."""
         return sum(map(process_seconds, self.readers))
 
 
 def take_turns(loops: Mapping[str, Loop], rounds: int, steps: int) -> dict[str, list[Turn]]:
-    """The turns of each loop, one in each round; who is first changes from round to round."""
+    """Turns of each loop, one per round; the order alternates from round to round."""
     own: dict[str, list[tuple[float, float]]] = {name: [] for name in loops}
     read: dict[str, list[float]] = {name: [] for name in loops}
     for number in range(rounds):
@@ -58,8 +58,8 @@ def take_turns(loops: Mapping[str, Loop], rounds: int, steps: int) -> dict[str, 
 
 
 def busy_cores(loop: Loop, steps: int) -> float:
-    """How many cores this process and all readers keep busy, on average, while ``loop`` alone runs."""
-    for _ in range(WARM_STEPS):  # the other loop's readers fill their queue and rest
+    """Average number of cores that this process and all workers use while only ``loop`` runs."""
+    for _ in range(WARM_STEPS):  # the other loop's workers fill their queue and go idle
         loop.step()
     children = [p.pid for p in multiprocessing.active_children() if p.pid is not None]
     began = time.perf_counter(), time.process_time() + sum(map(process_seconds, children))
@@ -70,6 +70,6 @@ def busy_cores(loop: Loop, steps: int) -> float:
 
 
 def process_seconds(pid: int) -> float:
-    """Processor time of a living process, in user and in kernel mode (Linux)."""
+    """Processor time of a running process, user plus kernel mode (Linux)."""
     fields = Path(f"/proc/{pid}/stat").read_text(encoding="ascii").rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")

@@ -33,12 +33,12 @@ SETTINGS = {"": torch.float32, "bfloat16-": torch.bfloat16, "last-": torch.float
 
 @cache
 def measured(mode: str, setting: str) -> list[tuple[dict[str, float], dict[str, float], dict[str, float]]]:
-    """Of each row of ``python -m benchmarks ways``: milliseconds by way, estimates of all and of those to choose from.
+    """Rows of ``python -m benchmarks implementations``: milliseconds, estimates of all, and of those to choose from.
 
     The estimates are made anew: what the code would choose now is judged, not what it chose then.
     """
     found = []
-    for row in json.loads((RESULTS / f"{setting}ways.json").read_text())["results"]:
+    for row in json.loads((RESULTS / f"{setting}implementations.json").read_text())["results"]:
         if row["mode"] != mode:
             continue
         variant, g = VARIANTS[row["variant"]], SITES[row["site"]].geometry
