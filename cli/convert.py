@@ -66,7 +66,9 @@ def convert(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")] = False,
 ) -> None:
     """Replace the convolutions of a trained MODEL by conditional ones; same function at the start."""
-    variant = make_variant(variant_name, experts=experts, reduction=reduction, routing=routing)
+    variant = make_variant(
+        variant_name, trust=tuple(trust or ()), experts=experts, reduction=reduction, routing=routing
+    )
     patterns, names = (tuple(include or ()), tuple(exclude or ())), (tuple(block or ()), tuple(subclass or ()))
     selection = Selection(*patterns, min_channels, skip_stem, skip_pooled, classifier, *names)
     upcycling = Upcycling(diversity, seed)

@@ -1,4 +1,4 @@
-"""Conditional convolutions: a variant says which kernel each sample gets, one room says how to convolve."""
+"""Conditional layers: which mixture of its experts each sample gets. (``ops`` computes the convolution.)"""
 
 from condconv_surgery.layers.autotune import autotune
 from condconv_surgery.layers.condconv import CondConv2d
@@ -8,6 +8,7 @@ from condconv_surgery.layers.dynamicconv import DynamicConv2d
 from condconv_surgery.layers.odconv import ODConv2d
 from condconv_surgery.layers.registry import conditional_layers, conditional_like, plain_like, routers, set_temperature
 from condconv_surgery.layers.routed_block import RoutedBlock, routed_blocks
+from condconv_surgery.layers.router import Router, router_for
 from condconv_surgery.ops.mixture import ConvGeometry, Mixture
 
 __all__ = [
@@ -19,11 +20,13 @@ __all__ = [
     "Mixture",
     "ODConv2d",
     "RoutedBlock",
+    "Router",
     "autotune",
     "conditional_layers",
     "conditional_like",
     "plain_like",
     "routed_blocks",
+    "router_for",
     "routers",
     "set_temperature",
 ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING, ClassVar, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +28,10 @@ def _of_geometry(name: str) -> property:
     return property(lambda self: getattr(self.geometry, name), doc=f"As in ``nn.Conv2d``: ``geometry.{name}``.")
 
 
+LAYERS: dict[type[Variant], type[ConditionalConv2d[Any]]] = {}
+"""The layer class of each variant that has its own."""
+
+
 class ConditionalConv2d(nn.Module, Generic[V]):
     """A drop-in for ``nn.Conv2d`` with several kernels, mixed anew for each sample.
 
@@ -35,11 +39,13 @@ class ConditionalConv2d(nn.Module, Generic[V]):
         y_b = out_scale_b * conv(in_scale_b * x_b, W_b) + sum_e gate[b,e] * bias[e]
 
     Shapes: input [B, I, H, W] or [I, H, W], output [B, O, H', W'] or [O, H', W']; ``weight`` [E, O, I/G, kh, kw],
-    ``bias`` [E, O] or None. Use one of the subclasses, which say which mixture each sample gets. With
-    ``variant.routing == "block"`` the layer has no router (``router`` is None) and is called with the mixture of each
-    sample, which the block's router makes.
+    ``bias`` [E, O] or None. The variant says which mixture each sample gets. With ``variant.routing == "block"`` the
+    layer has no router (``router`` is None) and is called with the mixture of each sample, which its block computes.
 
-    variant: the configuration, ``CondConv(experts=4)`` and the like; ``None`` takes the variant's defaults.
+    A subclass with a ``variant_class`` is the layer of that variant, with its defaults (``CondConv2d``, ``ODConv2d``,
+    ``DynamicConv2d``); a variant without a subclass uses this class.
+
+    variant: the configuration, ``CondConv(experts=4)`` and the like; in a subclass ``None`` means its own defaults.
     standardisation: an attribute, what is done to the weight at each call (``layers.weight_standardisation``), or None.
     execution: an attribute, ``"auto"`` or the name of one way to compute (``ops.conditional_conv2d.WAYS``).
     """
@@ -100,6 +106,11 @@ class ConditionalConv2d(nn.Module, Generic[V]):
         self.register_module("standardisation", None)
         self.execution = "auto"
         self.reset_parameters()
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        if "variant_class" in vars(cls):
+            LAYERS[cls.variant_class] = cls
 
     @property
     def experts(self) -> int:

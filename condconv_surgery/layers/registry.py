@@ -10,22 +10,13 @@ import torch
 from torch import nn
 
 from condconv_surgery.errors import InputError
-from condconv_surgery.layers.condconv import CondConv2d
-from condconv_surgery.layers.conditional import ConditionalConv2d
+from condconv_surgery.layers.conditional import LAYERS, ConditionalConv2d
 from condconv_surgery.layers.conditional_linear import ConditionalLinear
-from condconv_surgery.layers.dynamicconv import DynamicConv2d
-from condconv_surgery.layers.odconv import ODConv2d
 from condconv_surgery.layers.router import Router, make_router
 from condconv_surgery.layers.weight_standardisation import standardisation_of
 from condconv_surgery.ops.conv2d_subclasses import TF_SAME, layer_of_timm
 from condconv_surgery.ops.mixture import ConvGeometry
-from condconv_surgery.recipe import CondConv, DynamicConv, ODConv, Variant
-
-LAYERS: dict[type[Variant], type[ConditionalConv2d]] = {  # type: ignore[type-arg]
-    CondConv: CondConv2d,
-    DynamicConv: DynamicConv2d,
-    ODConv: ODConv2d,
-}
+from condconv_surgery.recipe import Variant
 
 
 def conditional_like(
@@ -43,7 +34,7 @@ def conditional_like(
             module.in_features, module.out_features, has_bias, device, weight.dtype, variant=variant
         )
     else:
-        layer = LAYERS[type(variant)](
+        layer = LAYERS.get(type(variant), ConditionalConv2d)(
             **asdict(ConvGeometry.of(module)), bias=has_bias, device=device, dtype=weight.dtype, variant=variant
         )
         layer.standardisation = standardisation_of(module)

@@ -8,12 +8,13 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
+from condconv_surgery.errors import InputError
 from condconv_surgery.ops.autocast import is_autocast_on
 from condconv_surgery.ops.backends import cpp as native
 from condconv_surgery.ops.backends import triton as gpu
 from condconv_surgery.ops.graph_node import as_node, is_traced
 from condconv_surgery.ops.mixture import ConvGeometry, Mixture
-from condconv_surgery.recipe import Variant
+from condconv_surgery.recipe import VARIANTS, Variant
 
 
 class Router(nn.Module):
@@ -54,14 +55,17 @@ class Router(nn.Module):
         raise NotImplementedError
 
 
-MakeRouter = Callable[..., Router]
-ROUTERS: dict[type[Variant], MakeRouter] = {}
+ROUTERS: dict[type[Variant], Callable[..., Router]] = {}
 
 R = TypeVar("R", bound=type[Router])
 
 
 def router_for(variant: type[Variant]) -> Callable[[R], R]:
-    """Register a router class, called as ``(geometry, variant, device=, dtype=)``, for a variant."""
+    """Register the router class of a variant, which is called as ``(geometry, variant, device=, dtype=)``.
+
+    With ``@variant("name")`` on the dataclass that is all that a new variant needs: its layer is ``ConditionalConv2d``,
+    or the subclass of it with this ``variant_class``.
+    """
 
     def register(cls: R) -> R:
         ROUTERS[variant] = cls
@@ -76,8 +80,24 @@ def make_router(
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
 ) -> Router:
-    """The router of ``variant`` for a layer of this geometry, zeroed."""
-    return ROUTERS[type(variant)](geometry, variant, device=device, dtype=dtype).zero_()
+    """The router of ``variant`` for a layer of this geometry, zeroed.
+
+    Raises ``InputError`` for a variant without a name or without a router.
+    """
+    cls = type(variant)
+    if VARIANTS.get(cls.kind) is not cls:
+        raise InputError(
+            f"The variant {cls.__name__} has no name of its own.",
+            f"An artifact finds a variant by its name; known: {', '.join(VARIANTS)}.",
+            f'@variant("{cls.__name__.lower()}") above the dataclass',
+        )
+    if cls not in ROUTERS:
+        raise InputError(
+            f"The variant {cls.__name__} has no router.",
+            f"Those with one: {', '.join(known.__name__ for known in ROUTERS)}.",
+            f"@router_for({cls.__name__}) above a subclass of condconv_surgery.layers.Router with mix and zero_",
+        )
+    return ROUTERS[cls](geometry, variant, device=device, dtype=dtype).zero_()
 
 
 def zero_linear_(linear: nn.Linear) -> None:

@@ -17,8 +17,10 @@ from condconv_surgery.recipe.variants import (
     CondConv,
     DynamicConv,
     ODConv,
+    UnknownVariantError,
     Variant,
     make_variant,
+    variant,
     variant_from_dict,
 )
 
@@ -35,11 +37,13 @@ __all__ = [
     "SharedRouter",
     "Source",
     "TrainingOptions",
+    "UnknownVariantError",
     "Upcycling",
     "Variant",
     "attach_recipe",
     "make_variant",
     "patterns_of",
     "recipe_of",
+    "variant",
     "variant_from_dict",
 ]

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from condconv_surgery.errors import DamagedFileError, InputError
-from condconv_surgery.recipe.variants import Variant, variant_from_dict
+from condconv_surgery.recipe.variants import UnknownVariantError, Variant, variant_from_dict
 
 FORMAT = 1
 """Version of the recipe's JSON. A reader refuses a larger one."""
@@ -107,8 +107,8 @@ class Recipe:
         return data
 
     @classmethod
-    def from_dict(cls, data: dict[str, Any]) -> Recipe:
-        """The inverse of ``to_dict``. Raises ``DamagedFileError`` on anything else."""
+    def from_dict(cls, data: dict[str, Any], trust: tuple[str, ...] = ()) -> Recipe:
+        """The inverse of ``to_dict``. trust: see ``variant_from_dict``. Raises ``DamagedFileError`` otherwise."""
         try:
             version = data["format"]
             if not isinstance(version, int) or version > FORMAT:
@@ -123,7 +123,7 @@ class Recipe:
                     **{**data["input"], "mean": tuple(data["input"]["mean"]), "std": tuple(data["input"]["std"])}
                 ),
                 layers=tuple(
-                    ConvertedLayer(tuple(row["names"]), variant_from_dict(row["variant"]), bool(row["linear"]))
+                    ConvertedLayer(tuple(row["names"]), variant_from_dict(row["variant"], trust), bool(row["linear"]))
                     for row in data["layers"]
                 ),
                 routers=tuple(
@@ -135,6 +135,8 @@ class Recipe:
                 weights_sha256=str(data["weights_sha256"]),
                 versions={str(k): str(v) for k, v in data["versions"].items()},
             )
+        except UnknownVariantError:
+            raise
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise DamagedFileError(
                 f"The recipe cannot be read: {type(error).__name__}: {error}.",

@@ -41,11 +41,14 @@ class Content:
         return {**self.tensors, **{name: self.tensors[first] for name, first in self.aliases.items()}}
 
 
-def read(path: Path) -> Content:
-    """The whole file. Raises ``InputError`` when it is none of ours, ``DamagedFileError`` when it is not as written."""
+def read(path: Path, trust: tuple[str, ...] = ()) -> Content:
+    """The whole file. trust: see ``recipe.variant_from_dict``.
+
+    Raises ``InputError`` when it is none of ours, ``DamagedFileError`` when it is not as written.
+    """
     with _opened(path) as file:
         metadata = _metadata(path, file)
-        recipe = Recipe.from_dict(_json(path, metadata, "recipe", dict))
+        recipe = Recipe.from_dict(_json(path, metadata, "recipe", dict), trust)
         aliases = _json(path, metadata, "aliases", dict)
         skeleton = _json(path, metadata, "skeleton", list) if "skeleton" in metadata else None
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict

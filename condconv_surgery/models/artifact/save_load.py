@@ -80,7 +80,7 @@ def load(path: str | Path, *, model: nn.Module | None = None, trust: str | tuple
     """
     path = Path(path)
     packages = trusted(trust)
-    content = read(path)
+    content = read(path, packages)
     recipe = content.recipe
     skeleton = _skeleton(content, packages) if model is None else model
     if isinstance(skeleton, fx.GraphModule) and recipe.layers:
