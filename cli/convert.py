@@ -11,6 +11,7 @@ from condconv_surgery.errors import InputError, listed
 from condconv_surgery.recipe import VARIANTS, Selection, Upcycling, Variant, make_variant
 
 from .console import print_json, say
+from .translate_arguments import to_flags
 
 if TYPE_CHECKING:
     from torch import nn
@@ -21,14 +22,13 @@ Patterns = Annotated[list[str] | None, typer.Option(help='Layer names, a glob ("
 
 
 def convert(
+    ctx: typer.Context,
     model: Annotated[
         str,
         typer.Argument(help="torchvision:NAME, timm:NAME, a file (.pt, .safetensors) or pkg.mod:factory."),
     ],
     output: Annotated[Path | None, typer.Option("-o", "--output", help="The artifact to write (.safetensors).")] = None,
-    variant_name: Annotated[
-        str, typer.Option("--variant", help=f"Conditional convolution: {', '.join(VARIANTS)}.")
-    ] = "condconv",
+    variant: Annotated[str, typer.Option(help=f"Conditional convolution: {', '.join(VARIANTS)}.")] = "condconv",
     experts: Annotated[int, typer.Option(help="Kernels per layer.")] = 4,
     reduction: Annotated[
         int | None, typer.Option(help="Hidden width of the router: channels / REDUCTION (odconv, dynamicconv).")
@@ -36,12 +36,16 @@ def convert(
     routing: Annotated[
         str, typer.Option(help="layer: a router for each layer; block: one for all layers of a block.")
     ] = "layer",
-    block: Annotated[
-        list[str] | None, typer.Option(help="Modules that share a router, a glob or re:REGEX; repeatable [found].")
-    ] = None,
-    subclass: Annotated[
+    blocks: Annotated[
         list[str] | None,
-        typer.Option(help="PACKAGE.CLASS that computes what nn.Conv2d computes, which the proof checks; repeatable."),
+        typer.Option("--block", help="Modules that share a router, a glob or re:REGEX; repeatable [found]."),
+    ] = None,
+    subclasses: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--subclass",
+            help="PACKAGE.CLASS that computes what nn.Conv2d computes, which the proof checks; repeatable.",
+        ),
     ] = None,
     include: Patterns = None,
     exclude: Patterns = None,
@@ -66,21 +70,20 @@ def convert(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")] = False,
 ) -> None:
     """Replace the convolutions of a trained MODEL by conditional ones; same function at the start."""
-    variant = make_variant(
-        variant_name, trust=tuple(trust or ()), experts=experts, reduction=reduction, routing=routing
-    )
-    patterns, names = (tuple(include or ()), tuple(exclude or ())), (tuple(block or ()), tuple(subclass or ()))
+    trusted = tuple(trust or ())
+    layer = make_variant(variant, trust=trusted, experts=experts, reduction=reduction, routing=routing)
+    patterns, names = (tuple(include or ()), tuple(exclude or ())), (tuple(blocks or ()), tuple(subclasses or ()))
     selection = Selection(*patterns, min_channels, skip_stem, skip_pooled, classifier, *names)
     upcycling = Upcycling(diversity, seed)
     _check_sizes(input_size, tolerance)
     path = None if dry_run else writable(output)
-    original = _load(model, arch, weights, num_classes, input_size, tuple(trust or ()))
+    original = _load(model, arch, weights, num_classes, input_size, trusted)
     if dry_run:
-        _show_plan(original, selection, variant, as_json)
+        _show_plan(original, selection, layer, ctx, as_json)
         return
-    conversion = _convert(original, variant, selection, upcycling, tolerance)
+    conversion = _convert(original, layer, selection, upcycling, tolerance, ctx)
     assert path is not None
-    summary = _summary(model, path, variant, conversion)  # before the file: what cannot be counted leaves none
+    summary = _summary(model, path, layer, conversion)  # before the file: what cannot be counted leaves none
     _save(conversion, path)
     if as_json:
         print_json(summary)
@@ -121,15 +124,21 @@ def _load(
 
 
 def _convert(
-    model: nn.Module, variant: Variant, selection: Selection, upcycling: Upcycling, tolerance: float | None
+    model: nn.Module,
+    variant: Variant,
+    selection: Selection,
+    upcycling: Upcycling,
+    tolerance: float | None,
+    ctx: typer.Context,
 ) -> Conversion:
-    from dataclasses import asdict
+    from dataclasses import asdict, replace
 
     from condconv_surgery.surgery import convert as convert_model
 
     say("Converting, then running both models in eval and in train mode ...")
     options: dict[str, Any] = {**asdict(selection), **asdict(upcycling)}
-    return convert_model(model, variant, inplace=True, tolerance=tolerance, **options)
+    conversion = convert_model(model, variant, inplace=True, tolerance=tolerance, **options)
+    return replace(conversion, plan=_in_flags(conversion.plan, ctx))
 
 
 def _save(conversion: Conversion, path: Path) -> None:
@@ -138,10 +147,18 @@ def _save(conversion: Conversion, path: Path) -> None:
     save(conversion.model, path)
 
 
-def _show_plan(model: nn.Module, selection: Selection, variant: Variant, as_json: bool) -> None:
+def _in_flags(plan: Plan, ctx: typer.Context) -> Plan:
+    """The plan with the arguments in its reasons and notes as flags."""
+    from dataclasses import replace
+
+    skipped = tuple(replace(skip, reason=to_flags(skip.reason, ctx.command)) for skip in plan.skipped)
+    return replace(plan, skipped=skipped, notes=tuple(to_flags(note, ctx.command) for note in plan.notes))
+
+
+def _show_plan(model: nn.Module, selection: Selection, variant: Variant, ctx: typer.Context, as_json: bool) -> None:
     from condconv_surgery.surgery import example_arguments, make_plan
 
-    plan = make_plan(model, selection, example_arguments(model), variant)
+    plan = _in_flags(make_plan(model, selection, example_arguments(model), variant), ctx)
     if as_json:
         print_json(
             {

@@ -16,6 +16,7 @@ from .export_layout import export
 from .finetune import finetune
 from .import_layout import import_
 from .report import report
+from .translate_arguments import TranslatingCommand
 
 app = typer.Typer(
     name="condconv",
@@ -25,11 +26,11 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-app.command()(convert)
-app.command()(finetune)
-app.command()(report)
-app.command("import")(import_)
-app.command()(export)
+app.command(cls=TranslatingCommand)(convert)
+app.command(cls=TranslatingCommand)(finetune)
+app.command(cls=TranslatingCommand)(report)
+app.command("import", cls=TranslatingCommand)(import_)
+app.command(cls=TranslatingCommand)(export)
 
 
 def _print_version(wanted: bool) -> None:

@@ -1,25 +1,29 @@
 """How an option is declared, once: its default, its meaning and its limits.
 
-A section of options is a frozen dataclass whose fields are made by ``option``. The checks, the command line's words,
-the TOML file and its comments are all read from there.
+A section of options is a frozen dataclass whose fields are made by ``option``. The checks, the flags of the
+command line with their help, and the TOML file with its comments are all read from there.
 """
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import dataclass, field, fields
 from typing import Any, TypeVar
 
 from condconv_surgery.errors import InputError, unknown_name
 
+ALL_OPTIONS = "to_toml(TrainingOptions())"
+"""What error messages tell a user to call for a list of all options."""
+
 
 @dataclass(frozen=True)
 class Rule:
-    """What an option may be.
+    """The meaning and the allowed values of an option.
 
     kind: ``int``, ``float``, ``bool`` or ``str``. many: a list of them. optional: ``None`` is allowed too.
-    low, high: limits, allowed themselves unless ``above`` (then the value must be larger than ``low``).
-    choices: the only texts allowed. flag: what to type on the command line, else ``--set section.name=...``.
+    low, high: inclusive limits; with ``above`` the value must be larger than ``low``.
+    choices: the only strings allowed. flag: its flag on the command line, else ``--set section.name=VALUE``.
     """
 
     help: str
@@ -44,7 +48,7 @@ def option(
     choices: tuple[str, ...] = (),
     flag: str = "",
 ) -> Any:
-    """A dataclass field with a ``Rule``. The kind is that of the default; with ``None`` or ``()`` say it."""
+    """A dataclass field with a ``Rule``. The default's type is the kind; give it with ``None`` or ``()``."""
     many = isinstance(default, tuple)
     if kind is None:
         kind = type(default[0]) if many else type(default)
@@ -73,19 +77,19 @@ class Section:
                 value = tuple(float(v) if type(v) is int else v for v in value)
             object.__setattr__(self, name, value)
             if not _fits(value, rule):
-                shown = f"{section_name(type(self))}.{name}" if section_name(type(self)) else name
+                path = f"{section_name(type(self))}.{name}" if section_name(type(self)) else name
                 default = next(f.default for f in fields(self) if f.name == name)
                 raise InputError(
-                    f"{shown} is {value!r}.", f"It must be {_allowed(rule)}.", _typed(shown, rule, default)
+                    f"{path} is {value!r}.", f"It must be {_allowed(rule)}.", _example(path, rule, default)
                 )
 
     @classmethod
     def from_dict(cls: type[S], data: dict[str, Any]) -> S:
-        """A section from plain values; an unknown name lists the known ones."""
+        """A section from plain values. Raises ``InputError`` for an unknown name, with the nearest known ones."""
         for name in data:
             if name not in rules(cls):
                 raise unknown_name(
-                    f"option in [{section_name(cls)}]", name, rules(cls), "--print-recipe shows them all"
+                    f"option in [{section_name(cls)}]", name, rules(cls), f"{ALL_OPTIONS} prints them all"
                 )
         return cls(**data)
 
@@ -95,8 +99,18 @@ def rules(section: type[Section]) -> dict[str, Rule]:
     return {f.name: f.metadata["rule"] for f in fields(section) if "rule" in f.metadata}
 
 
+def all_rules(section: type[Section]) -> dict[str, Rule]:
+    """The rule of each option of a section and of the sections inside it, those as ``section.name``."""
+    result = rules(section)
+    for field_ in fields(section):
+        inner: object = field_.default_factory
+        if isinstance(inner, type) and issubclass(inner, Section):
+            result |= {f"{section_name(inner)}.{name}": rule for name, rule in rules(inner).items()}
+    return result
+
+
 def section_name(section: type[Section]) -> str:
-    """The name that a section has in a recipe file, ``""`` for the outermost options."""
+    """The name of a section in a recipe file, ``""`` for the outermost options."""
     return str(getattr(section, "title", ""))
 
 
@@ -133,12 +147,13 @@ def _allowed(rule: Rule) -> str:
     return f"{noun}, {' and '.join(limits)}" if limits else noun
 
 
-def _typed(shown: str, rule: Rule, default: object) -> str:
+def _example(path: str, rule: Rule, default: object) -> str:
+    """An allowed value as a Python argument."""
     if default is None:
-        return f"leave {rule.flag or shown} out"
+        return f"leave {path}= out"
     if rule.kind is str and rule.many:
-        return f"{rule.flag} NAME" if rule.flag else f"--set '{shown}=[\"NAME\"]'"  # quotes that a shell leaves alone
-    example = rule.choices[0] if rule.choices else default
-    if isinstance(example, tuple):
-        example = list(example)
-    return f"{rule.flag} {example}" if rule.flag else f"--set {shown}={example}"
+        return f'{path}=["NAME"]'
+    value = rule.choices[0] if rule.choices else default
+    if isinstance(value, tuple):
+        value = list(value)
+    return f"{path}={value if isinstance(value, bool) else json.dumps(value)}"

@@ -1,4 +1,4 @@
-"""Training options as a TOML file that a person can read, edit and run again."""
+"""Training options as a TOML file to read, edit and run again."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import fields
 from typing import Any
 
 from condconv_surgery.errors import InputError
-from condconv_surgery.recipe.option_rules import Section, rules
+from condconv_surgery.recipe.option_rules import ALL_OPTIONS, Section, rules
 from condconv_surgery.recipe.training_options import TrainingOptions
 
 if sys.version_info >= (3, 11):
@@ -18,7 +18,7 @@ else:
 
 
 def to_toml(options: TrainingOptions) -> str:
-    """Every option with its meaning as a comment; one that is not set is a commented line."""
+    """Every option with its help as a comment; an option that is not set is a commented line."""
     lines = ["# Options of condconv finetune. Run again: condconv finetune --recipe THIS_FILE -o RUN", ""]
     lines += _section_lines(options)
     for name, section in options.sections().items():
@@ -38,13 +38,13 @@ def parse_toml(text: str, name: str) -> dict[str, Any]:
     except tomllib.TOMLDecodeError as error:
         raise InputError(
             f"{name} is not TOML: {error}.",
-            "A recipe is what --print-recipe prints.",
-            "condconv finetune --print-recipe",
+            "A recipe is a TOML file with the options of a training run.",
+            f"{ALL_OPTIONS} prints one",
         ) from error
 
 
 def parse_setting(setting: str) -> tuple[str, str, Any]:
-    """``optimizer.lr=0.01`` as (section, name, value); the value is read as TOML, else it is a text.
+    """``optimizer.lr=0.01`` as (section, name, value); the value is parsed as TOML, else it is a string.
 
     >>> parse_setting("optimizer.name=sgd")
     ('optimizer', 'name', 'sgd')
@@ -54,7 +54,7 @@ def parse_setting(setting: str) -> tuple[str, str, Any]:
     path, equals, text = setting.partition("=")
     section, _, name = path.strip().rpartition(".")
     if not equals or not name:
-        raise InputError(f"--set {setting!r}.", "It must be SECTION.NAME=VALUE.", "--set optimizer.lr=0.001")
+        raise InputError(f"{setting!r} is not an option.", "It must be SECTION.NAME=VALUE.", "optimizer.lr=0.001")
     try:
         value = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
@@ -75,5 +75,5 @@ def _section_lines(section: Section) -> list[str]:
 
 
 def _literal(value: Any) -> str:
-    """TOML and JSON write these the same way."""
+    """A value in TOML, which writes these types as JSON does."""
     return json.dumps(list(value) if isinstance(value, tuple) else value)

@@ -123,7 +123,7 @@ def test_a_dry_run_writes_nothing(condconv, tmp_path: Path) -> None:
         ([*SMALL, "--include", "layer5.*"], '--include "layer5.*" matched 0 of 56'),
         ([*SMALL, "--include", "re:("], "not a regular expression"),
         ([*SMALL, "--reduction", "4"], "condconv has no option 'reduction'"),
-        ([*SMALL, "--variant", "conv"], "Unknown kind of convolution 'conv'"),
+        ([*SMALL, "--variant", "conv"], "Unknown variant 'conv'"),
         ([*SMALL, "--diversity", "-1"], "diversity is -1"),
         ([*SMALL, "--min-channels", "-1"], "min_channels is -1"),
         ([*SMALL, "--input-size", "0"], "--input-size is 0"),
