@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from condconv_surgery.recipe.toml_text import parse_toml
+
 ROOT = Path(__file__).parent.parent
 ROOMS = [
     "errors",
@@ -60,6 +62,31 @@ def test_errors_and_recipe_need_no_torch() -> None:
     code = "import sys, condconv_surgery, condconv_surgery.recipe; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "False\n"
+
+
+DISTRIBUTIONS = {"PIL": "pillow"}
+"""Of a module that is imported under another name."""
+
+STANDARD = sys.stdlib_module_names | {"tomllib"}  # since Python 3.11; on 3.10 it is tomli
+
+WITH_TORCH = {"triton", "typing_extensions"}
+"""Installed by torch."""
+
+
+def test_every_third_party_import_is_declared() -> None:
+    project = parse_toml((ROOT / "pyproject.toml").read_text(encoding="utf-8"), "pyproject.toml")["project"]
+    extras = [name for extra, names in project["optional-dependencies"].items() if extra != "dev" for name in names]
+    declared = {re.split(r"[^\w.-]", name)[0].lower() for name in [*project["dependencies"], *extras]}
+    undeclared = {}
+    for path in [*(ROOT / "condconv_surgery").rglob("*.py"), *(ROOT / "cli").rglob("*.py")]:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom) and not node.level:
+                names = [node.module or ""]
+            for name in {name.partition(".")[0] for name in names} - STANDARD - WITH_TORCH - {"condconv_surgery"}:
+                if DISTRIBUTIONS.get(name, name) not in declared:
+                    undeclared[name] = path.name
+    assert not undeclared
 
 
 @pytest.mark.slow

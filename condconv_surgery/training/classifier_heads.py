@@ -7,7 +7,6 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from condconv_surgery.errors import InputError
 from condconv_surgery.layers import ConditionalConv2d, ConditionalLinear, conditional_like
@@ -15,6 +14,7 @@ from condconv_surgery.models.artifact.save_load import attach_recipe, recipe_of
 from condconv_surgery.models.build_model import resized
 from condconv_surgery.recipe import InputSpec, Recipe
 from condconv_surgery.runtime.modes import in_mode
+from condconv_surgery.runtime.snapshot import undisturbed
 from condconv_surgery.training.logits import Logits, logits_of
 
 
@@ -78,12 +78,11 @@ def _noting(name: str, produced: list[tuple[str, Tensor]]) -> Callable[[nn.Modul
 
 @torch.no_grad()
 def _run(model: nn.Module, spec: InputSpec, training: bool) -> Logits:
-    """The logits on zeros, with copies in place of the buffers: batch norm must not learn from this."""
+    """The logits on zeros; the model is left as it was: this pass must not change statistics of batch norms."""
     parameter = next(model.parameters())
     x = torch.zeros(2, spec.channels, spec.height, spec.width, device=parameter.device, dtype=parameter.dtype)
-    with in_mode(model, training), torch.random.fork_rng(devices=[]):
-        output = functional_call(model, {name: buffer.clone() for name, buffer in model.named_buffers()}, (x,))
-    return logits_of(output)
+    with undisturbed(model), in_mode(model, training):
+        return logits_of(model(x))
 
 
 def _maker(produced: list[tuple[str, Tensor]], logits: Tensor, *, anyway: bool) -> str | None:

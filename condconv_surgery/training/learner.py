@@ -179,9 +179,9 @@ class Learner:
     def _diverged(self, where: str, batches: Sequence[Batch], step: int) -> TrainingError:
         if where != "loss":
             return self.diverged(where, first_nonfinite_gradient(self.model), step + 1)
-        torch.manual_seed(seed_of(self.options.seed, "step", step, self.world.rank))
-        places = [first_nonfinite(self.model, batch.images.to(self.world.device), self.cast) for batch in batches]
-        return self.diverged(where, next(filter(None, places), None), step + 1)
+        seed = seed_of(self.options.seed, "step", step, self.world.rank)
+        images = [batch.images.to(self.world.device) for batch in batches]
+        return self.diverged(where, first_nonfinite(self.model, images, self.cast, seed), step + 1)
 
 
 def prepared(model: nn.Module, options: TrainingOptions, world: World) -> nn.Module:

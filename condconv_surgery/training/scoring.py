@@ -55,6 +55,6 @@ def score(
         raise TrainingError("No validation image can be read.", "At least one must be readable.", "--data FOLDER")
     if not math.isfinite(scores.loss):
         with in_mode(learner.scored, training=False):
-            place = first_nonfinite(learner.scored, (strange or [black])[0], learner.cast)
+            place = first_nonfinite(learner.scored, (strange or [black])[:1], learner.cast)
         raise learner.diverged("validation loss", place, step)
     return scores, gates.together(world)

@@ -11,6 +11,7 @@ from condconv_surgery.models.artifact.save_load import recipe_of
 from condconv_surgery.recipe import CondConv, InputSpec
 from condconv_surgery.training import fit_heads
 from condconv_surgery.training.classifier_heads import find_heads
+from condconv_surgery.training.monitor.nonfinite import first_nonfinite
 
 SPEC = InputSpec(height=64, width=64)
 CLASSES = ("a", "b", "c")
@@ -48,6 +49,32 @@ def test_looking_for_the_head_leaves_the_model_as_it_was() -> None:
     find_heads(model, SPEC)
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
     assert [module.training for module in model.modules()] == modes
+
+
+class AliasedNorm(nn.Module):
+    """One batch norm with two names, as in models that share normalisation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3, padding=1)
+        self.first = self.second = nn.BatchNorm2d(4)
+        self.fc = nn.Linear(4, 7)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc(self.second(self.conv(self.first(self.conv(x)).mean(1, True).expand_as(x))).mean((2, 3)))
+
+
+def test_a_module_with_two_names_keeps_its_buffers() -> None:
+    """``torch.func.functional_call`` leaves copies behind in a module that it knows by two names."""
+    model = AliasedNorm()
+    nn.init.constant_(model.first.running_mean, 3.0)
+    buffers = {name: (buffer, buffer.clone()) for name, buffer in model.first.named_buffers()}
+    fit_heads(model, CLASSES, InputSpec(height=8, width=8))
+    first_nonfinite(model.train(), [torch.randn(2, 3, 8, 8)])
+    for name, buffer in model.first.named_buffers():
+        same, before = buffers[name]
+        assert buffer is same
+        assert torch.equal(buffer, before)
 
 
 def test_a_head_of_the_right_width_is_kept_and_classes_are_noted() -> None:

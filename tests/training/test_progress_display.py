@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import io
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -86,3 +88,17 @@ def test_a_kept_head_with_other_class_names_is_said(tmp_path: Path, capsys: pyte
         )
         said = "they were called class0, class1, class2" in capsys.readouterr().err
         assert said == (name == "two")
+
+
+def test_without_the_resource_module_memory_is_not_shown() -> None:
+    """Windows has none."""
+    code = """
+import sys
+sys.modules["resource"] = None
+import torch
+from condconv_surgery.training.monitor import progress_display, meter
+memory = meter.peak_memory(torch.device("cpu"))
+print(memory, progress_display._words(progress_display.StepView(1, 1, 1, 1, 1.0, 1.0, 0.1, 1.0, memory)))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "None loss 1.0000  top-1 1.0000  lr 1.00e-01  1 images/s\n"

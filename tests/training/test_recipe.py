@@ -231,12 +231,12 @@ def test_synchronised_statistics_need_a_gpu() -> None:
 
 def test_the_first_place_that_is_not_finite_is_named() -> None:
     model = small_net(dropout=0.0)
-    assert first_nonfinite(model, X * float("nan")) == "the images themselves"
-    assert first_nonfinite(model, X) is None
+    assert first_nonfinite(model, [X * float("nan")]) == "the images themselves"
+    assert first_nonfinite(model, [X]) is None
     model.stem.weight.data *= 100
-    assert first_nonfinite(model, X.abs() / X.abs().max() * 3e38) == "the output of stem (Conv2d)"
+    assert first_nonfinite(model, [X.abs() / X.abs().max() * 3e38]) == "the output of stem (Conv2d)"
     model.inner.weight.data[0, 0] = float("inf")  # type: ignore[index, union-attr]
-    assert first_nonfinite(model, X) == "the weights inner.weight"
+    assert first_nonfinite(model, [X]) == "the weights inner.weight"
     model.zero_grad()
     model.stem.weight.grad = torch.full_like(model.stem.weight, float("nan"))
     assert first_nonfinite_gradient(model) == "the gradient of stem.weight"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import resource
+import sys
 import time
 
 import torch
@@ -12,6 +12,11 @@ from condconv_surgery.layers import routers
 from condconv_surgery.training.evaluation import Tally
 from condconv_surgery.training.monitor.progress_display import EpochRow, StepView
 from condconv_surgery.training.state.progress import Progress
+
+try:
+    import resource
+except ImportError:  # Windows has no such module
+    resource = None  # type: ignore[assignment]
 
 
 class Meter:
@@ -76,8 +81,11 @@ def temperature_of(model: nn.Module) -> float | None:
     return None
 
 
-def peak_memory(device: torch.device) -> float:
-    """The most memory that this process has held so far, MB; on a GPU, of the GPU."""
+def peak_memory(device: torch.device) -> float | None:
+    """Peak memory of this process so far, MB: allocated on its GPU, else resident. ``None`` where it is not known."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e6
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
+    if resource is None:
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 1e6 if sys.platform == "darwin" else peak / 1e3  # bytes on macOS, KB elsewhere

@@ -1,44 +1,49 @@
-"""Where a number that is none came from."""
+"""Find the first module whose output is NaN or infinite."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
+from condconv_surgery.runtime.snapshot import undisturbed
 from condconv_surgery.training.distributed.fsdp import whole
 
 
 def first_nonfinite(
-    model: nn.Module, images: Tensor, cast: Callable[[], AbstractContextManager[object]] = nullcontext
+    model: nn.Module,
+    batches: Sequence[Tensor],
+    cast: Callable[[], AbstractContextManager[object]] = nullcontext,
+    seed: int = 0,
 ) -> str | None:
-    """In words, the first place where ``model`` has a value that is not finite: images, weights or a layer's output.
+    """Description of the first value that is not finite: the images, a weight or a module's output; ``None``: no such.
 
-    Runs the model once more, in the mode it is in, with copies in place of its buffers. ``None``: every layer's output
-    is finite.
+    Runs ``model`` on each batch of images once more, in its current mode, from the given seed of torch's generators.
+    The model is left as it was.
     """
-    if not _finite(images):
+    if not all(_finite(images) for images in batches):
         return "the images themselves"
     for name, parameter in model.named_parameters():
         if not _finite(parameter):
             return f"the weights {name}"
     found: list[str] = []
 
-    def looking(name: str) -> Callable[[nn.Module, object, object], None]:
-        def look(module: nn.Module, args: object, output: object) -> None:
+    def check(name: str) -> Callable[[nn.Module, object, object], None]:
+        def hook(module: nn.Module, args: object, output: object) -> None:
             if isinstance(output, Tensor) and not _finite(output):
                 found.append(f"the output of {name} ({type(module).__name__})")
 
-        return look
+        return hook
 
     # Hooks of inner modules run before those of outer ones, so the first found is the innermost.
-    handles = [module.register_forward_hook(looking(name)) for name, module in model.named_modules() if name]
+    handles = [module.register_forward_hook(check(name)) for name, module in model.named_modules() if name]
     try:
-        with torch.no_grad(), cast():
-            functional_call(model, {name: buffer.clone() for name, buffer in model.named_buffers()}, (images,))
+        with undisturbed(model), torch.no_grad(), cast():
+            torch.manual_seed(seed)
+            for images in batches:
+                model(images)
     finally:
         for handle in handles:
             handle.remove()
@@ -46,7 +51,7 @@ def first_nonfinite(
 
 
 def first_nonfinite_gradient(model: nn.Module) -> str:
-    """In words, the last parameter (the first in the backward pass) whose gradient is not finite."""
+    """Description of the last parameter (the first in the backward pass) whose gradient is not finite."""
     for name, parameter in reversed(list(model.named_parameters())):
         if parameter.grad is not None and not _finite(parameter.grad):
             return f"the gradient of {name}"

@@ -28,7 +28,7 @@ class StepView:
     top1: float
     lr: float
     images_per_second: float
-    memory: float
+    memory: float | None
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class EpochRow:
     val_top1: float
     images_per_second: float
     seconds: float
-    memory: float
+    memory: float | None
     best: bool
 
     def to_dict(self) -> dict[str, Any]:
@@ -173,9 +173,9 @@ def console_watcher() -> Watcher:
 
 
 def _words(view: StepView) -> str:
+    memory = "" if view.memory is None else f"  {view.memory:.0f} MB"
     return (
-        f"loss {view.loss:.4f}  top-1 {view.top1:.4f}  lr {view.lr:.2e}  "
-        f"{view.images_per_second:.0f} images/s  {view.memory:.0f} MB"
+        f"loss {view.loss:.4f}  top-1 {view.top1:.4f}  lr {view.lr:.2e}  {view.images_per_second:.0f} images/s{memory}"
     )
 
 
