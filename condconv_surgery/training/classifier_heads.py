@@ -14,7 +14,7 @@ from condconv_surgery.models.artifact.save_load import attach_recipe, recipe_of
 from condconv_surgery.models.build_model import resized
 from condconv_surgery.recipe import InputSpec, Recipe
 from condconv_surgery.runtime.modes import in_mode
-from condconv_surgery.runtime.snapshot import undisturbed
+from condconv_surgery.runtime.snapshot import preserving_state
 from condconv_surgery.training.logits import Logits, logits_of
 
 
@@ -81,7 +81,7 @@ def _run(model: nn.Module, spec: InputSpec, training: bool) -> Logits:
     """The logits on zeros; the model is left as it was: this pass must not change statistics of batch norms."""
     parameter = next(model.parameters())
     x = torch.zeros(2, spec.channels, spec.height, spec.width, device=parameter.device, dtype=parameter.dtype)
-    with undisturbed(model), in_mode(model, training):
+    with preserving_state(model), in_mode(model, training):
         return logits_of(model(x))
 
 

@@ -13,11 +13,6 @@ from condconv_surgery.training.evaluation import Tally
 from condconv_surgery.training.monitor.progress_display import EpochRow, StepView
 from condconv_surgery.training.state.progress import Progress
 
-try:
-    import resource
-except ImportError:  # Windows has no such module
-    resource = None  # type: ignore[assignment]
-
 
 class Meter:
     """Counts images and time within an epoch."""
@@ -85,7 +80,9 @@ def peak_memory(device: torch.device) -> float | None:
     """Peak memory of this process so far, MB: allocated on its GPU, else resident. ``None`` where it is not known."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e6
-    if resource is None:
+    try:
+        import resource
+    except ImportError:  # Windows has no such module
         return None
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / 1e6 if sys.platform == "darwin" else peak / 1e3  # bytes on macOS, KB elsewhere

@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor, nn
 
-from condconv_surgery.runtime.snapshot import undisturbed
+from condconv_surgery.runtime.snapshot import preserving_state
 from condconv_surgery.training.distributed.fsdp import whole
 
 
@@ -40,7 +40,7 @@ def first_nonfinite(
     # Hooks of inner modules run before those of outer ones, so the first found is the innermost.
     handles = [module.register_forward_hook(check(name)) for name, module in model.named_modules() if name]
     try:
-        with undisturbed(model), torch.no_grad(), cast():
+        with preserving_state(model), torch.no_grad(), cast():
             torch.manual_seed(seed)
             for images in batches:
                 model(images)
