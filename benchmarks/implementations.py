@@ -79,7 +79,7 @@ def _measure(
         cast = autocast(x)
     layers = {each: routed_layer(site, variant, setting) for each in names}
     for each, forced in layers.items():
-        forced.execution = each
+        forced.implementation = each
     times = interleaved({each: make(forced, x, setting) for each, forced in layers.items()}, repeats, seconds)
 
     def estimated(implementation: str) -> float:

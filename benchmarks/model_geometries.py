@@ -9,6 +9,7 @@ import torchvision
 from torch import nn
 
 from condconv_surgery.layers import ConvGeometry
+from condconv_surgery.layers.conv2d_subclasses import geometry_of
 
 MODELS = ("resnet18", "resnet50", "mobilenet_v2", "efficientnet_b0")
 QUICK = (  # one of each kind: dense at a large and a small map, 1x1 at both, depthwise at both
@@ -57,7 +58,7 @@ def sites(models: tuple[str, ...] = MODELS, pixels: int = 224) -> list[Site]:
             return
         height, width = arguments[0].shape[2:]
         if (height, width) != (1, 1):
-            key = (name, ConvGeometry.of(module), (height, width))
+            key = (name, geometry_of(module), (height, width))
             counts[key] = counts.get(key, 0) + 1
 
     for name in models:

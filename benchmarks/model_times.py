@@ -129,7 +129,7 @@ def _calibrated(model: nn.Module, x: Tensor) -> nn.Module:
 def _forced(model: nn.Module, implementation: str) -> nn.Module:
     for layer in conditional_layers(model).values():
         one_kernel = layer.variant.experts == 1 and layer.geometry.pointwise
-        layer.execution = "static" if one_kernel else implementation
+        layer.implementation = "static" if one_kernel else implementation
     return model
 
 

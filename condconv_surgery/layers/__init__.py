@@ -9,7 +9,8 @@ from condconv_surgery.layers.odconv import ODConv2d
 from condconv_surgery.layers.registry import conditional_layers, conditional_like, plain_like, routers, set_temperature
 from condconv_surgery.layers.routed_block import RoutedBlock, routed_blocks
 from condconv_surgery.layers.router import Router, router_for
-from condconv_surgery.ops.mixture import ConvGeometry, Mixture
+from condconv_surgery.ops.geometry import ConvGeometry
+from condconv_surgery.ops.mixture import Mixture
 
 __all__ = [
     "CondConv2d",

@@ -29,15 +29,15 @@ def autotune(model: nn.Module, *arguments: Any, repeats: int = 3) -> dict[str, s
 
     arguments: what ``model`` is called with, at the batch size that matters. Training mode measures forward and
     backward, eval mode the forward pass. The winners are attributes of the layers in memory; an artifact never holds
-    them, since they belong to one machine. ``layer.execution = "auto"`` undoes a choice.
+    them, since they belong to one machine. ``layer.implementation = "auto"`` undoes a choice.
     """
     inputs = _inputs(model, arguments)
     changed = {}
     for name, layer in conditional_layers(model).items():
         if layer in inputs:
-            layer.execution = _fastest(layer, *inputs[layer], repeats)
-            if layer.execution != "auto":
-                changed[name] = layer.execution
+            layer.implementation = _fastest(layer, *inputs[layer], repeats)
+            if layer.implementation != "auto":
+                changed[name] = layer.implementation
     return changed
 
 
@@ -67,7 +67,7 @@ def _inputs(model: nn.Module, arguments: tuple[Any, ...]) -> dict[Layer, tuple[T
 def _fastest(layer: Layer, x: Tensor, given: Mixture | None, repeats: int) -> str:
     training = layer.training
     with in_mode(layer, training=False):
-        layer.execution = "auto"
+        layer.implementation = "auto"
         with torch.no_grad():
             images = _as_images(layer, x)
             mixture = layer.route(images) if given is None else given
@@ -90,7 +90,7 @@ def _as_images(layer: Layer, x: Tensor) -> Tensor:
 
 def _seconds(layer: Layer, x: Tensor, given: Mixture | None, way: str, training: bool, repeats: int) -> float:
     """The shortest of several runs, after one that warms up."""
-    layer.execution = way
+    layer.implementation = way
     times = []
     for _ in range(1 + repeats):
         start = time.perf_counter()
@@ -101,5 +101,5 @@ def _seconds(layer: Layer, x: Tensor, given: Mixture | None, way: str, training:
         if x.is_cuda:
             torch.cuda.synchronize(x.device)
         times.append(time.perf_counter() - start)
-    layer.execution = "auto"
+    layer.implementation = "auto"
     return min(times[1:])

@@ -1,4 +1,4 @@
-"""The layer: experts, bias, geometry and a router; forward is *route, then execute*."""
+"""The layer: experts, bias, geometry and a router; forward is *route, then convolve*."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from condconv_surgery.errors import InputError
 from condconv_surgery.layers.router import Router, make_router
 from condconv_surgery.layers.weight_standardisation import WeightStandardisation
-from condconv_surgery.ops.conditional_conv2d import execute
+from condconv_surgery.ops.conditional_conv2d import conditional_conv2d
+from condconv_surgery.ops.geometry import ConvGeometry
 from condconv_surgery.ops.graph_node import as_node, is_traced
-from condconv_surgery.ops.mixture import ConvGeometry, Mixture
+from condconv_surgery.ops.mixture import Mixture
 from condconv_surgery.recipe import Variant
 
 if TYPE_CHECKING:
@@ -47,7 +48,7 @@ class ConditionalConv2d(nn.Module, Generic[V]):
 
     variant: the configuration, ``CondConv(experts=4)`` and the like; in a subclass ``None`` means its own defaults.
     standardisation: an attribute, what is done to the weight at each call (``layers.weight_standardisation``), or None.
-    execution: an attribute, ``"auto"`` or the name of one way to compute (``ops.conditional_conv2d.WAYS``).
+    implementation: an attribute, ``"auto"`` or the name of one implementation (``ops.implementations``).
     """
 
     variant_class: ClassVar[type[Variant]] = Variant
@@ -104,7 +105,7 @@ class ConditionalConv2d(nn.Module, Generic[V]):
         self.weight_factor, self.bias_factor = router.weight_factor, router.bias_factor
         self.router = router if routed else None
         self.register_module("standardisation", None)
-        self.execution = "auto"
+        self.implementation = "auto"
         self.reset_parameters()
 
     def __init_subclass__(cls) -> None:
@@ -160,7 +161,7 @@ class ConditionalConv2d(nn.Module, Generic[V]):
         experts: Tensor = self.weight
         if self.standardisation is not None:
             experts, mixture = self.standardisation(experts, mixture)
-        return execute(input, experts, self.bias, mixture, self.geometry, self.execution)
+        return conditional_conv2d(input, experts, self.bias, mixture, self.geometry, self.implementation)
 
     def paper_weights(self) -> tuple[Tensor, Tensor | None]:
         """Experts and bias as the paper and other implementations hold them, with plain sigmoids in the router.

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from condconv_surgery.errors import InputError
 from condconv_surgery.layers.conditional import ConditionalConv2d
-from condconv_surgery.ops.conditional_conv2d import execute
+from condconv_surgery.ops.conditional_conv2d import conditional_conv2d
 from condconv_surgery.ops.graph_node import as_node, is_traced
 from condconv_surgery.ops.mixture import Mixture
 from condconv_surgery.recipe import Variant
@@ -48,5 +48,5 @@ class ConditionalLinear(ConditionalConv2d[Variant]):
         flat = input.reshape(input.shape[0], middle.numel(), self.in_features)
         tokens = flat.transpose(1, 2).unsqueeze(-1)  # [B, I, N, 1]
         mixture = self.route(tokens) if mixture is None else mixture
-        y = execute(tokens, self.weight, self.bias, mixture, self.geometry, self.execution)
+        y = conditional_conv2d(tokens, self.weight, self.bias, mixture, self.geometry, self.implementation)
         return y.squeeze(-1).transpose(1, 2).reshape(input.shape[0], *middle, self.out_features)

@@ -17,7 +17,8 @@ from condconv_surgery.layers.conditional import ConditionalConv2d
 from condconv_surgery.layers.router import Router, router_for, temperature_buffer, zero_linear_
 from condconv_surgery.ops.backends import cpp as native
 from condconv_surgery.ops.backends import triton as gpu
-from condconv_surgery.ops.mixture import ConvGeometry, Mixture
+from condconv_surgery.ops.geometry import ConvGeometry
+from condconv_surgery.ops.mixture import Mixture
 from condconv_surgery.recipe import DynamicConv
 
 

@@ -12,10 +12,10 @@ from torch import nn
 from condconv_surgery.errors import InputError
 from condconv_surgery.layers.conditional import LAYERS, ConditionalConv2d
 from condconv_surgery.layers.conditional_linear import ConditionalLinear
+from condconv_surgery.layers.conv2d_subclasses import geometry_of, layer_of_timm
 from condconv_surgery.layers.router import Router, make_router
 from condconv_surgery.layers.weight_standardisation import standardisation_of
-from condconv_surgery.ops.conv2d_subclasses import TF_SAME, layer_of_timm
-from condconv_surgery.ops.mixture import ConvGeometry
+from condconv_surgery.ops.geometry import TF_SAME
 from condconv_surgery.recipe import Variant
 
 
@@ -35,7 +35,7 @@ def conditional_like(
         )
     else:
         layer = LAYERS.get(type(variant), ConditionalConv2d)(
-            **asdict(ConvGeometry.of(module)), bias=has_bias, device=device, dtype=weight.dtype, variant=variant
+            **asdict(geometry_of(module)), bias=has_bias, device=device, dtype=weight.dtype, variant=variant
         )
         layer.standardisation = standardisation_of(module)
     if not initialise:
@@ -59,7 +59,7 @@ def _give_memory(layer: ConditionalConv2d[Variant], device: torch.device) -> Non
 def plain_like(layer: ConditionalConv2d[Any]) -> nn.Conv2d | nn.Linear:
     """The plain layer that ``layer`` stands for: its geometry and dtype, without weights (on the meta device).
 
-    Raises ``InputError`` where that is a layer of timm (``ops.conv2d_subclasses``) and timm is not installed.
+    Raises ``InputError`` where that is a layer of timm (``layers.conv2d_subclasses``) and timm is not installed.
     """
     g, has_bias, dtype = layer.geometry, layer.bias is not None, layer.weight.dtype
     if isinstance(layer, ConditionalLinear):

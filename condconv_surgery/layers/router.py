@@ -12,8 +12,9 @@ from condconv_surgery.errors import InputError
 from condconv_surgery.ops.autocast import is_autocast_on
 from condconv_surgery.ops.backends import cpp as native
 from condconv_surgery.ops.backends import triton as gpu
+from condconv_surgery.ops.geometry import ConvGeometry
 from condconv_surgery.ops.graph_node import as_node, is_traced
-from condconv_surgery.ops.mixture import ConvGeometry, Mixture
+from condconv_surgery.ops.mixture import Mixture
 from condconv_surgery.recipe import VARIANTS, Variant
 
 

@@ -24,8 +24,8 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor, nn
 
+from condconv_surgery.layers.conv2d_subclasses import is_standardised
 from condconv_surgery.ops.autocast import is_autocast_on
-from condconv_surgery.ops.conv2d_subclasses import is_standardised
 from condconv_surgery.ops.mixture import Mixture
 
 
@@ -41,7 +41,7 @@ class WeightStandardisation(nn.Module):
         self.gain = None if gain is None else nn.Parameter(gain)
 
     def forward(self, experts: Tensor, mixture: Mixture) -> tuple[Tensor, Mixture]:
-        """experts: [E, O, I/G, kh, kw], mixture: of B samples, made for them; both as ``execute`` takes them."""
+        """experts: [E, O, I/G, kh, kw]. mixture: of B samples. Returns both as ``conditional_conv2d`` takes them."""
         centred = experts - experts.mean((2, 3, 4), keepdim=True)
         flat = centred.flatten(2)  # [E, O, n]
         gate = mixture.gate

@@ -11,7 +11,8 @@ import torchvision
 from torch import nn
 
 from condconv_surgery.errors import InputError, unknown_name
-from condconv_surgery.layers import ConvGeometry, conditional_like
+from condconv_surgery.layers import conditional_like
+from condconv_surgery.layers.conv2d_subclasses import geometry_of
 from condconv_surgery.recipe import ConvertedLayer, Source
 from condconv_surgery.surgery.upcycle import move_hooks
 
@@ -47,7 +48,7 @@ def put_conditional(skeleton: nn.Module, row: ConvertedLayer) -> None:
     plain = skeleton.get_submodule(row.names[0])
     if not isinstance(plain, nn.Linear if row.linear else nn.Conv2d):
         raise AttributeError(f"{row.names[0]} is a {type(plain).__name__}")
-    if plain.weight.shape[:2] != ConvGeometry.of(plain).weight_shape[:2]:
+    if plain.weight.shape[:2] != geometry_of(plain).weight_shape[:2]:
         raise AttributeError(f"{row.names[0]} is not what its weight is")
     layer = conditional_like(plain, row.variant)
     move_hooks(plain, layer)

@@ -10,16 +10,17 @@ from condconv_surgery.ops.backends import cpp as native
 from condconv_surgery.ops.backends import triton as gpu
 from condconv_surgery.ops.cost_model import scales_belong_in_the_kernel
 from condconv_surgery.ops.dispatch import choose
+from condconv_surgery.ops.geometry import ConvGeometry
 from condconv_surgery.ops.implementations import WAYS, Way, legal_ways
-from condconv_surgery.ops.mixture import ConvGeometry, Mixture
+from condconv_surgery.ops.mixture import Mixture
 
 SCALES_ITS_KERNELS = ("blocks", "plain")
 """Ways that can take ``in_scale`` and ``out_scale`` into the kernels."""
 
-__all__ = ["WAYS", "choose", "execute", "legal_ways"]
+__all__ = ["WAYS", "choose", "conditional_conv2d", "legal_ways"]
 
 
-def execute(
+def conditional_conv2d(
     x: Tensor, experts: Tensor, bias: Tensor | None, mixture: Mixture, geometry: ConvGeometry, way: str = "auto"
 ) -> Tensor:
     """``y_b = out_scale_b * conv(in_scale_b * x_b, W_b) + bias_b``.
@@ -72,8 +73,8 @@ def _legal(way: str, x: Tensor, mixture: Mixture, geometry: ConvGeometry) -> str
         return legal[0]  # nothing to compute: no reason to refuse
     if way not in legal:
         raise InputError(
-            f"execution={way!r} cannot compute this layer on a batch of {x.shape[0]}.",
+            f"implementation={way!r} cannot compute this layer on a batch of {x.shape[0]}.",
             f"Here it can be: auto, {', '.join(legal)}.",
-            "execution='auto'",
+            "implementation='auto'",
         )
     return way

@@ -15,8 +15,9 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from condconv_surgery.ops.geometry import ConvGeometry
 from condconv_surgery.ops.implementations import one_kernel_for_all
-from condconv_surgery.ops.mixture import ConvGeometry, Mixture
+from condconv_surgery.ops.mixture import Mixture
 
 NOMINAL_BATCH = 32
 """The batch that decides whether a tensor is large; a real one may be symbolic."""

@@ -8,9 +8,10 @@ from torch import Tensor
 from condconv_surgery.ops.backends import cpp as native
 from condconv_surgery.ops.bounded_cache import remember
 from condconv_surgery.ops.cost_model import estimate, scales_belong_in_the_kernel
+from condconv_surgery.ops.geometry import ConvGeometry
 from condconv_surgery.ops.implementations import legal_ways, one_kernel_for_all
 from condconv_surgery.ops.implementations.per_sample_conv import counts_as_cpu
-from condconv_surgery.ops.mixture import ConvGeometry, Mixture
+from condconv_surgery.ops.mixture import Mixture
 from condconv_surgery.ops.tracing_state import is_watched
 
 NEEDS_THIS_PACKAGE = "blocks"

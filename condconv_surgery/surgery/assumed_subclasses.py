@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from condconv_surgery.errors import InputError, ProofError, listed, nearest, one_line
-from condconv_surgery.ops.conv2d_subclasses import full_name, is_known_otherwise, is_understood
+from condconv_surgery.layers.conv2d_subclasses import full_name, is_known_otherwise, is_understood
 from condconv_surgery.surgery.conv_sites import ConvSite
 from condconv_surgery.surgery.proof import Outputs, allowed, compare
 

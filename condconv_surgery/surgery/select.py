@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from condconv_surgery.errors import InputError
-from condconv_surgery.ops.conv2d_subclasses import full_name, is_understood
+from condconv_surgery.layers.conv2d_subclasses import full_name, is_understood
 from condconv_surgery.recipe import Selection, SharedRouter
 from condconv_surgery.surgery.assumed_subclasses import require_classes, what_would_be_lost
 from condconv_surgery.surgery.conv_sites import ConvSite, Sites

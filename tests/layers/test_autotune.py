@@ -45,4 +45,4 @@ def test_the_faster_way_is_kept_and_named(monkeypatch: pytest.MonkeyPatch) -> No
     assert autotune(model, torch.randn(4, 6, 9, 9)) == dict.fromkeys(conditional_layers(model), "grouped")
     times["grouped"] = 0.95  # not worth a change
     assert autotune(model, torch.randn(4, 6, 9, 9)) == {}
-    assert {layer.execution for layer in conditional_layers(model).values()} == {"auto"}
+    assert {layer.implementation for layer in conditional_layers(model).values()} == {"auto"}

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 import condconv_surgery as cs
 from condconv_surgery.errors import InputError
-from condconv_surgery.layers import CondConv2d, ConvGeometry, Mixture, conditional_like, plain_like
-from condconv_surgery.ops.conditional_conv2d import execute
+from condconv_surgery.layers import CondConv2d, Mixture, conditional_like, plain_like
+from condconv_surgery.layers.conv2d_subclasses import geometry_of
+from condconv_surgery.ops.conditional_conv2d import conditional_conv2d
 from condconv_surgery.ops.implementations import legal_ways
 from condconv_surgery.recipe import VARIANTS, CondConv, Variant
 from condconv_surgery.reporting.measure.profile_model import profile
@@ -51,7 +52,7 @@ def one_by_one(plain: nn.Conv2d, x: Tensor, experts: Tensor, gate: Tensor) -> Te
 @pytest.mark.parametrize("name", SAME)
 def test_every_way_pads_as_timm_by_the_size_of_the_input(name: str, size: tuple[int, int]) -> None:
     plain = same(name)
-    geometry = ConvGeometry.of(plain)
+    geometry = geometry_of(plain)
     for batch in (1, 3):
         x = torch.randn(batch, 8, *size, dtype=torch.float64, requires_grad=True)
         experts = torch.randn(3, *geometry.weight_shape, dtype=torch.float64, requires_grad=True)
@@ -59,7 +60,7 @@ def test_every_way_pads_as_timm_by_the_size_of_the_input(name: str, size: tuple[
         expected = one_by_one(plain, x, experts, gate) - plain.bias[:, None, None]
         wanted = torch.autograd.grad(expected.square().sum(), (x, experts, gate))
         for way in ["auto", *legal_ways(batch, Mixture(gate), geometry)]:
-            y = execute(x, experts, None, Mixture(gate), geometry, way)
+            y = conditional_conv2d(x, experts, None, Mixture(gate), geometry, way)
             torch.testing.assert_close(y, expected)
             for found, want in zip(torch.autograd.grad(y.square().sum(), (x, experts, gate)), wanted, strict=True):
                 torch.testing.assert_close(found, want)

@@ -20,7 +20,7 @@ from condconv_surgery.errors import InputError
 from condconv_surgery.layers import CondConv2d, ConvGeometry, Mixture, ODConv2d
 from condconv_surgery.ops.backends import cpp as native
 from condconv_surgery.ops.backends.cpp import compile as building
-from condconv_surgery.ops.conditional_conv2d import choose, execute
+from condconv_surgery.ops.conditional_conv2d import choose, conditional_conv2d
 from condconv_surgery.ops.implementations import blockwise as blocks
 from condconv_surgery.recipe import CondConv
 from tests.geometries import GEOMETRIES, without_bias
@@ -96,7 +96,7 @@ def assert_equals_the_loop(
 ) -> None:
     """In values, and in the gradients of ``leaves``."""
     expected = values_and_gradients(per_sample_loop(x, experts, None, mixture, geometry), leaves)
-    actual = values_and_gradients(execute(x, experts, None, mixture, geometry, "blocks"), leaves)
+    actual = values_and_gradients(conditional_conv2d(x, experts, None, mixture, geometry, "blocks"), leaves)
     for a, e in zip(actual, expected, strict=True):
         assert (a - e).abs().max() <= tolerance * max(1.0, e.abs().max().item())
 
@@ -118,19 +118,19 @@ class TestCompiled:
                 return
             leaves = [t for t in (x, experts, *mixture) if t is not None]
             expected = values_and_gradients(per_sample_loop(x, experts, bias, mixture, geometry), leaves)
-            actual = values_and_gradients(execute(x, experts, bias, mixture, geometry, "blocks"), leaves)
+            actual = values_and_gradients(conditional_conv2d(x, experts, bias, mixture, geometry, "blocks"), leaves)
             with torch.no_grad():  # past the operator, and for views of other strides
                 strided = x.transpose(2, 3).contiguous().transpose(2, 3)
                 for view in (x, strided):
                     if not native.fits(view, experts, geometry.stride, geometry.groups):
                         continue
-                    assert torch.equal(execute(view, experts, bias, mixture, geometry, "blocks"), actual[0])
+                    assert torch.equal(conditional_conv2d(view, experts, bias, mixture, geometry, "blocks"), actual[0])
                     at_once = native.convolve_at_once(view, experts, mixture, geometry)
                     if at_once is None:
                         assert mixture.gate is None
                         assert mixture.spatial is None
                     else:
-                        assert torch.equal(execute(view, experts, bias, mixture, geometry), actual[0])
+                        assert torch.equal(conditional_conv2d(view, experts, bias, mixture, geometry), actual[0])
             for a, e in zip(actual, expected, strict=True):
                 assert (a - e).abs().max() <= 2e-5 * max(1.0, e.abs().max().item())
 
@@ -178,7 +178,9 @@ class TestCompiled:
         try:
             for threads in (1, 2, 3, 5, 16):
                 torch.set_num_threads(threads)
-                found.append(values_and_gradients(execute(x, experts, None, mixture, geometry, "blocks"), leaves))
+                found.append(
+                    values_and_gradients(conditional_conv2d(x, experts, None, mixture, geometry, "blocks"), leaves)
+                )
         finally:
             torch.set_num_threads(before)
         for one, other in itertools.pairwise(found):
@@ -198,7 +200,7 @@ class TestCompiled:
             ((x, experts.detach(), fixed), [0]),
             ((x.detach(), experts, fixed), [1]),
         ):
-            y = execute(given[0], given[1], None, given[2], geometry, "blocks")
+            y = conditional_conv2d(given[0], given[1], None, given[2], geometry, "blocks")
             found = torch.autograd.grad(y.sum(), [leaves[i] for i in asked])
             for i, a in zip(asked, found, strict=True):
                 assert (a - expected[i]).abs().max() <= 2e-5 * expected[i].abs().max()
@@ -214,7 +216,7 @@ class TestCompiled:
         }[layout].requires_grad_()
         leaves = [x, experts]
         expected = values_and_gradients(per_sample_loop(x, experts, None, mixture, geometry), leaves)
-        actual = values_and_gradients(execute(x, experts, None, mixture, geometry, "blocks"), leaves)
+        actual = values_and_gradients(conditional_conv2d(x, experts, None, mixture, geometry, "blocks"), leaves)
         for a, e in zip(actual, expected, strict=True):
             assert (a - e).abs().max() <= 1e-4
 
@@ -263,7 +265,7 @@ class TestCompiled:
             assert native.convolve_at_once(x, experts[:1], scale, geometry) is not None
             with torch.autocast("cpu", dtype=torch.bfloat16):
                 assert native.convolve_at_once(x, experts, mixture, geometry) is None
-                assert execute(x, experts, None, mixture, geometry).dtype == torch.bfloat16
+                assert conditional_conv2d(x, experts, None, mixture, geometry).dtype == torch.bfloat16
 
     @pytest.mark.parametrize("kernel", [3, 5])
     @pytest.mark.parametrize("stride", [1, 2, 3])
@@ -275,7 +277,7 @@ class TestCompiled:
             leaves = [x, experts.requires_grad_()]
             mixture = Mixture(out_scale=torch.ones(2, 2))
             expected = values_and_gradients(per_sample_loop(x, experts, None, mixture, geometry), leaves)
-            actual = values_and_gradients(execute(x, experts, None, mixture, geometry, "blocks"), leaves)
+            actual = values_and_gradients(conditional_conv2d(x, experts, None, mixture, geometry, "blocks"), leaves)
             for a, e in zip(actual, expected, strict=True):
                 assert (a - e).abs().max() <= 2e-5 * max(1.0, e.abs().max().item())
 
@@ -290,12 +292,12 @@ class TestCompiled:
             leaves = [x.requires_grad_(), experts.requires_grad_()]
             expected = per_sample_loop(x, experts, None, mixture, geometry)
             with torch.no_grad():
-                actual = execute(x, experts, None, mixture, geometry)
+                actual = conditional_conv2d(x, experts, None, mixture, geometry)
             torch.testing.assert_close(actual, expected, equal_nan=True, rtol=1e-4, atol=1e-5)
             if groups == 1:
                 continue
             expected = values_and_gradients(expected, leaves)[2]
-            actual = values_and_gradients(execute(x, experts, None, mixture, geometry, "blocks"), leaves)[2]
+            actual = values_and_gradients(conditional_conv2d(x, experts, None, mixture, geometry, "blocks"), leaves)[2]
             assert expected.isfinite()[:, 2, 0, :, 0].all()  # the left taps, which never meet the last column
             torch.testing.assert_close(actual, expected, equal_nan=True, rtol=1e-4, atol=1e-4)
 
@@ -320,7 +322,9 @@ class TestCompiled:
     def test_what_torch_refuses_is_refused(self) -> None:
         geometry = ConvGeometry.make(1, 4, 3)
         with torch.no_grad(), pytest.raises(RuntimeError, match=r"it must have \[2, 4, 4, 3, 3\]"):
-            execute(torch.randn(3, 4, 9, 9), torch.randn(2, 4, 1, 3, 3), None, Mixture(torch.rand(3, 2)), geometry)
+            conditional_conv2d(
+                torch.randn(3, 4, 9, 9), torch.randn(2, 4, 1, 3, 3), None, Mixture(torch.rand(3, 2)), geometry
+            )
         layer = CondConv2d(8, 16, 3, stride=2, variant=CondConv(experts=2))
         for recording in (True, False):
             with torch.set_grad_enabled(recording), pytest.raises(RuntimeError, match="Kernel size can't be greater"):
@@ -360,7 +364,7 @@ class TestCompiled:
         leaves = [x, experts, gate]
         tolerance = 2e-2 if dtype == torch.bfloat16 else 1e-4
         expected = values_and_gradients(per_sample_loop(x, experts, None, Mixture(gate.float()), geometry), leaves)
-        actual = values_and_gradients(execute(x, experts, None, Mixture(gate), geometry, "blocks"), leaves)
+        actual = values_and_gradients(conditional_conv2d(x, experts, None, Mixture(gate), geometry, "blocks"), leaves)
         for a, e in zip(actual, expected, strict=True):
             assert a.dtype == e.dtype
             assert (a - e).abs().max() <= tolerance * max(1.0, e.abs().max().item())
@@ -379,7 +383,7 @@ class TestCompiled:
         geometry = ConvGeometry.make(8, 16, (3, 1))
         with torch.no_grad():
             expected = per_sample_loop(x, weight, None, Mixture(gate), geometry)
-            actual = execute(x, weight, None, Mixture(gate), geometry, "blocks")
+            actual = conditional_conv2d(x, weight, None, Mixture(gate), geometry, "blocks")
         torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
 
     def test_a_compiled_program_of_inductor(self) -> None:

@@ -21,7 +21,8 @@ from condconv_surgery.ops import cost_model as cost
 from condconv_surgery.ops import dispatch as choice
 from condconv_surgery.ops.cost_model import CPU, NOMINAL_BATCH, estimate
 from condconv_surgery.ops.dispatch import candidates, choose
-from condconv_surgery.ops.mixture import ConvGeometry, Mixture
+from condconv_surgery.ops.geometry import ConvGeometry
+from condconv_surgery.ops.mixture import Mixture
 from condconv_surgery.recipe import CondConv, ODConv, Variant
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"

@@ -9,7 +9,7 @@ import torch
 
 from condconv_surgery.errors import InputError
 from condconv_surgery.layers import ConvGeometry, Mixture, conditional_like
-from condconv_surgery.ops.conditional_conv2d import WAYS, execute, legal_ways
+from condconv_surgery.ops.conditional_conv2d import WAYS, conditional_conv2d, legal_ways
 from condconv_surgery.ops.implementations import block_sizes as blocking
 from condconv_surgery.ops.implementations import blockwise as blocks
 from condconv_surgery.recipe import CondConv, DynamicConv, ODConv, Variant
@@ -69,7 +69,7 @@ def test_every_legal_way_equals_the_loop(name: str, parts: str, dtype: torch.dty
         leaves = [t for t in (x, experts, bias, *mixture) if t is not None]
         expected = values_and_gradients(per_sample_loop(x, experts, bias, mixture, geometry), leaves)
         for way in ["auto", *legal_ways(batch, mixture, geometry)]:
-            actual = values_and_gradients(execute(x, experts, bias, mixture, geometry, way), leaves)
+            actual = values_and_gradients(conditional_conv2d(x, experts, bias, mixture, geometry, way), leaves)
             for a, e in zip(actual, expected, strict=True):
                 scale = max(1.0, e.abs().max().item())
                 assert (a - e).abs().max() <= TOLERANCE[dtype] * scale, way
@@ -88,7 +88,7 @@ def test_every_way_is_reached_by_the_table() -> None:
 def test_empty_batch(name: str) -> None:
     geometry = ConvGeometry.make(**without_bias(GEOMETRIES[name]))
     x, experts, bias, mixture = make_case(geometry, MIXTURES["everything"], 0, True, torch.float32)
-    y = execute(x, experts, bias, mixture, geometry)
+    y = conditional_conv2d(x, experts, bias, mixture, geometry)
     assert y.shape == torch.nn.Conv2d(**GEOMETRIES[name])(x).shape
     y.sum().backward()
     assert x.grad is not None
@@ -103,17 +103,19 @@ def test_channels_last_input_gives_the_same(name: str, way: str) -> None:
         x, experts, bias, mixture = make_case(geometry, MIXTURES[parts], batch, True, torch.float64)
         if way not in legal_ways(batch, mixture, geometry):
             continue
-        last = execute(x.to(memory_format=torch.channels_last), experts, bias, mixture, geometry, way)
-        torch.testing.assert_close(last, execute(x, experts, bias, mixture, geometry, way), rtol=0, atol=1e-12)
+        last = conditional_conv2d(x.to(memory_format=torch.channels_last), experts, bias, mixture, geometry, way)
+        torch.testing.assert_close(
+            last, conditional_conv2d(x, experts, bias, mixture, geometry, way), rtol=0, atol=1e-12
+        )
 
 
 def test_an_illegal_way_says_which_are_legal() -> None:
     geometry = ConvGeometry.make(8, 12, 3)
     x, experts, bias, mixture = make_case(geometry, ("gate",), 3, True, torch.float32)
     with pytest.raises(
-        InputError, match=r"execution='bmm' cannot .* batch of 3(.|\n)*blocks, grouped, loop, unfold, outputs"
+        InputError, match=r"implementation='bmm' cannot .* batch of 3(.|\n)*blocks, grouped, loop, unfold, outputs"
     ):
-        execute(x, experts, bias, mixture, geometry, "bmm")
+        conditional_conv2d(x, experts, bias, mixture, geometry, "bmm")
 
 
 @pytest.mark.parametrize(
@@ -160,7 +162,7 @@ def test_blocks_of_few_samples_and_filters_equal_the_loop(
     monkeypatch.setattr(blocking, "MOST_KERNEL_BYTES", 2 * geometry.weight_numel * 8)
     monkeypatch.setattr(blocking, "MOST_CACHED_BYTES", 2 * geometry.weight_numel * fewest // 2)
     monkeypatch.setattr(blocking, "FEWEST_FILTERS", fewest)
-    y = execute(x.to(memory_format=memory_format), experts, None, mixture, geometry, "blocks")
+    y = conditional_conv2d(x.to(memory_format=memory_format), experts, None, mixture, geometry, "blocks")
     assert y.is_contiguous(memory_format=memory_format)
     expected = values_and_gradients(per_sample_loop(x, experts, None, mixture, geometry), leaves)
     for a, e in zip(values_and_gradients(y, leaves), expected, strict=True):
@@ -196,10 +198,12 @@ def test_a_block_and_its_experts_fit_in_the_cache(
 @pytest.mark.parametrize("kernel", [1, 3])
 def test_blocks_give_each_gradient_alone(kernel: int, wanted: int) -> None:
     geometry, x, experts, mixture, leaves = layer_case(kernel, 1, 12, 3, "everything")
-    expected = values_and_gradients(execute(x, experts, None, mixture, geometry, "grouped"), [leaves[wanted]])[1]
+    expected = values_and_gradients(
+        conditional_conv2d(x, experts, None, mixture, geometry, "grouped"), [leaves[wanted]]
+    )[1]
     for leaf in leaves:
         leaf.requires_grad_(leaf is leaves[wanted])
-    y = execute(x, experts, None, mixture, geometry, "blocks")
+    y = conditional_conv2d(x, experts, None, mixture, geometry, "blocks")
     torch.testing.assert_close(values_and_gradients(y, [leaves[wanted]])[1], expected, rtol=0, atol=1e-11)
 
 
@@ -227,7 +231,7 @@ def test_kernels_are_kept_for_backward_where_they_are_small_and_unscaled(
         monkeypatch.setattr(blocks, "MOST_KEPT_SHARE", share)
         kept: list[torch.Tensor] = []
         with torch.autograd.graph.saved_tensors_hooks(lambda t, kept=kept: kept.append(t) or t, lambda t: t):
-            y = execute(x, experts, None, mixture, geometry, "blocks")
+            y = conditional_conv2d(x, experts, None, mixture, geometry, "blocks")
         assert (5 * geometry.weight_numel in {t.numel() for t in kept}) == keeps
         for a, e in zip(values_and_gradients(y, leaves), expected, strict=True):
             torch.testing.assert_close(a, e, rtol=0, atol=1e-11)
@@ -238,11 +242,11 @@ def test_blocks_keep_no_kernel_for_backward(parts: str, size: int) -> None:
     geometry, x, experts, mixture, leaves = layer_case(3, 1, size, 64, parts)
     kept: list[torch.Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
-        execute(x, experts, None, mixture, geometry, "blocks")
+        conditional_conv2d(x, experts, None, mixture, geometry, "blocks")
     assert {t.data_ptr() for t in kept if t.numel()} == {t.data_ptr() for t in leaves}
     kept.clear()
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
-        execute(x, experts, None, mixture, geometry, "grouped")
+        conditional_conv2d(x, experts, None, mixture, geometry, "grouped")
     assert max(t.numel() for t in kept) >= 64 * geometry.weight_numel
 
 
@@ -251,9 +255,9 @@ def test_blocks_keep_no_kernel_for_backward(parts: str, size: int) -> None:
 @pytest.mark.parametrize("kernel", [1, 3])
 def test_autocast_gives_its_dtype_and_exact_enough_gradients(kernel: int, parts: str, dtype: torch.dtype) -> None:
     geometry, x, experts, mixture, leaves = layer_case(kernel, 1, 12, 3, parts, torch.float32)
-    expected = values_and_gradients(execute(x, experts, None, mixture, geometry), leaves)
+    expected = values_and_gradients(conditional_conv2d(x, experts, None, mixture, geometry), leaves)
     with torch.autocast("cpu", dtype):
-        y = execute(x, experts, None, mixture, geometry)
+        y = conditional_conv2d(x, experts, None, mixture, geometry)
     assert y.dtype == dtype
     for a, e in zip(values_and_gradients(y, leaves)[1:], expected[1:], strict=True):
         assert a.dtype == torch.float32
@@ -307,7 +311,7 @@ def test_other_devices_equal_the_loop(name: str, device: str) -> None:
     moved = [t.detach().to(device).requires_grad_() for t in leaves]
     for way in ["auto", *legal_ways(3, mixture, geometry)]:
         with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-            y = execute(moved[0], moved[1], None, Mixture(*moved[2:]), geometry, way)
+            y = conditional_conv2d(moved[0], moved[1], None, Mixture(*moved[2:]), geometry, way)
             direction = torch.linspace(-1, 1, y.numel()).view(y.shape).to(device)
             found = [y, *torch.autograd.grad(y, moved, direction)]
         for a, e in zip(found, expected, strict=True):
@@ -317,8 +321,8 @@ def test_other_devices_equal_the_loop(name: str, device: str) -> None:
 @pytest.mark.parametrize("way", ["blocks", "grouped", "unfold", "outputs", "inputs"])
 def test_experts_may_be_more_exact_than_pictures(way: str) -> None:
     geometry, x, experts, mixture, _ = layer_case(3, 1, 12, 3, "gate")
-    expected = execute(x, experts, None, mixture, geometry, way)
-    found = execute(x.bfloat16(), experts.float(), None, mixture, geometry, way)
+    expected = conditional_conv2d(x, experts, None, mixture, geometry, way)
+    found = conditional_conv2d(x.bfloat16(), experts.float(), None, mixture, geometry, way)
     assert found.dtype == torch.bfloat16
     torch.testing.assert_close(found.double(), expected, rtol=0.05, atol=0.3)
 
@@ -329,7 +333,7 @@ def test_a_scale_alone_is_differentiated_in_every_way() -> None:
         leaf.requires_grad_(leaf is mixture.spatial)
     expected = values_and_gradients(per_sample_loop(x, experts, None, mixture, geometry), [mixture.spatial])
     for way in legal_ways(3, mixture, geometry):
-        found = values_and_gradients(execute(x, experts, None, mixture, geometry, way), [mixture.spatial])
+        found = values_and_gradients(conditional_conv2d(x, experts, None, mixture, geometry, way), [mixture.spatial])
         torch.testing.assert_close(found[1], expected[1], rtol=0, atol=1e-11)
 
 

@@ -26,7 +26,7 @@ from condconv_surgery.layers import ConvGeometry, Mixture, conditional_layers, c
 from condconv_surgery.ops.backends import triton as gpu
 from condconv_surgery.ops.backends.triton import availability
 from condconv_surgery.ops.backends.triton import triton_convolution as convolution
-from condconv_surgery.ops.conditional_conv2d import execute
+from condconv_surgery.ops.conditional_conv2d import conditional_conv2d
 from condconv_surgery.ops.implementations.per_sample_conv import format_of
 from condconv_surgery.recipe import CondConv, ODConv, Variant
 from tests.geometries import GEOMETRIES, without_bias
@@ -71,9 +71,9 @@ def compare(name: str, parts: str, dtype: torch.dtype, tolerance: float, last: b
     leaves[0] = x
     if watched:
         with FlopCounterMode(display=False):
-            y = execute(x, experts, None, mixture, geometry, "blocks")
+            y = conditional_conv2d(x, experts, None, mixture, geometry, "blocks")
     else:
-        y = execute(x, experts, None, mixture, geometry, "blocks")
+        y = conditional_conv2d(x, experts, None, mixture, geometry, "blocks")
     assert y.dtype == dtype
     actual = values_and_gradients(y, leaves)
     for number, (a, e) in enumerate(zip(actual, expected, strict=True)):
@@ -121,7 +121,7 @@ def test_a_mixture_for_other_samples_is_refused(part: str, shape: tuple[int, ...
     mixture = Mixture(gate=torch.ones(3, 2))._replace(**{part: torch.ones(shape)})
     x, experts, geometry = torch.ones(3, 3, 5, 5), torch.ones(2, 4, 3, 3, 3), ConvGeometry.make(3, 4, 3)
     with pytest.raises(InputError, match=rf"The {part} of a mixture has the shape"):
-        execute(x, experts, None, mixture, geometry, "blocks")
+        conditional_conv2d(x, experts, None, mixture, geometry, "blocks")
 
 
 def test_a_picture_smaller_than_the_kernel_is_refused(interpreted: None) -> None:
@@ -134,7 +134,7 @@ def test_float16_keeps_the_range_of_gradients(interpreted: None) -> None:
     """All scales are 2: in float16 the gradient of the experts would leave its range on the way."""
     x, experts = torch.ones(3, 3, 5, 5, dtype=torch.float16), torch.ones(2, 4, 3, 3, 3, requires_grad=True)
     full = Mixture(*(2 * torch.ones(shape) for shape in ((3, 2), (3, 3, 3), (3, 3), (3, 4))))
-    y = execute(x, experts, None, full, ConvGeometry.make(3, 4, 3), "blocks")
+    y = conditional_conv2d(x, experts, None, full, ConvGeometry.make(3, 4, 3), "blocks")
     (grad,) = torch.autograd.grad(y, experts, torch.full_like(y, 1000.0))
     torch.testing.assert_close(grad, torch.full_like(grad, 3 * 9 * 1000.0 * 2**4))
 
@@ -186,7 +186,7 @@ def test_the_kernel_of_one_is_mixed_in_its_layout(name: str, parts: str, interpr
             dense = geometry.groups == 1 and not geometry.pointwise
             assert (kernel is None) == (dense and format_of(given) == torch.contiguous_format)
             assert kernel is None or kernel.shape == geometry.weight_shape
-            y = execute(given, experts, None, mixture, geometry, "plain")
+            y = conditional_conv2d(given, experts, None, mixture, geometry, "plain")
             assert (y - expected).abs().max() <= TF32 * max(1.0, expected.abs().max().item())
             padded, padding = geometry.pad(given)
             rest = (None, geometry.stride, padding, geometry.dilation, geometry.groups)
@@ -268,7 +268,7 @@ def test_compiled_kernels_equal_the_loop(name: str, parts: str, dtype: torch.dty
     assert gpu.fits(geometry.pad(moved[0])[0], moved[1], mixture, geometry.stride, geometry.dilation, geometry.groups)
 
     def actual() -> list[torch.Tensor]:
-        y = execute(moved[0], moved[1], None, mixture, geometry, "blocks")
+        y = conditional_conv2d(moved[0], moved[1], None, mixture, geometry, "blocks")
         assert y.dtype == dtype
         assert y.is_contiguous(memory_format=layout)
         direction = torch.linspace(-1, 1, y.numel()).view(y.shape).to("cuda", dtype)

@@ -186,7 +186,7 @@ def test_a_batch_counts_as_one_image_and_the_way_of_execution_does_not_matter() 
     assert profile(model, torch.randn(5, 3, 64, 64)) == expected
     for module in model.modules():
         if hasattr(module, "execution"):
-            module.execution = "outputs"
+            module.implementation = "outputs"
     assert profile(model, torch.randn(5, 3, 64, 64)).macs == expected.macs
 
 

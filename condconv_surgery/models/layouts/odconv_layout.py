@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from condconv_surgery.errors import InputError
 from condconv_surgery.layers import ConditionalConv2d, ODConv2d, conditional_layers
-from condconv_surgery.ops.conv2d_subclasses import TF_SAME
+from condconv_surgery.ops.geometry import TF_SAME
 from condconv_surgery.recipe import ConvertedLayer, ODConv, Variant
 
 State = dict[str, Tensor]

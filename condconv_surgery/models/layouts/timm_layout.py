@@ -15,13 +15,13 @@ from condconv_surgery.errors import InputError
 from condconv_surgery.layers import (
     CondConv2d,
     ConditionalConv2d,
-    ConvGeometry,
     RoutedBlock,
     conditional_layers,
     routed_blocks,
 )
+from condconv_surgery.layers.conv2d_subclasses import geometry_of
 from condconv_surgery.models.build_model import put_conditional, require_timm
-from condconv_surgery.ops.conv2d_subclasses import TF_SAME
+from condconv_surgery.ops.geometry import TF_SAME
 from condconv_surgery.recipe import CondConv, ConvertedLayer, SharedRouter, Source
 from condconv_surgery.surgery import BlockError, route_block
 
@@ -139,7 +139,7 @@ def _departure(block: nn.Module) -> str:
         if isinstance(module, nn.BatchNorm2d) and module.eps != _EPS:
             return f"has a norm with eps={module.eps:g}, timm's networks with CondConv have {_EPS:g}"
         if isinstance(module, (nn.Conv2d, ConditionalConv2d)):
-            g = module.geometry if isinstance(module, ConditionalConv2d) else ConvGeometry.of(module)
+            g = module.geometry if isinstance(module, ConditionalConv2d) else geometry_of(module)
             if g.stride != (1, 1) and not g.pointwise and g.padding != TF_SAME:
                 return f"pads by {g.padding}, timm's networks with CondConv by the size of the input"
     return ""

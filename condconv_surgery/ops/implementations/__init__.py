@@ -23,10 +23,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from condconv_surgery.ops.backends import triton as gpu
+from condconv_surgery.ops.geometry import ConvGeometry
 from condconv_surgery.ops.implementations.blockwise import convolve_in_blocks
 from condconv_surgery.ops.implementations.mix_kernels import mix_kernels
 from condconv_surgery.ops.implementations.per_sample_conv import format_of
-from condconv_surgery.ops.mixture import ConvGeometry, Mixture
+from condconv_surgery.ops.mixture import Mixture
 
 Way = Callable[[Tensor, Tensor, Mixture, ConvGeometry], Tensor]
 

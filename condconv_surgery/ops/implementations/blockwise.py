@@ -16,6 +16,7 @@ from torch import Tensor
 
 from condconv_surgery.ops.backends import cpp as native
 from condconv_surgery.ops.backends import triton as gpu
+from condconv_surgery.ops.geometry import ConvGeometry
 from condconv_surgery.ops.implementations.block_sizes import blocks_of, room_for
 from condconv_surgery.ops.implementations.mix_kernels import (
     empty_gradients,
@@ -33,7 +34,7 @@ from condconv_surgery.ops.implementations.per_sample_conv import (
     is_stacked,
 )
 from condconv_surgery.ops.large_pages import in_large_pages
-from condconv_surgery.ops.mixture import ConvGeometry, Mixture
+from condconv_surgery.ops.mixture import Mixture
 
 MOST_KEPT_SHARE = 3
 """Kernels of a sample up to so many times its activations are kept for backward rather than made again. It adds little

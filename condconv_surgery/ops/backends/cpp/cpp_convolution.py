@@ -10,9 +10,10 @@ from torch import Tensor
 
 from condconv_surgery.ops.backends.cpp.compile import extension
 from condconv_surgery.ops.backends.cpp.cpp_eligibility import code_for
+from condconv_surgery.ops.geometry import ConvGeometry
 from condconv_surgery.ops.implementations.mix_kernels import mix_experts, unmix_kernels
 from condconv_surgery.ops.implementations.per_sample_conv import format_of
-from condconv_surgery.ops.mixture import ConvGeometry, Mixture
+from condconv_surgery.ops.mixture import Mixture
 
 MOST_TAPS = 81
 """Positions of a kernel: the compiled code mixes all of a channel at a time, for a dense layer in a part of the first

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from condconv_surgery.ops.backends.triton.triton_convolution import convolve, convolve_backward, fits, kernel_of_one
+from condconv_surgery.ops.geometry import ConvGeometry
 from condconv_surgery.ops.implementations.mix_kernels import empty_gradients
 from condconv_surgery.ops.implementations.per_sample_conv import format_of
-from condconv_surgery.ops.mixture import ConvGeometry, Mixture
+from condconv_surgery.ops.mixture import Mixture
 from condconv_surgery.ops.tracing_state import are_plain, is_watched
 
 

@@ -1,6 +1,6 @@
-"""Subclasses of ``nn.Conv2d`` that compute something else, and what is known of them.
+"""Subclasses of ``nn.Conv2d`` that compute something else than ``nn.Conv2d``, and what they compute.
 
-They are told by the full name of the class whose ``forward`` runs, so that no library is imported to look.
+They are recognised by the full name of the class whose ``forward`` runs, so no library is imported.
 """
 
 from __future__ import annotations
@@ -10,17 +10,14 @@ import importlib
 from torch import nn
 
 from condconv_surgery.errors import InputError
-
-TF_SAME = "tf_same"
-"""The padding of TensorFlow's "SAME": ``ceil(H / stride)`` positions, with margins that follow from the size of the
-input; the odd pixel goes to the right and to the bottom."""
+from condconv_surgery.ops.geometry import TF_SAME, ConvGeometry
 
 PADDINGS = {
     "timm.layers.conv2d_same.Conv2dSame": TF_SAME,
     "timm.layers.std_conv.StdConv2dSame": TF_SAME,
     "timm.layers.std_conv.ScaledStdConv2dSame": TF_SAME,
 }
-"""Classes that pad so, always with zeros; those with an attribute ``same_pad`` only where it is true."""
+"""The padding of these classes, always with zeros. Where there is an attribute ``same_pad``, only if it is true."""
 
 STANDARDISED = (
     "timm.layers.std_conv.StdConv2d",
@@ -31,25 +28,41 @@ STANDARDISED = (
 """Classes that standardise their weight at each call (``layers.weight_standardisation``)."""
 
 
+def geometry_of(module: nn.Conv2d | nn.Linear) -> ConvGeometry:
+    """The geometry of a convolution, or of a Linear as a 1x1 convolution."""
+    if isinstance(module, nn.Linear):
+        return ConvGeometry.make(module.in_features, module.out_features, 1)
+    return ConvGeometry.make(
+        module.in_channels,
+        module.out_channels,
+        module.kernel_size,  # type: ignore[arg-type]
+        module.stride,  # type: ignore[arg-type]
+        padding_of(module),
+        module.dilation,  # type: ignore[arg-type]
+        module.groups,
+        module.padding_mode,
+    )
+
+
 def padding_of(module: nn.Conv2d) -> tuple[int, int] | int | str:
-    """What a convolution pads with: as its class computes it, or else its attribute."""
+    """The padding that a convolution applies: that of its class if listed in ``PADDINGS``, else its attribute."""
     known = PADDINGS.get(forward_of(type(module))) if getattr(module, "same_pad", True) else None
     return module.padding if known is None else known  # type: ignore[return-value]
 
 
 def is_standardised(module: nn.Module) -> bool:
-    """Whether it standardises its weight at each call."""
+    """Whether the module standardises its weight at each call."""
     return forward_of(type(module)) in STANDARDISED
 
 
 def is_understood(cls: type[nn.Module]) -> bool:
-    """Whether a class computes a convolution that a conditional layer can stand for."""
+    """Whether a conditional layer can replace modules of this class."""
     plain = cls.forward is nn.Conv2d.forward and cls._conv_forward is nn.Conv2d._conv_forward  # type: ignore[attr-defined]
     return plain or is_known_otherwise(cls)
 
 
 def is_known_otherwise(cls: type[nn.Module]) -> bool:
-    """Whether a class computes something else than ``nn.Conv2d``, and it is known what."""
+    """Whether a class computes something else than ``nn.Conv2d`` that is listed here."""
     return forward_of(cls) in PADDINGS or forward_of(cls) in STANDARDISED
 
 
