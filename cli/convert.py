@@ -201,9 +201,9 @@ def _print_plan(plan: Plan) -> None:
 
 def _summary(source: str, path: Path, variant: Variant, conversion: Conversion) -> dict[str, Any]:
     from condconv_surgery.recipe import recipe_of
-    from condconv_surgery.reporting import report
+    from condconv_surgery.reporting import profile
 
-    totals = report(conversion.model).to_dict()
+    totals = profile(conversion.model)
     recipe, difference = recipe_of(conversion.model), conversion.difference
     assert difference is not None
     return {
@@ -214,8 +214,8 @@ def _summary(source: str, path: Path, variant: Variant, conversion: Conversion) 
         "converted": len(conversion.plan.to_convert),
         "routers": len(conversion.plan.to_convert) - sum(len(router.layers) - 1 for router in conversion.plan.routers),
         "skipped": _skipped(conversion.plan),
-        "parameters": {name: totals["parameters"][name] for name in ("before", "after")},
-        "macs": {name: totals["macs"][name] for name in ("before", "after")},
+        "parameters": {"before": totals.parameters_before, "after": totals.parameters},
+        "macs": {"before": totals.macs_before, "after": totals.macs.total},
         "difference": {
             "eval": difference.eval and difference.eval.absolute,
             "train": difference.train and difference.train.absolute,

@@ -143,7 +143,7 @@ def _write(found: Report | Comparison, html: Path | None, plots: Path | None) ->
     from condconv_surgery.reporting import write_page
 
     if html is not None:
-        write_page(found.to_html(), html)
+        write_page(found, html)
         say(f"Wrote {html}")
     if plots is not None:
         for path in found.write_plots(plots):

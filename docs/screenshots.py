@@ -1,4 +1,4 @@
-"""Pictures of a page for docs/report.md: ``python docs/screenshots.py PAGE.html docs/images``. Needs Chromium."""
+"""Screenshots of a report for docs/report.md: ``python docs/screenshots.py PAGE.html docs/images``. Needs Chromium."""
 
 import shutil
 import subprocess
@@ -14,8 +14,8 @@ SHOTS = {"desktop": (1280, 1500, ""), "phone": (390, 1100, ""), "routing": (1280
 FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--allow-file-access-from-files"]
 
 
-def shoot(page: Path, picture: Path, width: int, height: int, anchor: str, scheme: str = "light") -> None:
-    """In a frame of ``width``: a window of Chromium is never as narrow as a phone."""
+def take_screenshot(page: Path, image: Path, width: int, height: int, anchor: str, scheme: str = "light") -> None:
+    """In an iframe of ``width``: a Chromium window cannot be as narrow as a phone."""
     chromium = shutil.which("chromium") or shutil.which("google-chrome")
     if chromium is None:
         raise SystemExit("No chromium: apt-get install chromium")
@@ -26,18 +26,18 @@ def shoot(page: Path, picture: Path, width: int, height: int, anchor: str, schem
         frame.write_text(f'<body style="margin:0"><iframe src="{address}" style="{style}"></iframe>', encoding="utf-8")
         dark = ["--blink-settings=preferredColorScheme=0"] if scheme == "dark" else []
         size = f"--window-size={max(width, 500)},{height + 100}"
-        where = [f"--user-data-dir={folder}/profile", f"--screenshot={picture.resolve()}", frame.as_uri()]
+        where = [f"--user-data-dir={folder}/profile", f"--screenshot={image.resolve()}", frame.as_uri()]
         subprocess.run([chromium, *FLAGS, *dark, size, *where], check=True, capture_output=True, timeout=120)
-    with Image.open(picture) as shot:
-        shot.convert("RGB").crop((0, 0, width, height)).quantize(128).save(picture, optimize=True)
+    with Image.open(image) as shot:
+        shot.convert("RGB").crop((0, 0, width, height)).quantize(128).save(image, optimize=True)
 
 
 def main(page: Path, folder: Path) -> None:
-    """Every shot, light, and one in the dark."""
+    """Every screenshot in light mode, and one in dark mode."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, (width, height, anchor) in SHOTS.items():
-        shoot(page, folder / f"report-{name}.png", width, height, anchor)
-    shoot(page, folder / "report-dark.png", 1280, 1000, "routing", "dark")
+        take_screenshot(page, folder / f"report-{name}.png", width, height, anchor)
+    take_screenshot(page, folder / "report-dark.png", 1280, 1000, "routing", "dark")
 
 
 if __name__ == "__main__":

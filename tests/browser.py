@@ -1,4 +1,4 @@
-"""Headless Chromium without a driver: load a page, let a script act in it, read back what it found."""
+"""Headless Chromium without a driver: load a page, run a script in it, read the result."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ FLAGS = [
 
 
 def act(page: str, script: str, folder: Path, width: int = 1200) -> tuple[Any, list[str]]:
-    """The JSON value of ``script`` (a function body) after the page has loaded, and what the console said."""
+    """The JSON value of ``script`` (a function body) after the page has loaded, and the console messages."""
     acting = f"<script>document.body.dataset.found = JSON.stringify((() => {{ {script} }})());</script>"
     file = folder / "acting.html"
     file.write_text(page.replace("</body>", acting + "</body>"), encoding="utf-8")
@@ -63,15 +63,15 @@ def press(page: str, keys: Sequence[str], script: str, folder: Path) -> Any:
         return call("Runtime.evaluate", session, expression=script, returnByValue=True)["result"]["value"]
 
 
-LOADED = "location.protocol === 'file:' && document.readyState === 'complete'"  # not the blank page before it
+LOADED = "location.protocol === 'file:' && document.readyState === 'complete'"  # not the initial blank page
 
 KEYS = {"Tab": (9, ""), "Enter": (13, "\r"), "Space": (32, " ")}
-"""Virtual key codes and the text that a key makes."""
+"""Virtual key codes, and the text that each key types."""
 
 
 @contextmanager
 def devtools(folder: Path) -> Iterator[Any]:
-    """``call(method, session, **parameters)`` of the DevTools protocol, spoken through descriptors 3 and 4."""
+    """``call(method, session, **parameters)`` of the DevTools protocol, over file descriptors 3 and 4."""
     assert CHROMIUM is not None
     (read_ours, write_theirs), (read_theirs, write_ours) = os.pipe(), os.pipe()
     wired = f'exec "$@" 3<&{read_theirs} 4>&{write_theirs}'

@@ -1,4 +1,4 @@
-"""A small converted network and its report, for the tests of what a report looks like."""
+"""A small converted network and its report, for tests of the output formats."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def network(seed: int = 0) -> nn.Module:
 
 
 def measure(folder: Path) -> Report:
-    """With gates that differ, over 18 pictures of 3 classes that are written into ``folder``."""
+    """The report of a model with varying gates on 18 images of 3 classes, written into ``folder``."""
     model = convert(network(), ODConv(4), prove=False).model
     scramble(model)
     return report(model, data=write_images(folder, classes=3, each=6))

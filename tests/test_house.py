@@ -58,6 +58,63 @@ def test_a_room_imports_only_rooms_above_it() -> None:
     assert not wrong
 
 
+def modules_of_the_package() -> dict[str, Path]:
+    """Every module of the package and its file, by its dotted name."""
+    files = {}
+    for package, folder in (("condconv_surgery", ROOT / "condconv_surgery"), ("condconv_surgery.cli", ROOT / "cli")):
+        for path in folder.rglob("*.py"):
+            parts = path.relative_to(folder).with_suffix("").parts
+            files[".".join((package, *(parts[:-1] if parts[-1] == "__init__" else parts)))] = path
+    return files
+
+
+def imported_modules(name: str, path: Path, modules: dict[str, Path]) -> set[str]:
+    """Modules that ``name`` imports, also inside functions and in ``TYPE_CHECKING`` blocks.
+
+    The parent packages, which Python imports first, do not count: an ``__init__`` may import its own modules.
+    """
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            package = name.split(".") if path.name == "__init__.py" else name.split(".")[:-1]
+            start = package[: len(package) + 1 - node.level] if node.level else []
+            base = ".".join([*start, *([node.module] if node.module else [])])
+            found |= {f"{base}.{a.name}" if f"{base}.{a.name}" in modules else base for a in node.names}
+    return found & modules.keys() - {name}
+
+
+def modules_in_circles(imports: dict[str, set[str]]) -> list[str]:
+    """The modules that import themselves over others."""
+
+    def reached(start: str) -> set[str]:
+        seen, waiting = set[str](), [start]
+        while waiting:
+            new = imports[waiting.pop()] - seen
+            seen |= new
+            waiting += new
+        return seen
+
+    return sorted(name for name in imports if name in reached(name))
+
+
+def test_no_import_circle() -> None:
+    modules = modules_of_the_package()
+    assert "condconv_surgery.cli.main" in modules
+    imports = {name: imported_modules(name, path, modules) for name, path in modules.items()}
+    assert imports["condconv_surgery.cli.convert"] > {"condconv_surgery.cli.console", "condconv_surgery.reporting"}
+    assert modules_in_circles(imports) == []
+    assert modules_in_circles({"a": {"b"}, "b": {"c"}, "c": {"b"}}) == ["b", "c"]
+
+
+def test_measuring_does_not_import_rendering() -> None:
+    modules = modules_of_the_package()
+    for name, path in modules.items():
+        if name.startswith("condconv_surgery.reporting.measure"):
+            assert not any(".render" in other for other in imported_modules(name, path, modules)), name
+
+
 def test_errors_and_recipe_need_no_torch() -> None:
     code = "import sys, condconv_surgery, condconv_surgery.recipe; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

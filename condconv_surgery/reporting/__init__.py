@@ -1,14 +1,15 @@
-"""Reports: numbers first, pictures last."""
+"""Reports: measure a model (``measure``), then render it as text, plots and pages (``render``)."""
 
-from condconv_surgery.reporting.full_report import Report, report, write_page
-from condconv_surgery.reporting.measure.comparison import Comparison
+from condconv_surgery.reporting.comparison import Comparison
+from condconv_surgery.reporting.full_report import Report, report
+from condconv_surgery.reporting.measure.cost_table import CONVENTION, Layer, Macs, Profile
 from condconv_surgery.reporting.measure.expert_similarity import Experts
 from condconv_surgery.reporting.measure.latency import Latency
-from condconv_surgery.reporting.measure.model_profile import CONVENTION, Layer, Macs, Profile
-from condconv_surgery.reporting.measure.profile_model import profile
-from condconv_surgery.reporting.measure.recorded_scores import recorded_accuracy
+from condconv_surgery.reporting.measure.memory_and_latency import Cost, Peak
+from condconv_surgery.reporting.measure.profile import profile
+from condconv_surgery.reporting.measure.recorded_accuracy import recorded_accuracy
 from condconv_surgery.reporting.measure.routing_statistics import LayerRouting, Routing
-from condconv_surgery.reporting.measure.run_cost import Cost, Peak
+from condconv_surgery.reporting.write_page import write_page
 
 __all__ = [
     "CONVENTION",

@@ -1,4 +1,4 @@
-"""``report``: one call from a model to everything that is known of it."""
+"""``report``: measure a model and return a ``Report``, which prints and writes its measurements."""
 
 from __future__ import annotations
 
@@ -9,50 +9,26 @@ from typing import Any
 from rich.console import Group
 from torch import nn
 
-from condconv_surgery.models.artifact.atomic_write import replacing
 from condconv_surgery.recipe import recipe_of
-from condconv_surgery.reporting.measure.expert_similarity import Experts, measure_experts
-from condconv_surgery.reporting.measure.latency import Latency
-from condconv_surgery.reporting.measure.model_profile import Profile
-from condconv_surgery.reporting.measure.other_counters import other_counters, predicted
-from condconv_surgery.reporting.measure.profile_model import profile
-from condconv_surgery.reporting.measure.report_images import find_pictures
-from condconv_surgery.reporting.measure.routing_statistics import Routing, measure_routing
-from condconv_surgery.reporting.measure.run_cost import Cost, measure_cost
-from condconv_surgery.reporting.render import tables
+from condconv_surgery.reporting.measure.expert_similarity import measure_experts
+from condconv_surgery.reporting.measure.measurements import Measurements
+from condconv_surgery.reporting.measure.memory_and_latency import measure_cost
+from condconv_surgery.reporting.measure.other_counters import predicted
+from condconv_surgery.reporting.measure.profile import profile
+from condconv_surgery.reporting.measure.report_images import find_images
+from condconv_surgery.reporting.measure.routing_statistics import measure_routing
+from condconv_surgery.reporting.render import csv_markdown
 from condconv_surgery.reporting.render.html_page import report_fragment, report_page
+from condconv_surgery.reporting.render.table_rows import other_counters
 from condconv_surgery.reporting.render.terminal import make_console, render_experts, render_profile, render_routing
 
 
 @dataclass(frozen=True)
-class Report:
-    """The numbers of one model, and their forms.
-
-    title: the model's source, or its class. profile: parameters and MACs. cost: memory and time. experts: how
-    different the kernels are. routing: what the gates do, where there were pictures. recorded: top-1 of the run that
-    trained it, 0 to 1, where it is known.
-    """
-
-    title: str
-    profile: Profile
-    cost: Cost | None = None
-    experts: tuple[Experts, ...] = ()
-    routing: Routing | None = None
-    recorded: float | None = None
-
-    @property
-    def accuracy(self) -> float | None:
-        """Top-1 on the pictures, else as the run recorded it."""
-        seen = self.routing.accuracy if self.routing else None
-        return self.recorded if seen is None else seen
-
-    @property
-    def latency(self) -> Latency | None:
-        """At batch 1, where it was measured."""
-        return self.cost.latency[0] if self.cost and self.cost.latency else None
+class Report(Measurements):
+    """The measurements of one model, and their output formats."""
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values: ``parameters``, ``macs``, ``layers`` and the rest."""
+        """JSON values: ``parameters``, ``macs``, ``layers``, ..."""
         return {
             "title": self.title,
             **self.profile.to_dict(),
@@ -64,39 +40,39 @@ class Report:
         }
 
     def to_csv(self) -> str:
-        """One line a layer, and a total."""
-        return tables.to_csv(self.profile)
+        """One line per layer, and a total."""
+        return csv_markdown.to_csv(self.profile)
 
     def to_markdown(self) -> str:
         """Headings and tables."""
-        return tables.to_markdown(self.profile, self.title, self.cost, self.routing)
+        return csv_markdown.to_markdown(self)
 
     def to_html(self) -> str:
-        """One page that needs nothing beside it."""
+        """One self-contained page."""
         return report_page(self)
 
     def _repr_html_(self) -> str:
-        """For a notebook's cell."""
+        """The table that a notebook shows."""
         return report_fragment(self)
 
     def print(self, width: int | None = None) -> None:
-        """Tables on stdout, as wide as the terminal or ``width`` columns."""
+        """Print tables on stdout, as wide as the terminal or ``width`` columns."""
         console = make_console(width)
         parts = [render_profile(self.profile, self.title, console.width, self.cost), render_experts(self.experts)]
         parts += [render_routing(self.routing, self.experts, console.width)] if self.routing else []
         console.print(Group(*parts))
 
     def write_plots(self, folder: str | Path) -> list[Path]:
-        """PNG and SVG of the costs and, with pictures, of the routing; returns the files."""
-        from condconv_surgery.reporting.render import figures as drawing
+        """Write PNG and SVG of the cost and, with images, of the routing; return the files."""
         from condconv_surgery.reporting.render import plots
+        from condconv_surgery.reporting.render.matplotlib_figures import write_figures
 
         figures = {"layers": plots.layer_costs(self.profile, self.title)} if self.profile.macs.total else {}
         if self.routing and self.routing.layers:
-            figures["experts"] = plots.experts_used(self.routing)
-            liveliest = max(self.routing.layers, key=lambda layer: layer.variation)
-            figures["gates_by_class"] = plots.gates_by_class(liveliest, self.routing.classes)
-        return drawing.write(Path(folder), figures)
+            figures["experts"] = plots.mean_gates(self.routing)
+            most_variable = max(self.routing.layers, key=lambda layer: layer.variation)
+            figures["gates_by_class"] = plots.gates_by_class(most_variable, self.routing.classes)
+        return write_figures(Path(folder), figures)
 
 
 def report(
@@ -110,35 +86,28 @@ def report(
     original: nn.Module | None = None,
     recorded: float | None = None,
 ) -> Report:
-    """Measure ``model``, converted or not; nothing is printed and the model is as before.
+    """Measure ``model``, converted or not. Prints nothing and leaves the model unchanged.
 
-    inputs: one tensor, a tuple of arguments, an ``InputSpec``; by default what the model's recipe says.
-    data: a folder of labelled pictures, for the routing; of more than ``limit``, evenly many of each class.
-    batch: the second batch size of memory and, with ``latency``, of time. original: the model before conversion, to
-    say how far its experts have moved. recorded: top-1 that is known from elsewhere, 0 to 1.
-    Raises ``InputError`` when the model does not run on the input, or the folder holds no labelled pictures.
+    inputs: one tensor, a tuple of arguments or an ``InputSpec``; default: the input of the model's recipe.
+    data: a folder of labelled images, for the routing; of more than ``limit``, equally many of each class.
+    batch: the second batch size for memory and, with ``latency``, for time. original: the model before conversion,
+    to measure how far its experts have moved. recorded: top-1 known from elsewhere, 0 to 1.
+    Raises ``InputError`` when the model does not run on the input, or the folder holds no labelled images.
     """
     recipe = recipe_of(model)
-    pictures = find_pictures(data, limit) if data is not None else None
-    counted = profile(model, inputs)
+    images = find_images(data, limit) if data is not None else None
     classes = recipe.classes if recipe is not None else ()
     return Report(
         title_of(model),
-        counted,
+        profile(model, inputs),
         measure_cost(model, inputs, batch=batch, latency=latency),
         measure_experts(model, original),
-        measure_routing(model, pictures, classes=classes) if pictures is not None else None,
+        measure_routing(model, images, classes=classes) if images is not None else None,
         recorded,
     )
 
 
 def title_of(model: nn.Module) -> str:
-    """The source in the model's recipe, else its class."""
+    """The source in the model's recipe, else the class name."""
     recipe = recipe_of(model)
     return recipe.source.name if recipe is not None and recipe.source.name else type(model).__name__
-
-
-def write_page(page: str, path: str | Path) -> None:
-    """Write an HTML page; the file is whole or as before."""
-    with replacing(Path(path)) as temporary:
-        temporary.write_text(page, encoding="utf-8")

@@ -228,7 +228,7 @@ def test_what_cannot_be_counted_leaves_no_file(condconv: Run, tmp_path: Path, mo
     def fails(model: object) -> None:
         raise InputError("The model does not run.", "", "another input")
 
-    monkeypatch.setattr("condconv_surgery.reporting.report", fails)
+    monkeypatch.setattr("condconv_surgery.reporting.profile", fails)
     path = tmp_path / "m.safetensors"
     source = ("torchvision:squeezenet1_1", "--weights", "none", "--input-size", 64, "--include", "features.12*")
     code, _, err = condconv("convert", *source, "-o", path)

@@ -83,9 +83,9 @@ def test_routing_page_and_plots(condconv: Run, artifact: Path, tmp_path: Path) -
     code, out, err = condconv("report", artifact, "--data", data, "--html", page, "--plots", plots, "--json")
     assert code == 0, err
     routing = json.loads(out)["routing"]
-    assert routing["pictures"] == 9
+    assert routing["images"] == 9
     assert len(routing["layers"]) == json.loads(out)["converted"]
-    assert 0 <= routing["frozen_accuracy"] <= 1
+    assert 0 <= routing["mean_gate_accuracy"] <= 1
     assert "Gates by class" in page.read_text(encoding="utf-8")
     assert (plots / "experts.svg").is_file()
 

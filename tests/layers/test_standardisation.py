@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import condconv_surgery as cs
 from condconv_surgery.layers import Mixture, conditional_like, plain_like
 from condconv_surgery.recipe import VARIANTS, CondConv, ODConv
-from condconv_surgery.reporting.measure.profile_model import profile
+from condconv_surgery.reporting.measure.profile import profile
 from tests.variant_cases import EVERY_VARIANT, scramble
 
 timm_layers = pytest.importorskip("timm.layers")

@@ -16,7 +16,7 @@ from condconv_surgery.layers.conv2d_subclasses import geometry_of
 from condconv_surgery.ops.conditional_conv2d import conditional_conv2d
 from condconv_surgery.ops.implementations import legal_ways
 from condconv_surgery.recipe import VARIANTS, CondConv, Variant
-from condconv_surgery.reporting.measure.profile_model import profile
+from condconv_surgery.reporting.measure.profile import profile
 from tests.variant_cases import scramble
 
 timm_layers = pytest.importorskip("timm.layers")

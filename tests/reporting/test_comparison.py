@@ -1,4 +1,4 @@
-"""Models side by side, and the accuracy that a run recorded."""
+"""Several models in one table, and the accuracy that a run recorded."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ import pytest
 from condconv_surgery import report
 from condconv_surgery.errors import InputError
 from condconv_surgery.reporting import Comparison, Report, recorded_accuracy
-from condconv_surgery.reporting.measure.comparison import HEADERS
 from condconv_surgery.reporting.render.terminal import render_comparison
 from tests.measured_report import SPEC, shown
 from tests.small_networks import small_net
@@ -21,7 +20,7 @@ def test_comparison(measured: Report, tmp_path: Path) -> None:
     plain = replace(report(small_net(), inputs=SPEC), title="plain", recorded=0.5)
     both = Comparison((plain, measured))
     assert both.to_dict()["models"][0]["accuracy"] == 0.5
-    text = shown(render_comparison(HEADERS, both.rows()))
+    text = shown(render_comparison(both.reports))
     assert max(len(line) for line in text.splitlines()) <= 80
     assert "50.0%" in text
     for form in (text, both.to_markdown(), both.to_html()):
@@ -33,7 +32,7 @@ def test_comparison(measured: Report, tmp_path: Path) -> None:
     assert [f.name for f in both.write_plots(tmp_path)] == ["comparison.png", "comparison.svg"]
     unknown = Comparison((replace(plain, recorded=None),))
     assert "<svg" not in unknown.to_html()
-    with pytest.raises(InputError, match="No accuracy is known"):
+    with pytest.raises(InputError, match="No accuracy of these models is known"):
         unknown.write_plots(tmp_path)
 
 

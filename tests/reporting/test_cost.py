@@ -1,4 +1,4 @@
-"""Peak memory against sums done by hand, time against a layer that sleeps, the original against the trained weights."""
+"""Peak memory against sums by hand, latency against a layer that sleeps, the original against the trained weights."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from torch.profiler import ProfilerActivity
 from condconv_surgery import CondConv, ODConv, convert
 from condconv_surgery.layers import conditional_layers
 from condconv_surgery.reporting.measure.latency import measure_latency
+from condconv_surgery.reporting.measure.memory_and_latency import measure_cost
 from condconv_surgery.reporting.measure.original_model import Original
 from condconv_surgery.reporting.measure.peak_activations import peak_activations
-from condconv_surgery.reporting.measure.run_cost import measure_cost
 from tests.variant_cases import EVERY_VARIANT
 
 
 @pytest.mark.parametrize("variant", EVERY_VARIANT, ids=str)
-def test_the_original_is_the_trained_network_again(variant: object) -> None:
+def test_the_original_computes_what_the_trained_network_computes(variant: object) -> None:
     torch.manual_seed(0)
     plain = torchvision.models.resnet18(weights=None).eval()
     model = convert(plain, variant, classifier=True, example=torch.randn(2, 3, 64, 64)).model  # type: ignore[arg-type]
@@ -61,16 +61,16 @@ def test_mixed_kernels_are_in_the_peak_of_one_image() -> None:
 
 
 def allocated(model: nn.Module, x: torch.Tensor) -> int:
-    """The most bytes that torch's allocator had given out at one time in a forward pass, by its own log."""
-    with torch.no_grad(), torch.profiler.profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+    """Peak bytes that torch's allocator handed out in a forward pass, by its own log."""
+    with torch.no_grad(), torch.profiler.profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         model(x)
-    assert seen.profiler is not None
-    sizes = [event.nbytes() for event in seen.profiler.kineto_results.events() if event.name() == "[memory]"]
+    assert profiler.profiler is not None
+    sizes = [event.nbytes() for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
     return max(itertools.accumulate(sizes))
 
 
 @pytest.mark.parametrize("variant", [None, CondConv(4), ODConv(4), ODConv(1)], ids=str)
-def test_peak_is_what_the_allocator_gave(variant: CondConv | ODConv | None) -> None:
+def test_peak_equals_the_allocators_log(variant: CondConv | ODConv | None) -> None:
     """Within 0.3 MB. Mixed kernels are most of it, up to 10 MiB at a time."""
     torch.manual_seed(0)
     model = torchvision.models.resnet18(weights=None).eval()

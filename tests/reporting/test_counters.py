@@ -1,4 +1,4 @@
-"""What other counters print: against what they printed, and against themselves where they are installed."""
+"""Predictions of other counters: against recorded outputs, and against the counters that are installed."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from condconv_surgery import CondConv, DynamicConv, ODConv, convert
 from condconv_surgery.recipe import InputSpec, Variant
-from condconv_surgery.reporting.measure.other_counters import other_counters, predicted
-from condconv_surgery.reporting.measure.profile_model import profile
+from condconv_surgery.reporting.measure.other_counters import predicted
+from condconv_surgery.reporting.measure.profile import profile
+from condconv_surgery.reporting.render.table_rows import other_counters
 
-# fvcore 0.1.5.post20221221, thop 0.1.1.post2209072238, ptflops 0.7.5, torchinfo 1.8.0 on a picture of 64 pixels
+# fvcore 0.1.5.post20221221, thop 0.1.1.post2209072238, ptflops 0.7.5, torchinfo 1.8.0 on an image of 64 pixels
 PRINTED: dict[tuple[str, Variant | None], dict[str, int]] = {
     ("resnet18", None): {"fvcore": 148965376, "thop": 149371392, "ptflops": 149476328, "torchinfo": 148568424},
     ("resnet18", CondConv(4)): {"fvcore": 193610752, "thop": 10974720, "ptflops": 55709748, "torchinfo": 10171828},
@@ -75,9 +76,9 @@ def test_torch_itself_prints_twice_ours() -> None:
     assert meter.get_total_flops() == 2 * profile(model, InputSpec(height=64, width=64)).macs.total
 
 
-def test_in_words() -> None:
+def test_the_sentence_on_other_counters() -> None:
     spec = InputSpec(height=64, width=64)
-    words = other_counters(profile(network("resnet18", CondConv(4)), spec))
-    assert "torchinfo about 10.2 M MACs, thop 11 M, ptflops 55.2 M (misses the convolution)" in words
+    sentence = other_counters(profile(network("resnet18", CondConv(4)), spec))
+    assert "torchinfo about 10.2 M MACs, thop 11 M, ptflops 55.2 M (misses the convolution)" in sentence
     assert "ptflops" not in other_counters(profile(network("resnet18", ODConv(1)), spec)), "it counts scales too"
     assert "differ by what they add" in other_counters(profile(network("resnet18", None), spec))

@@ -1,4 +1,4 @@
-"""The page in a real browser."""
+"""The HTML page, in a real browser."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from condconv_surgery import report
 from condconv_surgery.errors import InputError
 from condconv_surgery.reporting import Comparison, Report, write_page
 from condconv_surgery.reporting.measure.routing_statistics import layer_routing
-from condconv_surgery.reporting.render.figures import heat_map, to_svg
+from condconv_surgery.reporting.render.matplotlib_figures import heat_map, to_svg
 from condconv_surgery.reporting.render.plots import gates_by_class
 from tests.browser import CHROMIUM, act, press
 from tests.measured_report import SPEC
@@ -23,15 +23,15 @@ from tests.measured_report import SPEC
 browser = pytest.mark.skipif(CHROMIUM is None, reason="no chromium: apt-get install chromium")
 
 
-def test_the_page_needs_nothing_beside_it(measured: Report, tmp_path: Path) -> None:
+def test_the_page_is_self_contained(measured: Report, tmp_path: Path) -> None:
     page = measured.to_html()
     assert len(page.encode()) < 5_000_000
     loaded = re.findall(r"""(?:src|href)\s*=\s*["']([^"']*)|url\(["']?([^"')]*)|@import""", page)
     assert all((a or b).startswith(("data:", "#")) for a, b in loaded), "data, or a part of the page itself"
-    write_page(page, tmp_path / "r.html")
+    write_page(measured, tmp_path / "r.html")
     assert (tmp_path / "r.html").read_text(encoding="utf-8") == page
     with pytest.raises(InputError, match="could not be written"):
-        write_page(page, tmp_path / "missing" / "r.html")
+        write_page(measured, tmp_path / "missing" / "r.html")
 
 
 def test_names_are_escaped() -> None:
@@ -89,13 +89,13 @@ def test_sorts_and_filters_by_the_keyboard_alone(measured: Report, tmp_path: Pat
 
 
 @browser
-def test_pictures_and_heat_are_seen(measured: Report, tmp_path: Path) -> None:
+def test_images_and_heat_maps_are_visible(measured: Report, tmp_path: Path) -> None:
     script = """
       const look = (s, p) => [...document.querySelectorAll(s)].map(e => getComputedStyle(e)[p]);
-      return { pictures: look('.pic', 'backgroundImage'), heat: look('.heat td', 'backgroundColor') };"""
+      return { images: look('.pic', 'backgroundImage'), heat: look('.heat td', 'backgroundColor') };"""
     found, _ = act(measured.to_html(), script, tmp_path)
-    assert found["pictures"]
-    assert all(picture.startswith('url("data:image/jpeg;base64,') for picture in found["pictures"])
+    assert found["images"]
+    assert all(image.startswith('url("data:image/jpeg;base64,') for image in found["images"])
     assert len(set(found["heat"])) > 3, "gates that differ have colours that differ"
 
 
@@ -148,14 +148,14 @@ def contrast(a: float, b: float) -> float:
     return (max(a, b) + 0.05) / (min(a, b) + 0.05)
 
 
-def test_numbers_in_a_heat_map_keep_their_ink_on_a_dark_page() -> None:
+def test_values_in_a_heat_map_keep_their_colour_on_a_dark_page() -> None:
     svg = to_svg(heat_map([[0.1, 0.9]], ["layer"], "gates", 0.0, 1.0))
     for number, ink in (("0.10", "#1b1f24"), ("0.90", "#ffffff")):
         assert re.search(rf"<text[^>]*fill: {ink}[^>]*>{number}</text>", svg)
     assert re.search(r"<text(?![^>]*fill: #)[^>]*>layer</text>", svg), "beside the map, the colour of the page's text"
 
 
-def test_a_thousand_classes_fit_on_a_page_and_in_a_picture(measured: Report) -> None:
+def test_a_thousand_classes_fit_on_a_page_and_in_a_plot(measured: Report) -> None:
     gates = torch.rand(1000, 8, generator=torch.Generator().manual_seed(0))
     gates[700] = torch.tensor([9.0, 0, 0, 0, 0, 0, 0, 0])
     layer = layer_routing("layer", gates, torch.arange(1000), 1000)
@@ -185,8 +185,8 @@ def test_plots(measured: Report, tmp_path: Path) -> None:
     )
     for file in files:
         if file.suffix == ".png":
-            with Image.open(file) as picture:
-                assert len(picture.convert("L").getcolors(65536) or []) > 8, "something is drawn"
+            with Image.open(file) as image:
+                assert len(image.convert("L").getcolors(65536) or []) > 8, "something is drawn"
         else:
             assert "<svg" in file.read_text()
 
@@ -212,4 +212,4 @@ def test_on_paper_all_is_open_but_layers_that_hardly_vary(measured: Report, tmp_
       dispatchEvent(new Event('beforeprint'));
       return [...document.querySelectorAll('details:not([open]) summary')].map(e => e.textContent);"""
     found, _ = act(page, script, tmp_path)
-    assert found == ["still: hardly varies: static would do"]
+    assert found == ["still: hardly varies: static layer suffices"]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import json
+from collections.abc import Callable, Iterable
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +13,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from condconv_surgery import CondConv, DynamicConv, ODConv, convert, report
+from condconv_surgery import CondConv, DynamicConv, ODConv, convert, load, report
 from condconv_surgery.errors import InputError
 from condconv_surgery.recipe import InputSpec, Variant
 from condconv_surgery.reporting import Profile, profile
@@ -168,7 +170,7 @@ def test_shared_repeated_tied_and_unused_layers() -> None:
     for variant in (None, CondConv(2)):
         if variant is None:
             odd = model
-        else:  # a tied weight is left alone
+        else:  # a tied weight is skipped
             model.tied.weight = torch.nn.Parameter(model.first.weight.detach().clone())
             odd = convert(model, variant, example=x, include=["first"], skip_stem=False).model
         found = profile(odd, x)
@@ -180,7 +182,7 @@ def test_shared_repeated_tied_and_unused_layers() -> None:
         assert rows[""].macs.convolution == 35 * 16, "the product of the model itself"
 
 
-def test_a_batch_counts_as_one_image_and_the_way_of_execution_does_not_matter() -> None:
+def test_a_batch_counts_as_one_image_whatever_the_implementation() -> None:
     model = convert(build("resnet18"), CondConv(3), prove=False).model
     expected = profile(model, InputSpec(height=64, width=64))
     assert profile(model, torch.randn(5, 3, 64, 64)) == expected
@@ -201,11 +203,11 @@ def test_a_conditional_classifier() -> None:
 
 def test_a_detector() -> None:
     model = torchvision.models.detection.ssdlite320_mobilenet_v3_large(weights=None, weights_backbone=None).eval()
-    pictures = [torch.rand(3, 320, 320)]
-    assert profile(model, (pictures,)).macs.total == counted(model, pictures)  # type: ignore[arg-type]
+    images = [torch.rand(3, 320, 320)]
+    assert profile(model, (images,)).macs.total == counted(model, images)  # type: ignore[arg-type]
 
 
-def test_the_model_is_as_before() -> None:
+def test_the_model_is_unchanged() -> None:
     model = build("resnet18").train()
     state = {name: value.clone() for name, value in model.state_dict().items()}
     report(model, inputs=torch.randn(2, 3, 64, 64))
@@ -241,3 +243,25 @@ def test_counts_without_a_value(variant: Variant) -> None:
     found = report(model.to("meta"))
     assert found.profile == expected.profile
     assert found.cost == expected.cost
+
+
+def test_convert_counts_with_the_profile_alone(
+    condconv: Callable[..., tuple[int, str, str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """``condconv convert`` prints parameters and MACs: it measures no memory, latency, experts or routing."""
+
+    def fail(*arguments: object, **options: object) -> None:
+        raise AssertionError("convert measured more than the profile")
+
+    for name in ("measure_cost", "measure_experts", "measure_routing", "report"):
+        monkeypatch.setattr(f"condconv_surgery.reporting.full_report.{name}", fail)
+    monkeypatch.setattr("condconv_surgery.reporting.report", fail)
+    for name in ("peak_activations", "measure_latency"):
+        monkeypatch.setattr(f"condconv_surgery.reporting.measure.memory_and_latency.{name}", fail)
+    source = ("torchvision:squeezenet1_1", "--weights", "none", "--input-size", 64, "--include", "features.12*")
+    code, out, err = condconv("convert", *source, "-o", tmp_path / "m.safetensors", "--json")
+    assert code == 0, err
+    summary = json.loads(out)
+    converted = profile(load(tmp_path / "m.safetensors"))
+    assert summary["parameters"] == {"before": converted.parameters_before, "after": converted.parameters}
+    assert summary["macs"] == {"before": converted.macs_before, "after": converted.macs.total}

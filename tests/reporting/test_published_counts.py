@@ -9,7 +9,7 @@ import torchvision
 from torch import nn
 
 from condconv_surgery import CondConv, ODConv, convert
-from condconv_surgery.reporting.measure.profile_model import profile
+from condconv_surgery.reporting.measure.profile import profile
 
 
 def build(name: str, **options: object) -> nn.Module:

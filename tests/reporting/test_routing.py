@@ -1,4 +1,4 @@
-"""Gate statistics on gates whose answer is known, and on pictures whose class is their colour."""
+"""Gate statistics on gates with known statistics, and on images whose class is their colour."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from condconv_surgery import CondConv, ODConv, convert, report
 from condconv_surgery.errors import InputError
 from condconv_surgery.layers import conditional_layers, conditional_like
 from condconv_surgery.recipe import InputSpec
+from condconv_surgery.reporting.measure.collect_gates import collect_gates, correct_with_mean_gates
 from condconv_surgery.reporting.measure.expert_similarity import measure_experts
-from condconv_surgery.reporting.measure.observed_gates import frozen_right, observe
-from condconv_surgery.reporting.measure.report_images import find_pictures
+from condconv_surgery.reporting.measure.report_images import find_images
 from condconv_surgery.reporting.measure.routing_statistics import layer_routing, measure_routing
 from tests.images import write_images
 from tests.variant_cases import scramble
@@ -32,7 +32,7 @@ def test_gates_that_are_the_class() -> None:
     labels = torch.tensor([0, 1, 2, 3] * 5)
     found = layer_routing("l", one_hot(labels.tolist()), labels, 4)
     assert found.used == pytest.approx(4)
-    assert found.per_picture == pytest.approx(1)
+    assert found.per_image == pytest.approx(1)
     assert found.information == pytest.approx(math.log(4))
     assert found.between == pytest.approx(1)
     assert found.variation == pytest.approx(0.75)
@@ -60,10 +60,10 @@ def test_information_equals_scikit_learn() -> None:
 @pytest.mark.parametrize(
     ("gates", "verdict", "advice", "static"),
     [
-        (torch.full((8, 4), 0.25), "hardly varies: static would do", "static would do", True),
-        (one_hot([2] * 8), "uses 1.0 of 4 experts: static would do", "static would do", True),
-        (one_hot([0, 1, 0, 1, 1, 0, 1, 0]), "2 of 4 experts never used: 2 would do", "2 never used", False),
-        (one_hot([0, 1, 2, 3, 0, 1, 2, 3]), "uses 4.0 of 4 experts, by picture", "by picture", False),
+        (torch.full((8, 4), 0.25), "hardly varies: static layer suffices", "static layer suffices", True),
+        (one_hot([2] * 8), "uses 1.0 of 4 experts: static layer suffices", "static layer suffices", True),
+        (one_hot([0, 1, 0, 1, 1, 0, 1, 0]), "2 of 4 experts never used: 2 suffice", "2 never used", False),
+        (one_hot([0, 1, 2, 3, 0, 1, 2, 3]), "uses 4.0 of 4 experts, by image", "by image", False),
     ],
 )
 def test_verdicts(gates: torch.Tensor, verdict: str, advice: str, static: bool) -> None:
@@ -81,7 +81,7 @@ def test_dead_saturated_and_exciting() -> None:
 
 
 class ByColour(nn.Module):
-    """Answers by the brightest channel, through gates alone: expert e answers e."""
+    """Predicts the brightest channel, through gates alone: expert e predicts class e."""
 
     def __init__(self, calls: int = 1) -> None:
         super().__init__()
@@ -99,33 +99,33 @@ class ByColour(nn.Module):
 
 
 @pytest.mark.parametrize("calls", [1, 2])
-def test_the_worth_of_conditioning(tmp_path: Path, calls: int) -> None:
-    pictures = find_pictures(write_images(tmp_path, classes=3, each=4))
-    found = measure_routing(ByColour(calls).eval(), pictures, spec=SPEC, batch=5)
+def test_the_accuracy_gain_of_routing(tmp_path: Path, calls: int) -> None:
+    images = find_images(write_images(tmp_path, classes=3, each=4))
+    found = measure_routing(ByColour(calls).eval(), images, spec=SPEC, batch=5)
     assert found.accuracy == 1.0
-    assert found.frozen == pytest.approx(1 / 3), "one answer for all"
-    assert "Conditioning is worth +66.7 ± 13.6 points" in found.verdict
+    assert found.mean_gate_accuracy == pytest.approx(1 / 3), "one answer for all"
+    assert "Accuracy gain of routing: +66.7 ± 13.6 points" in found.verdict
     assert found.layers[0].between > 0.9
-    assert found.pictures == 12
+    assert found.images == 12
 
 
-def test_frozen_at_neutral_changes_nothing(tmp_path: Path) -> None:
+def test_mean_gates_of_a_neutral_router_change_nothing(tmp_path: Path) -> None:
     model = nn.Sequential(conditional_like(nn.Conv2d(3, 3, 1), ODConv(2)), nn.AdaptiveAvgPool2d(1), nn.Flatten()).eval()
-    pictures = find_pictures(write_images(tmp_path, classes=3, each=3))
-    found = measure_routing(model, pictures, spec=SPEC)
-    assert found.accuracy == found.frozen
-    assert "changes no answer from right to wrong or back" in found.verdict
+    images = find_images(write_images(tmp_path, classes=3, each=3))
+    found = measure_routing(model, images, spec=SPEC)
+    assert found.accuracy == found.mean_gate_accuracy
+    assert "changes no prediction from right to wrong or back" in found.verdict
     assert dict(found.attention)["0"] == 0.0
     assert found.layers[0].static
 
 
-def test_classes_are_found_by_name(tmp_path: Path) -> None:
-    pictures = find_pictures(write_images(tmp_path, classes=3, each=2))
+def test_classes_are_matched_by_name(tmp_path: Path) -> None:
+    images = find_images(write_images(tmp_path, classes=3, each=2))
     model = ByColour().eval()
     turned = ("class1", "class2", "class0")  # logit 0 is class1, and so on
-    assert measure_routing(model, pictures, spec=SPEC, classes=turned).accuracy == 0.0
-    strange = measure_routing(model, pictures, spec=SPEC, classes=("a", "b", "c"))
-    assert (strange.accuracy, strange.frozen) == (None, None)
+    assert measure_routing(model, images, spec=SPEC, classes=turned).accuracy == 0.0
+    strange = measure_routing(model, images, spec=SPEC, classes=("a", "b", "c"))
+    assert (strange.accuracy, strange.mean_gate_accuracy) == (None, None)
     assert "not those of the folder" in strange.verdict
 
 
@@ -141,7 +141,7 @@ class Bottleneck(nn.Module):
         return x + self.project(self.expand(x).relu())
 
 
-def test_a_router_of_a_block_is_looked_at_once(tmp_path: Path) -> None:
+def test_a_router_of_a_block_is_measured_once(tmp_path: Path) -> None:
     torch.manual_seed(0)
     body = [nn.Conv2d(3, 8, 3), Bottleneck(), Bottleneck(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 3)]
     variant = CondConv(experts=4, routing="block")
@@ -151,7 +151,7 @@ def test_a_router_of_a_block_is_looked_at_once(tmp_path: Path) -> None:
     assert found.routing is not None
     assert [layer.name for layer in found.routing.layers] == ["1", "2"], "named by the block"
     assert all(layer.variation > 0 for layer in found.routing.layers)
-    assert found.routing.frozen is not None
+    assert found.routing.mean_gate_accuracy is not None
     assert (found.profile.converted, found.profile.multiplying) == (4, 6)
     assert len(found.experts) == 4, "kernels are of layers"
     assert "4 of 6 layers conditional" in found.to_markdown()
@@ -159,31 +159,31 @@ def test_a_router_of_a_block_is_looked_at_once(tmp_path: Path) -> None:
         assert "2.router" in form
 
 
-def test_says_when_pictures_may_have_been_trained_on(tmp_path: Path) -> None:
-    pictures = find_pictures(write_images(tmp_path / "flat", classes=3, each=2))
+def test_warns_when_images_may_have_been_trained_on(tmp_path: Path) -> None:
+    images = find_images(write_images(tmp_path / "flat", classes=3, each=2))
     model = ByColour().eval()
-    assert "no val/" in measure_routing(model, pictures, spec=SPEC).verdict
+    assert "no val/" in measure_routing(model, images, spec=SPEC).verdict
     write_images(tmp_path / "split" / "val", classes=3, each=2)
-    held_out = measure_routing(model, find_pictures(tmp_path / "split"), spec=SPEC)
+    held_out = measure_routing(model, find_images(tmp_path / "split"), spec=SPEC)
     assert "no val/" not in held_out.verdict
     assert held_out.to_dict()["held_out"] is True
 
 
-def test_nothing_is_left_behind(tmp_path: Path) -> None:
+def test_hooks_are_removed(tmp_path: Path) -> None:
     model = ByColour().train()
-    pictures = find_pictures(write_images(tmp_path, classes=3, each=2))
-    seen = observe(model, pictures.batches(SPEC, 2))
-    frozen_right(model, pictures.batches(SPEC, 2), seen.means)
+    images = find_images(write_images(tmp_path, classes=3, each=2))
+    routed = collect_gates(model, images.batches(SPEC, 2))
+    correct_with_mean_gates(model, images.batches(SPEC, 2), routed.means)
     assert model.training
     assert not any(m._forward_hooks for m in model.modules())
 
 
-def test_pictures_of_each_class_evenly(tmp_path: Path) -> None:
+def test_equally_many_images_of_each_class(tmp_path: Path) -> None:
     folder = write_images(tmp_path, classes=3, each=5)
-    assert find_pictures(folder, limit=7).labels == (0, 0, 0, 1, 1, 2, 2)
+    assert find_images(folder, limit=7).labels == (0, 0, 0, 1, 1, 2, 2)
     (folder / "val").mkdir()
     write_images(folder / "val", classes=2, each=1)
-    assert find_pictures(folder).classes == ("class0", "class1")
+    assert find_images(folder).classes == ("class0", "class1")
 
 
 @pytest.mark.parametrize("kind", ["missing", "file", "empty", "damaged"])
@@ -194,10 +194,10 @@ def test_bad_folders(tmp_path: Path, kind: str) -> None:
     elif kind != "missing":
         (place / "a").mkdir(parents=True)
     if kind == "damaged":
-        (place / "a" / "1.png").write_bytes(b"not a picture")
+        (place / "a" / "1.png").write_bytes(b"not an image")
     words = {"missing": "There is no", "file": "not a folder", "empty": "no labelled", "damaged": "not a readable"}
     with pytest.raises(InputError, match=words[kind]):
-        list(find_pictures(place).batches(SPEC, 2))
+        list(find_images(place).batches(SPEC, 2))
 
 
 def test_experts_after_conversion_and_their_distance() -> None:
@@ -212,15 +212,15 @@ def test_experts_after_conversion_and_their_distance() -> None:
     assert found.apart == pytest.approx(0.5)
     assert found.moved == pytest.approx(1.0)
     assert measure_experts(model)[0].moved is None
-    with pytest.raises(InputError, match=r"The original has no layer 0 of this shape(.|\n)*another --original"):
+    with pytest.raises(InputError, match=r"The original has no layer 0 of this shape(.|\n)*another original="):
         measure_experts(model, nn.Sequential(nn.Conv2d(3, 4, 3)))
     layer.weight.data[0, 0] = float("nan")
     with pytest.raises(InputError, match=r"The experts of 0 are not finite(.|\n)*before training diverged"):
         measure_experts(model)
 
 
-def test_answers_that_are_no_numbers_are_refused(tmp_path: Path) -> None:
+def test_outputs_that_are_not_finite_raise(tmp_path: Path) -> None:
     model = ByColour().eval()
     model.layer.router.linear.weight.data *= float("nan")  # type: ignore[union-attr]
-    with pytest.raises(InputError, match=r"answers to the pictures are not finite(.|\n)*--dtype float32"):
-        measure_routing(model, find_pictures(write_images(tmp_path, classes=3, each=4)), spec=SPEC)
+    with pytest.raises(InputError, match=r"outputs on the images are not finite(.|\n)*dtype=float32"):
+        measure_routing(model, find_images(write_images(tmp_path, classes=3, each=4)), spec=SPEC)

@@ -1,4 +1,4 @@
-"""What a report prints: texts at a fixed width, the JSON by its keys."""
+"""The text of a report at a fixed width, and the keys of its JSON."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ GOLDEN = Path(__file__).parents[1] / "golden"
 
 
 def same_as_golden(name: str, text: str) -> None:
-    """Set UPDATE_GOLDEN=1 to write the files anew; then read them."""
+    """Set UPDATE_GOLDEN=1 to rewrite the files; then read them."""
     file = GOLDEN / name
     if os.environ.get("UPDATE_GOLDEN"):
         file.parent.mkdir(exist_ok=True)
@@ -64,7 +64,7 @@ def test_long_names_and_many_experts_fit_80_columns() -> None:
     lines = shown(render_profile(found.profile, found.title)).splitlines()
     assert max(len(line) for line in lines) <= 80
     assert not any("E+" in line for line in lines)
-    assert any(line.startswith("…") and ".5 " in line for line in lines), "the end of a name is what tells layers apart"
+    assert any(line.startswith("…") and ".5 " in line for line in lines), "names of layers differ at their end"
 
 
 def test_everything_on_a_terminal_fits_80_columns(measured: Report) -> None:
@@ -77,7 +77,7 @@ def test_everything_on_a_terminal_fits_80_columns(measured: Report) -> None:
     ]
     for part in parts:
         assert max(len(line) for line in shown(part).splitlines()) <= 80
-    assert "would do as plain convolutions" in shown(render_routing(measured.routing)).replace("\n", " ")
+    assert "Static layers suffice for" in shown(render_routing(measured.routing)).replace("\n", " ")
 
 
 def test_csv_sums_to_its_last_line(measured: Report) -> None:

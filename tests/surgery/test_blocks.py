@@ -20,7 +20,7 @@ from condconv_surgery.errors import InputError, ProofError
 from condconv_surgery.layers import RoutedBlock, autotune, conditional_layers, routed_blocks, routers, set_temperature
 from condconv_surgery.recipe import CondConv, DynamicConv, Variant, recipe_of
 from condconv_surgery.reporting.measure.original_model import Original
-from condconv_surgery.reporting.measure.profile_model import profile
+from condconv_surgery.reporting.measure.profile import profile
 from condconv_surgery.training.gate_use import ExpertDropout, GateWatch
 from condconv_surgery.training.parameter_groups import roles
 from tests.variant_cases import scramble

@@ -1,1 +1,1 @@
-"""The numbers of a report."""
+"""Measurements of a model: parameters, MACs, memory, latency, experts and routing."""

@@ -1,7 +1,7 @@
-"""Counting one forward pass: multiply-accumulates, calls and output bytes of each module.
+"""Count one forward pass: multiply-accumulates, calls and output bytes of each module.
 
-``torch.utils.flop_counter.FlopCounterMode`` is the meter. Hooks read it where a module is entered and left, as a
-taximeter is read; what the modules inside used is taken off, so every product belongs to exactly one module.
+``torch.utils.flop_counter.FlopCounterMode`` counts. Hooks read its total when a module is entered and left, and
+subtract the MACs of submodules, so every product belongs to exactly one module.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import FlopCounterMode
 
 from condconv_surgery.errors import InputError
-from condconv_surgery.reporting.measure.report_inputs import materialized
+from condconv_surgery.reporting.measure.forward_arguments import materialized
 from condconv_surgery.runtime.meta_device import META, meta_state, on_device
 from condconv_surgery.runtime.modes import device_of, in_mode, without_gradients
 from condconv_surgery.runtime.snapshot import preserving_state
@@ -26,10 +26,10 @@ from condconv_surgery.runtime.snapshot import preserving_state
 
 @dataclass
 class ModuleCount:
-    """What happened in one module, all calls together.
+    """The counts of one module, summed over its calls.
 
-    macs: of the module itself, without those inside it. outputs: shape of each call's first output tensor.
-    result: what its last call returned, without its values.
+    macs: of the module itself, without its submodules. outputs: shape of each call's first output tensor.
+    result: the output of its last call, on the meta device (shapes only).
     """
 
     macs: int = 0
@@ -41,18 +41,18 @@ class ModuleCount:
 
 @dataclass
 class Counts:
-    """One forward pass. ``modules`` by identity; ``outside``: MACs in no module at all."""
+    """The counts of one forward pass. outside: MACs outside of any module."""
 
     modules: dict[nn.Module, ModuleCount]
     outside: int
 
 
 def count(model: nn.Module, arguments: tuple[Any, ...]) -> Counts:
-    """Count an eval-mode forward pass, on the meta device where the model allows it.
+    """Count a forward pass in eval mode, on the meta device where the model allows it.
 
-    Raises ``InputError`` when the model does not run on the arguments. The model is as before afterwards.
+    Raises ``InputError`` when the model does not run on the arguments. Leaves the model unchanged.
     """
-    with in_mode(model, training=False), without_gradients(model), _products_visible():
+    with in_mode(model, training=False), without_gradients(model), _without_fused_attention():
         try:
             with preserving_state(model), meta_state(model):
                 return _run(model, on_device(arguments, META))
@@ -65,14 +65,14 @@ def count(model: nn.Module, arguments: tuple[Any, ...]) -> Counts:
             shapes = [tuple(a.shape) if isinstance(a, Tensor) else type(a).__name__ for a in arguments]
             raise InputError(
                 f"The model does not run on an input of {shapes}: {type(error).__name__}: {str(error)[:160]}",
-                "Its forward must take the input that is counted.",
-                "report(model, inputs=...), or --input-size on the command line",
+                "Its forward must accept the input that is counted.",
+                "inputs=, or input_size= when the model is loaded",
             ) from error
 
 
 @contextmanager
-def _products_visible() -> Iterator[None]:
-    """Without fused attention kernels, whose matrix products no counter can see."""
+def _without_fused_attention() -> Iterator[None]:
+    """Disable fused attention kernels: FlopCounterMode cannot see their matrix products."""
     before = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
@@ -85,16 +85,16 @@ def _products_visible() -> Iterator[None]:
 def _run(model: nn.Module, arguments: tuple[Any, ...]) -> Counts:
     meter = FlopCounterMode(display=False)
     modules: dict[nn.Module, ModuleCount] = {}
-    entered: list[list[int]] = [[0, 0]]  # for each module that is running: reading at entry, used inside
+    entered: list[list[int]] = [[0, 0]]  # per running module: total at entry, FLOPs of submodules
 
     def enter(module: nn.Module, inputs: Any) -> None:
         entered.append([meter.get_total_flops(), 0])
 
     def leave(module: nn.Module, inputs: Any, output: Any) -> None:
         start, inside = entered.pop()
-        used = meter.get_total_flops() - start
-        entered[-1][1] += used
-        _note(modules.setdefault(module, ModuleCount()), (used - inside) // 2, output)
+        flops = meter.get_total_flops() - start
+        entered[-1][1] += flops
+        _add(modules.setdefault(module, ModuleCount()), (flops - inside) // 2, output)
 
     hooks = [m.register_forward_pre_hook(enter) for m in model.modules()]
     hooks += [m.register_forward_hook(leave) for m in model.modules()]
@@ -107,12 +107,12 @@ def _run(model: nn.Module, arguments: tuple[Any, ...]) -> Counts:
     return Counts(modules, (meter.get_total_flops() - entered[0][1]) // 2)
 
 
-def _note(seen: ModuleCount, macs: int, output: Any) -> None:
+def _add(counted: ModuleCount, macs: int, output: Any) -> None:
     tensors = [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor)]
-    seen.macs += macs
-    seen.output_values += sum(t.numel() for t in tensors)
-    seen.output_bytes += sum(t.numel() * t.element_size() for t in tensors)
+    counted.macs += macs
+    counted.output_values += sum(t.numel() for t in tensors)
+    counted.output_bytes += sum(t.numel() * t.element_size() for t in tensors)
     if tensors:
-        seen.outputs.append(tuple(tensors[0].shape))
-    # Values are not kept: a report of a large model must not hold its activations.
-    seen.result = pytree.tree_map(lambda leaf: leaf.to(META) if isinstance(leaf, Tensor) else leaf, output)
+        counted.outputs.append(tuple(tensors[0].shape))
+    # On the meta device: a report of a large model must not hold its activations.
+    counted.result = pytree.tree_map(lambda leaf: leaf.to(META) if isinstance(leaf, Tensor) else leaf, output)

@@ -1,4 +1,4 @@
-"""Have the experts become different kernels?"""
+"""How different the experts of each layer are."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from condconv_surgery.layers import conditional_layers
 
 @dataclass(frozen=True)
 class Experts:
-    """The kernels of one layer.
+    """Similarity of the kernels of one layer.
 
     cosine: mean over pairs of experts; 1 for equal kernels. apart: mean of ``|W_e - mean| / |mean|``.
-    moved: mean of ``|W_e - W| / |W|`` from the original weight ``W``; ``None`` when it is not known.
+    moved: mean of ``|W_e - W| / |W|`` from the original weight ``W``; ``None`` if unknown.
     """
 
     name: str
@@ -33,12 +33,12 @@ class Experts:
 
 @torch.no_grad()
 def measure_experts(model: nn.Module, original: nn.Module | None = None) -> tuple[Experts, ...]:
-    """Similarity of experts of each layer that has several. original: the model before conversion, if at hand.
+    """Similarity of the experts of each layer with several. original: the model before conversion.
 
-    Raises ``InputError`` for experts that are no numbers, and for an ``original`` without any of the layers.
+    Raises ``InputError`` for experts that are not finite, and for an ``original`` without any of the layers.
     """
     plain = dict(original.named_modules()) if original is not None else {}
-    found = []
+    rows = []
     for name, layer in conditional_layers(model).items():
         if layer.experts < 2 or layer.weight.is_meta:
             continue
@@ -51,17 +51,17 @@ def measure_experts(model: nn.Module, original: nn.Module | None = None) -> tupl
         if not math.isfinite(cosine):
             raise InputError(
                 f"The experts of {name} are not finite.",
-                "A report is of a model that computes.",
+                "A report needs finite weights.",
                 "an artifact from before training diverged",
             )
-        found.append(Experts(name, layer.experts, cosine, apart, moved))
-    if original is not None and found and all(row.moved is None for row in found):
+        rows.append(Experts(name, layer.experts, cosine, apart, moved))
+    if original is not None and rows and all(row.moved is None for row in rows):
         raise InputError(
-            f"The original has no layer {found[0].name} of this shape, nor any other of {len(found)} converted ones.",
+            f"The original has no layer {rows[0].name} of this shape, nor any other of {len(rows)} converted ones.",
             "It is the model before conversion, with layers of the same names.",
-            "another --original, or none",
+            "another original=, or none",
         )
-    return tuple(found)
+    return tuple(rows)
 
 
 def _cosine(kernels: Tensor) -> float:

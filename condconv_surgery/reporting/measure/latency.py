@@ -1,4 +1,4 @@
-"""How long a forward pass takes, the model and its original by turns in one run."""
+"""Latency of a forward pass: the model and its original, alternating in one run."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from condconv_surgery.reporting.measure.forward_arguments import materialized
 from condconv_surgery.reporting.measure.original_model import Original
-from condconv_surgery.reporting.measure.report_inputs import materialized
 from condconv_surgery.runtime.modes import in_mode
 
 
@@ -22,8 +22,8 @@ from condconv_surgery.runtime.modes import in_mode
 class Latency:
     """Seconds per forward pass of ``batch`` images: median and interquartile range over ``repeats``.
 
-    original: the median of the plain network, timed by turns in the same run. ratio: median / original. warm_up: passes
-    of each that were not counted.
+    original: median of the original network, measured alternately in the same run. ratio: median / original.
+    warm_up: passes of each that were not counted.
     """
 
     batch: int
@@ -41,53 +41,53 @@ class Latency:
 def measure_latency(
     model: nn.Module, arguments: tuple[Any, ...], batch: int, *, seconds: float = 2.0, warm_up: int = 2
 ) -> Latency:
-    """Time ``model`` against its original in eval mode, where its weights are.
+    """Time ``model`` and its original in eval mode, on the device of its weights.
 
-    arguments: of a batch of ``batch``; meta tensors become noise. seconds: about how long to measure in all, at least
-    five times each. warm_up: passes of each before the clock counts.
+    arguments: a batch of ``batch``; meta tensors become noise. seconds: about how long to measure in total, at least
+    five passes each. warm_up: uncounted passes of each.
     """
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     inputs = materialized(arguments, device)
     with in_mode(model, training=False), torch.inference_mode():
-        mine, original = _by_turns(model, inputs, device, seconds, warm_up)
-    median, base = statistics.median(mine), statistics.median(original)
-    low, _, high = statistics.quantiles(mine, n=4)
-    return Latency(batch, median, high - low, base, median / base, len(mine), warm_up)
+        times, original = _alternating(model, inputs, device, seconds, warm_up)
+    median, base = statistics.median(times), statistics.median(original)
+    low, _, high = statistics.quantiles(times, n=4)
+    return Latency(batch, median, high - low, base, median / base, len(times), warm_up)
 
 
 def environment(device: torch.device) -> dict[str, str]:
-    """What a time depends on: the machine, the number of threads, the version of torch."""
+    """Device, number of threads and version of torch."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
     return {"device": f"{device.type} ({name})", "threads": str(torch.get_num_threads()), "torch": torch.__version__}
 
 
-def _by_turns(
+def _alternating(
     model: nn.Module, inputs: tuple[Any, ...], device: torch.device, seconds: float, warm_up: int
 ) -> tuple[list[float], list[float]]:
-    """Alternating, so that a slow moment of the machine meets both alike."""
-    mine: list[float] = []
+    """Seconds of each pass of the model and of its original. Alternating: a slow moment affects both."""
+    converted: list[float] = []
     original: list[float] = []
     plain = Original(model)
     begin = time.perf_counter()
     rounds = 0
     while rounds < warm_up + 5 or time.perf_counter() - begin < seconds:
-        for place, times in ((nullcontext(), mine), (plain.in_place(), original)):
-            with place:
-                taken = _timed(lambda: model(*inputs), device)
+        for swapped, times in ((nullcontext(), converted), (plain.in_place(), original)):
+            with swapped:
+                elapsed = _timed(lambda: model(*inputs), device)
             if rounds >= warm_up:
-                times.append(taken)
+                times.append(elapsed)
         rounds += 1
-    return mine, original
+    return converted, original
 
 
 def _timed(call: Callable[[], Any], device: torch.device) -> float:
-    _wait(device)
+    _synchronize(device)
     begin = time.perf_counter()
     call()
-    _wait(device)
+    _synchronize(device)
     return time.perf_counter() - begin
 
 
-def _wait(device: torch.device) -> None:
+def _synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)

@@ -1,4 +1,4 @@
-"""The plain network that a converted one came from, put back for a moment: what "before" is measured on."""
+"""The original of a converted model: plain layers swapped in temporarily, to measure "before"."""
 
 from __future__ import annotations
 
@@ -14,10 +14,9 @@ from condconv_surgery.layers.routed_block import plain_forwards
 
 
 class Original:
-    """Plain layers for every place of a conditional one, each with the mean of its experts.
+    """A plain layer for every conditional one, with the mean of its experts as weight.
 
-    Right after a conversion that mean is the trained weight itself. The plain kernels take memory of their own, one
-    expert's worth for each layer.
+    Right after conversion that mean is the trained weight. The plain kernels take memory: one expert per layer.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -30,7 +29,7 @@ class Original:
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
-        """The plain layers in the model, then the conditional ones again."""
+        """Swap the plain layers in; on exit, swap the conditional layers back."""
         try:
             for layer, names in self._places.items():
                 _put(self.model, names, self._plain[layer])

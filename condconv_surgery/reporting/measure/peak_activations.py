@@ -1,4 +1,4 @@
-"""Peak memory of a forward pass, from the lifetimes of its tensors; no memory is needed to find it out."""
+"""Peak memory of a forward pass from the lifetimes of its tensors, on the meta device: allocates nothing."""
 
 from __future__ import annotations
 
@@ -11,24 +11,24 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from condconv_surgery.ops.implementations.blockwise import OPERATOR, forward_in_blocks
-from condconv_surgery.reporting.measure.report_inputs import materialized
+from condconv_surgery.reporting.measure.forward_arguments import materialized
 from condconv_surgery.runtime.meta_device import META, meta_state, on_device
 from condconv_surgery.runtime.modes import device_of, in_mode, without_gradients
 from condconv_surgery.runtime.snapshot import preserving_state
 
 
 def peak_activations(model: nn.Module, arguments: tuple[Any, ...]) -> int:
-    """The most bytes that tensors made in an eval-mode forward pass have at one time, beside weights and input.
+    """Peak bytes of the tensors created in a forward pass in eval mode, without weights and input.
 
-    Mixed kernels are among them, the block that ``blockwise`` holds for a batch too. What a library takes inside an
-    operator (patches as columns, weights in another order) is not, nor are weights and input.
+    Includes mixed kernels, also the block of kernels that ``blockwise`` holds for a batch. Does not include what a
+    library allocates inside an operator (im2col buffers, reordered weights).
     """
     with in_mode(model, training=False), without_gradients(model):
         try:
             inputs = on_device(arguments, META)
             with preserving_state(model), meta_state(model), _Lifetimes() as lifetimes:
                 model(*inputs)
-        except Exception:  # code that needs values
+        except Exception:  # the model's code needs values
             inputs = materialized(arguments, device_of(model))
             with preserving_state(model), _Lifetimes() as lifetimes:
                 model(*inputs)
@@ -36,7 +36,7 @@ def peak_activations(model: nn.Module, arguments: tuple[Any, ...]) -> int:
 
 
 class _Lifetimes(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Adds a storage when an operator returns it for the first time, takes it off when it is freed."""
+    """Adds the bytes of a storage when an operator first returns it, subtracts them when it is freed."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -49,15 +49,15 @@ class _Lifetimes(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if isinstance(leaf, Tensor):
                 self._known.add(leaf.untyped_storage())  # a weight, an input, or already counted
         if func is OPERATOR:
-            with self:  # our own operator is no black box: what it makes inside counts
+            with self:  # our own operator: count the tensors that it creates inside
                 return forward_in_blocks(*args, **(kwargs or {}))
         result = func(*args, **(kwargs or {}))
         for leaf in pytree.tree_leaves(result):
             if isinstance(leaf, Tensor):
-                self._born(leaf.untyped_storage())
+                self._count(leaf.untyped_storage())
         return result
 
-    def _born(self, storage: torch.UntypedStorage) -> None:
+    def _count(self, storage: torch.UntypedStorage) -> None:
         if storage in self._known:
             return
         self._known.add(storage)

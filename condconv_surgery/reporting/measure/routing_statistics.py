@@ -1,4 +1,4 @@
-"""Does the routing do anything? Statistics of the gates of each layer over labelled pictures."""
+"""Statistics of the gates of each layer over labelled images, and the accuracy gain of routing."""
 
 from __future__ import annotations
 
@@ -11,33 +11,33 @@ from torch import Tensor, nn
 
 from condconv_surgery.layers import gate_statistics
 from condconv_surgery.recipe import InputSpec
-from condconv_surgery.reporting.measure.observed_gates import frozen_right, observe
-from condconv_surgery.reporting.measure.report_images import Pictures
+from condconv_surgery.reporting.measure.collect_gates import collect_gates, correct_with_mean_gates
+from condconv_surgery.reporting.measure.report_images import ReportImages
 from condconv_surgery.runtime.modes import input_spec_of
 
 DEAD = 0.1
-"""An expert is dead when no picture gives it more than this part of an equal share, 1/E."""
+"""An expert is dead when no image gives it more than this fraction of an equal share, 1/E."""
 
 SATURATED = 0.9
-"""An expert is saturated when it has more than this share on more than this part of the pictures."""
+"""An expert is saturated when it has more than this share on more than this fraction of the images."""
 
-TOP_PICTURES = 4
+TOP_IMAGES = 4
 
 QUANTILES = torch.tensor([0.05, 0.5, 0.95], dtype=torch.float64)
 
 
 @dataclass(frozen=True)
 class LayerRouting:
-    """The gates ``g`` [N, E] of one layer over N pictures of C classes; their shares have rows of sum 1. Nats.
+    """Statistics of the gates ``g`` [N, E] of one layer over N images of C classes. shares = g / sum_e g. Nats.
 
     mean: mean gate of each expert, [E]. by_class: the same for each class, [C][E].
-    quantiles: for each expert the gate's 5th, 50th and 95th percentile over pictures, [E][3].
-    entropy: mean over pictures of H(shares). used: exp H(mean share), the effective number of experts, 1 to E.
-    per_picture: exp(entropy), how many experts one picture has.
-    variation: mean distance of a picture's gates from the mean, half of sum |g - mean|, 0 (static) to 1.
-    information: mutual information of expert and class, H(mean share) less its mean within classes.
+    quantiles: for each expert the gate's 5th, 50th and 95th percentile over images, [E][3].
+    entropy: mean over images of H(shares). used: exp H(mean share), the effective number of experts, 1 to E.
+    per_image: exp(entropy), the effective number of experts of one image.
+    variation: mean distance of an image's gates from the mean, half of sum |g - mean|, 0 (static) to 1.
+    information: mutual information of expert and class, H(mean share) minus its mean within classes.
     between: share of the gates' variance that lies between classes, 0 to 1; the rest is within them.
-    dead, saturated: indices of experts. top: for each expert, indices of the pictures that give it most.
+    dead, saturated: indices of experts. top: for each expert, indices of the images that give it the largest shares.
     """
 
     name: str
@@ -47,7 +47,7 @@ class LayerRouting:
     quantiles: tuple[tuple[float, ...], ...]
     entropy: float
     used: float
-    per_picture: float
+    per_image: float
     variation: float
     information: float
     between: float
@@ -57,32 +57,32 @@ class LayerRouting:
 
     @property
     def verdict(self) -> str:
-        """What it means, in words."""
+        """The conclusion of these statistics as text."""
         n = self.experts
         if self.used < 1.2:
-            return f"uses {self.used:.1f} of {n} experts: static would do"
+            return f"uses {self.used:.1f} of {n} experts: static layer suffices"
         if self.variation < 0.01:
-            return "hardly varies: static would do"
+            return "hardly varies: static layer suffices"
         if self.dead:
-            return f"{len(self.dead)} of {n} experts never used: {n - len(self.dead)} would do"
+            return f"{len(self.dead)} of {n} experts never used: {n - len(self.dead)} suffice"
         if self.between > 0.5:
             return f"uses {self.used:.1f} of {n} experts, by class"
-        return f"uses {self.used:.1f} of {n} experts, by picture"
+        return f"uses {self.used:.1f} of {n} experts, by image"
 
     @property
     def advice(self) -> str:
-        """``verdict`` in a few words, beside a column that says how many experts are used."""
+        """``verdict`` shortened, for a table with a column ``used``."""
         if self.static:
-            return "static would do"
-        return f"{len(self.dead)} never used" if self.dead else "by class" if self.between > 0.5 else "by picture"
+            return "static layer suffices"
+        return f"{len(self.dead)} never used" if self.dead else "by class" if self.between > 0.5 else "by image"
 
     @property
     def static(self) -> bool:
-        """A plain convolution would do."""
+        """Whether the gates hardly depend on the image: a static layer suffices."""
         return self.used < 1.2 or self.variation < 0.01
 
     def distinct_classes(self, most: int) -> tuple[int, ...]:
-        """At most so many classes, those whose mean gates lie farthest from ``mean``, in their order."""
+        """The ``most`` classes whose mean gates differ most from ``mean``, in class order."""
 
         def distance(c: int) -> float:
             return sum(abs(own - mean) for own, mean in zip(self.by_class[c], self.mean, strict=True))
@@ -95,56 +95,58 @@ class LayerRouting:
 
 @dataclass(frozen=True)
 class Routing:
-    """All layers with gates, and what conditioning is worth.
+    """All layers with gates, and the accuracy gain of routing: ``accuracy - mean_gate_accuracy``.
 
-    accuracy, frozen: top-1 with live gates, and with every mixture fixed at its mean over these pictures; ``None``
-        where the classes of the folder are not those of the model.
-    uncertainty: standard error of ``accuracy - frozen``, from the pictures whose answer freezing changed.
-    attention: for layers with attention, how much the scales differ between pictures (mean standard deviation).
-    held_out: whether the pictures lay apart from those to train on.
+    accuracy, mean_gate_accuracy: top-1 with routing, and with every mixture replaced by its mean over these images;
+        ``None`` when the classes of the folder are not those of the model.
+    gain_standard_error: of the accuracy gain, from the images whose prediction changed.
+    attention: for layers with attention, how much the scales differ between images (mean standard deviation).
+    held_out: whether the images come from a validation folder, apart from the training images.
     """
 
     layers: tuple[LayerRouting, ...]
     classes: tuple[str, ...]
-    pictures: int
+    images: int
     accuracy: float | None
-    frozen: float | None
-    uncertainty: float | None
+    mean_gate_accuracy: float | None
+    gain_standard_error: float | None
     attention: tuple[tuple[str, float], ...]
     files: tuple[str, ...] = ()
     held_out: bool = True
 
     @property
     def verdict(self) -> str:
-        """What it means for the whole network, in words."""
+        """The conclusion for the whole network as text."""
         static = sum(layer.static for layer in self.layers)
-        text = f"{static} of {len(self.layers)} layers would do as plain convolutions." if self.layers else ""
-        if self.accuracy is None or self.frozen is None:
-            return f"{text} Its classes are not those of the folder, so accuracy is unknown.".strip()
-        return f"{text} {self._worth(self.accuracy, self.frozen)}{self._warning}".strip()
+        text = f"Static layers suffice for {static} of {len(self.layers)} conditional layers." if self.layers else ""
+        if self.accuracy is None or self.mean_gate_accuracy is None:
+            return f"{text} The model's classes are not those of the folder, so accuracy is unknown.".strip()
+        return f"{text} {self._gain(self.accuracy, self.mean_gate_accuracy)}{self._warning}".strip()
 
-    def _worth(self, accuracy: float, frozen: float) -> str:
-        over = f"{self.pictures} pictures"
-        if not self.uncertainty and accuracy == frozen:
-            same = f"top-1 {accuracy:.1%} with every gate as it is and frozen at its mean, {over}"
-            return f"Conditioning changes no answer from right to wrong or back ({same})."
-        gain = f"{100 * (accuracy - frozen):+.1f} ± {100 * (self.uncertainty or 0.0):.1f} points"
-        both = f"top-1 {accuracy:.1%}, with every gate frozen at its mean {frozen:.1%}"
-        return f"Conditioning is worth {gain} ({both}, {over})."
+    def _gain(self, accuracy: float, mean_gate_accuracy: float) -> str:
+        images = f"{self.images} images"
+        if not self.gain_standard_error and accuracy == mean_gate_accuracy:
+            return (
+                "Routing changes no prediction from right to wrong or back "
+                f"(top-1 {accuracy:.1%} with routing and with mean gates, {images})."
+            )
+        gain = f"{100 * (accuracy - mean_gate_accuracy):+.1f} ± {100 * (self.gain_standard_error or 0.0):.1f} points"
+        both = f"top-1 {accuracy:.1%} with routing, {mean_gate_accuracy:.1%} with mean gates"
+        return f"Accuracy gain of routing: {gain} ({both}, {images})."
 
     @property
     def _warning(self) -> str:
         if self.held_out:
             return ""
-        return " The folder has no val/: the model may have been trained on these very pictures."
+        return " The folder has no val/: the model may have been trained on these images."
 
     def to_dict(self) -> dict[str, Any]:
         return {
-            "pictures": self.pictures,
+            "images": self.images,
             "classes": list(self.classes),
             "accuracy": self.accuracy,
-            "frozen_accuracy": self.frozen,
-            "worth_standard_error": self.uncertainty,
+            "mean_gate_accuracy": self.mean_gate_accuracy,
+            "gain_standard_error": self.gain_standard_error,
             "held_out": self.held_out,
             "verdict": self.verdict,
             "files": list(self.files),
@@ -155,38 +157,44 @@ class Routing:
 
 def measure_routing(
     model: nn.Module,
-    pictures: Pictures,
+    images: ReportImages,
     *,
     classes: tuple[str, ...] = (),
     spec: InputSpec | None = None,
     batch: int = 32,
 ) -> Routing:
-    """Two passes over ``pictures``: one with the gates as they are, one with them frozen at their means.
+    """Two passes over ``images``: one with routing, one with every mixture replaced by its mean.
 
-    classes: of the model's logits in order, to find the folder's classes by name; without them the folder's own order
-        is taken, when there are as many.
+    classes: names of the model's logits, to match the folder's classes by name; without them the folder's order is
+        used, if the number of classes is equal.
     """
     spec = spec or input_spec_of(model)
-    answers = _answers(pictures.classes, classes)
-    seen = observe(model, pictures.batches(spec, batch), answers)
-    known = answers is not None or (not classes and seen.width == len(pictures.classes))
-    frozen = frozen_right(model, pictures.batches(spec, batch), seen.means, answers) if known else None
-    gained = None if frozen is None else seen.right.double() - frozen.double()  # +1, 0 or -1 a picture
+    logit_of = _logit_of_each_class(images.classes, classes)
+    routed = collect_gates(model, images.batches(spec, batch), logit_of)
+    comparable = logit_of is not None or (not classes and routed.num_logits == len(images.classes))
+    layers = tuple(layer_routing(n, gates, routed.labels, len(images.classes)) for n, gates in routed.gates.items())
+    accuracy = mean_gate_accuracy = error = None
+    if comparable:
+        static = correct_with_mean_gates(model, images.batches(spec, batch), routed.means, logit_of)
+        gain = routed.correct.double() - static.double()  # +1, 0 or -1 per image
+        accuracy, mean_gate_accuracy = routed.accuracy, float(static.double().mean())
+        error = float(gain.std(correction=0)) / math.sqrt(len(gain))
+    spreads = tuple(routed.spreads.items())
     return Routing(
-        tuple(layer_routing(name, gates, seen.labels, len(pictures.classes)) for name, gates in seen.gates.items()),
-        pictures.classes,
-        len(pictures.files),
-        seen.accuracy if known else None,
-        None if frozen is None else float(frozen.double().mean()),
-        None if gained is None else float(gained.std(correction=0)) / math.sqrt(len(gained)),
-        tuple(seen.spreads.items()),
-        pictures.files,
-        pictures.held_out,
+        layers,
+        images.classes,
+        len(images.files),
+        accuracy,
+        mean_gate_accuracy,
+        error,
+        spreads,
+        images.files,
+        images.held_out,
     )
 
 
 def layer_routing(name: str, gates: Tensor, labels: Tensor, classes: int) -> LayerRouting:
-    """The statistics of ``gates`` [N, E] of pictures with ``labels`` [N]."""
+    """The statistics of ``gates`` [N, E] of images with ``labels`` [N]."""
     gates = gates.double()
     shares = gate_statistics.shares(gates)
     entropy_of_mean = gate_statistics.entropy(shares.mean(dim=0))
@@ -202,32 +210,32 @@ def layer_routing(name: str, gates: Tensor, labels: Tensor, classes: int) -> Lay
         quantiles=tuple(tuple(row) for row in torch.quantile(gates, QUANTILES, dim=0).T.tolist()),
         entropy=entropy,
         used=math.exp(float(entropy_of_mean)),
-        per_picture=math.exp(entropy),
+        per_image=math.exp(entropy),
         variation=float(gate_statistics.total_variation(gates)),
         information=max(0.0, float(entropy_of_mean - (weights * gate_statistics.entropy(shares_by_class)).sum())),
         between=_between(gates, labels, weights),
         dead=tuple(i for i in range(experts) if float(shares[:, i].max()) < DEAD / experts),
         saturated=tuple(i for i in range(experts) if float((shares[:, i] > SATURATED).double().mean()) > SATURATED),
-        top=tuple(tuple(shares[:, i].topk(min(TOP_PICTURES, len(shares))).indices.tolist()) for i in range(experts)),
+        top=tuple(tuple(shares[:, i].topk(min(TOP_IMAGES, len(shares))).indices.tolist()) for i in range(experts)),
     )
 
 
 def _class_means(rows: Tensor, labels: Tensor, classes: int) -> Tensor:
-    """[N, E] -> [C, E]; a class without pictures gets the mean of all."""
+    """[N, E] -> [C, E]; a class without images gets the mean of all."""
     mean = rows.mean(dim=0)
     return torch.stack([rows[labels == c].mean(dim=0) if bool((labels == c).any()) else mean for c in range(classes)])
 
 
 def _between(gates: Tensor, labels: Tensor, weights: Tensor) -> float:
-    """The share of the variance of ``gates`` that lies between classes of these ``weights`` [C]."""
+    """Fraction of the variance of ``gates`` between classes. weights: fraction of images per class, [C]."""
     mean = gates.mean(dim=0)
     total = float(((gates - mean) ** 2).sum(dim=1).mean())
     between = float((weights[:, None] * (_class_means(gates, labels, len(weights)) - mean) ** 2).sum())
     return between / total if total > 1e-12 else 0.0
 
 
-def _answers(folder: tuple[str, ...], model: tuple[str, ...]) -> Tensor | None:
-    """The logit of each class of the folder, where the model knows them all by name."""
+def _logit_of_each_class(folder: tuple[str, ...], model: tuple[str, ...]) -> Tensor | None:
+    """The index in the logits of each class of the folder, if the model has all their names."""
     if not model or not set(folder) <= set(model):
         return None
     return torch.tensor([model.index(name) for name in folder])

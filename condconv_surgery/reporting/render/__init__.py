@@ -1,1 +1,1 @@
-"""Reports as text, plots and pages."""
+"""Measurements as text, plots and HTML pages."""

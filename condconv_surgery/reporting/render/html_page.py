@@ -1,4 +1,4 @@
-"""A report as one HTML page that needs nothing beside it: no network, no other file."""
+"""A report as one self-contained HTML page: no network, no other file."""
 
 from __future__ import annotations
 
@@ -9,17 +9,19 @@ from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from condconv_surgery.models.preprocess import flat
-from condconv_surgery.reporting.measure.model_profile import CONVENTION
-from condconv_surgery.reporting.measure.other_counters import other_counters
-from condconv_surgery.reporting.measure.report_images import open_picture
-from condconv_surgery.reporting.render import number_format as numbers
-from condconv_surgery.reporting.render.figures import to_svg
-from condconv_surgery.reporting.render.plots import COSTS, PARTS, accuracy_against_cost, experts_used, layer_costs
-from condconv_surgery.reporting.render.tables import (
+from condconv_surgery.reporting.measure.cost_table import CONVENTION
+from condconv_surgery.reporting.measure.measurements import Measurements
+from condconv_surgery.reporting.measure.report_images import read_image
+from condconv_surgery.reporting.measure.routing_statistics import Routing
+from condconv_surgery.reporting.render import number_format
+from condconv_surgery.reporting.render.comparison_table import HEADERS, measured_columns, rows_of, sort_keys
+from condconv_surgery.reporting.render.matplotlib_figures import to_svg
+from condconv_surgery.reporting.render.plots import COSTS, PARTS, accuracy_against_cost, layer_costs, mean_gates
+from condconv_surgery.reporting.render.table_rows import (
     cost_rows,
     latency_line,
-    measured_columns,
     multiplying,
+    other_counters,
     remainder,
     summary_rows,
 )
@@ -27,101 +29,93 @@ from condconv_surgery.reporting.render.tables import (
 if TYPE_CHECKING:
     import jinja2
 
-    from condconv_surgery.reporting.full_report import Report
-    from condconv_surgery.reporting.measure.routing_statistics import Routing
-
 THUMBNAIL = 56
-"""Pixels of a picture's side on the page."""
+"""Side of an image on the page, in pixels."""
 
-MOST_CELLS = 20_000
-"""Gates by class on one page, of all layers: about 1.5 MB. Of more classes, those that differ most are shown."""
+MAX_CELLS = 20_000
+"""Limit of table cells with gates by class, all layers together: about 1.5 MB. The most different classes are shown."""
 
-MOST_THUMBNAILS = 600
-"""Pictures on one page: about 1.5 MB. The layers that differ most between pictures come first."""
+MAX_THUMBNAILS = 600
+"""Limit of images on one page: about 1.5 MB. The layers whose gates vary most come first."""
 
 
-def report_page(report: Report) -> str:
+def report_page(model: Measurements) -> str:
     """The page of one model."""
-    routing, figures = report.routing, {}
-    if report.profile.macs.total:
-        figures["layers"] = to_svg(layer_costs(report.profile))
+    routing, figures = model.routing, {}
+    if model.profile.macs.total:
+        figures["layers"] = to_svg(layer_costs(model.profile))
     if routing and routing.layers:
-        figures["experts"] = to_svg(experts_used(routing))
+        figures["experts"] = to_svg(mean_gates(routing))
     template = _environment().get_template("report.html.j2")
-    return template.render(_context(report), routing=routing, plots=figures, **_seen(routing))
+    return template.render(_context(model), routing=routing, plots=figures, **_images_and_classes(routing))
 
 
-def report_fragment(report: Report) -> str:
-    """The totals and the layers alone, for a notebook's cell."""
-    return _environment().get_template("fragment.html.j2").render(_context(report))
+def report_fragment(model: Measurements) -> str:
+    """The totals and the layers only, for a notebook cell."""
+    return _environment().get_template("fragment.html.j2").render(_context(model))
 
 
-def comparison_page(
-    reports: Sequence[Report], headers: Sequence[str], rows: Sequence[Sequence[str]], values: Sequence[Sequence[float]]
-) -> str:
-    """The page of several models side by side; the plots where an accuracy is known. values: what rows sort by."""
+def comparison_page(models: Sequence[Measurements]) -> str:
+    """The page of several models: their table, and the plots if an accuracy is known."""
+    rows, keys = rows_of(models), [sort_keys(model) for model in models]
+    columns = measured_columns(rows)
     figures = []
-    kept = measured_columns(rows)
-    if any(report.accuracy is not None for report in reports):
-        # two, which stand side by side where there is room
-        figures = [{"cost": cost, "svg": to_svg(accuracy_against_cost(reports, [cost]))} for cost in COSTS]
-    return (
-        _environment()
-        .get_template("comparison.html.j2")
-        .render(
-            title="Comparison",
-            headers=[headers[i] for i in kept],
-            rows=[[(row[i], known[i]) for i in kept] for row, known in zip(rows, values, strict=True)],
-            plots=figures,
-            convention=CONVENTION,
-        )
+    if any(model.accuracy is not None for model in models):  # two plots, side by side on a wide screen
+        figures = [{"cost": cost, "svg": to_svg(accuracy_against_cost(models, [cost]))} for cost in COSTS]
+    template = _environment().get_template("comparison.html.j2")
+    return template.render(
+        title="Comparison",
+        headers=[HEADERS[i] for i in columns],
+        rows=[[(row[i], key[i]) for i in columns] for row, key in zip(rows, keys, strict=True)],
+        plots=figures,
+        convention=CONVENTION,
     )
 
 
-def _context(report: Report) -> dict[str, Any]:
-    layers = multiplying(report.profile)
+def _context(model: Measurements) -> dict[str, Any]:
+    layers = multiplying(model.profile)
     return {
-        "title": report.title,
-        "profile": report.profile,
-        "summary": summary_rows(report.profile),
-        "costs": cost_rows(report.cost) if report.cost else [],
-        "environment": latency_line(report.cost) if report.cost else "",
+        "title": model.title,
+        "profile": model.profile,
+        "summary": summary_rows(model.profile),
+        "costs": cost_rows(model.cost) if model.cost else [],
+        "environment": latency_line(model.cost) if model.cost else "",
         "layers": layers,
         "largest": max((layer.macs.total for layer in layers), default=1) or 1,
-        "remainder": remainder(report.profile),
-        "experts": {row.name: row for row in report.experts},
-        "moved_known": any(row.moved is not None for row in report.experts),
+        "remainder": remainder(model.profile),
+        "experts": {row.name: row for row in model.experts},
+        "moved_known": any(row.moved is not None for row in model.experts),
         "convention": CONVENTION,
-        "counters": other_counters(report.profile),
+        "counters": other_counters(model.profile),
         "parts": PARTS,
-        "accuracy": report.accuracy,
+        "accuracy": model.accuracy,
     }
 
 
-def _seen(routing: Routing | None) -> dict[str, Any]:
-    """The pictures on the page, once each however many experts like them, and the classes, as far as there is room."""
+def _images_and_classes(routing: Routing | None) -> dict[str, Any]:
+    """The images on the page, each embedded once, and the classes of each layer's table, up to the limits above."""
     if routing is None:
-        return {"thumbnails": {}, "pictured": (), "shown": {}}
-    pictured, indices = [], set[int]()
+        return {"thumbnails": {}, "layers_with_images": (), "classes_of": {}}
+    layers_with_images, indices = [], set[int]()
     for layer in sorted(routing.layers, key=lambda layer: -layer.variation):
         wanted = {i for expert in layer.top for i in expert}
-        if len(indices | wanted) <= MOST_THUMBNAILS:
+        if len(indices | wanted) <= MAX_THUMBNAILS:
             indices |= wanted
-            pictured.append(layer.name)
-    most = max(1, MOST_CELLS // max(1, sum(layer.experts for layer in routing.layers)))
+            layers_with_images.append(layer.name)
+    most = max(1, MAX_CELLS // max(1, sum(layer.experts for layer in routing.layers)))
     return {
         "thumbnails": {i: _thumbnail(routing.files[i]) for i in sorted(indices)},
-        "pictured": tuple(pictured),
-        "shown": {layer.name: layer.distinct_classes(most) for layer in routing.layers},
+        "layers_with_images": tuple(layers_with_images),
+        "classes_of": {layer.name: layer.distinct_classes(most) for layer in routing.layers},
     }
 
 
 def _thumbnail(file: str) -> str:
     """A JPEG as a data URI."""
-    picture = flat(open_picture(file))
-    picture.thumbnail((THUMBNAIL, THUMBNAIL))
+    image = flat(read_image(file))
+    image.thumbnail((THUMBNAIL, THUMBNAIL))
     out = io.BytesIO()
-    picture.save(out, "JPEG", quality=80)
+    image.save(out, "JPEG", quality=80)
     return "data:image/jpeg;base64," + base64.b64encode(out.getvalue()).decode()
 
 
@@ -137,5 +131,5 @@ def _environment() -> jinja2.Environment:
         undefined=jinja2.StrictUndefined,
     )
     for name in ("human", "human_bytes", "percent"):
-        environment.filters[name] = getattr(numbers, name)
+        environment.filters[name] = getattr(number_format, name)
     return environment

@@ -1,4 +1,4 @@
-"""How numbers are written for a person: three significant digits and a unit, signed percents."""
+"""Format numbers for people: three significant digits and a unit, signed percents."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def human_bytes(count: float) -> str:
 
 
 def human_time(seconds: float) -> str:
-    """Seconds, or milliseconds below one.
+    """Seconds; below one second, milliseconds.
 
     >>> human_time(0.01234), human_time(2.5)
     ('12.3 ms', '2.5 s')
@@ -53,7 +53,7 @@ def _scaled(count: float, step: float, units: tuple[str, ...]) -> str:
 
 
 def _three(value: float) -> str:
-    """Three significant digits, without a trailing point or zeros of no meaning."""
+    """Three significant digits, without trailing zeros or point."""
     decimals = 2 if abs(value) < 9.995 else 1 if abs(value) < 99.95 else 0
     text = f"{value:.{decimals}f}"
     return text.rstrip("0").rstrip(".") if "." in text else text

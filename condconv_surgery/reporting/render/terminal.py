@@ -1,38 +1,36 @@
-"""A report on a terminal of 80 columns or more."""
+"""A report in a terminal of 80 or more columns."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from rich import box
 from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from condconv_surgery.reporting.measure.model_profile import CONVENTION, Layer, Macs, Profile
-from condconv_surgery.reporting.measure.other_counters import other_counters
+from condconv_surgery.reporting.measure.cost_table import CONVENTION, Layer, Macs, Profile
+from condconv_surgery.reporting.measure.expert_similarity import Experts
+from condconv_surgery.reporting.measure.measurements import Measurements
+from condconv_surgery.reporting.measure.memory_and_latency import Cost
+from condconv_surgery.reporting.measure.routing_statistics import Routing
+from condconv_surgery.reporting.render.comparison_table import HEADERS, measured_columns, rows_of
 from condconv_surgery.reporting.render.number_format import human
-from condconv_surgery.reporting.render.tables import (
+from condconv_surgery.reporting.render.table_rows import (
     cost_rows,
     latency_line,
-    measured_columns,
     multiplying,
+    other_counters,
     remainder,
     summary_rows,
 )
 
-if TYPE_CHECKING:
-    from condconv_surgery.reporting.measure.expert_similarity import Experts
-    from condconv_surgery.reporting.measure.routing_statistics import Routing
-    from condconv_surgery.reporting.measure.run_cost import Cost
-
 WIDTH = 80
-"""Columns of a terminal that is not told to be wider."""
+"""Columns when the output is not a terminal."""
 
 
 def render_profile(profile: Profile, title: str, width: int = WIDTH, cost: Cost | None = None) -> RenderableType:
-    """The totals and what it costs to run, the layers, what is not listed, the convention, for ``width`` columns."""
+    """Totals, memory and latency, layers, what is not listed and the counting convention, for ``width`` columns."""
     totals = [*summary_rows(profile), *(cost_rows(cost) if cost else [])]
     notes = [CONVENTION, other_counters(profile), latency_line(cost) if cost else ""]
     return Group(
@@ -49,7 +47,7 @@ def render_profile(profile: Profile, title: str, width: int = WIDTH, cost: Cost 
 
 
 def render_routing(routing: Routing, experts: Sequence[Experts] = (), width: int = WIDTH) -> RenderableType:
-    """A line a layer: how many experts it uses, how much gates vary, and what that means."""
+    """One line per layer: how many experts it uses, how much its gates vary, and the verdict."""
     cosines = {row.name: f"{row.cosine:.2f}" for row in experts}
     headers = [
         ("layer", False),
@@ -71,8 +69,9 @@ def render_routing(routing: Routing, experts: Sequence[Experts] = (), width: int
         for layer in routing.layers
     ]
     key = (
-        "vary: mean distance of a picture's gates from their mean. class: variance that the class explains. "
-        "info: of expert and class, nats. cos: mean cosine between experts."
+        "used: effective number of experts. vary: mean distance of an image's gates from the mean gates. "
+        "class: share of the variance that the class explains. info: mutual information of expert and class, nats. "
+        "cos: mean cosine between experts."
     )
     verdict_line = Text(routing.verdict, style="bold")
     if not rows:
@@ -81,7 +80,7 @@ def render_routing(routing: Routing, experts: Sequence[Experts] = (), width: int
 
 
 def render_experts(experts: Sequence[Experts]) -> RenderableType:
-    """How different the kernels are, in a sentence: the mean of the layers, and the layer that moved most."""
+    """One sentence on how different the kernels are: mean over the layers, and the layer that moved most."""
     if not experts:
         return Group()
     cosine = sum(row.cosine for row in experts) / len(experts)
@@ -94,17 +93,18 @@ def render_experts(experts: Sequence[Experts]) -> RenderableType:
     return Text(text + ".")
 
 
-def render_comparison(headers: Sequence[str], rows: Sequence[Sequence[str]], width: int = WIDTH) -> RenderableType:
-    """Models side by side; columns in which nothing was measured are left out."""
-    kept = measured_columns(rows)
-    widths = [max(len(headers[i]), *(len(row[i]) for row in rows)) for i in kept[1:]]
+def render_comparison(models: Sequence[Measurements], width: int = WIDTH) -> RenderableType:
+    """One line per model, without columns in which nothing was measured."""
+    rows = rows_of(models)
+    columns = measured_columns(rows)
+    widths = [max(len(HEADERS[i]), *(len(row[i]) for row in rows)) for i in columns[1:]]
     first = max(16, width - sum(widths) - 2 * len(widths))
-    cells = [[shortened(row[0], first), *(row[i] for i in kept[1:])] for row in rows]
-    return simple_table([(headers[i], i != 0) for i in kept], cells)
+    cells = [[shortened(row[0], first), *(row[i] for i in columns[1:])] for row in rows]
+    return simple_table([(HEADERS[i], i != 0) for i in columns], cells)
 
 
 def make_console(width: int | None = None) -> Console:
-    """A console on stdout, as wide as the terminal; 80 columns in a pipe."""
+    """A console on stdout, as wide as the terminal; 80 columns when piped."""
     console = Console(width=width, highlight=False)
     return console if width is not None or console.is_terminal else Console(width=WIDTH, highlight=False)
 
@@ -112,7 +112,7 @@ def make_console(width: int | None = None) -> Console:
 def simple_table(
     headers: Sequence[tuple[str, bool]], rows: Sequence[Sequence[str | Text]], tight: bool = False
 ) -> Table:
-    """A table without vertical lines; a header's flag says whether its column is of numbers.
+    """A table without vertical lines. headers: (text, whether the column is numeric).
 
     tight: one space between columns instead of two.
     """
@@ -125,7 +125,7 @@ def simple_table(
 
 
 def shortened(name: str, width: int) -> str:
-    """A layer name whose end is kept: that is what tells layers apart.
+    """A layer name cut at its start: names of layers differ at their end.
 
     >>> shortened("features.denseblock4.denselayer16.conv2", 20)
     '….denselayer16.conv2'
@@ -157,7 +157,7 @@ def _layers(profile: Profile, width: int) -> Table:
 
 
 def _layer_row(layer: Layer, shown: Macs) -> list[str]:
-    """Everything but the name; of the added MACs only the kinds that the model has."""
+    """The cells after the name; of the added MACs only the parts that the model has."""
     macs = layer.macs
     pairs = ((macs.mixing, shown.mixing), (macs.routing, shown.routing), (macs.attention, shown.attention))
     added = [compact(own) if own else "" for own, any_layer_has in pairs if any_layer_has]

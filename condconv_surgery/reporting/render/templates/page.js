@@ -40,5 +40,5 @@ if (search) {
   only.addEventListener("change", apply);
   apply();
 }
-// on paper nothing can be opened any more; what says no more than its summary stays closed
+// paper cannot be clicked: open everything, except sections that add nothing to their summary
 addEventListener("beforeprint", () => { for (const closed of document.querySelectorAll("details:not(.dull)")) closed.open = true; });

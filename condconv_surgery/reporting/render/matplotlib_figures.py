@@ -1,4 +1,4 @@
-"""Figures to files and pages. matplotlib is imported when the first is drawn."""
+"""matplotlib figures: make, draw a heat map, write as PNG and SVG. matplotlib is imported by the first call."""
 
 from __future__ import annotations
 
@@ -15,26 +15,26 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 INK = "#1b1f24"
-"""On a light cell. Black would turn light on a dark page (``to_svg``), and the cell would not."""
+"""Text colour on a light cell. ``to_svg`` replaces black by the page's text colour, which is light in dark mode."""
 
-MOST_EXPERTS_IN_NUMBERS = 8
-"""Up to so many columns a heat map also prints its numbers."""
+MAX_COLUMNS_WITH_TEXT = 8
+"""A heat map with at most this many columns also prints its values."""
 
 
 def make_figure(width: float, height: float) -> Figure:
-    """Of these inches; without pyplot: no global state, no display."""
+    """A figure of this size in inches. Without pyplot: no global state, no display."""
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height), layout="constrained")
 
 
-def without_frame(axes: Any) -> None:
-    """Leave out the lines above and to the right."""
+def remove_frame(axes: Any) -> None:
+    """Hide the lines above and to the right."""
     axes.spines[["top", "right"]].set_visible(False)
 
 
 def heat_map(rows: Sequence[Sequence[float]], names: Sequence[str], title: str, low: float, high: float) -> Figure:
-    """A row for each name and a column for each expert, darker for more; NaN is left empty."""
+    """One row per name and one column per expert; a larger value is darker, NaN stays empty."""
     columns = max(map(len, rows))
     figure = make_figure(0.5 * columns + 4, 0.22 * len(rows) + 1.6)
     axes = figure.subplots()
@@ -43,19 +43,20 @@ def heat_map(rows: Sequence[Sequence[float]], names: Sequence[str], title: str, 
     axes.set_yticks(range(len(names)), names, fontsize=8.5)
     axes.set_xticks(range(columns))
     axes.set_xlabel("expert")
-    if columns <= MOST_EXPERTS_IN_NUMBERS:
-        _numbers(axes, rows, low + 0.6 * (high - low))
+    if columns <= MAX_COLUMNS_WITH_TEXT:
+        _write_values(axes, rows, low + 0.6 * (high - low))
     figure.colorbar(image, label="mean gate", shrink=min(1.0, 4 / figure.get_figheight()))
     return figure
 
 
-def write(folder: Path, figures: dict[str, Figure]) -> list[Path]:
-    """Each figure as ``NAME.png`` and ``NAME.svg`` in ``folder``, which is made. Raises ``InputError``."""
+def write_figures(folder: Path, figures: dict[str, Figure]) -> list[Path]:
+    """Write ``NAME.png`` and ``NAME.svg`` of each figure into ``folder``, which is created. Raises ``InputError``."""
     files = []
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise InputError(f"{folder} cannot be made: {error}.", "Plots go into a folder.", "--plots DIR") from error
+        reason = f"{folder} cannot be created: {error}."
+        raise InputError(reason, "Plots are written into a folder.", "another folder") from error
     for name, figure in figures.items():
         for kind in ("png", "svg"):
             path = folder / f"{name}.{kind}"
@@ -66,7 +67,7 @@ def write(folder: Path, figures: dict[str, Figure]) -> list[Path]:
 
 
 def to_svg(figure: Figure) -> str:
-    """An ``<svg>`` element for a page: text as text, no background, black ink in the colour of the text around it."""
+    """An ``<svg>`` element for a page: text stays text, no background, black becomes the colour of the page's text."""
     from matplotlib import rc_context
 
     out = io.StringIO()
@@ -76,7 +77,7 @@ def to_svg(figure: Figure) -> str:
     return text[text.index("<svg") :].replace("#000000", "currentColor")
 
 
-def _numbers(axes: Any, rows: Sequence[Sequence[float]], dark: float) -> None:
+def _write_values(axes: Any, rows: Sequence[Sequence[float]], dark: float) -> None:
     for y, row in enumerate(rows):
         for x, value in enumerate(row):
             if not math.isnan(value):

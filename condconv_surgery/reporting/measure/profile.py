@@ -1,4 +1,4 @@
-"""From a model to its ``Profile``: parameters and MACs of each layer, before and after conversion."""
+"""``profile``: count parameters and MACs of each layer of a model, before and after conversion."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from condconv_surgery.errors import InputError
 from condconv_surgery.layers import ConditionalConv2d, ConditionalLinear
 from condconv_surgery.layers.router import Router
 from condconv_surgery.ops.mixture import Mixture
+from condconv_surgery.reporting.measure.cost_table import Layer, Macs, Profile
 from condconv_surgery.reporting.measure.count_macs import Counts, ModuleCount, count
-from condconv_surgery.reporting.measure.model_profile import Layer, Macs, Profile
-from condconv_surgery.reporting.measure.report_inputs import arguments_for, one_sample
+from condconv_surgery.reporting.measure.forward_arguments import arguments_for, one_sample
 
 ATTENTION_HEADS = ("channel", "filter", "spatial")
-"""Parts of a router that make scales and not gates."""
+"""Submodules of a router that compute scales, not gates."""
 
 
 def profile(model: nn.Module, inputs: Any = None) -> Profile:
@@ -26,10 +26,11 @@ def profile(model: nn.Module, inputs: Any = None) -> Profile:
         after = before + sum over converted layers of  E*|W| (mixing) + I*E (routing, CondConv)
         parameters = before + sum of (E-1)*|W| + router
 
-    A router that serves a block is counted once, in a row of its own.
-    inputs: see ``reporting.measure.report_inputs.arguments_for``; of a batch, the first sample is counted.
-    "Before" is derived: each conditional layer stands where a plain one of the same geometry stood.
-    Raises ``InputError`` when the model does not run on the input, or has weights of no size yet.
+    A block's router is counted once, in its own row.
+    inputs: see ``reporting.measure.forward_arguments.arguments_for``; of a batch, the first sample is counted.
+    "Before" is derived: each conditional layer replaced a plain one of the same geometry.
+    Cost: one forward pass, on the meta device where the model allows it.
+    Raises ``InputError`` when the model does not run on the input, or has lazy parameters.
     """
     for name, parameter in model.named_parameters():
         if is_lazy(parameter):
@@ -38,40 +39,40 @@ def profile(model: nn.Module, inputs: Any = None) -> Profile:
             )
     arguments = one_sample(arguments_for(model, inputs))
     counts = count(model, arguments)
-    return Profile(tuple(_rows(model, counts)), _in_words(arguments))
+    return Profile(tuple(_rows(model, counts)), _shapes_as_text(arguments))
 
 
 def _rows(model: nn.Module, counts: Counts) -> list[Layer]:
     rows: list[Layer] = []
-    owned: set[int] = set()  # tensors that an earlier row has
-    inside: set[int] = set()  # modules that belong to a conditional layer above them
+    owned: set[int] = set()  # ids of tensors counted in an earlier row
+    inside: set[int] = set()  # ids of modules inside a conditional layer or router
     for name, module in model.named_modules():
         if id(module) in inside:
             continue
-        seen = counts.modules.get(module, ModuleCount())
+        counted = counts.modules.get(module, ModuleCount())
         if isinstance(module, ConditionalConv2d):
             inside.update(id(part) for part in module.modules())
-            rows.append(_conditional_row(name, module, seen, counts, owned))
+            rows.append(_conditional_row(name, module, counted, counts, owned))
             continue
         if isinstance(module, Router):
             inside.update(id(part) for part in module.modules())
-            rows.append(_router_row(name, module, seen, counts, owned))
+            rows.append(_router_row(name, module, counted, counts, owned))
             continue
         parameters, size = _own_tensors(module, owned, recurse=False)
-        if parameters or seen.macs:
-            rows.append(_plain_row(name, module, seen, parameters, size))
+        if parameters or counted.macs:
+            rows.append(_plain_row(name, module, counted, parameters, size))
     if counts.outside:
         rows.append(_row("", "outside any module", ModuleCount(macs=counts.outside), Macs(counts.outside)))
     return rows
 
 
-def _plain_row(name: str, module: nn.Module, seen: ModuleCount, parameters: int, size: int) -> Layer:
+def _plain_row(name: str, module: nn.Module, counted: ModuleCount, parameters: int, size: int) -> Layer:
     weight = module._parameters.get("weight")
     return _row(
         name,
         type(module).__name__,
-        seen,
-        Macs(convolution=seen.macs),
+        counted,
+        Macs(convolution=counted.macs),
         shape=tuple(weight.shape) if weight is not None else (),
         geometry=_geometry(module),
         parameters=(parameters, parameters),
@@ -80,7 +81,7 @@ def _plain_row(name: str, module: nn.Module, seen: ModuleCount, parameters: int,
 
 
 def _conditional_row(
-    name: str, layer: ConditionalConv2d[Any], seen: ModuleCount, counts: Counts, owned: set[int]
+    name: str, layer: ConditionalConv2d[Any], counted: ModuleCount, counts: Counts, owned: set[int]
 ) -> Layer:
     gain = getattr(layer.standardisation, "gain", None)
     plain = layer.geometry.weight_numel + layer.geometry.out_channels * ((layer.bias is not None) + (gain is not None))
@@ -88,8 +89,8 @@ def _conditional_row(
     return _row(
         name,
         layer.variant.kind,
-        seen,
-        _conditional_macs(layer, seen, counts),
+        counted,
+        _conditional_macs(layer, counted, counts),
         shape=layer.geometry.weight_shape,
         geometry=_geometry(layer.geometry),
         parameters=(plain, parameters),
@@ -99,17 +100,17 @@ def _conditional_row(
     )
 
 
-def _router_row(name: str, router: Router, seen: ModuleCount, counts: Counts, owned: set[int]) -> Layer:
-    """The router of a block: nothing stood there before."""
+def _router_row(name: str, router: Router, counted: ModuleCount, counts: Counts, owned: set[int]) -> Layer:
+    """A block's router: before conversion there was nothing."""
     parameters, size = _own_tensors(router, owned, recurse=True)
     macs = Macs(routing=_macs_inside(router, counts))
-    return _row(name, "router", seen, macs, parameters=(0, parameters), weight_bytes=(0, size))
+    return _row(name, "router", counted, macs, parameters=(0, parameters), weight_bytes=(0, size))
 
 
 def _row(
     name: str,
     kind: str,
-    seen: ModuleCount,
+    counted: ModuleCount,
     macs: Macs,
     *,
     shape: tuple[int, ...] = (),
@@ -125,44 +126,44 @@ def _row(
         shape=shape,
         geometry=geometry,
         experts=experts,
-        calls=len(seen.outputs),
+        calls=len(counted.outputs),
         parameters=parameters[1],
         parameters_before=parameters[0],
         macs=macs,
         weight_bytes=weight_bytes[1],
         weight_bytes_before=weight_bytes[0],
-        activation_bytes=seen.output_bytes,
-        activation_values=seen.output_values,
+        activation_bytes=counted.output_bytes,
+        activation_values=counted.output_values,
         conditional=conditional,
     )
 
 
-def _conditional_macs(layer: ConditionalConv2d[Any], seen: ModuleCount, counts: Counts) -> Macs:
-    """The rule, not the meter: how a layer is executed on a batch changes what is multiplied, not what it costs."""
+def _conditional_macs(layer: ConditionalConv2d[Any], counted: ModuleCount, counts: Counts) -> Macs:
+    """By the cost rule, not as counted: the implementation changes the products in a batch, not the cost per image."""
     width = layer.geometry.out_channels
     unbatched = 1 if isinstance(layer, ConditionalLinear) else 3
-    samples = sum(shape[0] if len(shape) > unbatched else 1 for shape in seen.outputs)
-    positions = sum(math.prod(shape) for shape in seen.outputs) // width  # of all samples and calls
+    samples = sum(shape[0] if len(shape) > unbatched else 1 for shape in counted.outputs)
+    positions = sum(math.prod(shape) for shape in counted.outputs) // width  # over all samples and calls
     mixed = layer.experts * (layer.geometry.weight_numel + (width if layer.bias is not None else 0))
-    if layer.router is None:  # a block's router, which always has gates, is a row of its own
-        mixing = samples * mixed + _macs_of_norms(layer, samples, len(seen.outputs))
+    if layer.router is None:  # a block's router always has gates; it has its own row
+        mixing = samples * mixed + _macs_of_norms(layer, samples, len(counted.outputs))
         return Macs(convolution=positions * layer.geometry.weight_numel, mixing=mixing)
     routed = counts.modules.get(layer.router)
     mixture = routed.result if routed else None
     gated = isinstance(mixture, Mixture) and mixture.gate is not None
     heads = [part for name, part in layer.router.named_modules() if name in ATTENTION_HEADS]
-    # From the weights: a router may compute all its heads in one product, which no hook on a head would see.
+    # From the weights: a router may compute all heads in one product, and a hook on a head would not be called.
     attention = samples * sum(head.weight.numel() for head in heads if isinstance(head, nn.Linear))
     return Macs(
         convolution=positions * layer.geometry.weight_numel,
-        mixing=samples * mixed + _macs_of_norms(layer, samples, len(seen.outputs)) if gated else 0,
+        mixing=samples * mixed + _macs_of_norms(layer, samples, len(counted.outputs)) if gated else 0,
         routing=_macs_inside(layer.router, counts) - attention,
         attention=attention,
     )
 
 
 def _macs_of_norms(layer: ConditionalConv2d[Any], samples: int, calls: int) -> int:
-    """Of a standardised layer: the experts' inner products, once a call, and each sample's norm from them."""
+    """MACs of weight standardisation: the experts' inner products, once per call, and each sample's norm from them."""
     if layer.standardisation is None:
         return 0
     pairs = layer.experts**2
@@ -174,7 +175,7 @@ def _macs_inside(module: nn.Module, counts: Counts) -> int:
 
 
 def _own_tensors(module: nn.Module, owned: set[int], *, recurse: bool) -> tuple[int, int]:
-    """Number of parameters, and bytes of parameters and buffers, of which no earlier row has any."""
+    """Number of parameters, and bytes of parameters and buffers, that no earlier row has counted."""
     parameters = size = 0
     for tensor in (*module.parameters(recurse), *module.buffers(recurse)):
         if id(tensor) in owned:
@@ -186,7 +187,7 @@ def _own_tensors(module: nn.Module, owned: set[int], *, recurse: bool) -> tuple[
 
 
 def _geometry(module: Any) -> str:
-    """``64>128 3x3 /2 g32``; ``96 3x3 dw`` for a depthwise one; empty for what has no channels."""
+    """``64>128 3x3 /2 g32``; ``96 3x3 dw`` if depthwise; empty for a module without channels."""
     if hasattr(module, "in_features"):
         return f"{module.in_features}>{module.out_features}"
     if not hasattr(module, "kernel_size") or not hasattr(module, "in_channels"):
@@ -201,5 +202,5 @@ def _geometry(module: Any) -> str:
     return text + (f" /{max(strides)}" if strides != {1} else "")
 
 
-def _in_words(arguments: tuple[Any, ...]) -> str:
+def _shapes_as_text(arguments: tuple[Any, ...]) -> str:
     return ", ".join("x".join(map(str, a.shape)) if hasattr(a, "shape") else type(a).__name__ for a in arguments)

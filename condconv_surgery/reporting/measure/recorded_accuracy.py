@@ -1,4 +1,4 @@
-"""The accuracy that a training run wrote beside its artifacts."""
+"""Read the accuracy that a training run recorded beside its artifacts."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ METRICS = "metrics.jsonl"
 
 
 def recorded_accuracy(artifact: str | Path) -> float | None:
-    """Validation top-1, 0 to 1, of ``best.safetensors`` or ``last.safetensors`` in a run's folder, else ``None``."""
+    """Validation top-1, 0 to 1, of ``best.safetensors`` or ``last.safetensors`` in a run directory, else ``None``."""
     path = Path(artifact)
     if path.stem not in ("best", "last") or not path.is_file():
         return None
@@ -20,7 +20,7 @@ def recorded_accuracy(artifact: str | Path) -> float | None:
 
 
 def _rows(path: Path) -> list[dict[str, object]]:
-    """The whole lines of a file that a run may be writing at this moment."""
+    """The complete lines of a file that a run may still be writing."""
     rows = []
     for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
         try:

@@ -1,4 +1,4 @@
-"""The input on which a model is counted and timed."""
+"""The arguments of the forward pass that is counted and timed."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from condconv_surgery.runtime.modes import input_spec_of
 def arguments_for(model: nn.Module, inputs: Any = None) -> tuple[Any, ...]:
     """The arguments of one forward pass.
 
-    inputs: ``None`` (the model's own ``InputSpec``), an ``InputSpec``, one tensor, a tuple of all arguments, or what a
-        detector takes. A picture made here is one, on the meta device, in the dtype of the model.
+    inputs: ``None`` (the model's own ``InputSpec``), an ``InputSpec``, one tensor, a tuple of all arguments, or the
+        argument of a detector. An image created here has batch 1, is on the meta device and has the model's dtype.
     """
     if inputs is None:
         inputs = input_spec_of(model)
@@ -27,7 +27,7 @@ def arguments_for(model: nn.Module, inputs: Any = None) -> tuple[Any, ...]:
 
 
 def one_sample(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
-    """The first sample of a batch; arguments without a common batch dimension are left as they are."""
+    """The first sample of a batch; arguments without a common batch dimension are returned unchanged."""
     tensors = [leaf for leaf in pytree.tree_leaves(arguments) if isinstance(leaf, Tensor)]
     batched = all(isinstance(argument, Tensor) for argument in arguments) and all(t.dim() >= 2 for t in tensors)
     if not batched or len({t.shape[0] for t in tensors}) != 1:
@@ -36,12 +36,12 @@ def one_sample(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
 
 
 def repeated(arguments: tuple[Any, ...], batch: int) -> tuple[Any, ...]:
-    """One sample's arguments as a batch of ``batch`` equal ones."""
+    """Repeat one sample's arguments to a batch of ``batch``."""
     return tuple(a.expand(batch, *a.shape[1:]).contiguous() if isinstance(a, Tensor) else a for a in arguments)
 
 
 def materialized(arguments: tuple[Any, ...], device: torch.device) -> tuple[Any, ...]:
-    """Meta tensors as standard normal noise from a fixed seed, all tensors on ``device``."""
+    """Replace meta tensors by standard normal noise from a fixed seed, and move all tensors to ``device``."""
     generator = torch.Generator().manual_seed(0)
 
     def fill(leaf: Any) -> Any:

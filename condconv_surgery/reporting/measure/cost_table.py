@@ -1,4 +1,4 @@
-"""The numbers of a report on cost: one row a layer, their sums, and what is counted in words."""
+"""The cost table: one row per layer with parameters, MACs and bytes; their sums; the counting convention."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ CONVENTION = (
 
 @dataclass(frozen=True)
 class Macs:
-    """Multiply-accumulates of one image, by what they are for (see ``CONVENTION``)."""
+    """Multiply-accumulates of one image in four parts (see ``CONVENTION``)."""
 
     convolution: int = 0
     mixing: int = 0
@@ -25,7 +25,7 @@ class Macs:
 
     @property
     def total(self) -> int:
-        """All of them."""
+        """The sum of the four parts."""
         return self.convolution + self.mixing + self.routing + self.attention
 
     def __add__(self, other: Macs) -> Macs:
@@ -39,14 +39,14 @@ class Macs:
 
 @dataclass(frozen=True)
 class Layer:
-    """One row: a module that owns parameters or multiplies.
+    """One row: a module that owns parameters or has MACs.
 
     kind: ``condconv``, ``odconv``, ``dynamicconv``, or the class name of a plain module. experts: 1 for a plain one.
     shape: of one kernel, (O, I/G, kh, kw), or of the weight; ``()`` without one.
-    geometry: the same in words, ``64>128 3x3 /2``.
-    parameters, parameters_before: now, and of the plain layer that stood here.
-    macs: of one image, all ``calls`` together. weight_bytes: parameters and buffers.
-    activation_bytes, activation_values: of its outputs for one image, in bytes and in numbers.
+    geometry: channels, kernel and stride as text, ``64>128 3x3 /2``.
+    parameters, parameters_before: after conversion, and of the plain layer before it.
+    macs: of one image, summed over ``calls``. weight_bytes: parameters and buffers.
+    activation_bytes, activation_values: size of its outputs for one image, in bytes and in elements.
     """
 
     name: str
@@ -72,7 +72,7 @@ class Layer:
 class Profile:
     """All rows of a model in the order of its modules, and their sums.
 
-    input: shapes of the arguments, in words.
+    input: shapes of the arguments as text, ``1x3x224x224``.
     """
 
     layers: tuple[Layer, ...]
@@ -85,42 +85,42 @@ class Profile:
 
     @property
     def parameters_before(self) -> int:
-        """Of the model as it was before conversion."""
+        """Parameters before conversion."""
         return sum(layer.parameters_before for layer in self.layers)
 
     @property
     def macs(self) -> Macs:
-        """Of one image."""
+        """MACs of one image."""
         return sum((layer.macs for layer in self.layers), Macs())
 
     @property
     def macs_before(self) -> int:
-        """Of one image, before conversion."""
+        """MACs of one image before conversion."""
         return self.macs.convolution
 
     @property
     def weight_bytes(self) -> int:
-        """Of parameters and buffers."""
+        """Bytes of parameters and buffers."""
         return sum(layer.weight_bytes for layer in self.layers)
 
     @property
     def weight_bytes_before(self) -> int:
-        """Of parameters and buffers before conversion."""
+        """Bytes of parameters and buffers before conversion."""
         return sum(layer.weight_bytes_before for layer in self.layers)
 
     @property
     def activation_bytes(self) -> int:
-        """Of the outputs of all rows, for one image."""
+        """Bytes of the outputs of all rows, for one image."""
         return sum(layer.activation_bytes for layer in self.layers)
 
     @property
     def multiplying(self) -> int:
-        """How many layers have products or are conditional; the router of a block is no layer."""
+        """Number of layers that have MACs or are conditional; a block's router does not count as a layer."""
         return sum(bool(layer.macs.total or layer.conditional) and layer.kind != "router" for layer in self.layers)
 
     @property
     def converted(self) -> int:
-        """How many layers are conditional."""
+        """Number of conditional layers."""
         return sum(layer.conditional for layer in self.layers)
 
     def to_dict(self) -> dict[str, Any]:

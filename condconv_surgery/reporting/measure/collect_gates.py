@@ -1,0 +1,146 @@
+"""Run labelled images through a model and collect its gates and predictions."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from condconv_surgery.errors import InputError
+from condconv_surgery.layers import routers
+from condconv_surgery.ops.mixture import Mixture
+from condconv_surgery.runtime.modes import device_of, in_mode
+
+
+@dataclass(frozen=True)
+class CollectedGates:
+    """The gates and predictions of one pass over N labelled images.
+
+    gates: for each router with several experts, by the name of its layer or block, [N, E]; a softmax row sums to 1, a
+        sigmoid row need not. For a router that is called several times: the mean over its calls.
+    means: for each router the mean mixture, batch 1.
+    spreads: for each layer with attention, how much its scales differ between images (mean standard deviation).
+    labels: [N]. correct: whether the prediction is the label, [N]. num_logits: width of the model's output.
+    """
+
+    gates: dict[str, Tensor]
+    means: dict[str, Mixture]
+    spreads: dict[str, float]
+    labels: Tensor
+    correct: Tensor
+    num_logits: int
+
+    @property
+    def accuracy(self) -> float:
+        """Top-1, 0 to 1."""
+        return float(self.correct.double().mean())
+
+
+def collect_gates(
+    model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], logit_of: Tensor | None = None
+) -> CollectedGates:
+    """Run labelled images through ``model`` in eval mode and collect every mixture.
+
+    logit_of: [classes of the folder], the index of each class in the logits; by default the label itself.
+    Raises ``InputError`` when a logit is not finite.
+    """
+    recorded: dict[str, list[Mixture]] = {}
+    with in_mode(model, training=False), torch.inference_mode(), _recording_mixtures(model, recorded):
+        labels, correct, num_logits = _predict(model, batches, logit_of)
+    joined = {name: _joined(mixtures, len(labels)) for name, mixtures in recorded.items()}
+    gates = {n: m.gate for n, m in joined.items() if m.gate is not None and m.gate.shape[1] > 1}
+    means = {name: _mean(mixture) for name, mixture in joined.items()}
+    spreads = {name: _spread(mixture) for name, mixture in joined.items() if any(p is not None for p in mixture[1:])}
+    return CollectedGates(gates, means, spreads, labels, correct, num_logits)
+
+
+def correct_with_mean_gates(
+    model: nn.Module,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    means: dict[str, Mixture],
+    logit_of: Tensor | None = None,
+) -> Tensor:
+    """Which predictions are correct with every mixture replaced by its mean, [N]: the network without routing."""
+    with in_mode(model, training=False), torch.inference_mode(), _mean_mixtures(model, means):
+        return _predict(model, batches, logit_of)[1]
+
+
+def _predict(
+    model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], logit_of: Tensor | None
+) -> tuple[Tensor, Tensor, int]:
+    """(labels, whether the prediction is correct, number of logits)."""
+    labels, correct, num_logits = [], [], 0
+    device = device_of(model)
+    for images, targets in batches:
+        output = model(images.to(device, next(model.parameters()).dtype))
+        logits = output if isinstance(output, Tensor) else output[0]
+        num_logits = logits.shape[1]
+        if not bool(torch.isfinite(logits).all()):
+            raise InputError(
+                "The model's outputs on the images are not finite.",
+                "Routing can only be measured on a model with finite outputs.",
+                "an artifact from before training diverged, or dtype=float32",
+            )
+        labels.append(targets)
+        correct.append(logits.argmax(dim=1).cpu() == (targets if logit_of is None else logit_of[targets]))
+    return torch.cat(labels), torch.cat(correct), num_logits
+
+
+@contextmanager
+def _recording_mixtures(model: nn.Module, recorded: dict[str, list[Mixture]]) -> Iterator[None]:
+    def recorder(name: str) -> Any:
+        def record(module: nn.Module, inputs: Any, output: Mixture) -> None:
+            recorded.setdefault(name, []).append(Mixture(*(None if t is None else t.float().cpu() for t in output)))
+
+        return record
+
+    with _hooked({router: recorder(name) for name, router in routers(model).items()}):
+        yield
+
+
+@contextmanager
+def _mean_mixtures(model: nn.Module, means: dict[str, Mixture]) -> Iterator[None]:
+    def replacer(mean: Mixture) -> Any:
+        def replace(module: nn.Module, inputs: tuple[Tensor, ...], output: Mixture) -> Mixture:
+            fixed = (m if t is None or m is None else m.to(t).expand_as(t) for m, t in zip(mean, output, strict=True))
+            return Mixture(*fixed)
+
+        return replace
+
+    with _hooked({router: replacer(means[name]) for name, router in routers(model).items() if name in means}):
+        yield
+
+
+@contextmanager
+def _hooked(hook_of: dict[nn.Module, Any]) -> Iterator[None]:
+    hooks = [module.register_forward_hook(hook) for module, hook in hook_of.items()]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _joined(mixtures: list[Mixture], images: int) -> Mixture:
+    """One row per image. A layer that is called several times has consecutive mixtures per batch: take their mean."""
+    calls = sum(next(p for p in m if p is not None).shape[0] for m in mixtures) // images
+    per_batch = [mixtures[i : i + calls] for i in range(0, len(mixtures), calls)]
+
+    def join(part: int) -> Tensor | None:
+        rows = [[m[part] for m in batch] for batch in per_batch]
+        return None if rows[0][0] is None else torch.cat([torch.stack(list(row)).mean(dim=0) for row in rows])  # type: ignore[arg-type]
+
+    return Mixture(join(0), join(1), join(2), join(3))
+
+
+def _mean(mixture: Mixture) -> Mixture:
+    return Mixture(*(None if part is None else part.mean(dim=0, keepdim=True) for part in mixture))
+
+
+def _spread(mixture: Mixture) -> float:
+    parts = [part.flatten(1) for part in mixture[1:] if part is not None]
+    return float(torch.cat(parts, dim=1).std(dim=0, correction=0).mean())

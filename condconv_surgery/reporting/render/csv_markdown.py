@@ -1,0 +1,112 @@
+"""The report of one model as CSV and as Markdown."""
+
+from __future__ import annotations
+
+import csv
+import io
+
+from condconv_surgery.reporting.measure.cost_table import CONVENTION, Layer, Profile
+from condconv_surgery.reporting.measure.measurements import Measurements
+from condconv_surgery.reporting.measure.routing_statistics import Routing
+from condconv_surgery.reporting.render.number_format import human
+from condconv_surgery.reporting.render.table_rows import (
+    cost_rows,
+    latency_line,
+    multiplying,
+    other_counters,
+    remainder,
+    summary_rows,
+)
+
+COLUMNS = (
+    "name",
+    "kind",
+    "geometry",
+    "experts",
+    "calls",
+    "parameters_before",
+    "parameters",
+    "macs_before",
+    "macs",
+    "convolution",
+    "mixing",
+    "routing",
+    "attention",
+    "weight_bytes",
+    "activation_bytes",
+)
+
+
+def to_csv(profile: Profile) -> str:
+    """One line per layer under a header, and a last line ``total``. Plain numbers."""
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(COLUMNS)
+    for layer in profile.layers:
+        writer.writerow(_csv_row(layer))
+    macs, blank = profile.macs, [""] * 4
+    before, after = profile.parameters_before, profile.parameters
+    parts = [macs.convolution, macs.mixing, macs.routing, macs.attention]
+    sizes = [profile.weight_bytes, profile.activation_bytes]
+    writer.writerow(["total", *blank, before, after, profile.macs_before, macs.total, *parts, *sizes])
+    return out.getvalue()
+
+
+def to_markdown(model: Measurements) -> str:
+    """The totals, memory and latency, a table of the layers with MACs, the routing and the counting convention."""
+    profile, cost, routing = model.profile, model.cost, model.routing
+    totals = [*summary_rows(profile), *(cost_rows(cost) if cost else [])]
+    lines = [
+        f"# {model.title}",
+        "",
+        f"Input {profile.input}; {profile.converted} of {profile.multiplying} layers conditional.",
+        "",
+        "| | before | after | change |",
+        "|---|---:|---:|---:|",
+        *(f"| {name} | {before} | {after} | {change} |" for name, before, after, change in totals),
+        "",
+        "| layer | kind | shape | experts | parameters | MACs | convolution | mixing | routing | attention |",
+        "|---|---|---|---:|---:|---:|---:|---:|---:|---:|",
+        *(_markdown_row(layer) for layer in multiplying(profile)),
+        "",
+        *(f"{text}." for text in remainder(profile)),
+        "",
+        *(_routing_lines(routing) if routing else []),
+        CONVENTION,
+        "",
+        other_counters(profile),
+        *(["", latency_line(cost)] if cost and cost.latency else []),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _routing_lines(routing: Routing) -> list[str]:
+    return [
+        "## Routing",
+        "",
+        "| layer | used | variation | between classes | verdict |",
+        "|---|---:|---:|---:|---|",
+        *(
+            f"| `{r.name}` | {r.used:.2f} of {r.experts} | {r.variation:.3f} | {r.between:.0%} | {r.verdict} |"
+            for r in routing.layers
+        ),
+        "",
+        routing.verdict,
+        "",
+    ]
+
+
+def _csv_row(layer: Layer) -> list[str | int]:
+    macs = layer.macs
+    parts = [macs.convolution, macs.mixing, macs.routing, macs.attention]
+    description: list[str | int] = [layer.name, layer.kind, layer.geometry, layer.experts, layer.calls]
+    before, after = layer.parameters_before, layer.parameters
+    sizes = [layer.weight_bytes, layer.activation_bytes]
+    return [*description, before, after, macs.convolution, macs.total, *parts, *sizes]
+
+
+def _markdown_row(layer: Layer) -> str:
+    macs = layer.macs
+    parts = [macs.total, macs.convolution, macs.mixing, macs.routing, macs.attention]
+    numbers = " | ".join(human(n) for n in (layer.parameters, *parts))
+    return f"| `{layer.name}` | {layer.kind} | {layer.geometry} | {layer.experts} | {numbers} |"

@@ -1,0 +1,92 @@
+"""The rows and sentences that the terminal, Markdown and HTML reports share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from condconv_surgery.reporting.measure.cost_table import Layer, Profile
+from condconv_surgery.reporting.measure.memory_and_latency import Cost
+from condconv_surgery.reporting.measure.other_counters import predicted
+from condconv_surgery.reporting.render.number_format import human, human_bytes, human_time, percent
+
+Row = tuple[str, str, str, str]
+"""What, before, after, change: formatted."""
+
+
+def summary_rows(profile: Profile) -> list[Row]:
+    """The totals. The change of a part of the MACs is relative to all MACs before."""
+    macs, before = profile.macs, profile.macs_before
+
+    def row(name: str, a: int, b: int, form: Callable[[float], str] = human) -> Row:
+        return (name, form(a), form(b), percent(a, b))
+
+    rows = [row("parameters", profile.parameters_before, profile.parameters), row("MACs per image", before, macs.total)]
+    for name in ("convolution", "mixing", "routing", "attention") if profile.converted else ():
+        own = getattr(macs, name)
+        added = 0 if name == "convolution" else own
+        if own:
+            rows.append((f"  {name}", human(own - added), human(own), percent(before, before + added)))
+    rows.append(row("FLOPs per image", 2 * before, 2 * macs.total))
+    rows.append(row("weights", profile.weight_bytes_before, profile.weight_bytes, human_bytes))
+    outputs = profile.activation_bytes  # a conditional layer has the output of the plain one
+    return [*rows, row("outputs of all layers", outputs, outputs, human_bytes)]
+
+
+def cost_rows(cost: Cost) -> list[Row]:
+    """Peak memory and latency."""
+    rows = [
+        (f"peak activations, batch {p.batch}", human_bytes(p.before), human_bytes(p.after), percent(p.before, p.after))
+        for p in cost.peaks
+    ]
+    for time in cost.latency:
+        rows.append(
+            (f"latency, batch {time.batch}", human_time(time.original), human_time(time.median), f"x{time.ratio:.2f}")
+        )
+    return rows
+
+
+def latency_line(cost: Cost) -> str:
+    """How latency was measured and how much it varies, in one sentence; empty if it was not measured."""
+    if not cost.latency:
+        return ""
+    spreads = ", ".join(f"{t.spread / t.median:.0%} of {t.repeats} at batch {t.batch}" for t in cost.latency)
+    environment = ", ".join(f"{name} {value}" for name, value in cost.environment)
+    return (
+        f"Latency: medians, original and model alternating in one run after {cost.latency[0].warm_up} warm-up passes; "
+        f"interquartile range {spreads}; {environment}."
+    )
+
+
+def multiplying(profile: Profile) -> list[Layer]:
+    """The layers that have MACs or are conditional: a table lists them one by one."""
+    return [layer for layer in profile.layers if layer.macs.total or layer.conditional]
+
+
+def remainder(profile: Profile) -> list[str]:
+    """The other layers, by kind: ``20 BatchNorm2d with 9.6 k parameters``."""
+    listed = {layer.name for layer in multiplying(profile)}
+    kinds: dict[str, list[Layer]] = {}
+    for layer in profile.layers:
+        if layer.name not in listed:
+            kinds.setdefault(layer.kind, []).append(layer)
+    return [
+        f"{len(rows)} {kind} with {human(sum(row.parameters for row in rows))} parameters"
+        for kind, rows in kinds.items()
+    ]
+
+
+def other_counters(profile: Profile) -> str:
+    """What other counters print for this model and why it differs, in a sentence or two."""
+    number = {name: human(macs) for name, macs in predicted(profile).items()}
+    fvcore = f"fvcore about {number['fvcore']} (adds batch norm)"
+    if not profile.converted:
+        return (
+            f"Other counters differ by what they add: {fvcore}, thop {number['thop']}, "
+            f"torchinfo {number['torchinfo']}; torch's FlopCounterMode prints FLOPs, twice our MACs."
+        )
+    ptflops = f", ptflops {number['ptflops']} (misses the convolution)" if "ptflops" in number else ""
+    return (
+        "Other counters look up the class of a module and see only the router of a conditional layer: "
+        f"torchinfo about {number['torchinfo']} MACs, thop {number['thop']}{ptflops}. "
+        f"Right on these layers: torch's FlopCounterMode (FLOPs, twice our MACs) and {fvcore}."
+    )
