@@ -43,9 +43,9 @@ def report_page(model: Measurements) -> str:
     """The page of one model."""
     routing, figures = model.routing, {}
     if model.profile.macs.total:
-        figures["layers"] = to_svg(layer_costs(model.profile))
+        figures["layers"] = to_svg(layer_costs(model.profile), "layers")
     if routing and routing.layers:
-        figures["experts"] = to_svg(mean_gates(routing))
+        figures["experts"] = to_svg(mean_gates(routing), "experts")
     template = _environment().get_template("report.html.j2")
     return template.render(_context(model), routing=routing, plots=figures, **_images_and_classes(routing))
 
@@ -61,7 +61,7 @@ def comparison_page(models: Sequence[Measurements]) -> str:
     columns = measured_columns(rows)
     figures = []
     if any(model.accuracy is not None for model in models):  # two plots, side by side on a wide screen
-        figures = [{"cost": cost, "svg": to_svg(accuracy_against_cost(models, [cost]))} for cost in COSTS]
+        figures = [{"cost": cost, "svg": to_svg(accuracy_against_cost(models, [cost]), cost)} for cost in COSTS]
     template = _environment().get_template("comparison.html.j2")
     return template.render(
         title="Comparison",

@@ -66,12 +66,15 @@ def write_figures(folder: Path, figures: dict[str, Figure]) -> list[Path]:
     return files
 
 
-def to_svg(figure: Figure) -> str:
-    """An ``<svg>`` element for a page: text stays text, no background, black becomes the colour of the page's text."""
+def to_svg(figure: Figure, name: str = "figure") -> str:
+    """An ``<svg>`` element for a page: text stays text, no background, black becomes the colour of the page's text.
+
+    name: ids of elements are derived from it, so that a page is reproducible and its figures share no id.
+    """
     from matplotlib import rc_context
 
     out = io.StringIO()
-    with rc_context({"svg.fonttype": "none"}):
+    with rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
         figure.savefig(out, format="svg", transparent=True, metadata={"Date": None})
     text = out.getvalue()
     return text[text.index("<svg") :].replace("#000000", "currentColor")
