@@ -8,10 +8,9 @@ from collections.abc import Sequence
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
-from condconv_surgery.models.preprocess import flat
+from condconv_surgery.data.image_dataset import read_image
 from condconv_surgery.reporting.measure.cost_table import CONVENTION
 from condconv_surgery.reporting.measure.measurements import Measurements
-from condconv_surgery.reporting.measure.report_images import read_image
 from condconv_surgery.reporting.measure.routing_statistics import Routing
 from condconv_surgery.reporting.render import number_format
 from condconv_surgery.reporting.render.comparison_table import HEADERS, measured_columns, rows_of, sort_keys
@@ -112,7 +111,7 @@ def _images_and_classes(routing: Routing | None) -> dict[str, Any]:
 
 def _thumbnail(file: str) -> str:
     """A JPEG as a data URI."""
-    image = flat(read_image(file))
+    image = read_image(file)
     image.thumbnail((THUMBNAIL, THUMBNAIL))
     out = io.BytesIO()
     image.save(out, "JPEG", quality=80)
