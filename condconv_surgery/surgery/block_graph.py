@@ -20,7 +20,7 @@ import torch
 from torch import fx, nn
 
 from condconv_surgery.errors import one_line
-from condconv_surgery.layers.routed_block import ROUTER, Forward
+from condconv_surgery.layers.routed_block import ROUTER
 from condconv_surgery.runtime.modes import in_mode
 from condconv_surgery.runtime.snapshot import preserving_state, random_states
 from condconv_surgery.surgery.upcycle import has_hooks
@@ -66,12 +66,6 @@ def insert_router(graph: fx.Graph, block: nn.Module, layers: Collection[nn.Modul
         for node in calls(graph, block, layer):
             node.args = (node.args[0], mixture)
     graph.lint()
-
-
-def forward_of(graph: fx.Graph, block: nn.Module) -> Forward:
-    """The graph as a function of the block and its inputs."""
-    forward: Forward = type(fx.GraphModule(block, graph, type(block).__name__)).forward
-    return forward
 
 
 def _require_plain(block: nn.Module, layers: Collection[nn.Module]) -> None:

@@ -17,7 +17,8 @@ from torch import nn
 
 from condconv_surgery.errors import InputError, listed
 from condconv_surgery.layers import ConditionalConv2d, ConvGeometry
-from condconv_surgery.layers.routed_block import ROUTER, route_once
+from condconv_surgery.layers.graph_code import GraphCode
+from condconv_surgery.layers.routed_block import ROUTER, add_block_router
 from condconv_surgery.layers.router import make_router
 from condconv_surgery.recipe import SharedRouter
 from condconv_surgery.surgery.block_graph import (
@@ -25,7 +26,6 @@ from condconv_surgery.surgery.block_graph import (
     BlockError,
     Graphs,
     calls,
-    forward_of,
     insert_router,
     trace_block,
 )
@@ -78,8 +78,7 @@ def route_block(model: nn.Module, shared: SharedRouter) -> None:
     for graph in graphs.values():
         insert_router(graph, block, layers)
     inside = tuple(name.removeprefix(f"{shared.block}.") for name in shared.layers)
-    forwards = (forward_of(graphs[mode], block) for mode in (False, True))
-    route_once(block, inside, shared.channels, *forwards)
+    add_block_router(block, inside, shared.channels, {mode: GraphCode.of(graph) for mode, graph in graphs.items()})
 
 
 def _members(model: nn.Module, sites: Iterable[ConvSite], patterns: Sequence[str]) -> dict[str, list[ConvSite]]:

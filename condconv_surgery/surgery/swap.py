@@ -9,7 +9,7 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from condconv_surgery.errors import InputError
-from condconv_surgery.layers.routed_block import RoutedBlock, route_no_more
+from condconv_surgery.layers.routed_block import RoutedBlock, remove_block_router
 from condconv_surgery.recipe import Upcycling, Variant
 from condconv_surgery.surgery.block_graph import BlockError
 from condconv_surgery.surgery.block_routing import route_block
@@ -49,7 +49,7 @@ def original_of(model: nn.Module, plan: Plan, before: Places) -> nn.Module:
             memo[id(layer)] = _copy_with_hooks_of(layer, module, memo)
     original = copy_of(model, memo)
     for router in plan.routers:
-        route_no_more(original.get_submodule(router.block))
+        remove_block_router(original.get_submodule(router.block))
     return original
 
 
@@ -88,7 +88,7 @@ def restore(model: nn.Module, plan: Plan, before: Places) -> None:
     for router in plan.routers:
         block = model.get_submodule(router.block)
         if isinstance(block, RoutedBlock):
-            route_no_more(block)
+            remove_block_router(block)
     _put(model, before)
 
 

@@ -124,7 +124,9 @@ def _converted_layers(model: nn.Module) -> tuple[ConvertedLayer, ...]:
 
 def _shared_routers(model: nn.Module) -> tuple[SharedRouter, ...]:
     return tuple(
-        SharedRouter(name, block.routed_channels, tuple(f"{name}.{layer}" for layer in block.routed_layers))
+        SharedRouter(
+            name, block.block_routing.channels, tuple(f"{name}.{layer}" for layer in block.block_routing.layers)
+        )
         for name, block in routed_blocks(model).items()
     )
 

@@ -95,7 +95,7 @@ def to_timm_layout(model: nn.Module) -> State:
     """
     theirs: State = dict(model.state_dict())
     blocks = routed_blocks(model)
-    routed = {f"{name}.{layer}" for name, block in blocks.items() for layer in block.routed_layers}
+    routed = {f"{name}.{layer}" for name, block in blocks.items() for layer in block.block_routing.layers}
     alone = [name for name in conditional_layers(model) if name not in routed]
     if alone:
         raise _inexpressible(f"{alone[0]} has a router of its own")
@@ -146,20 +146,20 @@ def _departure(block: nn.Module) -> str:
 
 
 def _layers_of(name: str, block: RoutedBlock) -> dict[str, CondConv2d]:
-    found = {f"{name}.{inner}": block.get_submodule(inner) for inner in block.routed_layers}
+    found = {f"{name}.{inner}": block.get_submodule(inner) for inner in block.block_routing.layers}
     return {inner: layer for inner, layer in found.items() if isinstance(layer, CondConv2d)}
 
 
 def _require_theirs(name: str, block: RoutedBlock) -> None:
-    cls = block.routed_from
+    cls = block.block_routing.plain
     if f"{cls.__module__}.{cls.__qualname__}" != _BLOCK:
         raise _inexpressible(f"{name} is a {cls.__name__}")
     if departure := _departure(block):
         raise _inexpressible(f"{name} {departure}")
-    if len(_layers_of(name, block)) != len(block.routed_layers):
+    if len(_layers_of(name, block)) != len(block.block_routing.layers):
         raise _inexpressible(f"{name} is not converted to condconv")
-    plain = sorted(_LAYERS - set(block.routed_layers))
-    if plain or set(block.routed_layers) != _LAYERS:
+    plain = sorted(_LAYERS - set(block.block_routing.layers))
+    if plain or set(block.block_routing.layers) != _LAYERS:
         what = f"{name}.{plain[0]} is not converted" if plain else f"{name} has more converted layers than timm's"
         raise _inexpressible(what)
 
