@@ -1,34 +1,34 @@
-"""From a ``Source`` to a model: torchvision and timm by name, a user's own factory when its package is trusted."""
+"""From a ``Source`` to a model, and the layers of a model exchanged for those that its recipe names."""
 
 from __future__ import annotations
 
-import importlib
-import inspect
-import warnings
-from typing import Any
-
-import torchvision
 from torch import nn
 
-from condconv_surgery.errors import InputError, unknown_name
 from condconv_surgery.layers import conditional_like
 from condconv_surgery.layers.conv2d_subclasses import geometry_of
+from condconv_surgery.models.factory_source import FACTORY, require_trusted
+from condconv_surgery.models.source_registry import builder_for, checked_model, register_source
+from condconv_surgery.models.timm_source import TIMM
+from condconv_surgery.models.torchvision_source import TORCHVISION
 from condconv_surgery.recipe import ConvertedLayer, Source
 from condconv_surgery.surgery.upcycle import move_hooks
+
+for _source in (FACTORY, TIMM, TORCHVISION):
+    register_source(_source)
 
 
 def build(source: Source, trust: tuple[str, ...] = ()) -> nn.Module:
     """A fresh model with random weights, in eval mode.
 
-    Raises ``InputError`` for a name that the library does not have, options that its factory does not take, or a
-    factory outside torchvision and timm whose top-level package is not in ``trust``.
+    Raises ``InputError`` for a name that its library does not have, options that its factory does not take, or a
+    factory of no registered source whose top-level package is not in ``trust``.
     """
-    library, _, name = source.name.partition(":")
-    if library == "torchvision":
-        return build_torchvision(name, source.options)
-    if library == "timm":
-        return build_timm(name, source.options)
-    return _call_factory(library, name, source.options, trust)
+    entry = builder_for(source.name)
+    if entry is FACTORY:
+        require_trusted(source, trust)
+    assert entry.build is not None
+    make = entry.build
+    return checked_model(lambda: make(source), source)
 
 
 def exchange_heads(model: nn.Module, heads: dict[str, int]) -> None:
@@ -54,70 +54,6 @@ def put_conditional(skeleton: nn.Module, row: ConvertedLayer) -> None:
     move_hooks(plain, layer)
     for name in row.names:
         skeleton.set_submodule(name, layer, strict=True)
-
-
-def build_torchvision(name: str, options: dict[str, Any], weights: Any = None) -> nn.Module:
-    """The torchvision model, without any weights unless given: the backbone's are not fetched either."""
-    if name not in torchvision.models.list_models():
-        raise unknown_name("torchvision model", name, torchvision.models.list_models(), "torchvision:resnet18")
-    builder = torchvision.models.get_model_builder(name)
-    fixed: dict[str, Any] = {"weights": weights}
-    if "weights_backbone" in inspect.signature(builder).parameters:
-        fixed["weights_backbone"] = None  # the default downloads
-    if name in ("googlenet", "inception_v3") and weights is None:
-        fixed["init_weights"] = False  # truncated normals take seconds, and are filled at once
-    return _checked(builder, {**options, **fixed}, f"torchvision:{name}")
-
-
-def build_timm(name: str, options: dict[str, Any]) -> nn.Module:
-    """``timm.create_model`` without weights."""
-    timm = require_timm()
-    if not timm.is_model(name):
-        raise unknown_name("timm model", name, timm.list_models(), "timm:resnet18")
-    return _checked(timm.create_model, {**options, "model_name": name, "pretrained": False}, f"timm:{name}")
-
-
-def require_timm() -> Any:
-    """The timm package, or an error that says how to get it."""
-    try:
-        return importlib.import_module("timm")
-    except ImportError as error:
-        raise InputError(
-            "timm is not installed.", "timm: models need the extra.", 'pip install "condconv-surgery[timm]"'
-        ) from error
-
-
-def _call_factory(module: str, name: str, options: dict[str, Any], trust: tuple[str, ...]) -> nn.Module:
-    package = module.partition(".")[0]
-    if package not in trust:
-        raise InputError(
-            f"The model is built by {module}:{name}, code of the package {package!r}.",
-            "Only torchvision and timm are imported unasked. If you trust that package, say so.",
-            f'--trust {package}, or load(path, trust=("{package}",))',
-        )
-    try:
-        factory = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as error:
-        raise InputError(
-            f"{module}:{name} cannot be imported: {error}.",
-            "A factory is package.module:function, importable from here.",
-            "PYTHONPATH=. condconv ...",
-        ) from error
-    return _checked(factory, options, f"{module}:{name}")
-
-
-def _checked(factory: Any, options: dict[str, Any], source: str) -> nn.Module:
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torchvision and timm warn of their own defaults
-            model = factory(**options)
-    except OSError:  # weights could not be fetched
-        raise
-    except Exception as error:  # options can come from a file, and each factory fails in its own way
-        raise InputError(f"{source} cannot be built with {options}: {error}.", "Its factory says so.") from error
-    if not isinstance(model, nn.Module):
-        raise InputError(f"{source} gave a {type(model).__name__}.", "A factory must return an nn.Module.")
-    return model.eval()
 
 
 def resized(head: nn.Module, width: int) -> nn.Linear | nn.Conv2d:

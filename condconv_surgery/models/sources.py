@@ -1,37 +1,32 @@
-"""From a name, a file or a factory to a model that carries its recipe."""
+"""``load_model``: from a name, a file or a factory to a model that carries its recipe."""
 
 from __future__ import annotations
 
-import sys
-from contextlib import redirect_stdout
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
-import torchvision
-from torch import Tensor, nn
+from torch import nn
 
-from condconv_surgery.errors import InputError, unknown_name
+from condconv_surgery.errors import InputError
 from condconv_surgery.models.artifact import save_load as artifact
-from condconv_surgery.models.artifact.meta_init import build_hollow
+from condconv_surgery.models.artifact.meta_init import build_on_meta
 from condconv_surgery.models.artifact.strict_fill import fill_foreign, modern_names
-from condconv_surgery.models.build_model import build, put_conditional, require_timm
+from condconv_surgery.models.build_model import build
 from condconv_surgery.models.checkpoints.allowlist import trusted
-from condconv_surgery.models.checkpoints.read_checkpoint import read_checkpoint, read_tensors
-from condconv_surgery.models.checkpoints.recognise_architecture import recognise, recognise_module
-from condconv_surgery.models.layouts.odconv_layout import (
-    from_odconv_layout,
-    is_odconv_layout,
-    odconv_layers,
-    without_attention,
+from condconv_surgery.models.checkpoints.read_checkpoint import read_checkpoint
+from condconv_surgery.models.checkpoints.recognise_architecture import recognise_module
+from condconv_surgery.models.factory_source import named, package_of
+from condconv_surgery.models.layouts.layout_registry import layout_of
+from condconv_surgery.models.source_registry import (
+    LoadOptions,
+    ModelSource,
+    builder_for,
+    register_source,
+    source_for,
+    with_classes,
 )
-from condconv_surgery.models.layouts.timm_layout import (
-    condconv_names,
-    from_timm_layout,
-    is_timm_layout,
-    plain_counterpart,
-    put_routed_blocks,
-)
-from condconv_surgery.models.published_weights import build_published, default_weights, input_of, published_weights
+from condconv_surgery.models.torchvision_source import build_published, input_of, published_weights
 from condconv_surgery.recipe import InputSpec, Recipe, Source, attach_recipe, recipe_of
 from condconv_surgery.runtime.tensor_hash import hash_weights
 
@@ -39,34 +34,42 @@ FILE_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".tar", ".safetensors", ".onnx"
 
 
 def load_model(
-    spec: str,
+    source: str | Path,
     *,
     arch: str | None = None,
-    weights: str = "default",
+    weights: str | Path = "default",
     num_classes: int | None = None,
     input_size: int | None = None,
-    trust: str | tuple[str, ...] = (),
+    trust: str | Iterable[str] = (),
 ) -> nn.Module:
-    """The model that ``spec`` names, in eval mode on the CPU, carrying its ``Recipe``.
+    """The model that ``source`` names, in eval mode on the CPU, carrying its ``Recipe``.
 
-    spec: ``torchvision:NAME``, ``timm:NAME``, ``package.module:factory``, an artifact, or a file with a state dict.
-    arch: the architecture of a state dict that is not recognised, in any of the first three forms.
-    weights: for a name: ``default`` (the library's pretrained ones), ``none`` (random) or a file.
-    num_classes, input_size: of the model and its pictures, where they are not the library's own.
-    trust: packages that a file may name as the home of factories and classes; a factory that ``spec`` or ``arch`` names
-        is trusted.
+    >>> model = load_model("torchvision:resnet18", weights="none", num_classes=10)
+    >>> model.fc.out_features
+    10
 
-    Raises ``InputError`` and ``DamagedFileError``, each in words.
+    source: ``torchvision:NAME``, ``timm:NAME``, ``package.module:factory``, an artifact (``save``), a file with a state
+        dict or a pickled module, or what was added by ``register_source``.
+    arch: the architecture of a state dict that is not recognised, as ``torchvision:NAME``, ``timm:NAME`` or
+        ``package.module:factory``.
+    weights: for a name: ``"default"`` (the library's pretrained ones), ``"none"`` (random) or a file.
+    num_classes: of the classifier, where it is not the library's own; the weights are then random.
+    input_size: side of the square images in pixels, where it is not the library's own.
+    trust: packages, ``trust=["mypackage"]``, whose classes and factories a file may name beside those of torch.nn,
+        torchvision and timm. A factory that ``source`` or ``arch`` names is trusted.
+
+    Raises ``InputError`` for a name or file that is none of these, ``DamagedFileError`` for a file that is not whole.
     """
-    if not spec.strip():
-        raise InputError("No model was named: the text is empty.", "MODEL is a name or a file.", "torchvision:resnet18")
-    if _looks_like_file(spec):
-        model = _from_file(Path(spec), arch, num_classes, trusted(trust))
-    else:
-        if arch is not None:
-            raise InputError(f"--arch {arch} with {spec}.", "--arch says what a file of weights is.", "leave it out")
-        model = _from_name(spec, weights, num_classes)
-    recipe = recipe_of(model) or Recipe()
+    text = f"{source}"
+    if not text.strip():
+        raise InputError("The model's name is empty.", "It is a name or a file.", "torchvision:resnet18")
+    options = LoadOptions(arch, f"{weights}", num_classes, trusted(trust))
+    entry = source_for(text)
+    model = entry.load(text, options)
+    recipe = recipe_of(model)
+    if recipe is None:
+        built = with_classes(Source(text), num_classes) if entry.build is not None else Source()
+        recipe = Recipe(source=built, input=entry.input_spec(model, built))
     if input_size is not None:
         recipe = replace(recipe, input=replace(recipe.input, height=input_size, width=input_size))
     if not recipe.weights_sha256:
@@ -75,75 +78,51 @@ def load_model(
     return model
 
 
-def _looks_like_file(spec: str) -> bool:
-    return Path(spec).exists() or spec.endswith(FILE_SUFFIXES) or ("/" in spec and ":" not in spec)
+def _is_file(text: str) -> bool:
+    return Path(text).exists() or text.endswith(FILE_SUFFIXES) or ("/" in text and ":" not in text)
 
 
-def _from_file(path: Path, arch: str | None, num_classes: int | None, trust: tuple[str, ...]) -> nn.Module:
-    if num_classes is not None and arch is None:
+def _require_no_classes(path: Path, options: LoadOptions) -> None:
+    if options.num_classes is not None and options.arch is None:
         raise InputError(
-            f"--num-classes {num_classes} with {path}.",
-            "The weights in a file say themselves how many classes they tell apart.",
-            "leave it out: condconv finetune gives a model the classes of its pictures",
+            f"num_classes={options.num_classes} with {path}.",
+            "The shape of the weights in a file gives the number of classes.",
+            "leave it out: fine-tuning gives a model the classes of its images",
         )
-    if artifact.is_artifact(path):
-        if arch is not None:
-            raise InputError(f"--arch {arch} with {path}.", "What condconv wrote says what it is.", "leave it out")
-        return artifact.load(path, trust=trust)
-    content = read_checkpoint(path, trust)
-    if isinstance(content, nn.Module) and arch is None:
+
+
+def _load_artifact(text: str, options: LoadOptions) -> nn.Module:
+    _require_no_classes(Path(text), options)
+    if options.arch is not None:
+        raise InputError(
+            f'arch="{options.arch}" with {text}.', "An artifact names its own architecture.", "leave it out"
+        )
+    return artifact.load(text, trust=options.trust)
+
+
+def _load_checkpoint(text: str, options: LoadOptions) -> nn.Module:
+    """A pickled module as it is; a state dict in the model that ``arch``, the file's hash or its shapes say."""
+    path = Path(text)
+    _require_no_classes(path, options)
+    content = read_checkpoint(path, options.trust)
+    if isinstance(content, nn.Module) and options.arch is None:
         return _with_recipe(content.eval(), recognise_module(content) or Source())
     state = modern_names(dict(content.state_dict()) if isinstance(content, nn.Module) else content)
-    named = None if arch is None else _with_classes(_named(arch), num_classes)
-    if is_timm_layout(state):
-        return _from_timm_layout(state, f"{path}", named, trust)
-    known = published_weights(path) if named is None else None
-    if known is not None:
-        model = build_published(*known, state)
-        attach_recipe(model, Recipe(source=Source(f"torchvision:{known[0]}"), input=input_of(known[1])))
+    arch = None if options.arch is None else with_classes(named(options.arch), options.num_classes)
+    layout = layout_of(state)
+    published = published_weights(path) if arch is None and layout.name == "plain" else None
+    if published is not None:
+        model = build_published(*published, state)
+        attach_recipe(model, Recipe(source=Source(f"torchvision:{published[0]}"), input=input_of(published[1])))
         return model
-    source = named or recognise(_shapes(without_attention(state)))
-    model = _build_named(source, trust)
-    if is_odconv_layout(state):
-        state = _as_ours(model, state, path)
-    fill_foreign(model, state, f"{path}", source)
-    return _with_recipe(model, source)
-
-
-def _from_timm_layout(state: dict[str, Tensor], path: str, named: Source | None, trust: tuple[str, ...]) -> nn.Module:
-    """The plain network with our layers where the file has timm's CondConv, filled."""
-    source = named or recognise(_shapes(state), timm_names=condconv_names())
-    plain = plain_counterpart(source)
-    model = _build_named(plain, trust)
-    put_routed_blocks(model, state)
-    fill_foreign(model, from_timm_layout(model, state), path, plain)
-    attach_recipe(model, Recipe(source=plain, input=_input_spec(build_hollow(source), source)))
+    source = arch or layout.recognise(state)
+    plain = layout.plain_source(source)
+    model = build(plain, (*options.trust, package_of(plain)))  # naming a factory is trusting its package
+    fill_foreign(model, layout.read(model, state), text, plain)
+    model = _with_recipe(model, plain)
+    if plain != source:  # the input is that of the network that wrote the file
+        attach_recipe(model, Recipe(source=plain, input=_input_spec(build_on_meta(source), source)))
     return model
-
-
-def _shapes(state: dict[str, Tensor]) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(tensor.shape) for name, tensor in state.items()}
-
-
-def _as_ours(model: nn.Module, state: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
-    """Put our layers where the file has ODConv's, and its tensors under our names."""
-    try:
-        for row in odconv_layers(state):
-            put_conditional(model, row)
-    except AttributeError as error:
-        raise InputError(
-            f"{path} has ODConv layers that the model has not: {error}.", "All must fit.", "another --arch"
-        ) from error
-    return from_odconv_layout(model, state)
-
-
-def _from_name(spec: str, weights: str, num_classes: int | None) -> nn.Module:
-    source = _with_classes(_named(spec), num_classes)
-    pretrained = weights == "default" and num_classes is None
-    model = _pretrained(source) if pretrained else _build_named(source, ())
-    if weights not in ("none", "default"):
-        fill_foreign(model, modern_names(read_tensors(Path(weights))), weights, source)
-    return _with_recipe(model, source)
 
 
 def _with_recipe(model: nn.Module, source: Source) -> nn.Module:
@@ -151,73 +130,11 @@ def _with_recipe(model: nn.Module, source: Source) -> nn.Module:
     return model
 
 
-def _named(spec: str) -> Source:
-    """A source by its name; a bare ``resnet18`` or a typo is answered with the nearest."""
-    library, colon, name = spec.partition(":")
-    if colon and library and name:
-        return Source(spec)
-    known = torchvision.models.list_models()
-    if spec in known:
-        raise InputError(f"{spec!r} does not say whose.", "A name has its library before it.", f"torchvision:{spec}")
-    raise unknown_name(
-        "model", spec, known, "torchvision:NAME, timm:NAME, a file (.pt, .safetensors) or package.module:factory"
-    )
-
-
-def _build_named(source: Source, trust: tuple[str, ...]) -> nn.Module:
-    """Build what the user named: naming a factory is trusting its package."""
-    return build(source, (*trust, source.name.partition(":")[0].partition(".")[0]))
-
-
-def _with_classes(source: Source, num_classes: int | None) -> Source:
-    if num_classes is None:
-        return source
-    if num_classes < 1:
-        raise InputError(f"num_classes is {num_classes}.", "It must be at least 1.", "--num-classes 10")
-    return replace(source, options={**source.options, "num_classes": num_classes})
-
-
-def _pretrained(source: Source) -> nn.Module:
-    """The model with the library's own weights; random ones when it has none, and from a user's factory as they are."""
-    library, _, name = source.name.partition(":")
-    try:
-        with redirect_stdout(sys.stderr):  # what is being fetched is no result
-            if library == "torchvision" and name in torchvision.models.list_models():
-                weights = default_weights(name)
-                if weights is not None:
-                    return build_published(name, weights)
-            if library == "timm" and name in require_timm().list_pretrained():
-                model: nn.Module = require_timm().create_model(name, pretrained=True)
-                return model.eval()
-    except (OSError, RuntimeError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise InputError(
-            f"The pretrained weights of {source.name} could not be fetched: {reason}",
-            "They come from the library's server, or from a file.",
-            "--weights FILE, or --weights none for random ones",
-        ) from error
-    return _build_named(source, ())
-
-
 def _input_spec(model: nn.Module, source: Source) -> InputSpec:
-    library, _, name = source.name.partition(":")
-    if library == "torchvision":
-        return input_of(default_weights(name))
-    if library == "timm":
-        return _timm_input(model)
-    stem = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
-    return InputSpec(channels=stem.in_channels) if stem is not None else InputSpec()
+    return builder_for(source.name).input_spec(model, source)
 
 
-def _timm_input(model: nn.Module) -> InputSpec:
-    config = require_timm().data.resolve_model_data_config(model)
-    channels, height, width = config["input_size"]
-    return InputSpec(
-        channels,
-        height,
-        width,
-        tuple(config["mean"]),
-        tuple(config["std"]),
-        config["interpolation"],
-        config["crop_pct"],
-    )
+register_source(ModelSource("checkpoint", _is_file, _load_checkpoint))
+register_source(
+    ModelSource("artifact", lambda text: _is_file(text) and artifact.is_artifact(Path(text)), _load_artifact)
+)

@@ -1,4 +1,4 @@
-"""What an artifact says of itself: where the model came from and what was done to it."""
+"""The recipe in an artifact: where the model came from and how it was converted."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from condconv_surgery.errors import DamagedFileError, InputError
 from condconv_surgery.recipe.variants import UnknownVariantError, Variant, variant_from_dict
 
 FORMAT = 1
-"""Version of the recipe's JSON. A reader refuses a larger one."""
+"""Version of the recipe's JSON. Reading a larger one raises."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Source:
 
 @dataclass(frozen=True)
 class InputSpec:
-    """The picture that a model expects: channels, height, width in pixels; normalisation in units of [0, 1]."""
+    """The image that a model takes: channels; height and width in pixels; mean and std of values in [0, 1]."""
 
     channels: int = 3
     height: int = 224
@@ -41,7 +41,7 @@ class InputSpec:
             raise InputError(
                 f"The input is {self.channels}x{self.height}x{self.width}.",
                 "Every side must be at least 1.",
-                "--input-size 224",
+                "input_size=224",
             )
 
 
@@ -82,7 +82,7 @@ class Recipe:
     """Everything needed to rebuild a model around its tensors.
 
     routers: those that serve several layers of a block.
-    heads: output widths of final layers that were exchanged after building the source, by layer name.
+    heads: output widths of final layers that were replaced after building the source, by layer name.
     classes: class names, in the order of the logits; empty when unknown.
     weights_sha256: hash of the original weights (see ``runtime.tensor_hash.hash_weights``).
     versions: of the libraries that wrote it.
@@ -140,7 +140,7 @@ class Recipe:
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise DamagedFileError(
                 f"The recipe cannot be read: {type(error).__name__}: {error}.",
-                "A recipe is the JSON that condconv writes.",
+                "A recipe is the JSON that save writes.",
                 "convert the original model again",
             ) from error
 
@@ -149,11 +149,11 @@ _ATTRIBUTE = "condconv_recipe"
 
 
 def attach_recipe(model: object, recipe: Recipe) -> None:
-    """Let ``model`` carry ``recipe`` as a plain attribute, which copies and pickles with it."""
+    """Store ``recipe`` on ``model`` as a plain attribute, which is copied and pickled with it."""
     setattr(model, _ATTRIBUTE, recipe)
 
 
 def recipe_of(model: object) -> Recipe | None:
-    """The recipe that ``model`` carries, if any."""
+    """The recipe stored on ``model``, if any."""
     recipe = getattr(model, _ATTRIBUTE, None)
     return recipe if isinstance(recipe, Recipe) else None

@@ -82,7 +82,7 @@ def test_shared_layers_stay_shared_and_a_home_made_class_needs_trust(tmp_path: P
     scramble(model)
     path = tmp_path / "net.safetensors"
     cs.save(model, path)
-    with pytest.raises(InputError, match=r"names tests.surgery.test_conversion.Net(.|\n)*--trust tests"):
+    with pytest.raises(InputError, match=r"names tests.surgery.test_conversion.Net(.|\n)*trust=\[.tests.\]"):
         cs.load(path)
     for loaded in (cs.load(path, trust=("tests",)), cs.load(path, model=Net())):
         assert loaded.twice is loaded.alias
@@ -175,7 +175,7 @@ def test_a_recipe_that_is_not_one(saved: tuple[Path, nn.Module]) -> None:
 @pytest.mark.parametrize("factory", ["os:system", "subprocess:run", "builtins:eval", "../evil:run"])
 def test_a_recipe_never_makes_us_import(saved: tuple[Path, nn.Module], factory: str) -> None:
     rewrite(saved[0], recipe=lambda r: {**r, "source": {"name": factory, "options": {"command": "touch x"}}})
-    with pytest.raises(InputError, match="Only torchvision and timm are imported unasked"):
+    with pytest.raises(InputError, match="only torchvision, timm and registered sources are imported"):
         cs.load(saved[0])
 
 
@@ -270,7 +270,7 @@ def test_a_hook_on_a_converted_layer_is_not_lost_unsaid(tmp_path: Path) -> None:
 def test_one_package_as_a_text_is_trusted(tmp_path: Path) -> None:
     cs.save(Net(), tmp_path / "m.safetensors")
     assert type(cs.load(tmp_path / "m.safetensors", trust="tests")) is Net
-    with pytest.raises(InputError, match="--trust os would let a file run anything"):
+    with pytest.raises(InputError, match=r"trust=\[.os.\] would let a file run anything"):
         cs.load(tmp_path / "m.safetensors", trust="os")
 
 
@@ -303,7 +303,7 @@ def test_a_folder_is_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pl
 
 def test_a_torch_file_is_no_artifact(tmp_path: Path) -> None:
     torch.save(nn.Conv2d(3, 3, 1).state_dict(), tmp_path / "m.pt")
-    with pytest.raises(InputError, match=r"m.pt is a torch file(.|\n)*condconv convert .*m.pt -o .*m.safetensors"):
+    with pytest.raises(InputError, match=r"m.pt is a torch file(.|\n)*load_model\(.*m.pt"):
         cs.load(tmp_path / "m.pt")
 
 

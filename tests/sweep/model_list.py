@@ -10,7 +10,7 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
-from condconv_surgery.models.artifact.meta_init import build_hollow
+from condconv_surgery.models.artifact.meta_init import build_on_meta
 from condconv_surgery.models.build_model import build
 from condconv_surgery.models.sources import load_model
 from condconv_surgery.recipe import Recipe, Source, attach_recipe
@@ -124,7 +124,7 @@ def _smallest(names: list[str]) -> str:
 
     def size(name: str) -> float:
         try:
-            return float(sum(p.numel() for p in build_hollow(Source(f"timm:{name}")).parameters()))
+            return float(sum(p.numel() for p in build_on_meta(Source(f"timm:{name}")).parameters()))
         except Exception:
             return float("inf")
 

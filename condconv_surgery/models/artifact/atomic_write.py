@@ -1,4 +1,4 @@
-"""Writing a file so that a reader sees the old one or the new one, never a part."""
+"""Replace a file at once: a reader sees the old content or the new one, never a part."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from condconv_surgery.errors import InputError
 
 
 def require_values(state: Mapping[str, Any]) -> None:
-    """Raise ``InputError`` for a tensor on the meta device: it has a shape, and nothing to write."""
+    """Raise ``InputError`` for a tensor on the meta device: it has no values."""
     for name, value in state.items():
         if isinstance(value, Tensor) and value.is_meta:
             raise InputError(
-                f"{name} is on the meta device: it has no values to write.",
+                f"{name} is on the meta device: it has no values.",
                 "A file holds the values of every tensor.",
                 "load the weights, then convert (or model.to_empty(device=...) and load the converted ones)",
             )
@@ -28,10 +28,10 @@ def require_values(state: Mapping[str, Any]) -> None:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A temporary path beside ``path``, which takes its name when the block ends well, on disk before that.
+    """A temporary path beside ``path``, flushed to disk and renamed when the block succeeds.
 
-    The file may be read by whom a file that ``open`` makes may be. Raises ``InputError`` when it cannot be written;
-    ``path`` is then as it was and nothing is left behind.
+    The file has the permissions that ``open`` gives, or those of the file that it replaces. Raises ``InputError`` when
+    it cannot be written; ``path`` is then unchanged and no temporary file remains.
     """
     if path.is_dir():  # Path("") too
         raise InputError(
@@ -43,7 +43,7 @@ def replacing(path: Path) -> Iterator[Path]:
             temporary.touch()
             mode = (path if path.exists() else temporary).stat().st_mode
             yield temporary
-            temporary.chmod(stat.S_IMODE(mode))  # some libraries make files that only their owner may read
+            temporary.chmod(stat.S_IMODE(mode))  # safetensors makes files that only their owner may read
             with temporary.open("rb+") as file:
                 os.fsync(file.fileno())
             temporary.replace(path)
@@ -51,7 +51,7 @@ def replacing(path: Path) -> Iterator[Path]:
             raise InputError(
                 f"{path} could not be written: {error}.",
                 "Its folder must exist and be writable, with space left. What was there before is unchanged.",
-                "another -o",
+                "another path",
             ) from error
     finally:
         temporary.unlink(missing_ok=True)

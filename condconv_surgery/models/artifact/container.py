@@ -1,4 +1,4 @@
-"""The file around an artifact: safetensors whose metadata is JSON text, read with suspicion."""
+"""The file format of an artifact: safetensors whose metadata is JSON. Nothing in a file is taken on trust."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from torch import Tensor
 
 from condconv_surgery.errors import DamagedFileError, InputError
 from condconv_surgery.models.artifact.skeleton import Skeleton
-from condconv_surgery.models.checkpoints.file_type import SAFETENSORS, sniff
+from condconv_surgery.models.checkpoints.file_type import SAFETENSORS, file_kind
 from condconv_surgery.recipe import Recipe
 from condconv_surgery.runtime.tensor_hash import hash_tensors
 
 MAGIC = "condconv-surgery"
-_WANTED = "An artifact is one whole .safetensors file that condconv wrote."
+_WANTED = "An artifact is one whole .safetensors file that save wrote."
 
 
 @dataclass(frozen=True)
 class Content:
     """What an artifact holds.
 
-    tensors: each once. aliases: for each further name of a tensor the one it is stored under.
-    skeleton: the modules, where the recipe's source alone does not rebuild them. undescribed: why there is none, where
-        there should be.
+    tensors: each once. aliases: from each further name of a tensor to the name it is stored under.
+    skeleton: the modules, where the recipe's source alone does not rebuild them. undescribed: the reason why such a
+        model has no skeleton.
     """
 
     path: Path
@@ -44,7 +44,7 @@ class Content:
 def read(path: Path, trust: tuple[str, ...] = ()) -> Content:
     """The whole file. trust: see ``recipe.variant_from_dict``.
 
-    Raises ``InputError`` when it is none of ours, ``DamagedFileError`` when it is not as written.
+    Raises ``InputError`` when ``save`` did not write it, ``DamagedFileError`` when it was altered.
     """
     with _opened(path) as file:
         metadata = _metadata(path, file)
@@ -68,7 +68,7 @@ def read_recipe(path: str | Path) -> Recipe:
 
 
 def is_artifact(path: Path) -> bool:
-    """The file is a safetensors file that says it is ours."""
+    """Whether the file is a safetensors file with the mark of ``save``."""
     try:
         with safe_open(path, "pt") as file:
             return (file.metadata() or {}).get("format") == MAGIC
@@ -77,7 +77,7 @@ def is_artifact(path: Path) -> bool:
 
 
 def unique_tensors(state: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Every tensor of the state once, contiguous, and for each further name of one the first."""
+    """Every tensor of the state once, contiguous; and from each further name of a tensor to its first name."""
     tensors: dict[str, Tensor] = {}
     aliases: dict[str, str] = {}
     first: dict[tuple[object, ...], str] = {}
@@ -86,20 +86,22 @@ def unique_tensors(state: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, 
             raise InputError(
                 f"The state of {name!r} is a {type(tensor).__name__}.", "Only tensors can be saved without pickle."
             )
-        place = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype, tensor.device)
-        if tensor.numel() and place in first:
-            aliases[name] = first[place]
+        key = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype, tensor.device)
+        if tensor.numel() and key in first:
+            aliases[name] = first[key]
         else:
-            first[place] = name
+            first[key] = name
             tensors[name] = tensor.detach().contiguous()
-    kept = {t.untyped_storage().data_ptr() for t in tensors.values()}
-    if len(kept) < sum(t.numel() > 0 for t in tensors.values()):  # two views of one storage: safetensors refuses them
+    storages = {t.untyped_storage().data_ptr() for t in tensors.values()}
+    if len(storages) < sum(
+        t.numel() > 0 for t in tensors.values()
+    ):  # two views of one storage: safetensors refuses them
         tensors = {name: tensor.clone() for name, tensor in tensors.items()}
     return tensors, aliases
 
 
 def damaged(path: Path, what: str) -> DamagedFileError:
-    """The error for a file that is not as it was written."""
+    """The error for a file that was altered after it was written."""
     return DamagedFileError(f"{path} is damaged: {what}.", "It was altered after it was written.", "convert again")
 
 
@@ -111,16 +113,12 @@ def _opened(path: Path) -> Any:
     try:
         return safe_open(path, "pt")
     except (SafetensorError, OSError) as error:
-        kind = sniff(path)
+        kind = file_kind(path)
         if kind != SAFETENSORS:
-            raise InputError(f"{path} is {kind}.", _WANTED, _converting(path)) from error
+            raise InputError(f"{path} is {kind}.", _WANTED, f'load_model("{path}")') from error
         raise DamagedFileError(
             f"{path} cannot be read as safetensors: {error}.", _WANTED, "copy it again, or convert the original again"
         ) from error
-
-
-def _converting(path: Path) -> str:
-    return f"condconv convert {path} -o {path.with_suffix('.safetensors')}"
 
 
 def _metadata(path: Path, file: Any) -> dict[str, str]:
@@ -128,8 +126,8 @@ def _metadata(path: Path, file: Any) -> dict[str, str]:
     if metadata.get("format") != MAGIC:
         raise InputError(
             f"{path} is a safetensors file, but not one that condconv wrote.",
-            "An artifact carries its recipe in the metadata.",
-            f"condconv convert {path}",
+            "An artifact has its recipe in the metadata.",
+            f'load_model("{path}")',
         )
     return metadata
 
@@ -140,5 +138,5 @@ def _json(path: Path, metadata: dict[str, str], key: str, kind: type) -> Any:
     except (KeyError, ValueError, RecursionError) as error:
         raise damaged(path, f"its {key} is not JSON ({type(error).__name__})") from error
     if not isinstance(value, kind):
-        raise damaged(path, f"its {key} is not the JSON that condconv writes")
+        raise damaged(path, f"its {key} is not the JSON that save writes")
     return value

@@ -2,56 +2,59 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
-from unittest.mock import patch
 
+import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from condconv_surgery.errors import InputError
 from condconv_surgery.models.build_model import build
 from condconv_surgery.recipe import Source
 
-_INITIALISING = ("uniform_", "normal_", "fill_", "zero_", "erfinv_", "mul_", "add_", "clamp_")
+_ALLOCATIONS = (torch.empty, torch.empty_like, torch.empty_strided)
+"""What layers make their parameters with, before they initialise them."""
+
+_INITIALISERS = frozenset(("uniform_", "normal_", "fill_", "zero_", "erfinv_", "mul_", "add_", "clamp_"))
 
 
-def build_hollow(source: Source) -> nn.Module:
+def build_on_meta(source: Source) -> nn.Module:
     """The model of a torchvision or timm source, its parameters on the meta device where that can be done.
 
     (A detector that runs its backbone to learn its widths needs real ones.) Raises as ``build`` does.
     """
     try:
-        with without_memory():
+        with UninitialisedOnMeta():
             return build(source)
     except InputError:
         return build(source)
 
 
-@contextmanager
-def without_memory() -> Iterator[None]:
-    """Parameters made inside the block go to the meta device as they are registered, and stay uninitialised.
+class UninitialisedOnMeta(TorchFunctionMode):
+    """In this thread, uninitialised tensors are made on the meta device, and in-place initialisers leave those alone.
 
-    (``torch.device("meta")`` would also take the small tensors that some constructors compute with, and fail.)
+    Other threads see nothing of it. (``torch.device("meta")`` would also take the small tensors that some constructors
+    compute with, and fail. And torch traces an operation on a meta tensor in Python: initialising would be most of the
+    time of building a network.)
     """
-    register = nn.Module.register_parameter
 
-    def register_on_meta(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
-        if param is not None and not param.is_meta:
-            param = nn.Parameter(param.to("meta"), param.requires_grad)
-        register(self, name, param)
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Iterable[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        options = dict(kwargs or {})
+        if func in _ALLOCATIONS and "out" not in options:
+            return func(*args, **{**options, "device": "meta"})
+        first = args[0] if args else options.get("tensor")  # of torch.nn.init
+        if isinstance(first, Tensor) and first.is_meta and _initialises(func):
+            return first
+        return func(*args, **options)
 
-    with ExitStack() as changes:
-        changes.enter_context(patch.object(nn.Module, "register_parameter", register_on_meta))
-        for name in _INITIALISING:
-            changes.enter_context(patch.object(Tensor, name, _nothing_on_meta(getattr(Tensor, name))))
-        yield
 
-
-def _nothing_on_meta(method: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """torch traces an operation on a meta tensor in Python, which is most of the time of building a network."""
-
-    def on_real_tensors(self: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        return self if self.is_meta else method(self, *args, **kwargs)
-
-    return on_real_tensors
+def _initialises(func: Callable[..., Any]) -> bool:
+    name = getattr(func, "__name__", "")
+    return name in _INITIALISERS or (name.endswith("_") and getattr(func, "__module__", "") == "torch.nn.init")

@@ -36,6 +36,8 @@ from condconv_surgery.models.build_model import build, exchange_heads, put_condi
 from condconv_surgery.models.checkpoints.allowlist import trusted
 from condconv_surgery.models.checkpoints.pickled_modules import check_module
 from condconv_surgery.models.checkpoints.recognise_architecture import recognise_module, same_modules
+from condconv_surgery.models.factory_source import FACTORY
+from condconv_surgery.models.source_registry import builder_for
 from condconv_surgery.recipe import ConvertedLayer, Recipe, SharedRouter, attach_recipe, recipe_of
 from condconv_surgery.runtime.tensor_hash import hash_tensors
 from condconv_surgery.surgery import BlockError, lift_convolutions, route_block
@@ -133,8 +135,8 @@ def _shared_routers(model: nn.Module) -> tuple[SharedRouter, ...]:
 
 def _description(model: nn.Module, recipe: Recipe) -> dict[str, str]:
     """The skeleton of a model that its source does not rebuild as it is, or why it has none, for the metadata."""
-    library = recipe.source.name.partition(":")[0]
-    if library not in ("", "torchvision", "timm") or (library and same_modules(model, recipe.source, recipe.heads)):
+    name = recipe.source.name
+    if name and (builder_for(name) is FACTORY or same_modules(model, recipe.source, recipe.heads)):
         return {}  # a user's factory is not called again to compare
     try:
         return {"skeleton": json.dumps(describe(model))}

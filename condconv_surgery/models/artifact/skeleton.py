@@ -77,7 +77,7 @@ def rebuild(rows: Skeleton, trust: tuple[str, ...] = (), most_numbers: int | Non
     except Exception as error:  # JSON that describe did not write fails in many ways
         raise DamagedFileError(
             f"The skeleton of the model cannot be read: {type(error).__name__}: {error}.",
-            "A skeleton is the JSON that condconv writes.",
+            "A skeleton is the JSON that save writes.",
             "convert the original model again",
         ) from error
 

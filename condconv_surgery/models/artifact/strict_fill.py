@@ -1,4 +1,4 @@
-"""A foreign state dict into a model: the same names, the same shapes, or words about the first that differs."""
+"""Copy a foreign state dict into a model: names and shapes must be equal; the error shows the first that differs."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from condconv_surgery.errors import InputError
 from condconv_surgery.recipe import Source
 
-NOT_IN_OTHERS = ("num_batches_tracked", "router.temperature")
-"""What files of older versions, or of other people, lack."""
+OPTIONAL = ("num_batches_tracked", "router.temperature")
+"""Ends of the names that files of older versions, or of other implementations, lack."""
 
 _OLD_DENSENET = re.compile(
     r"^(.*denselayer\d+\.(?:norm|relu|conv))\.((?:[12])\.(?:weight|bias|running_mean|running_var))$"
@@ -20,15 +20,18 @@ _OLD_DENSENET = re.compile(
 
 
 def modern_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """DenseNet's published files still have dots where module names may not have them any more."""
+    """Names as today's torchvision has them: DenseNet's published files have dots inside module names (``norm.1``)."""
     return {_OLD_DENSENET.sub(r"\1\2", name): tensor for name, tensor in state.items()}
 
 
 @torch.no_grad()
 def fill_foreign(model: nn.Module, state: dict[str, Tensor], what: str, source: Source) -> None:
-    """Copy a foreign state dict, strictly but for the counters that old files lack; its dtype is kept."""
+    """Copy ``state`` into ``model``, strictly except for ``OPTIONAL`` names; the model takes its dtype.
+
+    what: the file, for the error. Raises ``InputError`` when names or shapes differ.
+    """
     wanted = model.state_dict(keep_vars=True)
-    missing = [name for name in wanted if name not in state and not name.endswith(NOT_IN_OTHERS)]
+    missing = [name for name in wanted if name not in state and not name.endswith(OPTIONAL)]
     unexpected = [name for name in state if name not in wanted]
     wrong = [name for name in state if name in wanted and state[name].shape != wanted[name].shape]
     if missing or unexpected or wrong:
@@ -46,13 +49,14 @@ def _misfit(
     if wrong:
         name, given, place = wrong[0]
         detail = f"{name!r} has shape {tuple(given.shape)}, the model {tuple(place.shape)}"
-        fix = f"--num-classes {given.shape[0]}" if given.shape[1:] == place.shape[1:] and len(wrong) <= 4 else "--arch"
+        only_classes = given.shape[1:] == place.shape[1:] and len(wrong) <= 4
+        fix = f"num_classes={given.shape[0]}" if only_classes else "another arch="
     elif missing:
         close = difflib.get_close_matches(missing[0], unexpected, 1)
         detail = f"it lacks {missing[0]!r}" + (f" (it has {close[0]!r})" if close else "")
-        fix = "another --arch"
+        fix = "another arch="
     else:
-        detail, fix = f"it has {unexpected[0]!r}, which the model has not", "another --arch"
+        detail, fix = f"it has {unexpected[0]!r}, which the model has not", "another arch="
     return InputError(
         f"The weights in {what} do not fit {source.name}: {detail}.",
         f"{len(missing)} missing, {len(unexpected)} unexpected, {len(wrong)} of another shape; all must fit.",

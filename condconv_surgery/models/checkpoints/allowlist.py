@@ -81,7 +81,7 @@ def resolve(name: str, trust: tuple[str, ...] = ()) -> Any:
     """
     module, _, leaf = name.rpartition(".")
     package = module.partition(".")[0]
-    if package in trust and package not in DATA_NAMES and not _commands(package):
+    if package in trust and package not in DATA_NAMES and not _can_run_commands(package):
         return _own(name, module, leaf, package)
     if name in PLAIN_NAMES or (package in trust and name in DATA_NAMES.get(package, ())):
         return _imported(name, module, leaf)
@@ -90,9 +90,9 @@ def resolve(name: str, trust: tuple[str, ...] = ()) -> Any:
         if _is_harmless(found, module, leaf):
             return found
         raise _refused(name, "it is not a class of layers")
-    if _commands(package) and name not in DATA_NAMES.get(package, ()):
-        raise _refused(name, f"{package!r} holds commands, so it can't be trusted whole")
-    raise _asking(name, package)
+    if _can_run_commands(package) and name not in DATA_NAMES.get(package, ()):
+        raise _refused(name, f"{package!r} holds commands, so it can't be trusted as a whole")
+    raise _untrusted(name, package)
 
 
 def trusted(trust: str | Iterable[str]) -> tuple[str, ...]:
@@ -102,11 +102,11 @@ def trusted(trust: str | Iterable[str]) -> tuple[str, ...]:
     """
     packages = (trust,) if isinstance(trust, str) else tuple(trust)
     for package in packages:
-        if _commands(package) and package not in DATA_NAMES:
+        if _can_run_commands(package) and package not in DATA_NAMES:
             raise InputError(
-                f"--trust {package} would let a file run anything.",
+                f'trust=["{package}"] would let a file run anything.',
                 "A package of your own, or one of: " + ", ".join(DATA_NAMES) + " (their data classes only).",
-                "--trust mypackage",
+                'trust=["mypackage"]',
             )
     return packages
 
@@ -114,7 +114,7 @@ def trusted(trust: str | Iterable[str]) -> tuple[str, ...]:
 def name_of(value: Any) -> str | None:
     """The name by which ``resolve`` finds a class or function again, if its package is trusted; else ``None``."""
     module, leaf = getattr(value, "__module__", None) or "", getattr(value, "__qualname__", "")
-    if not _commands(module.partition(".")[0]):
+    if not _can_run_commands(module.partition(".")[0]):
         return f"{module}.{leaf}" if getattr(sys.modules.get(module), leaf, None) is value else None
     try:
         return f"{module}.{leaf}" if resolve(f"{module}.{leaf}") is value else None
@@ -122,8 +122,8 @@ def name_of(value: Any) -> str | None:
         return None
 
 
-def _commands(package: str) -> bool:
-    """The package can run commands or load code, and is on every machine."""
+def _can_run_commands(package: str) -> bool:
+    """The package holds functions that run commands or load code, and is installed on every machine."""
     return package in sys.stdlib_module_names - {"__main__"} or package in ("", "torch", "torchvision", "timm", "numpy")
 
 
@@ -133,7 +133,7 @@ def _within(module: str, room: str) -> bool:
 
 def _is_harmless(found: Any, module: str, leaf: str) -> bool:
     if getattr(found, "__module__", None) != module or getattr(found, "__qualname__", None) != leaf:
-        return False  # only passing through this module, from a place that was not looked at
+        return False  # imported into this module from one that is not on the list
     if inspect.isclass(found):
         known = issubclass(found, (nn.Module, enum.Enum))
         return known or any(_within(module, room) for room in HELPER_ROOMS)
@@ -144,7 +144,7 @@ def _own(name: str, module: str, leaf: str, package: str) -> Any:
     found = _imported(name, module, leaf)
     home = str(getattr(found, "__module__", "")).partition(".")[0]
     if home != package or not (inspect.isclass(found) or inspect.isfunction(found)):
-        raise _refused(name, f"{package!r} only passes it on")
+        raise _refused(name, f"{package!r} only imports it from elsewhere")
     return found
 
 
@@ -153,7 +153,7 @@ def _imported(name: str, module: str, leaf: str) -> Any:
         return getattr(importlib.import_module(module), leaf)
     except (ImportError, AttributeError) as error:
         raise InputError(
-            f"The file names {name}, which is not here: {error}.",
+            f"The file names {name}, which cannot be imported: {error}.",
             "The packages that made it must be installed, in a version that still has that name.",
             f"pip install {module.partition('.')[0]}",
         ) from error
@@ -162,14 +162,14 @@ def _imported(name: str, module: str, leaf: str) -> Any:
 def _refused(name: str, reason: str) -> InputError:
     return InputError(
         f"The file names {name}: {reason}.",
-        "Only what builds layers may be named; nothing else in a file is run.",
+        "A file may name what builds layers; nothing else in it is run.",
         "torch.save(model.state_dict(), 'model.pt') where the model was made",
     )
 
 
-def _asking(name: str, package: str) -> InputError:
+def _untrusted(name: str, package: str) -> InputError:
     return InputError(
         f"The file names {name}, code of the package {package!r}.",
-        "Only the layers of torch.nn, torchvision and timm are used unasked. If you trust that package, say so.",
-        f'--trust {package} (in Python: trust=("{package}",)), or give the weights alone: model.state_dict()',
+        "Without trust= only layers of torch.nn, torchvision and timm are imported.",
+        f'trust=["{package}"], or save the weights alone: model.state_dict()',
     )

@@ -1,7 +1,7 @@
-"""What kind of file is this, by its first bytes; no part of it is run.
+"""The kind of a file, by its first bytes; nothing in it is run.
 
-``torch.load`` answers many a wrong file with a misleading message (one advises ``weights_only=False``), so the bytes
-are looked at first and every kind is answered with what it is and what to do.
+``torch.load`` raises misleading messages for many other files (one advises ``weights_only=False``), so the bytes are
+read first, and the error for each kind says what the file is and what to do.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ MAX_RATIO = 200
 """A zip that unpacks to more than this many times its size is not a checkpoint."""
 
 
-def sniff(path: Path) -> str:
-    """What the file is, in words: ``TORCH``, ``SAFETENSORS``, or one of the kinds in ``REFUSALS``."""
+def file_kind(path: Path) -> str:
+    """The kind of the file: ``TORCH``, ``SAFETENSORS``, or one of the keys of ``REFUSALS``."""
     if not path.exists():
         raise InputError(f"{path} does not exist.", "A model file is needed.", f"ls {path.parent}")
     if path.is_dir():
@@ -30,7 +30,7 @@ def sniff(path: Path) -> str:
     if not head:
         return "an empty file"
     if head.startswith(b"PK\x03\x04"):
-        return _sniff_zip(path)
+        return _zip_kind(path)
     for magic, kind in _MAGIC:
         if head.startswith(magic):
             return kind
@@ -51,7 +51,7 @@ def sniff(path: Path) -> str:
     return "a file of unknown kind"
 
 
-def _sniff_zip(path: Path) -> str:
+def _zip_kind(path: Path) -> str:
     try:
         with zipfile.ZipFile(path) as archive:
             entries = archive.infolist()
@@ -85,8 +85,8 @@ _MAGIC = (
     (b"BZh", "a bzip2 archive"),
     (b"7z\xbc\xaf", "a 7z archive"),
     (b"\x93NUMPY", "a NumPy array"),
-    (b"\x89PNG", "a picture"),
-    (b"\xff\xd8\xff", "a picture"),
+    (b"\x89PNG", "an image"),
+    (b"\xff\xd8\xff", "an image"),
 )
 
 _WANTED = "A state dict (.pt, .pth, .safetensors) of a torchvision, timm or your own model is needed."
@@ -98,11 +98,11 @@ REFUSALS = {
     ),
     "a text file": (_WANTED, "torch.save(model.state_dict(), 'model.pt')"),
     "a TorchScript archive": (
-        "A scripted or traced module has no layers left to exchange. " + _WANTED,
+        "A scripted or traced module has no layers left to replace. " + _WANTED,
         "torch.save(torch.jit.load('{path}').state_dict(), 'model.pt') where you trust it",
     ),
     "an exported program (.pt2)": (
-        "An exported program has no layers left to exchange. " + _WANTED,
+        "An exported program has no layers left to replace. " + _WANTED,
         "torch.save(model.state_dict(), 'model.pt') where the model was exported",
     ),
     "a zip that unpacks to far more than a checkpoint can": (_WANTED, "another file"),
@@ -110,15 +110,15 @@ REFUSALS = {
     "a Keras model": ("Only PyTorch models have torch layers. " + _WANTED, "the PyTorch version of the model"),
     "an HDF5 file (Keras)": ("Only PyTorch models have torch layers. " + _WANTED, "the PyTorch version of the model"),
     "a TensorFlow model": ("Only PyTorch models have torch layers. " + _WANTED, "the PyTorch version of the model"),
-    "an ONNX model": ("ONNX has no PyTorch modules to exchange. " + _WANTED, "the PyTorch model it was exported from"),
+    "an ONNX model": ("ONNX has no PyTorch modules to replace. " + _WANTED, "the PyTorch model it was exported from"),
     "a Git LFS pointer, not the file itself": (_WANTED, "git lfs pull"),
     "a gzip archive": (_WANTED, "gunzip or tar xzf it first"),
     "a bzip2 archive": (_WANTED, "unpack it first"),
     "a 7z archive": (_WANTED, "unpack it first"),
     "a NumPy array": (_WANTED, "torch.save(model.state_dict(), 'model.pt')"),
-    "a picture": (
-        "MODEL comes first, pictures with --data. " + _WANTED,
-        "condconv finetune MODEL --data FOLDER -o RUN",
+    "an image": (
+        "Images are not a model: they go into data=. " + _WANTED,
+        'data="FOLDER"',
     ),
     "a file of unknown kind": (_WANTED, "torch.save(model.state_dict(), 'model.pt')"),
 }

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from condconv_surgery.errors import DamagedFileError, InputError
-from condconv_surgery.models.checkpoints.file_type import REFUSALS, SAFETENSORS, sniff
+from condconv_surgery.models.checkpoints.file_type import REFUSALS, SAFETENSORS, file_kind
 from condconv_surgery.models.checkpoints.pickled_modules import check_module, load_pickle
 
 NESTS = ("state_dict_ema", "model_ema", "state_dict", "model_state_dict", "model_state", "model", "net", "weights")
@@ -33,7 +33,7 @@ def read_checkpoint(path: Path, trust: tuple[str, ...] = ()) -> dict[str, Tensor
 
     Raises ``InputError`` for a file of another kind and ``DamagedFileError`` for a broken one, each in words.
     """
-    kind = sniff(path)
+    kind = file_kind(path)
     if kind in REFUSALS:
         allowed, fix = REFUSALS[kind]
         raise InputError(f"{path} is {kind}.", allowed, fix.format(path=path))

@@ -18,7 +18,7 @@ from torch import nn
 from condconv_surgery.errors import InputError
 from condconv_surgery.layers import ConditionalConv2d, ConditionalLinear
 from condconv_surgery.layers.router import Router
-from condconv_surgery.models.artifact.meta_init import build_hollow
+from condconv_surgery.models.artifact.meta_init import build_on_meta
 from condconv_surgery.models.artifact.skeleton import describe
 from condconv_surgery.models.build_model import exchange_heads
 from condconv_surgery.recipe import Source
@@ -45,11 +45,11 @@ def recognise(shapes: Shapes, timm_names: list[str] | None = None) -> Source:
         return matches[0]
     if matches:
         names = ", ".join(source.name for source in matches)
-        raise InputError(f"The weights fit several architectures: {names}.", "Say which.", f"--arch {matches[0].name}")
+        raise InputError(f"The weights fit several architectures: {names}.", "Name one.", f'arch="{matches[0].name}"')
     raise InputError(
         f"The weights ({len(shapes)} tensors, first {next(iter(shapes), 'none')!r}) fit no known architecture.",
         f"Nearest: {', '.join(_nearest(shapes)) or 'none'}.",
-        "--arch torchvision:NAME, timm:NAME or package.module:factory",
+        'arch="torchvision:NAME", "timm:NAME" or "package.module:factory"',
     )
 
 
@@ -79,7 +79,7 @@ def same_modules(model: nn.Module, source: Source, heads: dict[str, int] | None 
     heads: final layers exchanged after building, as in a recipe.
     """
     try:
-        twin = build_hollow(source)
+        twin = build_on_meta(source)
         exchange_heads(twin, heads or {})
         ours, theirs = describe(model, without_hooks=True), describe(twin, without_hooks=True)
     except (InputError, AttributeError):
@@ -172,7 +172,7 @@ def _cached_shapes(library: str, name: str, options: tuple[tuple[str, Any], ...]
 
 def _shapes_of(source: Source) -> Shapes:
     try:
-        model = build_hollow(source)
+        model = build_on_meta(source)
     except Exception:  # a factory that does not take the option, or cannot be built without data: it does not fit
         return {}
     return _comparable({name: tuple(tensor.shape) for name, tensor in model.state_dict().items()})

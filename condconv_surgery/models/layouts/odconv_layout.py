@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from condconv_surgery.errors import InputError
 from condconv_surgery.layers import ConditionalConv2d, ODConv2d, conditional_layers
+from condconv_surgery.models.build_model import put_conditional
 from condconv_surgery.ops.geometry import TF_SAME
 from condconv_surgery.recipe import ConvertedLayer, ODConv, Variant
 
@@ -54,6 +55,20 @@ def odconv_layers(state: State) -> tuple[ConvertedLayer, ...]:
                 )
             rows.append(ConvertedLayer((layer,), _variant(weight.shape[0], *fc.shape[:2])))
     return tuple(rows)
+
+
+def read_odconv_layout(model: nn.Module, state: State) -> State:
+    """Put our layers where the file has ODConv's, in place, and return its tensors under our names."""
+    try:
+        for row in odconv_layers(state):
+            put_conditional(model, row)
+    except AttributeError as error:
+        raise InputError(
+            f"The file has ODConv layers that the model has not: {error}.",
+            "Each must be a convolution of the model.",
+            "another arch=",
+        ) from error
+    return from_odconv_layout(model, state)
 
 
 def from_odconv_layout(model: nn.Module, state: State) -> State:

@@ -20,7 +20,9 @@ from condconv_surgery.layers import (
     routed_blocks,
 )
 from condconv_surgery.layers.conv2d_subclasses import geometry_of
-from condconv_surgery.models.build_model import put_conditional, require_timm
+from condconv_surgery.models.build_model import put_conditional
+from condconv_surgery.models.checkpoints.recognise_architecture import recognise
+from condconv_surgery.models.timm_source import require_timm
 from condconv_surgery.ops.geometry import TF_SAME
 from condconv_surgery.recipe import CondConv, ConvertedLayer, SharedRouter, Source
 from condconv_surgery.surgery import BlockError, route_block
@@ -42,6 +44,11 @@ def is_timm_layout(state: State) -> bool:
 def condconv_names() -> list[str]:
     """timm's networks with CondConv, whose state dicts have this layout."""
     return [name for name in require_timm().list_models("*_cc_*") if _NAME.match(f"timm:{name}")]
+
+
+def recognise_timm(state: State) -> Source:
+    """The one of ``condconv_names`` that has this state dict. Raises as ``recognise``."""
+    return recognise({name: tuple(tensor.shape) for name, tensor in state.items()}, timm_names=condconv_names())
 
 
 def plain_counterpart(source: Source) -> Source:
@@ -67,8 +74,14 @@ def put_routed_blocks(model: nn.Module, state: State) -> None:
             raise InputError(
                 f"The file has a router of CondConv for {name}, where the model does not fit: {error}.",
                 "The model must be the file's network with plain convolutions.",
-                "another --arch, or leave --arch out",
+                "another arch=, or leave arch= out",
             ) from error
+
+
+def read_timm_layout(model: nn.Module, state: State) -> State:
+    """Put our layers and routers into the plain ``model``, in place, and return the file's tensors under our names."""
+    put_routed_blocks(model, state)
+    return from_timm_layout(model, state)
 
 
 def from_timm_layout(model: nn.Module, state: State) -> State:
@@ -168,5 +181,5 @@ def _inexpressible(what: str) -> InputError:
     return InputError(
         f"{what}.",
         "timm's layout has CondConv, one router for each block, in all three convolutions of its InvertedResidual.",
-        'condconv convert timm:tf_efficientnet_b0 --routing block --include "blocks.[456].*" --exclude "*.se.*"',
+        'routing="block", include=["blocks.[456].*"], exclude=["*.se.*"] with timm:tf_efficientnet_b0',
     )

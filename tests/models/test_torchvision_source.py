@@ -13,8 +13,8 @@ import torchvision
 from torchvision.models import WeightsEnum
 
 from condconv_surgery.models.artifact.save_load import load, save
-from condconv_surgery.models.published_weights import published_weights
 from condconv_surgery.models.sources import load_model
+from condconv_surgery.models.torchvision_source import published_weights
 from condconv_surgery.recipe import InputSpec, recipe_of
 
 

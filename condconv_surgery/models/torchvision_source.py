@@ -1,4 +1,4 @@
-"""torchvision's published weights: fetching them safely, knowing their files, and building the model that they fit.
+"""``torchvision:NAME``: its models, its published weights fetched safely, and the files that hold these.
 
 With weights, some torchvision builders make another network than without: detectors get frozen batch norms (and another
 epsilon), GoogLeNet and Inception transform their input. So a published file is given to its own builder.
@@ -7,8 +7,7 @@ epsilon), GoogLeNet and Inception transform their input. So a published file is 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import inspect
 from pathlib import Path
 from typing import Any, cast
 
@@ -17,8 +16,9 @@ import torchvision
 from torch import Tensor, nn
 from torchvision.models import WeightsEnum
 
-from condconv_surgery.models.build_model import build_torchvision
-from condconv_surgery.recipe import InputSpec
+from condconv_surgery.errors import unknown_name
+from condconv_surgery.models.source_registry import named_source
+from condconv_surgery.recipe import InputSpec, Source
 
 
 def default_weights(name: str) -> WeightsEnum | None:
@@ -43,8 +43,7 @@ def build_published(name: str, weights: WeightsEnum, state: dict[str, Tensor] | 
 
     state: what the weights' file holds; ``None`` fetches it, with its hash checked and nothing in it run.
     """
-    with _weights_come_from((lambda _: state) if state is not None else fetch):
-        return build_torchvision(name, {}, weights)
+    return _build(Source(f"torchvision:{name}"), _WithState(weights, state)).eval()
 
 
 def fetch(weights: WeightsEnum) -> dict[str, Tensor]:
@@ -54,7 +53,7 @@ def fetch(weights: WeightsEnum) -> dict[str, Tensor]:
 
 
 def input_of(weights: WeightsEnum | None) -> InputSpec:
-    """The pictures that the weights were trained to see; segmentation and detection resize without cropping."""
+    """The images that the weights were trained on; segmentation and detection resize without cropping."""
     preset: Any = None if weights is None else weights.transforms()
     crop = getattr(preset, "crop_size", None)
     if not crop:
@@ -79,12 +78,56 @@ def _hash_fits(path: Path) -> bool:
     return len(digits) >= 8 and sha.hexdigest().startswith(digits)
 
 
-@contextmanager
-def _weights_come_from(source: Callable[[WeightsEnum], Any]) -> Iterator[None]:
-    """torchvision's builders fetch with ``weights_only=False``; here they get what ``source`` gives instead."""
-    own = WeightsEnum.get_state_dict
-    WeightsEnum.get_state_dict = lambda self, *_, **__: source(self)
-    try:
-        yield
-    finally:
-        WeightsEnum.get_state_dict = own
+class _WithState:
+    """Published weights for one call of a builder, which reads them with ``weights_only=False``: here it gets a given
+    state dict instead, or ``fetch``'s. In all else, ``isinstance`` and ``==`` too, it is the member of the enum."""
+
+    def __init__(self, weights: WeightsEnum, state: dict[str, Tensor] | None) -> None:
+        self._weights = weights
+        self._state = state
+
+    def get_state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        return fetch(self._weights) if self._state is None else self._state
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:
+        return type(self._weights)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._weights, name)
+
+    def __eq__(self, other: object) -> bool:
+        return self._weights is other
+
+    def __hash__(self) -> int:
+        return hash(self._weights)
+
+
+def _build(source: Source, weights: _WithState | None = None) -> nn.Module:
+    """Without weights the backbone's are not fetched either."""
+    name = source.name.partition(":")[2]
+    if name not in torchvision.models.list_models():
+        raise unknown_name("torchvision model", name, torchvision.models.list_models(), "torchvision:resnet18")
+    builder = torchvision.models.get_model_builder(name)
+    fixed: dict[str, Any] = {"weights": weights}
+    if "weights_backbone" in inspect.signature(builder).parameters:
+        fixed["weights_backbone"] = None  # the default downloads
+    if name in ("googlenet", "inception_v3") and weights is None:
+        fixed["init_weights"] = False  # truncated normals take seconds, and are filled at once
+    model: nn.Module = builder(**{**source.options, **fixed})
+    return model
+
+
+def _pretrained(name: str) -> nn.Module | None:
+    if name not in torchvision.models.list_models():
+        return None
+    weights = default_weights(name)
+    return None if weights is None else build_published(name, weights)
+
+
+TORCHVISION = named_source(
+    "torchvision",
+    _build,
+    pretrained=_pretrained,
+    input_spec=lambda model, source: input_of(default_weights(source.name.partition(":")[2])),
+)

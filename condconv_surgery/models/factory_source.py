@@ -1,0 +1,63 @@
+"""``package.module:factory``: a function of the user's own code that returns a model."""
+
+from __future__ import annotations
+
+import importlib
+
+import torchvision
+from torch import nn
+
+from condconv_surgery.errors import InputError, unknown_name
+from condconv_surgery.models.source_registry import LoadOptions, ModelSource, load_named, stem_input
+from condconv_surgery.recipe import Source
+
+
+def named(text: str) -> Source:
+    """The source of ``library:name``. Raises ``InputError`` for any other text, with the nearest known name."""
+    library, colon, name = text.partition(":")
+    if colon and library and name:
+        return Source(text)
+    known = torchvision.models.list_models()
+    if text in known:
+        raise InputError(f"{text!r} names no library.", "A name has its library before it.", f"torchvision:{text}")
+    raise unknown_name(
+        "model", text, known, "torchvision:NAME, timm:NAME, a file (.pt, .safetensors) or package.module:factory"
+    )
+
+
+def require_trusted(source: Source, trust: tuple[str, ...]) -> None:
+    """Raise ``InputError`` unless ``trust`` has the top-level package of the factory."""
+    package = package_of(source)
+    if package not in trust:
+        raise InputError(
+            f"The model is built by {source.name}, code of the package {package!r}.",
+            "Without trust= only torchvision, timm and registered sources are imported.",
+            f'trust=["{package}"]',
+        )
+
+
+def package_of(source: Source) -> str:
+    """The top-level package of the factory."""
+    return source.name.partition(":")[0].partition(".")[0]
+
+
+def _load(text: str, options: LoadOptions) -> nn.Module:
+    """Naming a factory is trusting its package: ``text`` is the user's own. What it returns has the weights it has."""
+    return load_named(named(text).name, options, _build, lambda name: None, stem_input)
+
+
+def _build(source: Source) -> nn.Module:
+    module, _, name = source.name.partition(":")
+    try:
+        factory = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise InputError(
+            f"{module}:{name} cannot be imported: {error}.",
+            "A factory is package.module:function, importable from here.",
+            "PYTHONPATH=. in front of the command, or sys.path.insert(0, '.')",
+        ) from error
+    model: nn.Module = factory(**source.options)
+    return model
+
+
+FACTORY = ModelSource("factory", lambda text: True, _load, _build)

@@ -1,0 +1,78 @@
+"""The layouts of other implementations' state dicts, one entry each: how to recognise, read and write them.
+
+To add one from any package: ``register_layout(Layout("mine", write=to_mine))``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from condconv_surgery.models.checkpoints.recognise_architecture import recognise
+from condconv_surgery.models.layouts import odconv_layout, timm_layout
+from condconv_surgery.recipe import Source
+
+State = dict[str, Tensor]
+
+
+def _recognise_plain(state: State) -> Source:
+    return recognise({name: tuple(tensor.shape) for name, tensor in state.items()})
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How another implementation names and shapes the tensors of a conditional network.
+
+    write: from a model to its state dict in this layout; raises ``InputError`` where the layout cannot hold it.
+    matches: whether a state dict is in this layout; never, for a layout that is only written.
+    recognise: the network that has such a state dict; raises ``InputError`` when none or several do.
+    plain_source: from that network to the one with plain convolutions.
+    read: put the conditional layers into that plain model, in place, and return the state dict under our names.
+    """
+
+    name: str
+    write: Callable[[nn.Module], State] = lambda model: dict(model.state_dict())
+    matches: Callable[[State], bool] = lambda state: False
+    recognise: Callable[[State], Source] = _recognise_plain
+    plain_source: Callable[[Source], Source] = lambda source: source
+    read: Callable[[nn.Module, State], State] = lambda model, state: state
+
+
+PLAIN = Layout("plain")
+"""A state dict with nothing conditional in it, as every torch model writes it."""
+
+LAYOUTS: dict[str, Layout] = {}
+"""By name. ``timm``: its EfficientNets with CondConv. ``odconv``: the code of the paper's authors."""
+
+
+def register_layout(layout: Layout) -> None:
+    """Add a layout to ``LAYOUTS``: ``write_layout`` writes it and ``load_model`` recognises it."""
+    LAYOUTS[layout.name] = layout
+
+
+def layout_of(state: State) -> Layout:
+    """The layout that a state dict is in, else ``PLAIN``."""
+    return next((layout for layout in LAYOUTS.values() if layout.matches(state)), PLAIN)
+
+
+register_layout(
+    Layout(
+        "timm",
+        timm_layout.to_timm_layout,
+        timm_layout.is_timm_layout,
+        timm_layout.recognise_timm,
+        timm_layout.plain_counterpart,
+        timm_layout.read_timm_layout,
+    )
+)
+register_layout(
+    Layout(
+        "odconv",
+        odconv_layout.to_odconv_layout,
+        odconv_layout.is_odconv_layout,
+        lambda state: _recognise_plain(odconv_layout.without_attention(state)),
+        read=odconv_layout.read_odconv_layout,
+    )
+)
