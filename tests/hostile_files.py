@@ -162,10 +162,8 @@ HOSTILE = [
     ),
     Hostile("cyclic_module.pt", 1, "contains itself", saved(lambda ran: cyclic_module())),
     Hostile("module_of_text.pt", 1, "not a Module", saved(lambda ran: module_of_text())),
-    Hostile("unknown_package.pt", 2, r"trust=\[.tests.\]", saved(lambda ran: {"options": Hostile("", 0, "", bomb)})),
-    Hostile(
-        "namespace.pt", 2, r"trust=\[.argparse.\]", saved(lambda ran: {"args": argparse.Namespace(lr=1), "model": {}})
-    ),
+    Hostile("unknown_package.pt", 2, "--trust tests", saved(lambda ran: {"options": Hostile("", 0, "", bomb)})),
+    Hostile("namespace.pt", 2, "--trust argparse", saved(lambda ran: {"args": argparse.Namespace(lr=1), "model": {}})),
     Hostile("raw_pickle.pkl", 2, "would have to run code", lambda path: raw(plain_pickle(path))(path)),
     Hostile("bomb.pt", 2, "unpacks to far more", bomb),
     Hostile("truncated.pt", 1, "cut short", truncated),
@@ -190,8 +188,8 @@ HOSTILE = [
         "os:system",
         recipe(source={"name": "os:system", "options": {"command": "touch ran"}}),
     ),
-    Hostile("factory_path.safetensors", 2, r"trust=\[", recipe(source={"name": "../../evil:run", "options": {}})),
-    Hostile("factory_empty.safetensors", 2, r"trust=\[", recipe(source={"name": ":", "options": {}})),
+    Hostile("factory_path.safetensors", 2, "--trust", recipe(source={"name": "../../evil:run", "options": {}})),
+    Hostile("factory_empty.safetensors", 2, "--trust", recipe(source={"name": ":", "options": {}})),
     Hostile("factory_file.safetensors", 2, "Unknown", recipe(source={"name": "torchvision:../evil", "options": {}})),
     Hostile(
         "huge_classes.safetensors",
