@@ -68,7 +68,7 @@ def trainer(run: Run) -> Callable[[], object]:
     def step() -> None:
         run.advance(batches)
         if run.progress.step % order.steps_per_epoch == 0:
-            run.end_epoch(Tally(1.0, 1.0, 1.0))
+            run.end_epoch(Tally.of(1.0, 1.0, 1.0))
 
     return step
 

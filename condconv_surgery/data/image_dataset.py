@@ -42,6 +42,12 @@ class Batch(NamedTuple):
     labels: Tensor
     unreadable: tuple[str, ...] = ()
 
+    def to(self, device: torch.device) -> Batch:
+        """The batch on a device; from pinned memory the copies run beside the computation."""
+        return self._replace(
+            images=self.images.to(device, non_blocking=True), labels=self.labels.to(device, non_blocking=True)
+        )
+
 
 class ImageDataset(Dataset[Sample]):
     """Labelled images as transformed samples, each a function of (seed, epoch, image) only.

@@ -18,13 +18,14 @@ from condconv_surgery.training.batch_norm import recalibrate
 from condconv_surgery.training.batches.train_transforms import training_transform
 from condconv_surgery.training.classifier_heads import fit_heads
 from condconv_surgery.training.distillation import distillation_loss, feature_loss
-from condconv_surgery.training.evaluation import Tally, evaluate
+from condconv_surgery.training.evaluation import evaluate
 from condconv_surgery.training.finetuning import finetune
 from condconv_surgery.training.gate_use import ExpertDropout, GateWatch, balance_loss, sharpness_loss
 from condconv_surgery.training.parameter_groups import parameter_groups, routing_parameters
 from condconv_surgery.training.schedule import apply_schedule, lr_factor, temperature_at
 from condconv_surgery.training.state.progress import TrainingResult
 from condconv_surgery.training.step import train_step
+from condconv_surgery.training.tally import Tally
 
 __all__ = [
     "Batch",

@@ -38,7 +38,7 @@ def recalibrate(
             norm.momentum = None  # a plain mean
         for batch in batches:
             with cast():
-                model(batch.images.to(world.device))
+                model(batch.images.to(world.device, non_blocking=True))
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum
         world.mean_([t for t in (norm.running_mean, norm.running_var) if t is not None])

@@ -79,26 +79,26 @@ def sharpness_loss(gate: Tensor) -> Tensor:
 class GateUse:
     """How a layer uses its experts: sums over images of their shares and of the entropy of the shares."""
 
-    share_sum: Tensor  # [E]
-    entropy_sum: float = 0.0
+    share_sum: Tensor  # [E]; it stays on the device, as the entropy does, until it is read
+    entropy_sum: Tensor | float = 0.0
     count: int = 0
 
     def add(self, gate: Tensor) -> None:
         """Note the gates [B, E] of some images."""
-        p = shares(gate.detach().float()).cpu()
+        p = shares(gate.detach().float())
         self.share_sum = self.share_sum + p.sum(0)
-        self.entropy_sum += float(entropy(p).sum())
+        self.entropy_sum = self.entropy_sum + entropy(p).sum().double()
         self.count += len(p)
 
     @property
     def use(self) -> list[float]:
         """Mean share of each expert."""
-        return [float(s) / self.count for s in self.share_sum]
+        return [share / self.count for share in self.share_sum.tolist()]
 
     @property
     def entropy(self) -> float:
         """Mean entropy of a image's shares, as a fraction of log E."""
-        return self.entropy_sum / self.count / math.log(len(self.share_sum))
+        return float(self.entropy_sum) / self.count / math.log(len(self.share_sum))
 
 
 class GateMeter:
@@ -120,7 +120,7 @@ class GateMeter:
 
     def together(self, world: World) -> dict[str, GateUse]:
         """The use of experts over the images of all processes, which must ask for it at the same time."""
-        own = {name: (use.share_sum.tolist(), use.entropy_sum, use.count) for name, use in self.uses.items()}
+        own = {name: (use.share_sum.tolist(), float(use.entropy_sum), use.count) for name, use in self.uses.items()}
         total: dict[str, GateUse] = {}
         for uses in world.gather(own):
             for name, (shares_of, entropy_sum, count) in uses.items():
@@ -138,6 +138,8 @@ class GateMeter:
     def _of(self, name: str) -> Callable[[nn.Module, object, Mixture], None]:
         def count(router: nn.Module, args: object, mixture: Mixture) -> None:
             if self.counting and mixture.gate is not None and mixture.gate.shape[1] > 1:
-                self.uses.setdefault(name, GateUse(torch.zeros(mixture.gate.shape[1]))).add(mixture.gate)
+                if name not in self.uses:
+                    self.uses[name] = GateUse(mixture.gate.new_zeros(mixture.gate.shape[1], dtype=torch.float32))
+                self.uses[name].add(mixture.gate)
 
         return count

@@ -20,7 +20,6 @@ from condconv_surgery.training.batches.mixup import batch_mix
 from condconv_surgery.training.distillation import Teacher, teacher_model
 from condconv_surgery.training.distributed.fsdp import Shell, check_sharding, shard
 from condconv_surgery.training.distributed.world import World
-from condconv_surgery.training.evaluation import Tally
 from condconv_surgery.training.frozen_statistics import hold_statistics
 from condconv_surgery.training.gate_use import ExpertDropout
 from condconv_surgery.training.gradient_checkpointing import checkpoint_blocks, uncheckpoint
@@ -37,6 +36,7 @@ from condconv_surgery.training.state.run_state import (
     restore_optimizer,
 )
 from condconv_surgery.training.step import NonFiniteError, autocast, train_step
+from condconv_surgery.training.tally import Tally
 
 SKIPS_ALLOWED = 100
 """Steps in a row that loss scaling may skip before the run counts as diverged."""

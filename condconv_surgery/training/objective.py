@@ -47,7 +47,7 @@ class Objective:
         self.options, self.teacher, self.class_weights = options, teacher, class_weights
         layers = options.layers
         self.gates = GateWatch(model) if layers.balance or layers.sharpness else None
-        self.slice_weight = 0.0
+        self.slice_weight: Tensor | None = None
 
     def prepare(self, labels: Sequence[Tensor], world: World) -> None:
         """Before a step, of whose slices this process has ``labels``: what the classes in a slice weigh on average.
@@ -56,13 +56,16 @@ class Objective:
         divided by the same number, they do, however many processes and parts share the step.
         """
         if self.class_weights is not None:
-            weight = sum(float(self.class_weights[of.to(self.class_weights.device)].sum()) for of in labels)
-            total, slices = world.sum([weight, float(len(labels))])
-            self.slice_weight = total / slices
+            weights = [self.class_weights[of.to(self.class_weights.device, non_blocking=True)].sum() for of in labels]
+            weight = torch.stack(weights).double().sum()
+            total, slices = world.sum_(torch.stack([weight, torch.full_like(weight, len(labels))]))
+            self.slice_weight = (total / slices).float()
 
     def __call__(self, logits: Logits, images: Tensor, target: Tensor) -> Tensor:
         loss = classification_loss(logits, target, self.options.optimizer.label_smoothing, self.class_weights)
-        if self.class_weights is not None and self.slice_weight and target.dim() == 1:  # of shares it is a plain mean
+        if (
+            self.class_weights is not None and self.slice_weight is not None and target.dim() == 1
+        ):  # of shares it is a plain mean
             loss = loss * (self.class_weights[target].sum() / self.slice_weight)
         if self.teacher is not None:
             distill = self.options.distill

@@ -22,7 +22,6 @@ from condconv_surgery.training.batches.loaders import Data, input_spec, open_dat
 from condconv_surgery.training.batches.unreadable_images import Unreadable
 from condconv_surgery.training.classifier_heads import fit_heads
 from condconv_surgery.training.distributed.world import World
-from condconv_surgery.training.evaluation import Tally
 from condconv_surgery.training.learner import Learner
 from condconv_surgery.training.monitor.meter import Meter, temperature_of
 from condconv_surgery.training.monitor.progress_display import Watcher
@@ -34,6 +33,7 @@ from condconv_surgery.training.state.resume import METRICS, RECIPE, cut_metrics,
 from condconv_surgery.training.state.run_files import copy_file, keeping, make_folder, read_rows, write_rows, write_text
 from condconv_surgery.training.state.run_state import load_state, save_state
 from condconv_surgery.training.state.stop_signals import StopWish
+from condconv_surgery.training.tally import Tally
 
 CURVES = "curves.png"
 RECALIBRATION_BATCHES = 100
@@ -141,8 +141,9 @@ class Run:
                 )
         tally = self.learner.step(taken, progress.step, order.steps)
         progress.step += 1
-        progress.tally.add(tally.loss_sum, tally.right, tally.count)
-        self.meter.count(tally)
+        progress.tally = progress.tally + tally
+        images = sum(len(batch.labels) for batch in taken) * self.world.size
+        self.meter.count(0 if self.learner.skipped else images)
         self.watcher.step(self.meter.view(progress, self.learner.lr))
 
     def finish_statistics(self) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from itertools import islice
 
 from torch import Tensor
 
@@ -11,12 +12,13 @@ from condconv_surgery.data.image_dataset import Batch
 from condconv_surgery.errors import TrainingError
 from condconv_surgery.runtime.modes import in_mode
 from condconv_surgery.training.batches.unreadable_images import Unreadable
-from condconv_surgery.training.evaluation import Tally, evaluate
+from condconv_surgery.training.evaluation import evaluate
 from condconv_surgery.training.gate_use import GateMeter, GateUse
 from condconv_surgery.training.learner import Learner
 from condconv_surgery.training.monitor.explained_errors import reading
 from condconv_surgery.training.monitor.nonfinite import first_nonfinite
 from condconv_surgery.training.state.stop_signals import StopWish
+from condconv_surgery.training.tally import Tally
 
 
 def score(
@@ -29,7 +31,7 @@ def score(
     """
     learner.share_buffers()
     world, gates = learner.world, GateMeter(learner.scored)
-    strange: list[Tensor] = []
+    nonfinite: list[int] = []
 
     def idle() -> None:
         with gates.paused(), learner.cast():
@@ -43,7 +45,7 @@ def score(
             cast=learner.cast,
             interrupted=lambda: bool(wish),
             unreadable=unreadable.meet,
-            strange=strange.append,
+            nonfinite=nonfinite.append,
             idle=idle if learner.options.engine.shard else None,
         )
     finally:
@@ -54,7 +56,8 @@ def score(
     if not scores.count:
         raise TrainingError("No validation image can be read.", "At least one must be readable.", "--data FOLDER")
     if not math.isfinite(scores.loss):
+        bad = next(islice(batches, nonfinite[0], None)).images if nonfinite else black  # read again
         with in_mode(learner.scored, training=False):
-            place = first_nonfinite(learner.scored, (strange or [black])[:1], learner.cast)
+            place = first_nonfinite(learner.scored, [bad.to(world.device)], learner.cast)
         raise learner.diverged("validation loss", place, step)
     return scores, gates.together(world)

@@ -17,9 +17,9 @@ from condconv_surgery.data.image_dataset import Batch
 from condconv_surgery.training.batches.mixup import Mix
 from condconv_surgery.training.distributed.fsdp import whole
 from condconv_surgery.training.distributed.world import World
-from condconv_surgery.training.evaluation import Tally
 from condconv_surgery.training.logits import Logits, logits_of
 from condconv_surgery.training.objective import classification_loss
+from condconv_surgery.training.tally import Tally
 
 Loss = Callable[[Logits, Tensor, Tensor], Tensor]
 """``(logits, images, target) -> loss``; the target is labels [B] or shares [B, K]."""
@@ -72,9 +72,9 @@ def train_step(
     skipped and the scale lowered instead.
     """
     optimizer.zero_grad(set_to_none=True)
-    tally = Tally()
+    tallies = []
     for position, batch in enumerate(batches):
-        images, labels = batch.images.to(world.device), batch.labels.to(world.device)
+        images, labels, _ = batch.to(world.device)
         images, target = (images, labels) if mix is None else mix(images, labels)
         with _without_reduction(model, position + 1 < len(batches)):
             with cast():
@@ -82,34 +82,35 @@ def train_step(
                 loss = loss_of(logits, images, target)
             scaled = loss / len(batches) if scaler is None else scaler.scale(loss / len(batches))
             scaled.backward()  # type: ignore[no-untyped-call]
-        _count(tally, loss.detach(), logits.main.detach(), target)
-    tally = Tally(*world.sum([tally.loss_sum, tally.right, tally.count]))
-    if scaler is None and not math.isfinite(tally.loss_sum):
-        raise NonFiniteError("loss")
-    skipped = _move(optimizer, scaler, clip_norm, only)
+        tallies.append(Tally.of_batch(loss.detach().double() * len(target), logits.main.detach(), target))
+    tally = Tally(world.sum_(sum(tallies[1:], tallies[0]).sums))
+    skipped = _update(optimizer, tally, scaler, clip_norm, only)
     return Outcome(Tally() if skipped else tally, skipped)
 
 
-def _move(
+def _update(
     optimizer: Optimizer,
+    tally: Tally,
     scaler: GradScaler | None,
     clip_norm: float,
     only: Collection[nn.Parameter] | None,
 ) -> bool:
-    """Clip and step; true when the scaler skipped."""
-    moved = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-    if only is not None:
-        kept = {id(parameter) for parameter in only}
-        for parameter in moved:
-            if id(parameter) not in kept:
-                parameter.grad = None  # an optimizer passes over a parameter without gradient
+    """Clip and step; true when the scaler skipped.
+
+    One device synchronisation a step, here, for the loss and the norm together: an optimizer must not see a gradient
+    that is not finite, and torch's can be told so on the device (``found_inf``) in their fused forms only. The loss's
+    own check comes first, while the batch is at hand for a diagnosis. (A scaler synchronises once more by itself.)
+    """
+    trained = _with_gradient(optimizer, only)
     if scaler is not None:
-        scaler.unscale_(optimizer)  # after that: an overflow in what does not move is none
-    norm = nn.utils.get_total_norm([p.grad for p in moved if p.grad is not None])
-    size = whole(norm).item()
+        scaler.unscale_(optimizer)  # after ``only``: an overflow in a parameter that is not trained does not count
+    norm = nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None])
+    loss_sum, size = torch.stack([tally.sums[0], whole(norm).to(tally.sums)]).tolist()
+    if scaler is None and not math.isfinite(loss_sum):
+        raise NonFiniteError("loss")
     finite = math.isfinite(size)
     if finite and 0 < clip_norm < size:
-        nn.utils.clip_grads_with_norm_(moved, clip_norm, norm)
+        nn.utils.clip_grads_with_norm_(trained, clip_norm, norm)
     if scaler is not None:
         scaler.step(optimizer)
         scaler.update()
@@ -120,10 +121,16 @@ def _move(
     return not finite
 
 
-def _count(tally: Tally, loss: Tensor, logits: Tensor, target: Tensor) -> None:
-    """Note a batch; of mixed images the class with the larger share is the right one."""
-    labels = target if target.dim() == 1 else target.argmax(1)
-    tally.add(loss.item() * len(labels), float((logits.argmax(1) == labels).sum().item()), len(labels))
+def _with_gradient(optimizer: Optimizer, only: Collection[nn.Parameter] | None) -> list[nn.Parameter]:
+    """The optimizer's parameters that have a gradient; ``only`` some keep theirs, for optimizers skip the others."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    if only is None:
+        return parameters
+    kept = {id(parameter) for parameter in only}
+    for parameter in parameters:
+        if id(parameter) not in kept:
+            parameter.grad = None
+    return parameters
 
 
 def _without_reduction(model: nn.Module, more_to_come: bool) -> AbstractContextManager[object]:

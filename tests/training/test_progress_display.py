@@ -20,10 +20,11 @@ from condconv_surgery.training.monitor.progress_display import (
     StepView,
     console_watcher,
 )
+from condconv_surgery.training.tally import Tally
 from tests.images import write_images
 from tests.small_networks import small_net
 
-VIEW = StepView(2, 10, 150, 1000, 1.23456, 0.5, 9.87e-4, 123.4, 1024.0)
+VIEW = StepView(2, 10, 150, 1000, Tally.of(2.46912, 1, 2), 9.87e-4, 123.4, 1024.0)
 ROW = EpochRow(2, 200, 9.87e-4, None, 1.2, 0.51, 1.1, 0.55, 120.0, 60.0, 1024.0, True)
 WORDS = "loss 1.2346  top-1 0.5000  lr 9.87e-04  123 images/s  1024 MB"
 
@@ -97,8 +98,9 @@ import sys
 sys.modules["resource"] = None
 import torch
 from condconv_surgery.training.monitor import progress_display, meter
+from condconv_surgery.training.tally import Tally
 memory = meter.peak_memory(torch.device("cpu"))
-print(memory, progress_display._words(progress_display.StepView(1, 1, 1, 1, 1.0, 1.0, 0.1, 1.0, memory)))
+print(memory, progress_display._words(progress_display.StepView(1, 1, 1, 1, Tally.of(1, 1, 1), 0.1, 1.0, memory)))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "None loss 1.0000  top-1 1.0000  lr 1.00e-01  1 images/s\n"

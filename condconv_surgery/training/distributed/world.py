@@ -38,6 +38,12 @@ class World:
         summed: list[float] = total.tolist()
         return summed
 
+    def sum_(self, tensor: Tensor) -> Tensor:
+        """Replace ``tensor`` by its sum over all processes, on the device; returns it."""
+        if self.size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
     def gather(self, value: T) -> list[T]:
         """``value``, plain and small, of every process in order of rank."""
         if self.size == 1:

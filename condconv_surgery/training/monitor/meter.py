@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 from condconv_surgery.layers import routers
-from condconv_surgery.training.evaluation import Tally
 from condconv_surgery.training.monitor.progress_display import EpochRow, StepView
 from condconv_surgery.training.state.progress import Progress
+from condconv_surgery.training.tally import Tally
 
 
 class Meter:
@@ -25,9 +25,9 @@ class Meter:
         """Begin an epoch."""
         self.began, self.images, self.training_seconds = time.monotonic(), 0, 0.0
 
-    def count(self, tally: Tally) -> None:
-        """Note the images of a step."""
-        self.images += int(tally.count)
+    def count(self, images: int) -> None:
+        """Count the images of a step."""
+        self.images += images
         self.training_seconds = time.monotonic() - self.began
 
     @property
@@ -42,8 +42,7 @@ class Meter:
             epochs=self.epochs,
             step=progress.step,
             steps=self.steps,
-            loss=progress.tally.loss,
-            top1=progress.tally.top1,
+            tally=progress.tally,
             lr=lr,
             images_per_second=self.rate,
             memory=peak_memory(self.device),

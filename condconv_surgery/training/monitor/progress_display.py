@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from dataclasses import asdict, dataclass
@@ -11,24 +12,40 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from condconv_surgery.training.gate_use import GateUse
+from condconv_surgery.training.tally import Tally
 
 PLAIN_SECONDS = 15.0
 """Seconds between two plain lines within an epoch."""
 
+BAR_SECONDS = 0.1
+"""Seconds between two readings of loss and top-1 for the bar, which is drawn as often."""
+
 
 @dataclass(frozen=True)
 class StepView:
-    """A step as it is shown. ``loss`` and ``top1`` are means over the epoch so far; ``memory`` in MB is the peak."""
+    """A step as it is shown. ``memory`` in MB is the peak.
+
+    ``loss`` and ``top1`` are means over the epoch so far. To read one is a device synchronisation.
+    """
 
     epoch: int
     epochs: int
     step: int
     steps: int
-    loss: float
-    top1: float
+    tally: Tally
     lr: float
     images_per_second: float
     memory: float | None
+
+    @property
+    def loss(self) -> float:
+        """Mean training loss of the epoch so far, nats per image."""
+        return self.tally.loss
+
+    @property
+    def top1(self) -> float:
+        """Training top-1 of the epoch so far, 0 to 1."""
+        return self.tally.top1
 
 
 @dataclass(frozen=True)
@@ -149,6 +166,7 @@ class Bar(Silent):
             console=console,
         )
         self.task: TaskID | None = None
+        self.read_at = -math.inf
 
     def note(self, line: str) -> None:
         self.progress.console.print(line, highlight=False, markup=False)
@@ -157,7 +175,10 @@ class Bar(Silent):
         if self.task is None:
             self.task = self.progress.add_task("", total=view.steps, epoch="", words="")
             self.progress.start()
-        self.progress.update(self.task, completed=view.step, epoch=f"{view.epoch}/{view.epochs}", words=_words(view))
+        self.progress.update(self.task, completed=view.step, epoch=f"{view.epoch}/{view.epochs}")
+        if time.monotonic() - self.read_at >= BAR_SECONDS:
+            self.progress.update(self.task, words=_words(view))
+            self.read_at = time.monotonic()
 
     def epoch(self, row: EpochRow) -> None:
         self.note(_epoch_line(row))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from condconv_surgery.training.evaluation import Tally
+from condconv_surgery.training.tally import Tally
 
 
 @dataclass
@@ -19,12 +19,12 @@ class Progress:
     tally: Tally = field(default_factory=Tally)
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        return {**vars(self), "tally": self.tally.to_dict()}
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Progress:
         """The inverse of ``to_dict``."""
-        return cls(**{**data, "tally": Tally(**data["tally"])})
+        return cls(**{**data, "tally": Tally.of(**data["tally"])})
 
 
 @dataclass(frozen=True)
