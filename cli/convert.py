@@ -1,4 +1,4 @@
-"""``condconv convert``: from a trained model to a converted one that computes the same."""
+"""``condconv convert``: from a trained model to a converted one that computes the same function."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def convert(
     ] = "layer",
     blocks: Annotated[
         list[str] | None,
-        typer.Option("--block", help="Modules that share a router, a glob or re:REGEX; repeatable [found]."),
+        typer.Option("--block", help="Modules that share a router, a glob or re:REGEX; repeatable. Default: found."),
     ] = None,
     subclasses: Annotated[
         list[str] | None,
@@ -49,12 +49,12 @@ def convert(
     ] = None,
     include: Patterns = None,
     exclude: Patterns = None,
-    min_channels: Annotated[int, typer.Option(help="Leave layers with fewer input or output channels.")] = 0,
-    skip_stem: Annotated[bool, typer.Option(help="Leave the first convolution, which sees the picture.")] = True,
-    skip_pooled: Annotated[bool, typer.Option(help="Leave convolutions over 1x1 maps (squeeze-and-excite).")] = True,
+    min_channels: Annotated[int, typer.Option(help="Skip layers with fewer input or output channels.")] = 0,
+    skip_stem: Annotated[bool, typer.Option(help="Skip the first convolution, which sees the image.")] = True,
+    skip_pooled: Annotated[bool, typer.Option(help="Skip convolutions over 1x1 maps (squeeze-and-excite).")] = True,
     classifier: Annotated[bool, typer.Option("--classifier", help="Also convert the last Linear.")] = False,
     diversity: Annotated[
-        float, typer.Option(help="Noise that tells experts apart, in standard deviations of the weight.")
+        float, typer.Option(help="Noise that separates the experts, in standard deviations of the weight.")
     ] = 0.1,
     seed: Annotated[int, typer.Option(help="Seed of that noise.")] = 0,
     arch: Annotated[str | None, typer.Option(help="Architecture of a file of weights that is not recognised.")] = None,
@@ -63,7 +63,7 @@ def convert(
     input_size: Annotated[int | None, typer.Option(help="Side of the square input, in pixels.")] = None,
     tolerance: Annotated[
         float | None,
-        typer.Option(help="Largest difference allowed in eval mode, 10x in train mode [1e-4 of outputs]."),
+        typer.Option(help="Largest difference in eval mode, 10x in train mode. Default: 1e-4 of the outputs."),
     ] = None,
     trust: Annotated[list[str] | None, typer.Option(help="A package whose code may build it; repeatable.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan and change nothing.")] = False,
@@ -83,7 +83,7 @@ def convert(
         return
     conversion = _convert(original, layer, selection, upcycling, tolerance, ctx)
     assert path is not None
-    summary = _summary(model, path, layer, conversion)  # before the file: what cannot be counted leaves none
+    summary = _summary(model, path, layer, conversion)  # before the file: an error here leaves none
     _save(conversion, path)
     if as_json:
         print_json(summary)
@@ -174,7 +174,7 @@ def _show_plan(model: nn.Module, selection: Selection, variant: Variant, ctx: ty
         )
         return
     _print_plan(plan)
-    say(f"{len(plan.to_convert)} layers would be converted, {len(plan.skipped)} left. Nothing was changed (--dry-run).")
+    say(f"Would convert {len(plan.to_convert)} layers and skip {len(plan.skipped)}. Nothing was changed (--dry-run).")
 
 
 def _print_plan(plan: Plan) -> None:
@@ -193,7 +193,7 @@ def _print_plan(plan: Plan) -> None:
         routed = f", routed by {block_of[site.name]}" if site.name in block_of else ""
         table.add_row(site.name, shape, f"convert{times}{routed}")
     for skip in plan.skipped:
-        table.add_row(skip.name, "", f"leave: {skip.reason}")
+        table.add_row(skip.name, "", f"skip: {skip.reason}")
     Console().print(table)
     for note in plan.notes:
         say(f"Note: {note}")
@@ -232,20 +232,19 @@ def _say_summary(summary: dict[str, Any], conversion: Conversion) -> None:
         before, after = summary[name]["before"], summary[name]["after"]
         return f"{before / unit:.2f}{suffix} -> {after / unit:.2f}{suffix} ({after / before - 1:+.1%})"
 
-    kept, skipped = summary["converted"], summary["skipped"]
+    converted, skipped = summary["converted"], summary["skipped"]
     say(f"Source      {summary['source']}")
-    say(
-        f"Converted   {kept} of {kept + len(skipped)} layers to {summary['variant']}, {summary['experts']} experts each"
-    )
-    if summary["routers"] < kept:
+    how = f"to {summary['variant']}, {summary['experts']} experts each"
+    say(f"Converted   {converted} of {converted + len(skipped)} layers {how}")
+    if summary["routers"] < converted:
         say(f"Routers     {summary['routers']}, {len(conversion.plan.routers)} of them for a whole block")
     for reason in dict.fromkeys(row["reason"] for row in skipped):
         names = [row["name"] for row in skipped if row["reason"] == reason]
-        say(f"Left        {listed(names)}: {reason}")
+        say(f"Skipped     {listed(names)}: {reason}")
     for note in conversion.plan.notes:
         say(f"Note        {note}")
     say(f"Parameters  {change('parameters', 1e6, 'M')}")
-    say(f"MACs        {change('macs', 1e6, 'M')} per picture")
+    say(f"MACs        {change('macs', 1e6, 'M')} per image")
     for mode, gap in summary["difference"].items():
         text = "not compared (see the note)" if gap is None else f"{gap:.2g} at most between original and converted"
         say(f"Difference  {mode}: {text}")

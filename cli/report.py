@@ -1,4 +1,4 @@
-"""``condconv report``: what a model consists of, computes and costs, and whether its routing does anything."""
+"""``condconv report``: parameters, MACs, memory, latency and routing statistics of one or several models."""
 
 from __future__ import annotations
 
@@ -25,26 +25,28 @@ def report(
         list[str],
         typer.Argument(help="A file, torchvision:NAME, timm:NAME, pkg.mod:factory. Several: side by side."),
     ],
-    data: Annotated[Path | None, typer.Option(help="Pictures, FOLDER/CLASS/*: what do the gates do?")] = None,
-    limit: Annotated[int, typer.Option(help="At most so many pictures, evenly of each class.")] = 1000,
-    latency: Annotated[bool, typer.Option("--latency", help="Also time it, by turns with the original.")] = False,
+    data: Annotated[Path | None, typer.Option(help="Images, FOLDER/CLASS/*, for statistics of the gates.")] = None,
+    limit: Annotated[int, typer.Option(help="Largest number of images, equally many of each class.")] = 1000,
+    latency: Annotated[
+        bool, typer.Option("--latency", help="Also measure latency, alternating with the original.")
+    ] = False,
     batch: Annotated[int, typer.Option(help="Second batch size for memory and latency, beside 1.")] = 8,
     device: Annotated[str, typer.Option(help="Where to run: cpu, cuda, cuda:1.")] = "cpu",
     dtype: Annotated[str, typer.Option(help=f"Of weights and input: {', '.join(DTYPES)}.")] = "float32",
     original: Annotated[
-        str | None, typer.Option(help="The model before conversion: how far have the experts moved?")
+        str | None, typer.Option(help="The model before conversion, for the distance that experts moved.")
     ] = None,
     arch: Annotated[str | None, typer.Option(help="Architecture of a bare state_dict: torchvision:NAME.")] = None,
     weights: Annotated[str, typer.Option(help="default, none, or a FILE, for a model by name.")] = "default",
-    input_size: Annotated[int | None, typer.Option(help="Side of the picture in pixels; else the model's own.")] = None,
+    input_size: Annotated[int | None, typer.Option(help="Side of the image in pixels, if not the model's own.")] = None,
     trust: Annotated[list[str] | None, typer.Option(help="A package whose code may build it; repeatable.")] = None,
     html: Annotated[Path | None, typer.Option(help="Write one self-contained page.")] = None,
     plots: Annotated[Path | None, typer.Option(help="Write the plots into this folder, as PNG and SVG.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
-    as_csv: Annotated[bool, typer.Option("--csv", help="Print one line a layer (or a model).")] = False,
+    as_csv: Annotated[bool, typer.Option("--csv", help="Print one line per layer (or per model).")] = False,
     as_markdown: Annotated[bool, typer.Option("--markdown", help="Print Markdown.")] = False,
 ) -> None:
-    """What conversion added, where, what it costs to run, and whether the routing does anything."""
+    """Report what conversion added per layer, what the model costs to run, and what the routing does."""
     if as_json + as_csv + as_markdown > 1:
         raise InputError("Several of --json, --csv and --markdown.", "stdout has one form.", "one of them")
     if batch < 1 or limit < 1:
@@ -52,26 +54,26 @@ def report(
     if dtype not in DTYPES:
         raise unknown_name("dtype", dtype, DTYPES, "--dtype bfloat16")
 
-    _check_places(html, plots)
+    _require_writable(html, plots)
 
     def load(spec: str) -> nn.Module:
         return _load(spec, arch, weights, input_size, tuple(trust or ()), device, dtype)
 
     before = load(original) if original is not None else None
-    found = _measure(models, load, before, data, limit, batch, latency)
+    result = _measure(models, load, before, data, limit, batch, latency)
     if as_json:
-        print_json(found.to_dict())
+        print_json(result.to_dict())
     elif as_csv:
-        print(found.to_csv(), end="")
+        print(result.to_csv(), end="")
     elif as_markdown:
-        print(found.to_markdown(), end="")
+        print(result.to_markdown(), end="")
     else:
-        found.print()
-    _write(found, html, plots)
+        result.print()
+    _write(result, html, plots)
 
 
-def _check_places(html: Path | None, plots: Path | None) -> None:
-    """Before minutes of work, not after them."""
+def _require_writable(html: Path | None, plots: Path | None) -> None:
+    """Raise ``InputError`` before any work for an output that cannot be written."""
     import os
 
     if html is not None and (html.is_dir() or not html.parent.is_dir() or not os.access(html.parent, os.W_OK)):
@@ -79,7 +81,7 @@ def _check_places(html: Path | None, plots: Path | None) -> None:
             f"--html {html} could not be written.", "It is a file in a writable folder.", "--html report.html"
         )
     if plots is not None:
-        exists = next(place for place in (plots.absolute(), *plots.absolute().parents) if place.exists())
+        exists = next(path for path in (plots.absolute(), *plots.absolute().parents) if path.exists())
         if not exists.is_dir() or not os.access(exists, os.W_OK):
             raise InputError(f"--plots {plots} cannot be made in {exists}.", "Plots go into a folder.", "--plots DIR")
 
@@ -126,7 +128,7 @@ def _measure(
     for spec in models:
         model = load(spec)
         say(f"Measuring {spec}")
-        found = measure(
+        result = measure(
             model,
             data=data,
             limit=limit,
@@ -135,16 +137,16 @@ def _measure(
             original=original,
             recorded=recorded_accuracy(spec),
         )
-        reports.append(found if len(models) == 1 else replace(found, title=spec))
+        reports.append(result if len(models) == 1 else replace(result, title=spec))
     return reports[0] if len(reports) == 1 else Comparison(tuple(reports))
 
 
-def _write(found: Report | Comparison, html: Path | None, plots: Path | None) -> None:
+def _write(result: Report | Comparison, html: Path | None, plots: Path | None) -> None:
     from condconv_surgery.reporting import write_page
 
     if html is not None:
-        write_page(found, html)
+        write_page(result, html)
         say(f"Wrote {html}")
     if plots is not None:
-        for path in found.write_plots(plots):
+        for path in result.write_plots(plots):
             say(f"Wrote {path}")

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import torchvision
+import typer
 from condconv_surgery.cli import main as command_line
 from torch import nn
 from typer.testing import CliRunner
@@ -33,7 +34,7 @@ def mobilenet_file() -> Path:
 
 @pytest.fixture(scope="session")
 def photographs() -> torch.Tensor:
-    """scikit-image's pictures as the model's own transform makes them."""
+    """scikit-image's images, transformed as the model's own transform does."""
     data = pytest.importorskip("skimage.data")
     from PIL import Image
 
@@ -41,7 +42,7 @@ def photographs() -> torch.Tensor:
     from condconv_surgery.recipe import InputSpec
 
     transform = EvaluationTransform(InputSpec())
-    return torch.stack([transform(Image.fromarray(picture)) for picture in (data.coffee(), data.chelsea())])
+    return torch.stack([transform(Image.fromarray(image)) for image in (data.coffee(), data.chelsea())])
 
 
 @pytest.mark.parametrize(
@@ -189,6 +190,14 @@ def test_help_a_typo_and_a_bad_flag_do_not_import_torch() -> None:
         done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=True)
         assert done.stdout.splitlines()[-2:] == [f"code {expected}", "False"], arguments
         assert "condconv" in done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("command", ["convert", "finetune", "report", "import", "export"])
+def test_help_prints_its_texts_whole(command: str) -> None:
+    """Rich takes what stands in brackets for markup and drops it."""
+    for parameter in typer.main.get_command(command_line.app).commands[command].params:  # type: ignore[attr-defined]
+        assert "[" not in parameter.help, parameter.name
+        assert parameter.help.endswith("."), parameter.name
 
 
 def test_python_dash_m() -> None:

@@ -11,10 +11,14 @@ from pathlib import Path
 import pytest
 import torch
 import torchvision
+from condconv_surgery.cli.main import app
+from typer.testing import CliRunner
 
 import condconv_surgery as cs
 from condconv_surgery.models.artifact.save_load import recipe_of
 from condconv_surgery.models.sources import load_model
+from condconv_surgery.recipe import TrainingOptions
+from condconv_surgery.recipe.option_rules import all_rules
 from tests.conftest import Run
 from tests.images import write_images
 
@@ -131,7 +135,7 @@ def test_resume_needs_the_folder_alone(condconv: Run, data: Path, tmp_path: Path
         (["--data", "{data}", "--distill", "start"], "is new and untrained"),
         (["--data", "{data}", "--image-size", "2"], "leave --image-size out"),
         (["--data", "{data}", "--temperature", "0"], "leave --temperature out"),
-        ([], "No pictures are given"),
+        ([], "No images are given"),
     ],
 )
 def test_bad_input_ends_in_words_with_nothing_written(
@@ -156,7 +160,7 @@ def test_resume_without_a_run_or_a_model_says_how_to_begin_one(condconv: Run, tm
     assert f"Try: condconv finetune MODEL --data FOLDER -o {tmp_path / 'nothing'}, a new run" in err
 
 
-def test_a_missing_model_a_corrupt_picture_and_a_used_folder(condconv: Run, data: Path, tmp_path: Path) -> None:
+def test_a_missing_model_a_corrupt_image_and_a_used_folder(condconv: Run, data: Path, tmp_path: Path) -> None:
     code, _, err = condconv("finetune", tmp_path / "no.safetensors", "--data", data, "-o", tmp_path / "run")
     assert code == 2
     assert "no.safetensors" in err
@@ -178,6 +182,41 @@ def test_a_missing_model_a_corrupt_picture_and_a_used_folder(condconv: Run, data
     assert f"Unreadable, passed over: {bad}" in err
     code, _, err = condconv("finetune", *PLAIN, "--data", data, "-o", tmp_path / "run", *QUICK)
     assert (code, "already holds a run" in err) == (2, True)
+
+
+def test_help_shows_each_flag_of_the_rules_with_its_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "300")
+    lines = CliRunner().invoke(app, ["finetune", "--help"]).output.splitlines()
+    defaults = TrainingOptions()
+    for path, rule in all_rules(TrainingOptions).items():
+        if not rule.flag:
+            continue
+        (line,) = [line for line in lines if f" {rule.flag} " in line]
+        section, _, name = path.rpartition(".")
+        default = getattr(getattr(defaults, section) if section else defaults, name)
+        assert rule.help[1:] in line
+        assert (f"[default: {default}]" in line) == (default not in (None, "", ())), line
+        assert all(choice in line for choice in rule.choices)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (["--epochs", 10], "epochs = 10 "),  # the default, typed: it overrides the file
+        (["--lr", "2"], "lr = 2.0 "),
+        (["--freeze", "a", "--freeze", "b*"], 'freeze = ["a", "b*"] '),
+        (["--data", "x", "--set", "data.folder=y"], 'folder = "y" '),
+        (["-o", "run"], 'output = "run" '),
+        (["--output", "run"], 'output = "run" '),
+        ([], "epochs = 3 "),
+        (["--trust", "timm"], 'trust = ["timm"] '),
+    ],
+)
+def test_flags_override_the_recipe_file(condconv: Run, tmp_path: Path, arguments: list[object], line: str) -> None:
+    (tmp_path / "r.toml").write_text("[schedule]\nepochs = 3\n")
+    code, out, err = condconv("finetune", "--recipe", tmp_path / "r.toml", "--print-recipe", *arguments)
+    assert code == 0, err
+    assert f"\n{line}" in out
 
 
 def test_help_and_print_recipe_import_no_torch() -> None:
