@@ -48,14 +48,14 @@ def condconv(
         bool,
         typer.Option(
             "--native",
-            envvar="CONDCONV_NATIVE",
-            help="Convolve and route by C++ kernels, compiled at first use (x86 with AVX2 or AVX-512, g++, ninja).",
+            help="Use C++ kernels, compiled at first use (x86 with AVX2 or AVX-512, g++, ninja). "
+            "The environment variable CONDCONV_NATIVE=1 does the same.",
         ),
     ] = False,
 ) -> None:
     """Give a trained convolutional network conditional convolutions."""
     if native:
-        from condconv_surgery.ops.backends import cpp as kernels  # torch, which help and typos need not wait for
+        from condconv_surgery import native as kernels  # imports torch, which help and typos do not need
 
         if not kernels.is_built():
             say("Compiling the native kernels, once: about a minute ...")

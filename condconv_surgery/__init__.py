@@ -1,8 +1,12 @@
-"""Conditional convolutions by surgery on trained models.
+"""Convert trained convolutional networks to conditional convolutions.
 
     >>> import condconv_surgery as cs
     >>> cs.CondConv(experts=8)
     CondConv(experts=8, routing='layer')
+
+``convert`` replaces layers of a model, ``save`` and ``load`` write and read the result as one file, ``finetune`` trains
+it and ``report`` measures it. ``load_model`` builds a model from a name or a file, ``set_temperature`` sets the
+temperature of all routers, ``native.enable()`` switches to compiled kernels.
 
 The names below are loaded when first used: importing the package does not import torch.
 """
@@ -12,39 +16,60 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from condconv_surgery.errors import SurgeryError
-from condconv_surgery.recipe import CondConv, DynamicConv, ODConv
+from condconv_surgery.errors import DamagedFileError, InputError, ProofError, SurgeryError, TrainingError
+from condconv_surgery.recipe import CondConv, DynamicConv, ODConv, TrainingOptions
 
 if TYPE_CHECKING:
+    from condconv_surgery import native
+    from condconv_surgery.layers import set_temperature
     from condconv_surgery.models.artifact.save_load import load, save
+    from condconv_surgery.models.sources import load_model
     from condconv_surgery.reporting import report
-    from condconv_surgery.surgery import Conversion, convert
+    from condconv_surgery.surgery import Conversion, Plan, convert
+    from condconv_surgery.training import finetune
 
 __version__ = "0.1.0"
 
 _LAZY = {
-    "convert": "condconv_surgery.surgery",
     "Conversion": "condconv_surgery.surgery",
+    "Plan": "condconv_surgery.surgery",
+    "convert": "condconv_surgery.surgery",
+    "finetune": "condconv_surgery.training",
     "load": "condconv_surgery.models.artifact.save_load",
-    "save": "condconv_surgery.models.artifact.save_load",
+    "load_model": "condconv_surgery.models.sources",
     "report": "condconv_surgery.reporting",
+    "save": "condconv_surgery.models.artifact.save_load",
+    "set_temperature": "condconv_surgery.layers",
 }
+"""The module of each name that needs torch."""
 
 __all__ = [
     "CondConv",
     "Conversion",
+    "DamagedFileError",
     "DynamicConv",
+    "InputError",
     "ODConv",
+    "Plan",
+    "ProofError",
     "SurgeryError",
+    "TrainingError",
+    "TrainingOptions",
     "__version__",
     "convert",
+    "finetune",
     "load",
+    "load_model",
+    "native",
     "report",
     "save",
+    "set_temperature",
 ]
 
 
 def __getattr__(name: str) -> Any:
+    if name == "native":
+        return importlib.import_module("condconv_surgery.native")
     if name in _LAZY:
         return getattr(importlib.import_module(_LAZY[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

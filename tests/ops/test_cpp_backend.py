@@ -11,10 +11,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from condconv_surgery.cli import main as command_line
 from torch.autograd import forward_ad
 from torch.utils.flop_counter import FlopCounterMode
-from typer.testing import CliRunner
 
 from condconv_surgery.errors import InputError
 from condconv_surgery.layers import CondConv2d, ConvGeometry, Mixture, ODConv2d
@@ -435,16 +433,3 @@ def test_another_processor_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "DEFAULT")
     with pytest.raises(InputError, match=r"torch says DEFAULT(.|\n)*AVX2"):
         native.enable()
-
-
-@pytest.mark.parametrize(("arguments", "environment"), [(["--native"], {}), ([], {"CONDCONV_NATIVE": "1"}), ([], {})])
-def test_the_command_line_turns_it_on(
-    arguments: list[str], environment: dict[str, str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    called = []
-    monkeypatch.setattr(native, "enable", lambda: called.append(True))
-    monkeypatch.setattr(native, "is_built", lambda: False)
-    result = CliRunner().invoke(command_line.app, [*arguments, "convert", "no-such-file.pt"], env=environment)
-    assert result.exit_code != 0
-    assert called == ([True] if arguments or environment else [])
-    assert ("Compiling" in result.output) == bool(called)

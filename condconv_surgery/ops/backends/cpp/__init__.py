@@ -5,7 +5,7 @@ Without it everything computes the same by torch's own operators. It takes over 
 maps; routers where nothing is recorded.
 """
 
-from condconv_surgery.ops.backends.cpp.compile import disable, enable, is_built, is_enabled
+from condconv_surgery.ops.backends.cpp.compile import disable, enable, enable_if_requested, is_built, is_enabled
 from condconv_surgery.ops.backends.cpp.cpp_convolution import convolve, convolve_at_once, convolve_backward, fits
 from condconv_surgery.ops.backends.cpp.cpp_routing import attention, pool, sigmoid_gates
 
@@ -22,3 +22,5 @@ __all__ = [
     "pool",
     "sigmoid_gates",
 ]
+
+enable_if_requested()

@@ -49,6 +49,15 @@ def enable() -> None:
         ) from error
 
 
+def enable_if_requested() -> None:
+    """``enable`` where the environment says ``CONDCONV_NATIVE=1``. Called when the operations are first imported."""
+    if os.environ.get("CONDCONV_NATIVE", "").lower() not in ("1", "true", "yes", "on"):
+        return
+    if not is_built():
+        logging.getLogger("condconv_surgery").warning("Compiling the native kernels, once: about a minute ...")
+    enable()
+
+
 def _instructions() -> str:
     """Those of ``FLAGS`` that this processor has, or else what torch says of it."""
     has = torch.backends.cpu.get_cpu_capability()
