@@ -84,27 +84,31 @@ def devtools(folder: Path) -> Iterator[Any]:
     os.close(read_theirs)
     os.close(write_theirs)
     numbers = count(1)
-    with os.fdopen(read_ours, "rb") as answers, os.fdopen(write_ours, "wb", buffering=0) as requests:
+    with os.fdopen(read_ours, "rb") as responses, os.fdopen(write_ours, "wb", buffering=0) as requests:
 
         def call(method: str, session: str | None = None, **parameters: Any) -> Any:
             number = next(numbers)
             request = {"id": number, "method": method, "params": parameters}
             requests.write(json.dumps(request | ({"sessionId": session} if session else {})).encode() + b"\0")
-            while True:
-                text = bytearray()
-                while (byte := answers.read(1)) != b"\0":
-                    assert byte, "Chromium is gone"
-                    text += byte
-                answer = json.loads(text)
-                if answer.get("id") == number:
-                    assert "result" in answer, answer
-                    return answer["result"]
+            while (response := read_message(responses)).get("id") != number:
+                pass  # an event
+            assert "result" in response, response
+            return response["result"]
 
         try:
             yield call
         finally:
             browser.kill()
             browser.wait()
+
+
+def read_message(pipe: Any) -> Any:
+    """One JSON message of the DevTools protocol; a zero byte ends it."""
+    text = bytearray()
+    while (byte := pipe.read(1)) != b"\0":
+        assert byte, "Chromium has exited"
+        text += byte
+    return json.loads(text)
 
 
 def run(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:

@@ -118,7 +118,7 @@ class Routing:
     def verdict(self) -> str:
         """The conclusion for the whole network as text."""
         static = sum(layer.static for layer in self.layers)
-        text = f"Static layers suffice for {static} of {len(self.layers)} conditional layers." if self.layers else ""
+        text = f"{static} of {len(self.layers)} layers could be static." if self.layers else ""
         if self.accuracy is None or self.mean_gate_accuracy is None:
             return f"{text} The model's classes are not those of the folder, so accuracy is unknown.".strip()
         return f"{text} {self._gain(self.accuracy, self.mean_gate_accuracy)}{self._warning}".strip()
@@ -173,24 +173,14 @@ def measure_routing(
     routed = collect_gates(model, images.batches(spec, batch), logit_of)
     comparable = logit_of is not None or (not classes and routed.num_logits == len(images.classes))
     layers = tuple(layer_routing(n, gates, routed.labels, len(images.classes)) for n, gates in routed.gates.items())
-    accuracy = mean_gate_accuracy = error = None
+    accuracies: tuple[float | None, float | None, float | None] = (None, None, None)
     if comparable:
         static = correct_with_mean_gates(model, images.batches(spec, batch), routed.means, logit_of)
         gain = routed.correct.double() - static.double()  # +1, 0 or -1 per image
-        accuracy, mean_gate_accuracy = routed.accuracy, float(static.double().mean())
         error = float(gain.std(correction=0)) / math.sqrt(len(gain))
-    spreads = tuple(routed.spreads.items())
-    return Routing(
-        layers,
-        images.classes,
-        len(images.files),
-        accuracy,
-        mean_gate_accuracy,
-        error,
-        spreads,
-        images.files,
-        images.held_out,
-    )
+        accuracies = (routed.accuracy, float(static.double().mean()), error)
+    spreads, files = tuple(routed.spreads.items()), images.files
+    return Routing(layers, images.classes, len(files), *accuracies, spreads, files, images.held_out)
 
 
 def layer_routing(name: str, gates: Tensor, labels: Tensor, classes: int) -> LayerRouting:

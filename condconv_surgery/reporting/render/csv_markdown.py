@@ -8,15 +8,8 @@ import io
 from condconv_surgery.reporting.measure.cost_table import CONVENTION, Layer, Profile
 from condconv_surgery.reporting.measure.measurements import Measurements
 from condconv_surgery.reporting.measure.routing_statistics import Routing
+from condconv_surgery.reporting.render import table_rows
 from condconv_surgery.reporting.render.number_format import human
-from condconv_surgery.reporting.render.table_rows import (
-    cost_rows,
-    latency_line,
-    multiplying,
-    other_counters,
-    remainder,
-    summary_rows,
-)
 
 COLUMNS = (
     "name",
@@ -55,7 +48,7 @@ def to_csv(profile: Profile) -> str:
 def to_markdown(model: Measurements) -> str:
     """The totals, memory and latency, a table of the layers with MACs, the routing and the counting convention."""
     profile, cost, routing = model.profile, model.cost, model.routing
-    totals = [*summary_rows(profile), *(cost_rows(cost) if cost else [])]
+    totals = [*table_rows.summary_rows(profile), *(table_rows.cost_rows(cost) if cost else [])]
     lines = [
         f"# {model.title}",
         "",
@@ -67,15 +60,15 @@ def to_markdown(model: Measurements) -> str:
         "",
         "| layer | kind | shape | experts | parameters | MACs | convolution | mixing | routing | attention |",
         "|---|---|---|---:|---:|---:|---:|---:|---:|---:|",
-        *(_markdown_row(layer) for layer in multiplying(profile)),
+        *(_markdown_row(layer) for layer in table_rows.multiplying(profile)),
         "",
-        *(f"{text}." for text in remainder(profile)),
+        *(f"{text}." for text in table_rows.remainder(profile)),
         "",
         *(_routing_lines(routing) if routing else []),
         CONVENTION,
         "",
-        other_counters(profile),
-        *(["", latency_line(cost)] if cost and cost.latency else []),
+        table_rows.other_counters(profile),
+        *(["", table_rows.latency_line(cost)] if cost and cost.latency else []),
     ]
     return "\n".join(lines) + "\n"
 

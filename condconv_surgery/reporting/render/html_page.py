@@ -12,18 +12,10 @@ from condconv_surgery.data.image_dataset import read_image
 from condconv_surgery.reporting.measure.cost_table import CONVENTION
 from condconv_surgery.reporting.measure.measurements import Measurements
 from condconv_surgery.reporting.measure.routing_statistics import Routing
-from condconv_surgery.reporting.render import number_format
+from condconv_surgery.reporting.render import number_format, table_rows
 from condconv_surgery.reporting.render.comparison_table import HEADERS, measured_columns, rows_of, sort_keys
 from condconv_surgery.reporting.render.matplotlib_figures import to_svg
 from condconv_surgery.reporting.render.plots import COSTS, PARTS, accuracy_against_cost, layer_costs, mean_gates
-from condconv_surgery.reporting.render.table_rows import (
-    cost_rows,
-    latency_line,
-    multiplying,
-    other_counters,
-    remainder,
-    summary_rows,
-)
 
 if TYPE_CHECKING:
     import jinja2
@@ -72,20 +64,20 @@ def comparison_page(models: Sequence[Measurements]) -> str:
 
 
 def _context(model: Measurements) -> dict[str, Any]:
-    layers = multiplying(model.profile)
+    layers = table_rows.multiplying(model.profile)
     return {
         "title": model.title,
         "profile": model.profile,
-        "summary": summary_rows(model.profile),
-        "costs": cost_rows(model.cost) if model.cost else [],
-        "environment": latency_line(model.cost) if model.cost else "",
+        "summary": table_rows.summary_rows(model.profile),
+        "costs": table_rows.cost_rows(model.cost) if model.cost else [],
+        "environment": table_rows.latency_line(model.cost) if model.cost else "",
         "layers": layers,
         "largest": max((layer.macs.total for layer in layers), default=1) or 1,
-        "remainder": remainder(model.profile),
+        "remainder": table_rows.remainder(model.profile),
         "experts": {row.name: row for row in model.experts},
         "moved_known": any(row.moved is not None for row in model.experts),
         "convention": CONVENTION,
-        "counters": other_counters(model.profile),
+        "counters": table_rows.other_counters(model.profile),
         "parts": PARTS,
         "accuracy": model.accuracy,
     }

@@ -14,16 +14,9 @@ from condconv_surgery.reporting.measure.expert_similarity import Experts
 from condconv_surgery.reporting.measure.measurements import Measurements
 from condconv_surgery.reporting.measure.memory_and_latency import Cost
 from condconv_surgery.reporting.measure.routing_statistics import Routing
+from condconv_surgery.reporting.render import table_rows
 from condconv_surgery.reporting.render.comparison_table import HEADERS, measured_columns, rows_of
 from condconv_surgery.reporting.render.number_format import human
-from condconv_surgery.reporting.render.table_rows import (
-    cost_rows,
-    latency_line,
-    multiplying,
-    other_counters,
-    remainder,
-    summary_rows,
-)
 
 WIDTH = 80
 """Columns when the output is not a terminal."""
@@ -31,8 +24,8 @@ WIDTH = 80
 
 def render_profile(profile: Profile, title: str, width: int = WIDTH, cost: Cost | None = None) -> RenderableType:
     """Totals, memory and latency, layers, what is not listed and the counting convention, for ``width`` columns."""
-    totals = [*summary_rows(profile), *(cost_rows(cost) if cost else [])]
-    notes = [CONVENTION, other_counters(profile), latency_line(cost) if cost else ""]
+    totals = [*table_rows.summary_rows(profile), *(table_rows.cost_rows(cost) if cost else [])]
+    notes = [CONVENTION, table_rows.other_counters(profile), table_rows.latency_line(cost) if cost else ""]
     return Group(
         Text(title, style="bold"),
         Text(f"input {profile.input}", style="dim"),
@@ -41,7 +34,7 @@ def render_profile(profile: Profile, title: str, width: int = WIDTH, cost: Cost 
         Text(""),
         _layers(profile, width),
         Text(""),
-        *(Text(f"Not listed: {text}.", style="dim") for text in remainder(profile)),
+        *(Text(f"Not listed: {text}.", style="dim") for text in table_rows.remainder(profile)),
         *(Text(note, style="dim") for note in notes if note),
     )
 
@@ -49,11 +42,8 @@ def render_profile(profile: Profile, title: str, width: int = WIDTH, cost: Cost 
 def render_routing(routing: Routing, experts: Sequence[Experts] = (), width: int = WIDTH) -> RenderableType:
     """One line per layer: how many experts it uses, how much its gates vary, and the verdict."""
     cosines = {row.name: f"{row.cosine:.2f}" for row in experts}
-    headers = [
-        ("layer", False),
-        *((name, True) for name in ("used", "vary", "class", "info", "cos")),
-        ("verdict", False),
-    ]
+    numeric = [(name, True) for name in ("used", "vary", "class", "info", "cos")]
+    headers = [("layer", False), *numeric, ("verdict", False)]
     verdict = max([len(layer.advice) for layer in routing.layers], default=0)
     name = max(12, width - verdict - 32)
     rows: list[list[str | Text]] = [
@@ -144,7 +134,7 @@ def _layers(profile: Profile, width: int) -> Table:
     columns += [("mix", True)] if macs.mixing else []
     columns += [("route", True)] if macs.routing else []
     columns += [("attn", True)] if macs.attention else []
-    layers = multiplying(profile)
+    layers = table_rows.multiplying(profile)
     rows = [_layer_row(layer, macs) for layer in layers]
     widths = [max([len(header), *(len(row[i]) for row in rows)]) for i, (header, _) in enumerate(columns)]
     tight = max(len(layer.name) for layer in layers) + sum(widths) + 2 * len(widths) > width if layers else False
