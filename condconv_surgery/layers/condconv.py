@@ -4,8 +4,8 @@ Yang, Bender, Le, Ngiam, NeurIPS 2019, arXiv 1904.04971, equation 2:
 
     r(x) = sigmoid(GAP(x) R),    y = (r_1 W_1 + ... + r_n W_n) * x
 
-Both released implementations add a bias to ``R``; so do we. Our gate is ``(2/n) r(x)``: a zeroed router then
-gives gates that sum to 1, and an expert keeps the scale of a trained kernel.
+Both released implementations add a bias to ``R``; so does this one. The gate is ``(2/n) r(x)``: the gates of a zeroed
+router sum to 1, and an expert has the scale of a trained kernel.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class CondConvRouter(Router):
 
 
 class CondConv2d(ConditionalConv2d[CondConv]):
-    """A convolution whose kernel is a sigmoid-gated sum of experts, mixed anew for each sample.
+    """A convolution whose kernel is a sigmoid-gated sum of experts, mixed for each sample.
 
     ``W_b = sum_e (2/n) sigmoid(GAP(x_b) R)_e W_e``. The arguments are those of ``nn.Conv2d`` and a ``CondConv``.
     """

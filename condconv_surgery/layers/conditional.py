@@ -25,7 +25,7 @@ V = TypeVar("V", bound=Variant)
 
 
 def _of_geometry(name: str) -> property:
-    """An attribute of ``nn.Conv2d`` that models read off their convolutions, as timm's DaViT does to pad by itself."""
+    """An attribute of ``nn.Conv2d`` that models read from their convolutions (timm's DaViT pads by it)."""
     return property(lambda self: getattr(self.geometry, name), doc=f"As in ``nn.Conv2d``: ``geometry.{name}``.")
 
 
@@ -34,7 +34,7 @@ LAYERS: dict[type[Variant], type[ConditionalConv2d[Any]]] = {}
 
 
 class ConditionalConv2d(nn.Module, Generic[V]):
-    """A drop-in for ``nn.Conv2d`` with several kernels, mixed anew for each sample.
+    """A drop-in for ``nn.Conv2d`` with several kernels, mixed for each sample.
 
         W_b = spatial_b * sum_e gate[b,e] * weight[e]
         y_b = out_scale_b * conv(in_scale_b * x_b, W_b) + sum_e gate[b,e] * bias[e]
@@ -47,7 +47,7 @@ class ConditionalConv2d(nn.Module, Generic[V]):
     ``DynamicConv2d``); a variant without a subclass uses this class.
 
     variant: the configuration, ``CondConv(experts=4)`` and the like; in a subclass ``None`` means its own defaults.
-    standardisation: an attribute, what is done to the weight at each call (``layers.weight_standardisation``), or None.
+    standardisation: an attribute: of the weight at each call (``layers.weight_standardisation``), or None.
     implementation: an attribute, ``"auto"`` or the name of one implementation (``ops.implementations``).
     """
 
@@ -119,9 +119,9 @@ class ConditionalConv2d(nn.Module, Generic[V]):
         return self.variant.experts
 
     def reset_parameters(self) -> None:
-        """Experts such that a neutral mixture is distributed as ``nn.Conv2d`` starts; the router zeroed.
+        """Random experts whose mean is distributed as the weight of a new ``nn.Conv2d``; a zeroed router.
 
-        The mean of n independent kernels has 1/n of their variance, so each gets sqrt(n) times the bound of
+        The mean of n independent kernels has 1/n of their variance, so each has sqrt(n) times the bound of
         ``nn.Conv2d``.
         """
         bound = math.sqrt(self.experts / math.prod(self.geometry.weight_shape[1:]))
@@ -132,21 +132,21 @@ class ConditionalConv2d(nn.Module, Generic[V]):
             self.router.zero_()
 
     def route(self, x: Tensor) -> Mixture:
-        """The mixture of each sample of ``x`` [B, I, H, W], by the layer's own router.
+        """The mixture of each sample of ``x`` [B, I, H, W], from the layer's own router.
 
-        Raises ``InputError`` when it has none.
+        Raises ``InputError`` for a layer without a router.
         """
         if self.router is None:
             raise InputError(
-                f"This {type(self).__name__} has no router: that of its block routes for it (routing='block').",
-                "It takes its input and the mixture of each sample.",
-                "call the block, not the layer; or layer(x, mixture)",
+                f'This {type(self).__name__} has no router: the router of its block serves it (routing="block").',
+                "It is called with its input and the mixture of each sample.",
+                "call the block instead of the layer, or layer(x, mixture)",
             )
         mixture: Mixture = self.router(x)
         return mixture
 
     def forward(self, input: Tensor, mixture: Mixture | None = None) -> Tensor:
-        """input: named as in ``nn.Conv2d``. mixture: of each sample; the layer's own router's when left out."""
+        """input: [B, I, H, W] or [I, H, W]. mixture: of each sample; by default that of the layer's own router."""
         if is_traced(input):
             node: Tensor = as_node(self, input) if mixture is None else as_node(self, input, mixture)
             return node
@@ -164,7 +164,7 @@ class ConditionalConv2d(nn.Module, Generic[V]):
         return conditional_conv2d(input, experts, self.bias, mixture, self.geometry, self.implementation)
 
     def paper_weights(self) -> tuple[Tensor, Tensor | None]:
-        """Experts and bias as the paper and other implementations hold them, with plain sigmoids in the router.
+        """Experts and bias as in the paper and in other implementations, whose routers have plain sigmoids.
 
         Ours times the router's ``weight_factor`` (CondConv 2/n; ODConv 2 for each sigmoid; DynamicConv 1).
         """
@@ -179,10 +179,9 @@ class ConditionalConv2d(nn.Module, Generic[V]):
             self.bias.copy_(bias / self.bias_factor)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """As in ``nn.Module``, which asks for a memory format of whatever has four or five dimensions.
+        """As in ``nn.Module``, which applies a memory format to every tensor with four or five dimensions.
 
-        ``model.to(memory_format=torch.channels_last)`` is one that five dimensions do not have: experts are shown as
-        rows and stay contiguous.
+        Five dimensions do not have ``channels_last``, so the experts are passed as rows and stay contiguous.
         """
 
         def of_rows(t: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""A Linear is a 1x1 convolution, so it can be conditional too (the classifier of CondConv's mobile models)."""
+"""A conditional ``nn.Linear``, as a 1x1 convolution (the classifier of CondConv's mobile models)."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from condconv_surgery.recipe import Variant
 
 
 class ConditionalLinear(ConditionalConv2d[Variant]):
-    """A drop-in for ``nn.Linear`` with several weights, mixed anew for each sample.
+    """A drop-in for ``nn.Linear`` with several weights, mixed for each sample.
 
-    Shapes: [I] -> [O], or [B, *, I] -> [B, *, O]; the router sees the mean over ``*``. ``weight`` is [E, O, I, 1, 1].
+    Shapes: [I] -> [O], or [B, *, I] -> [B, *, O]; the router takes the mean over ``*``. ``weight`` is [E, O, I, 1, 1].
     """
 
     def __init__(

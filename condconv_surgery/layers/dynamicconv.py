@@ -56,7 +56,7 @@ class DynamicConvRouter(Router):
 
 
 class DynamicConv2d(ConditionalConv2d[DynamicConv]):
-    """A convolution whose kernel is a softmax-weighted mean of experts, mixed anew for each sample.
+    """A convolution whose kernel is a softmax-weighted mean of experts, mixed for each sample.
 
     ``W_b = sum_e softmax(MLP(GAP(x_b)) / T)_e W_e``. The arguments are those of ``nn.Conv2d`` and a ``DynamicConv``.
     """

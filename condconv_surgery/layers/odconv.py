@@ -7,8 +7,8 @@ Li, Zhou, Yao, ICLR 2022, equation 3:
 with four attentions from one hidden vector ``h = relu(norm(FC(GAP(x))))``: over kernel positions (spatial), input
 channels, filters (sigmoids of a linear map of h, / T) and experts (softmax of one, / T). As in the authors' code the
 first three are shared by all experts; filters are absent for a depthwise layer, positions for a 1x1 kernel, experts
-when there is one. Our three sigmoids are doubled: a zeroed router then scales nothing, and an expert keeps the scale of
-a trained kernel.
+when there is one. The three sigmoids are doubled here: the scales of a zeroed router are 1, and an expert has the scale
+of a trained kernel.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from condconv_surgery.recipe import ODConv
 class ODConvRouter(Router):
     """Four heads over one hidden vector: [B, I] -> in_scale [B, I], out_scale [B, O], spatial [B, kh, kw], gate [B, E].
 
-    A batch of one trains: batch statistics of a single vector do not exist, so the running ones are used.
+    In training a batch of one is normalised by the running statistics: a single vector has no batch statistics.
     """
 
     temperature: Tensor
@@ -105,7 +105,7 @@ class ODConv2d(ConditionalConv2d[ODConv]):
 
 
 def _norm_any_batch(norm: nn.Module, h: Tensor) -> Tensor:
-    """Batch norm of [B, hidden] that also takes a batch of one, or of none, in training."""
+    """Batch norm of [B, hidden], by the running statistics for a batch of one or none in training."""
     if isinstance(norm, nn.BatchNorm1d) and (not norm.training or h.shape[0] <= 1):
         return F.batch_norm(h, norm.running_mean, norm.running_var, norm.weight, norm.bias, False, 0.0, norm.eps)
     normed: Tensor = norm(h)

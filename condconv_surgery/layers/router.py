@@ -1,4 +1,4 @@
-"""What every router has: features in, pooled, a ``Mixture`` out, one class for each variant."""
+"""Routers: from the features of a layer or block to the ``Mixture`` of each sample; one class for each variant."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ class Router(nn.Module):
 
     A *zeroed* router (``zero_``) gives the neutral mixture for every input: gates that sum to 1, scales of 1.
 
-    weight_factor, bias_factor: what the experts and biases are multiplied by to read as the paper writes them, without
-    the normalisation of the gates (see ``ConditionalConv2d.paper_weights``).
+    weight_factor, bias_factor: of experts and biases in the paper's form, which does not normalise the gates (see
+    ``ConditionalConv2d.paper_weights``).
     """
 
     weight_factor: float = 1.0
     bias_factor: float = 1.0
 
     def forward(self, x: Tensor) -> Mixture:
-        """The mixture of each sample of ``x`` [B, I, H, W], or [I, H, W], or [B, I] where it is pooled already.
+        """The mixture of each sample of ``x`` [B, I, H, W], or [I, H, W], or [B, I] if it is pooled already.
 
-        Under autocast the router keeps the precision of its weights: gates are few, and a kernel is only as exact
-        as they are.
+        Under autocast the router computes in the precision of its weights: it is cheap, and the precision of the gates
+        limits that of the mixed kernels.
         """
         if is_traced(x):
             node: Mixture = as_node(self, x)
@@ -109,7 +109,7 @@ def zero_linear_(linear: nn.Linear) -> None:
 
 
 def temperature_buffer(value: float, device: torch.device | str | None) -> Tensor:
-    """A temperature as saved state: a scalar in float32 whatever the layer's own dtype."""
+    """A temperature as a buffer: a float32 scalar for layers of any dtype."""
     return torch.tensor(float(value), dtype=torch.float32, device=device)
 
 

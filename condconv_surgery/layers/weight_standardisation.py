@@ -4,17 +4,17 @@ A plain layer convolves, for each filter o of n = I/G * kh * kw weights, with
 
     s_o * (W_o - mean(W_o)) / sqrt(var(W_o) + eps),    s_o = scale * gain_o, or 1
 
-so training moves only the direction of a filter. Of a conditional layer the *mixed* kernel is standardised, which is
-what the same layer does to the one kernel of every sample:
+so training changes only the direction of a filter. In a conditional layer the *mixed* kernel of each sample is
+standardised:
 
     K_b,o = s_o * M_b,o / sqrt(mean(M_b,o ** 2) + eps),    M_b = sum_e gate[b,e] * (V_e - mean(V_e))
 
-Standardising each expert instead would be the same function only while the experts are equal. The norm of a mixture
-follows from the inner products of the centred experts, ``C_e = V_e - mean(V_e)``,
+Standardising each expert instead is equal to that only while the experts are equal. The norm of a mixture follows from
+the inner products of the centred experts, ``C_e = V_e - mean(V_e)``,
 
     mean(M_b,o ** 2) = sum_ef gate[b,e] gate[b,f] <C_e,o, C_f,o> / n
 
-so it is a scale of each sample's outputs, and no kernel of a sample is passed over twice.
+so it becomes a scale of each sample's outputs, and no mixed kernel is read twice.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ from condconv_surgery.ops.mixture import Mixture
 
 
 class WeightStandardisation(nn.Module):
-    """Experts and a mixture that give kernels standardised for each sample.
+    """Changes experts and mixture such that the mixed kernel of each sample is standardised.
 
-    eps: added to the variance. scale: a number times every kernel. gain: [O], learned, or None for ones.
+    eps: added to the variance. scale: a factor of every kernel. gain: [O], learned, or None for ones.
     """
 
     def __init__(self, eps: float, scale: float = 1.0, gain: Tensor | None = None) -> None:
@@ -61,15 +61,15 @@ class WeightStandardisation(nn.Module):
 
     def _inverse_norm(self, variance: Tensor) -> Tensor:
         """``s_o / sqrt(variance + eps)``: [..., O] -> [..., O]."""
-        found = self.scale * (variance.clamp_min(0.0) + self.eps).rsqrt()
-        return found if self.gain is None else found * self.gain.view(-1)
+        factor = self.scale * (variance.clamp_min(0.0) + self.eps).rsqrt()
+        return factor if self.gain is None else factor * self.gain.view(-1)
 
     def extra_repr(self) -> str:
         return f"eps={self.eps}, scale={self.scale:.6g}, gain={self.gain is not None}"
 
 
 def standardisation_of(module: nn.Module) -> WeightStandardisation | None:
-    """What a layer of timm does to its weight, with its own copy of the gain; ``None`` for any other layer."""
+    """The standardisation of a layer of timm, with a copy of its gain; ``None`` for any other layer."""
     if not is_standardised(module):
         return None
     gain = getattr(module, "gain", None)
