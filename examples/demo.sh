@@ -15,7 +15,7 @@ print(next(pathlib.Path(home).glob("weights/mobilenet_v2-*.pth")))')
 cp "$weights" "$folder/"
 weights="$folder/$(basename "$weights")"
 
-say "1. Pictures: scikit-learn's digits as an image folder"
+say "1. Images: scikit-learn's digits as an image folder"
 python "$here/digits.py" "$folder/digits"
 
 say "2. condconv convert $weights --experts 4 -o $folder/mobilenet_v2.safetensors"

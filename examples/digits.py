@@ -12,10 +12,10 @@ def write_digits(folder: Path) -> int:
     for index, (pixels, label) in enumerate(zip(digits.images, digits.target, strict=True)):
         path = folder / str(label) / f"{index:04d}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
-        picture = Image.fromarray((pixels * (255 / 16)).astype("uint8")).convert("RGB")
-        picture.resize((64, 64), Image.Resampling.BICUBIC).save(path)
+        image = Image.fromarray((pixels * (255 / 16)).astype("uint8")).convert("RGB")
+        image.resize((64, 64), Image.Resampling.BICUBIC).save(path)
     return len(digits.images)
 
 
 if __name__ == "__main__":
-    print(f"Wrote {write_digits(Path(sys.argv[1]))} pictures to {sys.argv[1]}")
+    print(f"Wrote {write_digits(Path(sys.argv[1]))} images to {sys.argv[1]}")

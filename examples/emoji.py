@@ -1,11 +1,11 @@
 """Write 3,812 emoji as an image folder of 9 classes: EMOJI/train/CLASS/*.png and EMOJI/val/CLASS/*.png.
 
-The pictures come from npm, as two packages of two vendors (npm itself is all that is needed):
+The images come from npm, as two packages of two vendors:
 
     npm pack emoji-datasource-google@16.0.0 emoji-datasource-twitter@16.0.0
     python examples/emoji.py emoji-datasource-google-16.0.0.tgz emoji-datasource-twitter-16.0.0.tgz EMOJI
 
-A quarter of the emoji is for validation, both vendors' pictures of it, for they look alike.
+A quarter of the emoji is for validation: both vendors' images of each, because they look alike.
 """
 
 import hashlib
@@ -19,7 +19,7 @@ from PIL import Image
 
 
 def write_emoji(package: Path, folder: Path) -> int:
-    """Unpack one vendor's pictures; returns how many."""
+    """Unpack the images of one vendor; returns their number."""
     vendor = package.name.split("-")[2]
     written = 0
     with tarfile.open(package) as tar:
@@ -35,7 +35,7 @@ def write_emoji(package: Path, folder: Path) -> int:
 
 
 def part_of(unified: str) -> str:
-    """The same for both vendors, and on every machine."""
+    """``"train"`` or ``"val"``, equal for both vendors and on every machine."""
     return "val" if hashlib.sha256(unified.encode()).digest()[0] % 4 == 0 else "train"
 
 
@@ -44,13 +44,13 @@ def class_of(category: str) -> str:
 
 
 def on_white(data: bytes) -> Image.Image:
-    picture = Image.open(io.BytesIO(data)).convert("RGBA")
-    white = Image.new("RGBA", picture.size, "white")
-    return Image.alpha_composite(white, picture).convert("RGB")
+    image = Image.open(io.BytesIO(data)).convert("RGBA")
+    white = Image.new("RGBA", image.size, "white")
+    return Image.alpha_composite(white, image).convert("RGB")
 
 
 if __name__ == "__main__":
     *packages, target = map(Path, sys.argv[1:])
     if not packages:
         sys.exit(__doc__)
-    print(f"Wrote {sum(write_emoji(package, target) for package in packages)} pictures to {target}")
+    print(f"Wrote {sum(write_emoji(package, target) for package in packages)} images to {target}")

@@ -1,7 +1,7 @@
 """Large pages for fresh memory on a CPU.
 
 Memory that was never written is handed out by the system page by page, each at its first touch: 2 to 4 GB/s in pages
-of 4 KB where a tensor that is written again takes 13 GB/s and more (docs/execution.md). glibc gives such memory to
+of 4 KB where a tensor that is written again takes 13 GB/s and more (benchmarks/NOTES.md). glibc gives such memory to
 nearly every tensor of more than 32 MiB, and to smaller ones after it gave its own back. Linux hands it out 2 MiB at a
 time where it is asked to; torch asks so for all its tensors with ``THP_MEM_ALLOC_ENABLE=1``, here it is asked for
 results.

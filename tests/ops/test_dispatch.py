@@ -108,7 +108,7 @@ def test_an_estimate_is_work_over_rates() -> None:
 def test_the_choice_on_a_gpu_is_the_fastest_measured_there(
     conv: nn.Conv2d, side: int, variant: Variant, expected: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On an H100 in bfloat16, batch 32 (docs/execution.md)."""
+    """On an H100 in bfloat16, batch 32 (benchmarks/NOTES.md)."""
     monkeypatch.setattr(cost, "rates_of", lambda x: cost.GPU_HALF)
     monkeypatch.setattr(choice, "counts_as_cpu", lambda x: False)
     monkeypatch.setattr(choice, "_known", {})

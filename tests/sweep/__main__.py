@@ -1,4 +1,4 @@
-"""``python -m tests.sweep torchvision timm -o rows.jsonl --table docs/models.md``.
+"""``python -m tests.sweep torchvision timm -o rows.jsonl --table docs/reference/models.md``.
 
 Each model runs in a process of its own, one at a time; its row is appended to the file at once, and a model that has a
 row there is not run again.

@@ -20,7 +20,7 @@ def to_markdown(rows: list[Row]) -> str:
     versions = ", ".join(f"{name} {version(name)}" for name in ("torch", *libraries))
     parts = [
         "# Models tried\n",
-        f"Written by `python -m tests.sweep {' '.join(libraries)} -o rows.jsonl --table docs/models.md` with "
+        f"Written by `python -m tests.sweep {' '.join(libraries)} -o rows.jsonl --table docs/reference/models.md` with "
         f"{versions}, Python {platform.python_version()}, on the CPU. Random weights, {EXPERTS} CondConv experts, "
         "every convolution that can be converted, the stem and those over 1x1 maps too.\n",
         "eval, train: the largest difference between original and converted, relative to the largest output; inf: "

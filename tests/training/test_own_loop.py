@@ -22,11 +22,12 @@ ROOT = Path(__file__).parents[2]
 
 
 def test_the_loop_in_the_documentation_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs/training.md").read_text(encoding="utf-8"), re.DOTALL)
+    page = (ROOT / "docs/how-to/own-loop.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
     names: dict[str, object] = {}
-    exec(compile(block, "docs/training.md", "exec"), names)
+    exec(compile(block, "docs/how-to/own-loop.md", "exec"), names)
     model = cs.load(tmp_path / "tuned.safetensors")
     assert {float(router.temperature) for router in routers(model).values()} == {1.0}  # type: ignore[arg-type]
     assert not torch.equal(model.conv1.weight, names["teacher"].conv1.weight)  # type: ignore[attr-defined, union-attr]

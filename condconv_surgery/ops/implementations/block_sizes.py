@@ -16,7 +16,7 @@ from condconv_surgery.ops.mixture import Mixture
 
 MOST_KERNEL_BYTES = 28 << 20
 """The kernels of one block. glibc serves most allocations of 32 MiB or more with fresh pages; those were written
-at 1.6 GB/s where warm ones took 13 GB/s (docs/execution.md)."""
+at 1.6 GB/s where warm ones took 13 GB/s (benchmarks/NOTES.md)."""
 
 MOST_CACHED_BYTES = 10 << 20
 """The kernels of one block of a dense layer on a CPU, and, apart from them, the experts they are mixed from: together a

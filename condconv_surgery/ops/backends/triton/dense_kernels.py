@@ -231,7 +231,7 @@ class Tile(NamedTuple):
 
 
 def tile_of_positions(positions: int, outs: int, ins: int, dtype: torch.dtype) -> Tile:
-    """For positions by channels. Measured on an H100 (docs/execution.md), where others took up to twice as long."""
+    """For positions by channels. Measured on an H100 (benchmarks/NOTES.md), where others took up to twice as long."""
     few = positions <= 64
     cols = min(64 if few else 128, max(16, power_of_two(outs)))
     inner = min(64 if dtype.itemsize == 2 else 32, max(16, power_of_two(ins)))
