@@ -1,4 +1,4 @@
-"""Screenshots of a report for a report page: ``python docs/hooks/screenshots.py PAGE.html docs/images``. Needs Chromium."""
+"""Screenshots of a report page: ``python docs/hooks/screenshots.py PAGE.html docs/images``. Needs Chromium."""
 
 import shutil
 import subprocess
