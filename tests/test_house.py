@@ -1,4 +1,4 @@
-"""The house itself: which room may import which, a wheel that works, a README that runs."""
+"""The layout of the package: which room imports which, file names, a wheel that works, a README that runs."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 import venv
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -27,6 +28,7 @@ ROOMS = [
     "reporting",
     "cli",
 ]
+PYTHON = ("condconv_surgery", "cli", "tests", "benchmarks", "examples")
 FORBIDDEN = {("training", "surgery"), ("reporting", "surgery"), ("training", "reporting"), ("reporting", "training")}
 
 
@@ -86,7 +88,7 @@ def imported_modules(name: str, path: Path, modules: dict[str, Path]) -> set[str
 
 
 def modules_in_circles(imports: dict[str, set[str]]) -> list[str]:
-    """The modules that import themselves over others."""
+    """The modules that import themselves through others."""
 
     def reached(start: str) -> set[str]:
         seen, waiting = set[str](), [start]
@@ -113,6 +115,21 @@ def test_measuring_does_not_import_rendering() -> None:
     for name, path in modules.items():
         if name.startswith("condconv_surgery.reporting.measure"):
             assert not any(".render" in other for other in imported_modules(name, path, modules)), name
+
+
+def test_every_package_is_in_the_wheel() -> None:
+    settings = parse_toml((ROOT / "pyproject.toml").read_text(encoding="utf-8"), "pyproject.toml")["tool"]["setuptools"]
+    packages = {name for name, path in modules_of_the_package().items() if path.name == "__init__.py"}
+    assert set(settings["packages"]) == packages
+    folders = {path.parent for path in modules_of_the_package().values()}
+    assert all((folder / "__init__.py").exists() for folder in folders)
+
+
+def test_a_file_name_is_used_once() -> None:
+    """Except where two backends have a file for the same thing."""
+    files = [path for folder in PYTHON for path in (ROOT / folder).rglob("*.py") if "backends" not in path.parts]
+    names = Counter(path.name for path in files if path.name not in ("__init__.py", "__main__.py"))
+    assert [name for name, count in names.items() if count > 1] == []
 
 
 def test_errors_and_recipe_need_no_torch() -> None:
