@@ -1,4 +1,4 @@
-"""Where the command line writes: data on stdout, everything else on stderr."""
+"""Output of the command line: data on stdout, everything else on stderr."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from condconv_surgery.errors import SurgeryError
 
 
 def say(line: str = "") -> None:
-    """A line for the person, on stderr."""
+    """Print a line on stderr."""
     print(line, file=sys.stderr, flush=True)
 
 
 def print_json(data: dict[str, Any]) -> None:
-    """One JSON object on stdout."""
+    """Print one JSON object on stdout."""
     print(json.dumps(data, indent=2, allow_nan=False))
 
 
 def print_error(error: SurgeryError) -> None:
-    """The three parts of an error, on stderr."""
+    """Print the three parts of an error on stderr."""
     say(f"Error: {error}")

@@ -28,7 +28,7 @@ def import_(
     """Read a conditional network that timm or the authors of ODConv saved; nothing more is converted."""
     path = writable(output)
     if not file.is_file():
-        raise InputError(f"{file} is no file.", "It must hold the weights.", "another path")
+        raise InputError(f"{file} is not a file.", "It must hold the weights.", "another path")
     from condconv_surgery.layers import conditional_layers
     from condconv_surgery.models.artifact.save_load import save
     from condconv_surgery.models.sources import load_model
@@ -40,7 +40,7 @@ def import_(
     if not conditional_layers(model):
         raise InputError(
             f"{file} has no conditional layer.",
-            "timm's CondConv (routing_fn) and ODConv's attention are known.",
+            "Supported are timm's CondConv (routing_fn) and the layers of ODConv's authors.",
             f"condconv convert {file} -o {path}",
         )
     save(model, path)

@@ -21,8 +21,12 @@ from condconv_surgery.recipe import TrainingOptions
 from condconv_surgery.recipe.option_rules import ALL_OPTIONS, all_rules
 from condconv_surgery.recipe.toml_text import parse_setting
 
-EXPRESSIONS = {ALL_OPTIONS: "condconv finetune --print-recipe"}
-"""Python that a message proposes, and the command that does the same."""
+CALLS = {
+    re.escape(ALL_OPTIONS): "condconv finetune --print-recipe",
+    r"convert\(model, CondConv\(experts=4\)\)": "condconv convert MODEL -o FILE.safetensors",
+    r'(?:condconv_surgery\.)?load_model\("([^"\s]+)"\)': r"condconv convert \1 -o FILE.safetensors",
+}
+"""Calls that messages propose, and the commands for them."""
 
 
 @dataclass(frozen=True)
@@ -56,10 +60,10 @@ def to_flags(text: str, command: Any) -> str:
 
     The arguments of a call (``convert(model, include=...)``) stay: they are Python.
     """
-    for expression, instead in EXPRESSIONS.items():
-        text = text.replace(expression, instead)
+    for call, instead in CALLS.items():
+        text = re.sub(call, instead, text)
     table = flags_of(command)
-    result, end = "", 0
+    result, end, after_flag = "", 0, False
     for match in _CALL_OR_ARGUMENT.finditer(text):
         if match.start() < end:
             continue
@@ -72,8 +76,10 @@ def to_flags(text: str, command: Any) -> str:
             if flag is None or value is _NOT_A_VALUE:
                 continue
             replacement = _spell(flag, value)
-        result += text[end : match.start()] + replacement
-        end = stop
+        between = text[end : match.start()]
+        both_flags = after_flag and match["name"] is not None
+        result += (" " if both_flags and between == ", " else between) + replacement
+        end, after_flag = stop, match["name"] is not None
     return result + text[end:]
 
 

@@ -38,7 +38,7 @@ def condconv(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 
 @pytest.fixture
 def interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Triton's kernels run on the CPU, by the interpreter that is asked for above."""
+    """Run Triton's kernels on the CPU by its interpreter, which is requested above."""
     from condconv_surgery.ops.backends.triton import availability
 
     if torch.cuda.is_available():
@@ -48,7 +48,7 @@ def interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="session")
 def measured(tmp_path_factory: pytest.TempPathFactory) -> Report:
-    """The report of a small converted network with pictures."""
+    """The report of a small converted network with images."""
     from tests.measured_report import measure
 
     return measure(tmp_path_factory.mktemp("measured"))

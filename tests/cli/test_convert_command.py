@@ -118,7 +118,7 @@ def test_a_dry_run_writes_nothing(condconv, tmp_path: Path) -> None:
     [
         (["missing.pt"], "does not exist"),
         (["."], "is a folder"),
-        ([""], "No model was named"),
+        ([""], "The model's name is empty"),
         ([*SMALL, "--seed", 10**24], "seed is 1000000000000000000000000"),
         ([*SMALL, "--experts", "0"], "experts is 0"),
         ([*SMALL, "--include", "layer5.*"], '--include "layer5.*" matched 0 of 56'),

@@ -45,7 +45,13 @@ CONVERT = [
     ("include=[]", "no --include"),
     ("include=...", "--include"),
     ("dry_run=True lists them", "--dry-run lists them"),
-    ("as_json=True, json=True", "--json, --json"),
+    ("as_json=True and json=True", "--json and --json"),
+    (
+        'routing="block", include=["a.*"], exclude=["b"], or more',
+        '--routing block --include "a.*" --exclude b, or more',
+    ),
+    ("convert(model, CondConv(experts=4))", "condconv convert MODEL -o FILE.safetensors"),
+    ('load_model("a/b.pt")', "condconv convert a/b.pt -o FILE.safetensors"),
 ]
 FINETUNE = [
     ("data.batch_size=32", "--batch-size 32"),
@@ -76,7 +82,7 @@ UNCHANGED = [
     "",
     "schedule.epochs is 0. It must be a whole number, at least 1.",
     "kernel_size=3, stride=2 and groups=4 are no options",
-    "convert(model, CondConv(experts=4), include=['a(b)'], classifier=True) in Python",
+    "convert(model, CondConv(experts=2), include=['a(b)'], classifier=True) in Python",
     "report(model, inputs=...)",
     "/data/seed=3/model.pt cannot be read",
     "./seed=3.pt and 'seed=3' and \"arch=x\" and --seed=3 and a?seed=3&arch=4",
@@ -110,7 +116,7 @@ def test_other_text_stays(text: str, command: str) -> None:
         ("report", "data=FOLDER", "--data FOLDER"),
         ("report", "data.folder=FOLDER", "--data FOLDER"),
         ("report", "data.workers=0", "data.workers=0"),
-        ("report", 'original="a.pt", latency=True', "--original a.pt, --latency"),
+        ("report", 'original="a.pt", latency=True', "--original a.pt --latency"),
         ("report", 'include=["a"]', 'include=["a"]'),
         ("import", "num_classes=3", "--num-classes 3"),
         ("import", "file=", "FILE"),
