@@ -233,7 +233,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("import", "nowhere.pth", "-o", "m.safetensors"), "nowhere.pth is no file"),
+        (("import", "nowhere.pth", "-o", "m.safetensors"), "nowhere.pth is not a file"),
         (("import", "plain.pth", "-o", "m.safetensors"), "plain.pth has no conditional layer"),
         (("import", "plain.pth"), "No output was named"),
         (("export", "plain.safetensors", "--layout", "tim", "-o", "m.safetensors"), "timm"),
