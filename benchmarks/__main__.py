@@ -19,7 +19,7 @@ from benchmarks.model_times import measure_model, peak_training_bytes
 from benchmarks.presenting import environment, layer_table, model_table, plot_experts, write_json
 from benchmarks.setting import Setting
 from benchmarks.timing import use_clock
-from condconv_surgery.ops.backends import cpp as native
+from condconv_surgery.ops.backends import cpp
 from condconv_surgery.recipe import CondConv, Variant
 
 
@@ -32,7 +32,7 @@ def main(arguments: list[str] | None = None) -> None:
     torch.set_num_threads(options.threads)
     use_clock(options.clock)
     if options.native:
-        native.enable()
+        cpp.enable()
     options.out.mkdir(parents=True, exist_ok=True)
     commands = {
         "layers": _layers,

@@ -13,9 +13,8 @@ from benchmarks.model_geometries import Site
 from benchmarks.setting import USUAL, Setting
 from benchmarks.timing import interleaved, milliseconds
 from condconv_surgery.ops.autocast import autocast
-from condconv_surgery.ops.cost_model import estimate
-from condconv_surgery.ops.dispatch import candidates, choose
-from condconv_surgery.ops.implementations import legal_ways
+from condconv_surgery.ops.choose_implementation import candidates, choose, estimate
+from condconv_surgery.ops.implementations import legal_implementations
 from condconv_surgery.recipe import Variant
 
 
@@ -74,7 +73,7 @@ def _measure(
     layer = routed_layer(site, variant, setting)
     with torch.no_grad():
         mixture = layer.route(x)
-    names = legal_ways(batch, mixture, layer.geometry)
+    names = legal_implementations(batch, mixture, layer.geometry)
     with setting.precision():
         cast = autocast(x)
     layers = {each: routed_layer(site, variant, setting) for each in names}

@@ -14,10 +14,11 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
+from benchmarks.contenders import SampleLoop
 from benchmarks.setting import USUAL, Setting
 from benchmarks.timing import interleaved, ratio
 from condconv_surgery.layers import conditional_layers
-from condconv_surgery.ops.backends import cpp as native
+from condconv_surgery.ops.backends import cpp
 from condconv_surgery.recipe import Variant
 from condconv_surgery.surgery import convert
 
@@ -89,7 +90,7 @@ def copy_bandwidth(setting: Setting = USUAL, size: int = 256 << 20) -> float:
 def peak_training_bytes(name: str, variant: str, batch: int, setting: Setting = USUAL) -> int:
     """Peak memory of a training step with SGD and momentum, in its own process: resident, or of tensors on a GPU."""
     command = [sys.executable, "-m", "benchmarks.model_times", name, variant, str(batch), json.dumps(asdict(setting))]
-    command += ["native"] if native.is_enabled() else []
+    command += ["native"] if cpp.is_enabled() else []
     answer = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     return int(answer.split()[-1])
 
@@ -127,9 +128,12 @@ def _calibrated(model: nn.Module, x: Tensor) -> nn.Module:
 
 
 def _forced(model: nn.Module, implementation: str) -> nn.Module:
-    for layer in conditional_layers(model).values():
-        one_kernel = layer.variant.experts == 1 and layer.geometry.pointwise
-        layer.implementation = "static" if one_kernel else implementation
+    for name, layer in conditional_layers(model).items():
+        if implementation == "loop":
+            model.set_submodule(name, SampleLoop(layer))
+        else:
+            one_kernel = layer.variant.experts == 1 and layer.geometry.pointwise
+            layer.implementation = "static" if one_kernel else implementation
     return model
 
 
@@ -158,5 +162,5 @@ if __name__ == "__main__":
 
     _, model_name, variant_name, batch_size, chosen, *with_native = sys.argv
     if with_native:
-        native.enable()
+        cpp.enable()
     print(_peak_here(model_name, VARIANTS.get(variant_name), int(batch_size), Setting(**json.loads(chosen))))

@@ -129,17 +129,17 @@ def main() -> None:
     found = {}
     for dtype, last in ((torch.bfloat16, True), (torch.float32, False)):
         for name, call in calls(dtype, last).items():
-            launching._known.clear()
+            launching._compiled.clear()
             launches.clear()
             call()
-            (compiled,) = launching._known.values()
+            (compiled,) = launching._compiled.values()
             call()
             first, second = launches
             alike = len(first) == len(second) and all(map(same, first, second))
             products = compiled.asm["ptx"].count("wgmma.mma_async")
             found[f"{name}, {dtype}"] = {
                 "alike": alike,
-                "known": len(launching._known),
+                "known": len(launching._compiled),
                 "tensor cores": products,
                 "shared": compiled.metadata.shared,
             }

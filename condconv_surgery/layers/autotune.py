@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from condconv_surgery.layers.conditional import ConditionalConv2d
 from condconv_surgery.layers.conditional_linear import ConditionalLinear
 from condconv_surgery.layers.registry import conditional_layers
-from condconv_surgery.ops.conditional_conv2d import choose
-from condconv_surgery.ops.implementations import legal_ways
+from condconv_surgery.ops.choose_implementation import choose
+from condconv_surgery.ops.implementations import legal_implementations
 from condconv_surgery.ops.mixture import Mixture
 from condconv_surgery.recipe import Variant
 from condconv_surgery.runtime.modes import in_mode
@@ -71,7 +71,7 @@ def _fastest(layer: Layer, x: Tensor, given: Mixture | None, repeats: int) -> st
         with torch.no_grad():
             images = _as_images(layer, x)
             mixture = layer.route(images) if given is None else given
-        legal = legal_ways(len(images), mixture, layer.geometry)
+        legal = legal_implementations(len(images), mixture, layer.geometry)
         # what is legal for a batch of one alone would fail on the next batch
         candidates = [way for way in legal if way != "plain"]
         chosen = choose(images, layer.weight, mixture, layer.geometry)

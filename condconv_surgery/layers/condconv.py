@@ -15,10 +15,9 @@ from torch import Tensor, nn
 
 from condconv_surgery.layers.conditional import ConditionalConv2d
 from condconv_surgery.layers.router import Router, router_for, zero_linear_
-from condconv_surgery.ops.backends import cpp as native
-from condconv_surgery.ops.backends import triton as gpu
 from condconv_surgery.ops.geometry import ConvGeometry
 from condconv_surgery.ops.mixture import Mixture
+from condconv_surgery.ops.router_forms import SigmoidGates
 from condconv_surgery.recipe import CondConv
 
 
@@ -38,12 +37,10 @@ class CondConvRouter(Router):
         self.weight_factor = self.bias_factor = 2.0 / variant.experts
 
     def mix(self, pooled: Tensor) -> Mixture:
-        gate = native.sigmoid_gates(pooled, self.linear, self.weight_factor)
-        if gate is None:
-            gate = gpu.sigmoid_gates(pooled, self.linear, self.weight_factor)
-        if gate is None:
-            gate = self.weight_factor * torch.sigmoid(self.linear(pooled))
-        return Mixture(gate)
+        return Mixture(self.weight_factor * torch.sigmoid(self.linear(pooled)))
+
+    def fusable_form(self) -> SigmoidGates:
+        return SigmoidGates(self.linear, self.weight_factor)
 
     def zero_(self) -> CondConvRouter:
         zero_linear_(self.linear)

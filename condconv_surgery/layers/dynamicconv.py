@@ -15,10 +15,9 @@ from torch import Tensor, nn
 
 from condconv_surgery.layers.conditional import ConditionalConv2d
 from condconv_surgery.layers.router import Router, router_for, temperature_buffer, zero_linear_
-from condconv_surgery.ops.backends import cpp as native
-from condconv_surgery.ops.backends import triton as gpu
 from condconv_surgery.ops.geometry import ConvGeometry
 from condconv_surgery.ops.mixture import Mixture
+from condconv_surgery.ops.router_forms import Attention
 from condconv_surgery.recipe import DynamicConv
 
 
@@ -42,13 +41,11 @@ class DynamicConvRouter(Router):
         self.register_buffer("temperature", temperature_buffer(variant.temperature, device))
 
     def mix(self, pooled: Tensor) -> Mixture:
-        given = (pooled, self.reduce, None, True, [self.linear], self.temperature)
-        parts = native.attention(*given)
-        parts = gpu.attention(*given) if parts is None else parts
-        if parts is not None:
-            return Mixture(parts[0])
         logits = self.linear(F.relu(self.reduce(pooled)))
         return Mixture(gate=torch.softmax(logits / self.temperature, dim=1))
+
+    def fusable_form(self) -> Attention:
+        return Attention(self.reduce, None, True, [self.linear], self.temperature)
 
     def zero_(self) -> DynamicConvRouter:
         zero_linear_(self.linear)

@@ -19,10 +19,9 @@ from torch import Tensor, nn
 
 from condconv_surgery.layers.conditional import ConditionalConv2d
 from condconv_surgery.layers.router import Router, router_for, temperature_buffer, zero_linear_
-from condconv_surgery.ops.backends import cpp as native
-from condconv_surgery.ops.backends import triton as gpu
 from condconv_surgery.ops.geometry import ConvGeometry
 from condconv_surgery.ops.mixture import Mixture
+from condconv_surgery.ops.router_forms import Attention
 from condconv_surgery.recipe import ODConv
 
 
@@ -63,21 +62,20 @@ class ODConvRouter(Router):
 
     def mix(self, pooled: Tensor) -> Mixture:
         heads = [self.channel, self.filter, self.spatial, self.kernel]
-        given = (pooled, self.reduce, self.norm, self.activation == "relu", heads, self.temperature)
-        parts = native.attention(*given)
-        parts = gpu.attention(*given) if parts is None else parts
-        if parts is not None:
-            return self._mixture(parts)
         present = [head for head in heads if head is not None]
         # one matrix for all heads: at batch 1 a small operator costs more than the copy of its weights
         weight, bias = torch.cat([head.weight for head in present]), torch.cat([head.bias for head in present])
         z = F.linear(self._hidden(pooled), weight, bias) / self.temperature  # [B, I + O + kh*kw + E]
         gate = None if self.kernel is None else torch.softmax(z[:, -self.kernel.out_features :], dim=1)
         scales = list((2.0 * torch.sigmoid(z)).split_with_sizes([head.out_features for head in present], 1))
-        return self._mixture([*(None if head is None else scales.pop(0) for head in heads[:3]), gate])
+        return self.mixture_of([*(None if head is None else scales.pop(0) for head in heads[:3]), gate])
 
-    def _mixture(self, parts: list[Tensor | None]) -> Mixture:
-        """From what the heads say: of channels, filters, positions and experts."""
+    def fusable_form(self) -> Attention:
+        heads = [self.channel, self.filter, self.spatial, self.kernel]
+        return Attention(self.reduce, self.norm, self.activation == "relu", heads, self.temperature)
+
+    def mixture_of(self, parts: list[Tensor | None]) -> Mixture:
+        """From the outputs of the heads of channels, filters, positions and experts."""
         in_scale, out_scale, spatial, gate = parts
         spatial = None if spatial is None else spatial.reshape(-1, *self.kernel_size)
         return Mixture(gate, spatial, in_scale, out_scale)

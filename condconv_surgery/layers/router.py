@@ -10,11 +10,11 @@ from torch import Tensor, nn
 
 from condconv_surgery.errors import InputError
 from condconv_surgery.ops.autocast import is_autocast_on
-from condconv_surgery.ops.backends import cpp as native
-from condconv_surgery.ops.backends import triton as gpu
+from condconv_surgery.ops.dispatch import pool, route
 from condconv_surgery.ops.geometry import ConvGeometry
 from condconv_surgery.ops.graph_node import as_node, is_traced
 from condconv_surgery.ops.mixture import Mixture
+from condconv_surgery.ops.router_forms import RouterForm
 from condconv_surgery.recipe import VARIANTS, Variant
 
 
@@ -41,15 +41,28 @@ class Router(nn.Module):
             return node
         if x.dim() == 3:
             x = x.unsqueeze(0)
-        pooled = _pooled(x) if x.dim() == 4 else x  # [B, I]
+        pooled = pool(x) if x.dim() == 4 else x  # [B, I]
         if not is_autocast_on(x):
-            return self.mix(pooled)
+            return self._route(pooled)
         with torch.autocast(x.device.type, enabled=False):
-            return self.mix(pooled.to(next(self.parameters()).dtype))
+            return self._route(pooled.to(next(self.parameters()).dtype))
 
     def mix(self, pooled: Tensor) -> Mixture:
-        """The mixture of each sample from its pooled features [B, I]."""
+        """The mixture of each sample from its pooled features [B, I], with torch's operators."""
         raise NotImplementedError
+
+    def fusable_form(self) -> RouterForm | None:
+        """What ``mix`` computes, where a backend may fuse it into one call (``ops.router_forms``); else None."""
+        return None
+
+    def mixture_of(self, parts: list[Tensor | None]) -> Mixture:
+        """The mixture from the outputs of ``fusable_form``."""
+        return Mixture(parts[0])
+
+    def _route(self, pooled: Tensor) -> Mixture:
+        form = self.fusable_form()
+        parts = None if form is None else route(pooled, form)
+        return self.mix(pooled) if parts is None else self.mixture_of(parts)
 
     def zero_(self) -> Router:
         """Zero the last linear map or maps, in place."""
@@ -111,20 +124,3 @@ def zero_linear_(linear: nn.Linear) -> None:
 def temperature_buffer(value: float, device: torch.device | str | None) -> Tensor:
     """A temperature as a buffer: a float32 scalar for layers of any dtype."""
     return torch.tensor(float(value), dtype=torch.float32, device=device)
-
-
-def _pooled(x: Tensor) -> Tensor:
-    """The mean over positions, [B, I, H, W] -> [B, I].
-
-    ``mean`` is four operators on a CPU, a sum and a product are two: 12.5 us against 18 on a small map. A sum of halves
-    can leave their range.
-    """
-    pooled = native.pool(x)
-    if pooled is not None:
-        return pooled
-    pooled = gpu.pool(x)
-    if pooled is not None:
-        return pooled if is_autocast_on(x) else pooled.to(x.dtype)
-    if x.dtype in (torch.float16, torch.bfloat16):
-        return x.mean(dim=(2, 3))
-    return x.sum(dim=(2, 3)) * (1.0 / (x.shape[2] * x.shape[3]))

@@ -1,17 +1,17 @@
-"""A memory of what was found before, for keys that could be ever new ones: pictures of ever new sizes, say."""
+"""A bounded memo dict, for keys such as image sizes of which ever new ones may come."""
 
 from __future__ import annotations
 
 from typing import TypeVar
 
-MOST_KNOWN = 4096
+MAX_ENTRIES = 4096
 
 V = TypeVar("V")
 
 
-def remember(known: dict[tuple[object, ...], V], key: tuple[object, ...], value: V) -> V:
-    """``known[key] = value``, of a memory that is emptied when it is full. Returns the value."""
-    if len(known) >= MOST_KNOWN:
-        known.clear()
-    known[key] = value
+def memoize(cache: dict[tuple[object, ...], V], key: tuple[object, ...], value: V) -> V:
+    """``cache[key] = value``; a full cache is cleared first. Returns the value."""
+    if len(cache) >= MAX_ENTRIES:
+        cache.clear()
+    cache[key] = value
     return value

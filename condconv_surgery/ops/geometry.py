@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.modules.utils import _pair
 
 from condconv_surgery.errors import InputError
 
@@ -16,6 +17,15 @@ PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
 TF_SAME = "tf_same"
 """TensorFlow's "SAME" padding: ``ceil(H / stride)`` output positions. The padding depends on the input size; an odd
 pixel goes to the right and to the bottom."""
+
+
+class ConvArguments(NamedTuple):
+    """What ``F.conv2d(x, weight, bias, *arguments)`` takes, for an input that is padded where ``F.conv2d`` cannot."""
+
+    stride: Sequence[int]
+    padding: Sequence[int]
+    dilation: Sequence[int]
+    groups: int
 
 
 @dataclass(frozen=True)
@@ -116,15 +126,15 @@ class ConvGeometry:
         """Elements of the input and the output of one sample of ``x`` [B, I, H, W], approximately."""
         return self.in_channels * x.shape[2] * x.shape[3] + self.out_channels * self.positions(x)
 
-    def pad(self, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
-        """``x`` [B, I, H, W], padded where ``F.conv2d`` cannot do it, and the padding left for ``F.conv2d``."""
+    def pad(self, x: Tensor) -> tuple[Tensor, ConvArguments]:
+        """``x`` [B, I, H, W], padded where ``F.conv2d`` cannot do it, and the arguments left for ``F.conv2d``."""
         amounts = left, right, top, bottom = self.pad_amounts(x)
         if self.padding_mode == "zeros" and left == right and top == bottom:
-            return x, (top, left)
+            return x, ConvArguments(self.stride, (top, left), self.dilation, self.groups)
         if left or right or top or bottom:
             mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
             x = F.pad(x, amounts, mode=mode)
-        return x, (0, 0)
+        return x, ConvArguments(self.stride, (0, 0), self.dilation, self.groups)
 
 
 def _check_padding(padding: str, stride: int | tuple[int, int], padding_mode: str) -> None:
@@ -136,3 +146,7 @@ def _check_padding(padding: str, stride: int | tuple[int, int], padding_mode: st
         raise InputError(given, "TensorFlow pads with zeros.", "padding_mode='zeros'")
     if padding == "same" and _pair(stride) != (1, 1):
         raise InputError(f"padding='same' with stride {stride}.", "'same' needs stride 1.", "padding=1")
+
+
+def _pair(value: int | tuple[int, int]) -> tuple[int, int]:
+    return tuple(value) if isinstance(value, Iterable) else (value, value)  # type: ignore[return-value]

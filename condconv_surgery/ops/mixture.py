@@ -23,3 +23,8 @@ class Mixture(NamedTuple):
     spatial: Tensor | None = None  # [B, kh, kw]
     in_scale: Tensor | None = None  # [B, I]
     out_scale: Tensor | None = None  # [B, O]
+
+
+def same_kernel_for_all(mixture: Mixture) -> bool:
+    """Whether all samples share one kernel: what differs is at most scales, which can act on the activations."""
+    return mixture.gate is None and mixture.spatial is None

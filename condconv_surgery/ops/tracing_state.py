@@ -1,59 +1,69 @@
-"""Whether anybody looks on at a call. Where not, it may go past torch's dispatcher, which costs as much as a layer."""
+"""Is a call traced, compiled or intercepted? If not, a fast path may skip torch's dispatcher.
+
+torch has no public question for most of this. Where a version lacks one of its private functions, the answer is the
+careful one: intercepted, hooked, no fast path.
+"""
 
 from __future__ import annotations
 
 import torch
+import torch.utils._device
 from torch import Tensor, nn
 from torch.autograd import forward_ad
-from torch.nn.modules.module import _has_any_global_hook
-from torch.utils._device import DeviceContext
 
-PLAIN = (Tensor, nn.Parameter)
+PLAIN_TYPES = (Tensor, nn.Parameter)
 
 
-def is_watched() -> bool:
-    """Something traces, counts, transforms or compiles."""
-    return bool(
-        torch.compiler.is_compiling()
-        or torch._C._get_tracing_state() is not None
-        or torch._C._len_torch_dispatch_stack()
-        or any(map(_watches, range(torch._C._len_torch_function_stack())))
-        or torch._C._are_functorch_transforms_active()
-        or forward_ad._current_level >= 0
-    )
+def is_intercepted() -> bool:
+    """Whether something traces, counts, transforms or compiles."""
+    if torch.compiler.is_compiling():
+        return True
+    try:
+        return bool(
+            torch._C._get_tracing_state() is not None
+            or torch._C._len_torch_dispatch_stack()
+            or any(map(_is_intercepting, range(torch._C._len_torch_function_stack())))
+            or torch._C._are_functorch_transforms_active()
+            or forward_ad._current_level >= 0
+        )
+    except AttributeError:
+        return True
 
 
-def _watches(place: int) -> bool:
-    """What ``torch.set_default_device`` puts on the stack only looks at calls that make tensors."""
-    return not isinstance(torch._C._get_function_stack_at(place), DeviceContext)
+def _is_intercepting(position: int) -> bool:
+    """Whether a mode sees our operators. That of ``torch.set_default_device`` changes only calls that make tensors."""
+    return not isinstance(torch._C._get_function_stack_at(position), torch.utils._device.DeviceContext)
 
 
 def are_plain(*tensors: Tensor | None) -> bool:
-    """No subclasses, whose numbers may be elsewhere."""
-    return all(t is None or type(t) in PLAIN for t in tensors)
+    """Whether none is of a subclass, which may hold its data elsewhere."""
+    return all(t is None or type(t) in PLAIN_TYPES for t in tensors)
 
 
 def linear_parts(linear: nn.Module) -> tuple[Tensor, Tensor | None] | None:
-    """Weight and bias of an ``nn.Linear`` that nothing wraps and to whose calls nobody listens."""
-    if type(linear) is not nn.Linear or _is_listened_to(linear):
+    """Weight and bias of an ``nn.Linear``; None where it has hooks, is wrapped or is of another class."""
+    if type(linear) is not nn.Linear or _is_hooked(linear):
         return None
-    parts = linear._parameters  # looking them up as attributes takes longer than the map
-    if "weight" not in parts or "bias" not in parts:  # replicated or sharded: they are attributes of another kind
+    parts = linear._parameters  # an attribute lookup takes longer than the linear map
+    if "weight" not in parts or "bias" not in parts:  # replicated or sharded: not parameters but plain attributes
         return None
     weight, bias = parts["weight"], parts["bias"]
     return None if weight is None or not are_plain(weight, bias) else (weight, bias)
 
 
 def norm_parts(norm: nn.Module) -> list[Tensor] | None:
-    """Running mean and variance, weight and bias of a batch norm in eval mode, likewise."""
-    if type(norm) is not nn.BatchNorm1d or norm.training or _is_listened_to(norm):
+    """Running mean and variance, weight and bias of an ``nn.BatchNorm1d`` in eval mode; else None."""
+    if type(norm) is not nn.BatchNorm1d or norm.training or _is_hooked(norm):
         return None
     parts = [norm.running_mean, norm.running_var, norm.weight, norm.bias]
     present = [part for part in parts if part is not None]
     return present if len(present) == len(parts) and are_plain(*present) else None
 
 
-def _is_listened_to(module: nn.Module) -> bool:
-    """Something hears of its calls, or has taken their place."""
-    hooks = module._forward_hooks or module._forward_pre_hooks or _has_any_global_hook()  # type: ignore[no-untyped-call]
+def _is_hooked(module: nn.Module) -> bool:
+    """Whether hooks see its calls, or its ``forward`` was replaced on the instance."""
+    try:
+        hooks = module._forward_hooks or module._forward_pre_hooks or nn.modules.module._has_any_global_hook()  # type: ignore[no-untyped-call]
+    except AttributeError:
+        return True
     return bool(hooks or "forward" in vars(module))

@@ -14,7 +14,7 @@ from condconv_surgery.errors import InputError
 from condconv_surgery.layers import CondConv2d, Mixture, conditional_like, plain_like
 from condconv_surgery.layers.conv2d_subclasses import geometry_of
 from condconv_surgery.ops.conditional_conv2d import conditional_conv2d
-from condconv_surgery.ops.implementations import legal_ways
+from condconv_surgery.ops.implementations import legal_implementations
 from condconv_surgery.recipe import VARIANTS, CondConv, Variant
 from condconv_surgery.reporting.measure.profile import profile
 from tests.variant_cases import scramble
@@ -59,7 +59,7 @@ def test_every_way_pads_as_timm_by_the_size_of_the_input(name: str, size: tuple[
         gate = torch.rand(batch, 3, dtype=torch.float64, requires_grad=True)
         expected = one_by_one(plain, x, experts, gate) - plain.bias[:, None, None]
         wanted = torch.autograd.grad(expected.square().sum(), (x, experts, gate))
-        for way in ["auto", *legal_ways(batch, Mixture(gate), geometry)]:
+        for way in ["auto", *legal_implementations(batch, Mixture(gate), geometry)]:
             y = conditional_conv2d(x, experts, None, Mixture(gate), geometry, way)
             torch.testing.assert_close(y, expected)
             for found, want in zip(torch.autograd.grad(y.square().sum(), (x, experts, gate)), wanted, strict=True):

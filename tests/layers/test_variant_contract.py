@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from condconv_surgery.errors import InputError
 from condconv_surgery.layers import ConditionalLinear, conditional_layers, conditional_like, set_temperature
-from condconv_surgery.ops.tracing_state import is_watched
+from condconv_surgery.ops.tracing_state import is_intercepted
 from condconv_surgery.recipe import CondConv, DynamicConv, ODConv, Variant
 from tests.geometries import GEOMETRIES
 from tests.reference import per_sample_loop
@@ -138,11 +138,11 @@ def test_parameters_that_are_swapped_are_swapped_here_too() -> None:
 
 
 def test_a_default_device_is_no_watcher() -> None:
-    assert not is_watched()
+    assert not is_intercepted()
     with torch.device("cpu"):
-        assert not is_watched()
+        assert not is_intercepted()
         with FlopCounterMode(display=False):
-            assert is_watched()
+            assert is_intercepted()
 
 
 @variants

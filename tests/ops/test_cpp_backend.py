@@ -16,13 +16,15 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from condconv_surgery.errors import InputError
 from condconv_surgery.layers import CondConv2d, ConvGeometry, Mixture, ODConv2d
-from condconv_surgery.ops.backends import cpp as native
+from condconv_surgery.ops.backends import cpp
 from condconv_surgery.ops.backends.cpp import compile as building
-from condconv_surgery.ops.conditional_conv2d import choose, conditional_conv2d
-from condconv_surgery.ops.implementations import blockwise as blocks
+from condconv_surgery.ops.backends.cpp.cpp_convolution import fast_convolve, supports
+from condconv_surgery.ops.choose_implementation import choose
+from condconv_surgery.ops.conditional_conv2d import conditional_conv2d
+from condconv_surgery.ops.implementations import blockwise
 from condconv_surgery.recipe import CondConv
 from tests.geometries import GEOMETRIES, without_bias
-from tests.ops.test_execution import MIXTURES, make_case, values_and_gradients
+from tests.ops.test_implementations import MIXTURES, make_case, values_and_gradients
 from tests.reference import per_sample_loop
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding=.same. with even kernel")  # the reference loop
@@ -70,9 +72,9 @@ def compiled(request: pytest.FixtureRequest) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         if has := getattr(request, "param", None):
             patch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: has)
-        native.enable()
+        cpp.enable()
     yield
-    native.disable()
+    cpp.disable()
 
 
 every_build = pytest.mark.parametrize(
@@ -80,8 +82,12 @@ every_build = pytest.mark.parametrize(
 )
 
 
+def by_blocks(*arguments: object) -> torch.Tensor:
+    return conditional_conv2d(*arguments, implementation="blockwise")
+
+
 def taken(x: torch.Tensor, experts: torch.Tensor, geometry: ConvGeometry) -> bool:
-    return native.fits(x, experts, geometry.stride, geometry.groups)
+    return supports(x, experts, geometry)
 
 
 def assert_equals_the_loop(
@@ -94,7 +100,7 @@ def assert_equals_the_loop(
 ) -> None:
     """In values, and in the gradients of ``leaves``."""
     expected = values_and_gradients(per_sample_loop(x, experts, None, mixture, geometry), leaves)
-    actual = values_and_gradients(conditional_conv2d(x, experts, None, mixture, geometry, "blocks"), leaves)
+    actual = values_and_gradients(by_blocks(x, experts, None, mixture, geometry), leaves)
     for a, e in zip(actual, expected, strict=True):
         assert (a - e).abs().max() <= tolerance * max(1.0, e.abs().max().item())
 
@@ -116,15 +122,15 @@ class TestCompiled:
                 return
             leaves = [t for t in (x, experts, *mixture) if t is not None]
             expected = values_and_gradients(per_sample_loop(x, experts, bias, mixture, geometry), leaves)
-            actual = values_and_gradients(conditional_conv2d(x, experts, bias, mixture, geometry, "blocks"), leaves)
+            actual = values_and_gradients(by_blocks(x, experts, bias, mixture, geometry), leaves)
             with torch.no_grad():  # past the operator, and for views of other strides
                 strided = x.transpose(2, 3).contiguous().transpose(2, 3)
                 for view in (x, strided):
-                    if not native.fits(view, experts, geometry.stride, geometry.groups):
+                    if not supports(view, experts, geometry):
                         continue
-                    assert torch.equal(conditional_conv2d(view, experts, bias, mixture, geometry, "blocks"), actual[0])
-                    at_once = native.convolve_at_once(view, experts, mixture, geometry)
-                    if at_once is None:
+                    assert torch.equal(by_blocks(view, experts, bias, mixture, geometry), actual[0])
+                    fast = fast_convolve(view, experts, mixture, geometry)
+                    if fast is None:
                         assert mixture.gate is None
                         assert mixture.spatial is None
                     else:
@@ -176,9 +182,7 @@ class TestCompiled:
         try:
             for threads in (1, 2, 3, 5, 16):
                 torch.set_num_threads(threads)
-                found.append(
-                    values_and_gradients(conditional_conv2d(x, experts, None, mixture, geometry, "blocks"), leaves)
-                )
+                found.append(values_and_gradients(by_blocks(x, experts, None, mixture, geometry), leaves))
         finally:
             torch.set_num_threads(before)
         for one, other in itertools.pairwise(found):
@@ -198,7 +202,7 @@ class TestCompiled:
             ((x, experts.detach(), fixed), [0]),
             ((x.detach(), experts, fixed), [1]),
         ):
-            y = conditional_conv2d(given[0], given[1], None, given[2], geometry, "blocks")
+            y = by_blocks(given[0], given[1], None, given[2], geometry)
             found = torch.autograd.grad(y.sum(), [leaves[i] for i in asked])
             for i, a in zip(asked, found, strict=True):
                 assert (a - expected[i]).abs().max() <= 2e-5 * expected[i].abs().max()
@@ -214,13 +218,13 @@ class TestCompiled:
         }[layout].requires_grad_()
         leaves = [x, experts]
         expected = values_and_gradients(per_sample_loop(x, experts, None, mixture, geometry), leaves)
-        actual = values_and_gradients(conditional_conv2d(x, experts, None, mixture, geometry, "blocks"), leaves)
+        actual = values_and_gradients(by_blocks(x, experts, None, mixture, geometry), leaves)
         for a, e in zip(actual, expected, strict=True):
             assert (a - e).abs().max() <= 1e-4
 
     def test_scales_alone_go_into_kernels_that_are_not_large(self) -> None:
         scales = Mixture(in_scale=torch.ones(2, 1), out_scale=torch.ones(2, 1))
-        for pixels, expected in ((14, "blocks"), (12, "blocks"), (11, "static"), (7, "static")):
+        for pixels, expected in ((14, "blockwise"), (12, "blockwise"), (11, "static"), (7, "static")):
             geometry, x = ConvGeometry.make(512, 512, 1), torch.empty(2, 512, pixels, pixels)  # at 11 px 2.1 times
             experts = torch.empty(1, *geometry.weight_shape)
             assert choose(x, experts, scales, geometry) == expected
@@ -234,35 +238,35 @@ class TestCompiled:
         assert not taken(x.to(torch.bfloat16), experts, geometry)
         assert not taken(x.to(memory_format=torch.channels_last), experts, geometry)
         assert not taken(x.to("meta"), experts.to("meta"), geometry)
-        assert not native.fits(x, torch.randn(2, 16, 8, 17, 17), (1, 1), 1)
+        assert not supports(x, torch.randn(2, 16, 8, 17, 17), geometry)
         pointwise = ConvGeometry.make(8, 16, 1)
         assert taken(x, torch.randn(2, 16, 8, 1, 1), pointwise)
         assert not taken(torch.randn(2, 8, 15, 15), torch.randn(2, 16, 8, 1, 1), pointwise)
         assert taken(torch.randn(1, 8, 15, 15), torch.randn(2, 16, 8, 1, 1), pointwise)
-        native.disable()
+        cpp.disable()
         try:
             assert not taken(x, experts, geometry)
         finally:
-            native.enable()
+            cpp.enable()
 
     def test_the_dispatcher_is_passed_by_when_nothing_is_recorded(self) -> None:
         geometry = ConvGeometry.make(8, 16, 3, 1, 1)
         x, experts, mixture = torch.randn(1, 8, 9, 9), torch.randn(2, 16, 8, 3, 3), Mixture(torch.rand(1, 2))
-        assert native.convolve_at_once(x, experts, mixture, geometry) is None
+        assert fast_convolve(x, experts, mixture, geometry) is None
         with torch.no_grad():
-            assert native.convolve_at_once(x, experts, mixture, geometry) is not None
-            assert native.convolve_at_once(x[:0], experts, Mixture(mixture.gate[:0]), geometry) is None
-            assert native.convolve_at_once(x, experts[:1], Mixture(), geometry) is None
+            assert fast_convolve(x, experts, mixture, geometry) is not None
+            assert fast_convolve(x[:0], experts, Mixture(mixture.gate[:0]), geometry) is None
+            assert fast_convolve(x, experts[:1], Mixture(), geometry) is None
 
             class Wrapped(torch.Tensor):
                 pass
 
             wrapped = Mixture(mixture.gate.as_subclass(Wrapped))
-            assert native.convolve_at_once(x, experts, wrapped, geometry) is None
+            assert fast_convolve(x, experts, wrapped, geometry) is None
             scale = Mixture(in_scale=torch.rand(1, 8))
-            assert native.convolve_at_once(x, experts[:1], scale, geometry) is not None
+            assert fast_convolve(x, experts[:1], scale, geometry) is not None
             with torch.autocast("cpu", dtype=torch.bfloat16):
-                assert native.convolve_at_once(x, experts, mixture, geometry) is None
+                assert fast_convolve(x, experts, mixture, geometry) is None
                 assert conditional_conv2d(x, experts, None, mixture, geometry).dtype == torch.bfloat16
 
     @pytest.mark.parametrize("kernel", [3, 5])
@@ -275,7 +279,7 @@ class TestCompiled:
             leaves = [x, experts.requires_grad_()]
             mixture = Mixture(out_scale=torch.ones(2, 2))
             expected = values_and_gradients(per_sample_loop(x, experts, None, mixture, geometry), leaves)
-            actual = values_and_gradients(conditional_conv2d(x, experts, None, mixture, geometry, "blocks"), leaves)
+            actual = values_and_gradients(by_blocks(x, experts, None, mixture, geometry), leaves)
             for a, e in zip(actual, expected, strict=True):
                 assert (a - e).abs().max() <= 2e-5 * max(1.0, e.abs().max().item())
 
@@ -295,7 +299,7 @@ class TestCompiled:
             if groups == 1:
                 continue
             expected = values_and_gradients(expected, leaves)[2]
-            actual = values_and_gradients(conditional_conv2d(x, experts, None, mixture, geometry, "blocks"), leaves)[2]
+            actual = values_and_gradients(by_blocks(x, experts, None, mixture, geometry), leaves)[2]
             assert expected.isfinite()[:, 2, 0, :, 0].all()  # the left taps, which never meet the last column
             torch.testing.assert_close(actual, expected, equal_nan=True, rtol=1e-4, atol=1e-4)
 
@@ -362,18 +366,18 @@ class TestCompiled:
         leaves = [x, experts, gate]
         tolerance = 2e-2 if dtype == torch.bfloat16 else 1e-4
         expected = values_and_gradients(per_sample_loop(x, experts, None, Mixture(gate.float()), geometry), leaves)
-        actual = values_and_gradients(conditional_conv2d(x, experts, None, Mixture(gate), geometry, "blocks"), leaves)
+        actual = values_and_gradients(by_blocks(x, experts, None, Mixture(gate), geometry), leaves)
         for a, e in zip(actual, expected, strict=True):
             assert a.dtype == e.dtype
             assert (a - e).abs().max() <= tolerance * max(1.0, e.abs().max().item())
         shape = ([1, 1], [1, 1], [1, 1], 1, False)
         torch.library.opcheck(
-            blocks.OPERATOR, (x, experts, gate, None, None, None, *shape), test_utils="test_faketensor"
+            blockwise.OPERATOR, (x, experts, gate, None, None, None, *shape), test_utils="test_faketensor"
         )
         arguments = (torch.randn(3, 16, 11, 10), x.new_empty(0), x, experts, gate, None, None, None, *shape[:4])
         for needs in ([True] * 3 + [False] * 3, [True] + [False] * 5, [False, True] + [False] * 4):
             given = tuple(a.detach() if isinstance(a, torch.Tensor) else a for a in (*arguments, needs))
-            torch.library.opcheck(blocks._backward, given, test_utils="test_faketensor")
+            torch.library.opcheck(blockwise._backward, given, test_utils="test_faketensor")
 
     def test_a_layer_whose_experts_are_contiguous_in_another_way(self) -> None:
         weight = torch.randn(2, 16, 8, 1, 3).transpose(3, 4)  # contiguous, with a stride of 3 in dimension 4
@@ -381,7 +385,7 @@ class TestCompiled:
         geometry = ConvGeometry.make(8, 16, (3, 1))
         with torch.no_grad():
             expected = per_sample_loop(x, weight, None, Mixture(gate), geometry)
-            actual = conditional_conv2d(x, weight, None, Mixture(gate), geometry, "blocks")
+            actual = by_blocks(x, weight, None, Mixture(gate), geometry)
         torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
 
     def test_a_compiled_program_of_inductor(self) -> None:
@@ -395,9 +399,9 @@ class TestCompiled:
 
     def test_what_is_built_is_loaded_without_a_compiler(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("PATH", "")
-        native.disable()
-        native.enable()
-        assert native.is_enabled()
+        cpp.disable()
+        cpp.enable()
+        assert cpp.is_enabled()
 
     def test_an_empty_batch(self) -> None:
         layer = CondConv2d(8, 16, 3, padding=1, variant=CondConv(experts=2))
@@ -425,11 +429,11 @@ def test_a_compiler_that_fails_is_said_in_words(monkeypatch: pytest.MonkeyPatch,
     monkeypatch.setattr(cpp_extension, "load", fail)
     monkeypatch.setattr(building, "_compiled", None)
     with pytest.raises(InputError, match=r"Ninja is required(.|\n)*g\+\+ 12(.|\n)*condconv-surgery\[native\]"):
-        native.enable()
-    assert not native.is_enabled()
+        cpp.enable()
+    assert not cpp.is_enabled()
 
 
 def test_another_processor_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "DEFAULT")
     with pytest.raises(InputError, match=r"torch says DEFAULT(.|\n)*AVX2"):
-        native.enable()
+        cpp.enable()

@@ -13,8 +13,9 @@ from torch.nn.utils import parametrizations, parametrize
 
 from condconv_surgery.layers import ConvGeometry
 from condconv_surgery.layers.router import Router, make_router
-from condconv_surgery.ops.backends import cpp as native
+from condconv_surgery.ops.backends import cpp
 from condconv_surgery.ops.backends.cpp import compile as building
+from condconv_surgery.ops.backends.cpp.cpp_routing import pool
 from condconv_surgery.recipe import CondConv, DynamicConv, ODConv, Variant
 
 pytestmark = [
@@ -41,9 +42,9 @@ LAYERS = {
 
 @pytest.fixture(autouse=True)
 def compiled() -> Iterator[None]:
-    native.enable()
+    cpp.enable()
     yield
-    native.disable()
+    cpp.disable()
 
 
 def make(geometry: ConvGeometry, variant: Variant) -> Router:
@@ -109,8 +110,8 @@ def test_what_is_left_to_torch() -> None:
         assert building.extension().pool(x.to(memory_format=torch.channels_last)) is None
     odconv.train()
     assert calls_of(odconv, x) == 1  # pooled; the batch's statistics are for torch
-    native.disable()
-    assert native.pool(x) is None
+    cpp.disable()
+    assert pool(x) is None
 
 
 @pytest.mark.parametrize(("batch", "left"), [(2, False), (500, True)])
@@ -171,4 +172,4 @@ def test_a_map_whose_call_was_replaced_and_weights_that_are_no_parameters() -> N
 
 def test_nothing_to_pool() -> None:
     with torch.no_grad():
-        assert native.pool(torch.randn(2, 3, 0, 4)) is None
+        assert pool(torch.randn(2, 3, 0, 4)) is None

@@ -1,149 +1,144 @@
-"""The choice of a way: against measured times, and without binding a compiled or exported program."""
+"""One list of backends: a fourth one is added from outside the package, and used for every part of a layer."""
 
 from __future__ import annotations
 
-import json
-import math
-import operator
-from functools import cache
+from collections import Counter
 from pathlib import Path
+from re import findall
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-pytest.importorskip("timm")  # as the benchmarks do
+from condconv_surgery.layers import Mixture, conditional_like
+from condconv_surgery.ops import dispatch
+from condconv_surgery.ops.backend import Backend
+from condconv_surgery.ops.backends.eager import EagerBackend
+from condconv_surgery.ops.geometry import ConvArguments, ConvGeometry
+from condconv_surgery.ops.router_forms import Attention, RouterForm, SigmoidGates
+from condconv_surgery.recipe import CondConv, DynamicConv, ODConv, Variant
+from tests.variant_cases import scramble
 
-from benchmarks.layer_times import VARIANTS
-from benchmarks.model_geometries import sites
-from condconv_surgery.layers import CondConv2d, ODConv2d, conditional_like
-from condconv_surgery.ops import cost_model as cost
-from condconv_surgery.ops import dispatch as choice
-from condconv_surgery.ops.cost_model import CPU, NOMINAL_BATCH, estimate
-from condconv_surgery.ops.dispatch import candidates, choose
-from condconv_surgery.ops.geometry import ConvGeometry
-from condconv_surgery.ops.mixture import Mixture
-from condconv_surgery.recipe import CondConv, ODConv, Variant
-
-RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
+PACKAGE = Path(__file__).parents[2] / "condconv_surgery"
 
 
-SITES = {str(site): site for site in sites()}
-SETTINGS = {"": torch.float32, "bfloat16-": torch.bfloat16, "last-": torch.float32}  # last: channels_last
+class FourthBackend(Backend):
+    """Computes with another backend and counts what it is asked for."""
+
+    name = "fourth"
+
+    def __init__(self) -> None:
+        self.calls: Counter[str] = Counter()
+        self.inner = EagerBackend()
+
+    def supports(self, x: Tensor, experts: Tensor, mixture: Mixture, geometry: ConvGeometry | ConvArguments, /) -> bool:
+        return x.dtype == torch.float32
+
+    def convolve(self, x: Tensor, experts: Tensor, mixture: Mixture, arguments: ConvArguments, /) -> Tensor:
+        self.calls["convolve"] += 1
+        return self.inner.convolve(x, experts, mixture, arguments)
+
+    def backward(self, *arguments: object) -> list[Tensor]:
+        self.calls["backward"] += 1
+        return [value.clone() for value in self.inner.backward(*arguments)]  # type: ignore[arg-type]
+
+    def pool(self, x: Tensor, /) -> Tensor:
+        self.calls["pool"] += 1
+        return x.mean(dim=(2, 3))
+
+    def route(self, pooled: Tensor, form: RouterForm, /) -> list[Tensor | None] | None:
+        self.calls["route"] += 1
+        if isinstance(form, SigmoidGates):
+            return [form.factor * torch.sigmoid(form.linear(pooled))]
+        return heads_of(pooled, form)
 
 
-@cache
-def measured(mode: str, setting: str) -> list[tuple[dict[str, float], dict[str, float], dict[str, float]]]:
-    """Rows of ``python -m benchmarks implementations``: milliseconds, estimates of all, and of those to choose from.
-
-    The estimates are made anew: what the code would choose now is judged, not what it chose then.
-    """
-    found = []
-    for row in json.loads((RESULTS / f"{setting}implementations.json").read_text())["results"]:
-        if row["mode"] != mode:
-            continue
-        variant, g = VARIANTS[row["variant"]], SITES[row["site"]].geometry
-        with torch.device("meta"):
-            layer = conditional_like(SITES[row["site"]].conv(), variant)
-        x = torch.empty(32, g.in_channels, *SITES[row["site"]].size, dtype=SETTINGS[setting], device="meta")
-        mixture = layer.route(x.float())
-        estimates = {way: estimate(way, x, variant.experts, mixture, g) for way in row["milliseconds"]}
-        for_use = (candidates(mixture, g, exporting) for exporting in (False, True))
-        chosen_from = ({way: estimate(way, x, variant.experts, mixture, g) for way in ways} for ways in for_use)
-        found.append((row["milliseconds"], estimates, *chosen_from))
-    return found
+def heads_of(pooled: Tensor, form: Attention) -> list[Tensor | None]:
+    h = form.reduce(pooled)
+    h = h if form.norm is None else form.norm(h)
+    h = torch.relu(h) if form.relu else h
+    logits = [None if head is None else head(h) / form.temperature for head in form.heads]
+    last = logits.pop()
+    scales = [None if z is None else 2 * torch.sigmoid(z) for z in logits]
+    return [*scales, None if last is None else torch.softmax(last, 1)]
 
 
-@pytest.mark.parametrize("setting", SETTINGS)
-@pytest.mark.parametrize("mode", ["eval", "train"])
-@pytest.mark.parametrize("use", ["called", "exported"])
-def test_the_choice_is_close_to_the_fastest_measured_way(mode: str, use: str, setting: str) -> None:
-    regrets = []
-    for times, _, to_call, to_export in measured(mode, setting):
-        choice_of = to_export if use == "exported" else to_call
-        allowed = [way for way in times if use == "called" or way not in ("blocks", "loop")]
-        regrets.append(times[min(choice_of, key=choice_of.__getitem__)] / min(times[way] for way in allowed))
-    assert len(regrets) >= 20
-    assert math.exp(sum(map(math.log, regrets)) / len(regrets)) <= 1.1
+@pytest.fixture
+def fourth(monkeypatch: pytest.MonkeyPatch) -> FourthBackend:
+    monkeypatch.setattr(dispatch, "_backends", list(dispatch._backends))
+    backend = FourthBackend()
+    dispatch.register_backend(backend)
+    return backend
 
 
-@pytest.mark.parametrize("setting", SETTINGS)
-def test_the_estimates_order_the_ways_as_measured(setting: str) -> None:
-    """Of all pairs of ways that differ by half or more, nine in ten come in the measured order."""
-    right = []
-    for times, estimates, *_ in measured("eval", setting):
-        pairs = [(a, b) for a in times for b in times if times[a] > 1.5 * times[b]]
-        right += [estimates[a] > estimates[b] for a, b in pairs]
-    assert len(right) >= 50
-    assert sum(right) / len(right) >= 0.9
-
-
-def test_an_estimate_is_work_over_rates() -> None:
-    geometry = ConvGeometry.make(64, 64, 3, padding=1)
-    x, mixture = torch.empty(2, 64, 28, 28, device="meta"), Mixture(gate=torch.empty(2, 4, device="meta"))
-    macs, kernel = 64 * 64 * 9 * 28 * 28, 64 * 64 * 9 * 4
-    assert kernel * NOMINAL_BATCH < CPU.fresh_from
-    assert estimate("static", x, 1, Mixture(), geometry) == pytest.approx(macs / CPU.dense)
-    expected = macs / CPU.dense + 2 * kernel / CPU.warm
-    assert estimate("blocks", x, 4, mixture, geometry) == pytest.approx(expected)
-    half = estimate("blocks", x.half(), 4, mixture, geometry) - macs / CPU.dense
-    assert half == pytest.approx(kernel / CPU.warm)
-
-
-@pytest.mark.parametrize(
-    ("conv", "side", "variant", "expected"),
-    [
-        (nn.Conv2d(64, 64, 3, padding=1), 56, CondConv(experts=4), "blocks"),
-        (nn.Conv2d(512, 512, 3, padding=1), 7, CondConv(experts=4), "outputs"),
-        (nn.Conv2d(512, 512, 3, padding=1), 7, ODConv(experts=4), "blocks"),  # nothing else mixes positions
-        (nn.Conv2d(512, 2048, 1), 7, CondConv(experts=4), "inputs"),
-        (nn.Conv2d(2048, 512, 1), 7, CondConv(experts=4), "outputs"),
-        (nn.Conv2d(512, 128, 1), 28, CondConv(experts=4), "blocks"),
-        (nn.Conv2d(64, 256, 1), 56, ODConv(experts=1), "blocks"),  # scales in the kernel
-        (nn.Conv2d(512, 2048, 1), 7, ODConv(experts=1), "static"),
-        (nn.Conv2d(192, 192, 3, padding=1, groups=192), 28, CondConv(experts=4), "blocks"),
-    ],
-    ids=str,
-)
-def test_the_choice_on_a_gpu_is_the_fastest_measured_there(
-    conv: nn.Conv2d, side: int, variant: Variant, expected: str, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("variant", [CondConv(experts=3), ODConv(experts=3), DynamicConv(experts=3)], ids=str)
+def test_a_fourth_backend_is_one_class_and_one_call(
+    variant: Variant, fourth: FourthBackend, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On an H100 in bfloat16, batch 32 (benchmarks/NOTES.md)."""
-    monkeypatch.setattr(cost, "rates_of", lambda x: cost.GPU_HALF)
-    monkeypatch.setattr(choice, "counts_as_cpu", lambda x: False)
-    monkeypatch.setattr(choice, "_known", {})
-    layer = conditional_like(conv.to("meta"), variant)
-    x = torch.empty(32, conv.in_channels, side, side, dtype=torch.bfloat16, device="meta")
-    mixture = layer.route(x.float())
-    assert [choose(x, layer.weight, mixture, layer.geometry) for _ in range(2)] == [expected] * 2
+    layer = conditional_like(nn.Conv2d(6, 10, 3, padding=1), variant).eval()
+    scramble(layer)
+    layer.implementation = "blockwise"
+    x = torch.randn(4, 6, 8, 8, requires_grad=True)
+    leaves = [x, *layer.parameters()]
+    found = [layer(x), *torch.autograd.grad(layer(x).square().sum(), leaves)]
+    assert fourth.calls == {"convolve": 2, "backward": 1, "pool": 2, "route": 2}
+    layer.double()(x.double())
+    assert fourth.calls["convolve"] == 2  # float64 is not supported, so the next backend computes it
+    layer.float()
+    monkeypatch.setattr(dispatch, "_backends", dispatch._backends[1:])
+    expected = [layer(x), *torch.autograd.grad(layer(x).square().sum(), leaves)]
+    for a, e in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, e, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("side", [7, 14, 56])
-def test_the_least_estimate_is_taken(side: int) -> None:
-    layer = conditional_like(nn.Conv2d(64, 64, 1), ODConv(experts=1)).eval()
-    x = torch.randn(2, 64, side, side)
-    mixture = layer.route(x)
-    ways = candidates(mixture, layer.geometry, exporting=False)
-    assert sorted(ways) == ["blocks", "static"]
-    costs = {way: estimate(way, x, 1, mixture, layer.geometry) for way in ways}
-    assert choose(x, layer.weight, mixture, layer.geometry) == min(costs.items(), key=operator.itemgetter(1))[0]
+class FastBackend(FourthBackend):
+    """Takes a call before the choice, and says what it wants chosen."""
+
+    def fast_convolve(self, implementation: str, x: Tensor, *rest: object) -> Tensor | None:
+        self.calls[f"fast {implementation}"] += 1
+        return None
+
+    def applies_scales(self, implementation: str, *rest: object) -> bool:
+        self.calls["applies_scales"] += 1
+        return True
+
+    def preferred_implementation(self, *arguments: object) -> str:
+        return "grouped"
 
 
-@pytest.mark.parametrize("variant", [CondConv(experts=4), ODConv(experts=4), ODConv(experts=1)], ids=str)
-@pytest.mark.parametrize(
-    "conv",
-    [
-        nn.Conv2d(16, 32, 3, padding=1),
-        nn.Conv2d(16, 32, 1),
-        nn.Conv2d(256, 256, 3, padding=1),
-        nn.Conv2d(16, 16, 3, padding=1, groups=16),
-    ],
-    ids=["3x3", "1x1", "3x3 large", "depthwise"],
-)
-def test_an_exported_layer_takes_any_batch_and_size(conv: nn.Conv2d, variant: Variant) -> None:
-    layer: CondConv2d | ODConv2d = conditional_like(conv, variant).eval()  # type: ignore[assignment]
-    sizes = {dim: torch.export.Dim(name, min=2, max=64) for dim, name in ((0, "b"), (2, "h"), (3, "w"))}
-    program = torch.export.export(layer, (torch.randn(3, conv.in_channels, 14, 14),), dynamic_shapes=(sizes,))
-    for shape in ((5, 9, 11), (2, 40, 24)):
-        x = torch.randn(shape[0], conv.in_channels, *shape[1:])
-        torch.testing.assert_close(program.module()(x), layer(x), rtol=1e-4, atol=1e-5)
+def test_a_fast_path_and_a_preference_are_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatch, "_backends", list(dispatch._backends))
+    fast = FastBackend()
+    dispatch.register_backend(fast)
+    layer = conditional_like(nn.Conv2d(6, 10, 3, padding=1), CondConv(experts=3))
+    layer(torch.randn(4, 6, 8, 8))
+    assert fast.calls["fast auto"] == fast.calls["fast blockwise"] == 1
+    assert fast.calls["convolve"] == 1  # one candidate on a CPU: nothing to prefer
+    odconv = conditional_like(nn.Conv2d(6, 10, 1), ODConv(experts=1))
+    odconv.implementation = "blockwise"
+    odconv(torch.randn(4, 6, 2, 2))
+    assert fast.calls["applies_scales"] == 1
+
+
+def test_a_backend_that_fuses_no_router_leaves_it_to_torch() -> None:
+    layer = conditional_like(nn.Conv2d(6, 10, 3), CondConv(experts=3))
+    assert layer.router is not None
+    pooled = torch.randn(4, 6)
+    form = layer.router.fusable_form()
+    assert form is not None
+    assert dispatch.route(pooled, form) is None
+    torch.testing.assert_close(layer.router(pooled).gate, torch.full((4, 3), 1 / 3))
+
+
+def test_only_the_dispatch_names_a_backend() -> None:
+    """The switch of the compiled kernels aside."""
+    allowed = {"ops/dispatch.py", "native.py", "__init__.py"}
+    found = {}
+    for path in PACKAGE.rglob("*.py"):
+        name = path.relative_to(PACKAGE).as_posix()
+        if name in allowed or name.startswith("ops/backends/"):
+            continue
+        code = path.read_text(encoding="utf-8")
+        if hits := findall(r"ops\.backends|\b(?:cpp|native|gpu|triton)\.\w+\(", code):
+            found[name] = hits
+    assert not found

@@ -12,7 +12,7 @@ import torch
 
 from condconv_surgery.layers import Mixture
 from condconv_surgery.ops import large_pages as pages
-from condconv_surgery.ops.backends import cpp as native
+from condconv_surgery.ops.backends import cpp
 from condconv_surgery.ops.large_pages import LARGE, in_large_pages
 from tests.ops.test_cpp_backend import slow_to_build
 
@@ -60,11 +60,11 @@ def test_all_whole_pages_of_a_tensor_and_no_others_are_asked_for() -> None:
 @pytest.mark.parametrize("groups", [1, 32])
 def test_results_lie_in_them(groups: int, compiled: bool) -> None:
     if compiled:
-        native.enable()
+        cpp.enable()
     try:
         y, to_x = output_and_gradient(groups)
     finally:
-        native.disable()
+        cpp.disable()
     for memory in (y, to_x):
         assert all("hg" in flags_at(end) for end in whole_pages(memory))
 
@@ -74,7 +74,7 @@ def output_and_gradient(groups: int) -> tuple[torch.Tensor, torch.Tensor]:
     x = torch.randn(20, 32, 128, 128, requires_grad=True)
     experts, gate = torch.randn(2, 32, 32 // groups, 3, 3), torch.rand(20, 2)
     shape = ([1, 1], [1, 1], [1, 1], groups)
-    y, _ = torch.ops.condconv_surgery.convolve_in_blocks(x, experts, *Mixture(gate), *shape, False)
+    y, _ = torch.ops.condconv_surgery.convolve_blockwise(x, experts, *Mixture(gate), *shape, False)
     (to_x,) = torch.autograd.grad(y, x, torch.ones_like(y))
     return y, to_x
 

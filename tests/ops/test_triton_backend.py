@@ -11,6 +11,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -23,14 +24,17 @@ pytest.importorskip("triton")
 
 from condconv_surgery.errors import InputError
 from condconv_surgery.layers import ConvGeometry, Mixture, conditional_layers, conditional_like
-from condconv_surgery.ops.backends import triton as gpu
-from condconv_surgery.ops.backends.triton import availability
+from condconv_surgery.ops.backends.triton import availability, launch
 from condconv_surgery.ops.backends.triton import triton_convolution as convolution
+from condconv_surgery.ops.backends.triton.fast_path import mixed_kernel
+from condconv_surgery.ops.backends.triton.triton_convolution import supports
+from condconv_surgery.ops.backends.triton.triton_routing import pool
 from condconv_surgery.ops.conditional_conv2d import conditional_conv2d
-from condconv_surgery.ops.implementations.per_sample_conv import format_of
+from condconv_surgery.ops.geometry import ConvArguments
+from condconv_surgery.ops.per_sample.per_sample_conv import format_of
 from condconv_surgery.recipe import CondConv, ODConv, Variant
 from tests.geometries import GEOMETRIES, without_bias
-from tests.ops.test_execution import MIXTURES, compare_compiled, make_case, values_and_gradients
+from tests.ops.test_implementations import MIXTURES, compare_compiled, make_case, values_and_gradients
 from tests.reference import per_sample_loop
 from tests.variant_cases import scramble
 
@@ -67,13 +71,13 @@ def compare(name: str, parts: str, dtype: torch.dtype, tolerance: float, last: b
     leaves = [t for t in (x, experts, *mixture) if t is not None]
     expected = values_and_gradients(per_sample_loop(x, experts, None, mixture, geometry), leaves)
     x = x.detach().to(dtype, memory_format=torch.channels_last if last else torch.contiguous_format).requires_grad_()
-    assert gpu.fits(geometry.pad(x)[0], experts, mixture, geometry.stride, geometry.dilation, geometry.groups)
+    assert supports(geometry.pad(x)[0], experts, mixture, geometry)
     leaves[0] = x
     if watched:
         with FlopCounterMode(display=False):
-            y = conditional_conv2d(x, experts, None, mixture, geometry, "blocks")
+            y = conditional_conv2d(x, experts, None, mixture, geometry, "blockwise")
     else:
-        y = conditional_conv2d(x, experts, None, mixture, geometry, "blocks")
+        y = conditional_conv2d(x, experts, None, mixture, geometry, "blockwise")
     assert y.dtype == dtype
     actual = values_and_gradients(y, leaves)
     for number, (a, e) in enumerate(zip(actual, expected, strict=True)):
@@ -109,7 +113,7 @@ def test_a_second_derivative_is_refused(interpreted: None) -> None:
     scramble(layer)
     x = torch.randn(2, 3, 5, 5, requires_grad=True)
     (grad,) = torch.autograd.grad(layer(x).sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match=r"convolve_in_blocks_backward(.|\n)*autograd"):
+    with pytest.raises(RuntimeError, match=r"convolve_blockwise_backward(.|\n)*autograd"):
         grad.square().sum().backward()
 
 
@@ -121,12 +125,12 @@ def test_a_mixture_for_other_samples_is_refused(part: str, shape: tuple[int, ...
     mixture = Mixture(gate=torch.ones(3, 2))._replace(**{part: torch.ones(shape)})
     x, experts, geometry = torch.ones(3, 3, 5, 5), torch.ones(2, 4, 3, 3, 3), ConvGeometry.make(3, 4, 3)
     with pytest.raises(InputError, match=rf"The {part} of a mixture has the shape"):
-        conditional_conv2d(x, experts, None, mixture, geometry, "blocks")
+        conditional_conv2d(x, experts, None, mixture, geometry, "blockwise")
 
 
 def test_a_picture_smaller_than_the_kernel_is_refused(interpreted: None) -> None:
     layer = conditional_like(nn.Conv2d(3, 4, 3), CondConv(experts=2))
-    with pytest.raises(InputError, match="A picture of 2x5 and a kernel of 3x3"):
+    with pytest.raises(InputError, match="An image of 2x5 and a kernel of 3x3"):
         layer(torch.ones(2, 3, 2, 5))
 
 
@@ -134,7 +138,7 @@ def test_float16_keeps_the_range_of_gradients(interpreted: None) -> None:
     """All scales are 2: in float16 the gradient of the experts would leave its range on the way."""
     x, experts = torch.ones(3, 3, 5, 5, dtype=torch.float16), torch.ones(2, 4, 3, 3, 3, requires_grad=True)
     full = Mixture(*(2 * torch.ones(shape) for shape in ((3, 2), (3, 3, 3), (3, 3), (3, 4))))
-    y = conditional_conv2d(x, experts, None, full, ConvGeometry.make(3, 4, 3), "blocks")
+    y = conditional_conv2d(x, experts, None, full, ConvGeometry.make(3, 4, 3), "blockwise")
     (grad,) = torch.autograd.grad(y, experts, torch.full_like(y, 1000.0))
     torch.testing.assert_close(grad, torch.full_like(grad, 3 * 9 * 1000.0 * 2**4))
 
@@ -149,7 +153,7 @@ def test_checkpoints_may_mix_both_ways(interpreted: None) -> None:
 
 
 def test_a_batch_is_split_where_its_kernels_are_too_many(interpreted: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(convolution, "MOST_DEVICE_BYTES", 2 * 12 * 8 * 9 * 4)  # two samples and one
+    monkeypatch.setattr(convolution, "MAX_DEVICE_BYTES", 2 * 12 * 8 * 9 * 4)  # two samples and one
     compare("3x3", "everything", torch.float32, TF32)
 
 
@@ -182,16 +186,15 @@ def test_the_kernel_of_one_is_mixed_in_its_layout(name: str, parts: str, interpr
         expected = per_sample_loop(x, experts, None, mixture, geometry)
         for layout in (torch.contiguous_format, torch.channels_last):
             given = x.to(memory_format=layout)
-            kernel = gpu.kernel_at_once(geometry.pad(given)[0], experts, mixture, geometry)
+            kernel = mixed_kernel(given, experts, mixture, geometry)
             dense = geometry.groups == 1 and not geometry.pointwise
             assert (kernel is None) == (dense and format_of(given) == torch.contiguous_format)
             assert kernel is None or kernel.shape == geometry.weight_shape
             y = conditional_conv2d(given, experts, None, mixture, geometry, "plain")
             assert (y - expected).abs().max() <= TF32 * max(1.0, expected.abs().max().item())
-            padded, padding = geometry.pad(given)
-            rest = (None, geometry.stride, padding, geometry.dilation, geometry.groups)
-            assert y.stride() == F.conv2d(padded, experts[0], *rest).stride()
-    assert gpu.kernel_at_once(x, experts, mixture, geometry) is None  # recorded
+            padded, arguments = geometry.pad(given)
+            assert y.stride() == F.conv2d(padded, experts[0], None, *arguments).stride()
+    assert mixed_kernel(x, experts, mixture, geometry) is None  # recorded
 
 
 @pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels_last"])
@@ -199,14 +202,14 @@ def test_the_kernel_of_one_is_mixed_in_its_layout(name: str, parts: str, interpr
 def test_pooling_is_the_mean(size: tuple[int, int], last: bool, interpreted: None) -> None:
     x = torch.randn(3, 5, *size).to(memory_format=torch.channels_last if last else torch.contiguous_format)
     x.requires_grad_()
-    pooled = gpu.pool(x)
+    pooled = pool(x)
     assert pooled is not None
     direction = torch.randn(3, 5)
     expected = x.mean(dim=(2, 3))
     torch.testing.assert_close(pooled, expected)
     found, wanted = (torch.autograd.grad(y, x, direction)[0] for y in (pooled, expected))
     torch.testing.assert_close(found, wanted)
-    torch.testing.assert_close(gpu.pool(x[:, ::2, 1:].detach()), x.detach()[:, ::2, 1:].mean(dim=(2, 3)))
+    torch.testing.assert_close(pool(x[:, ::2, 1:].detach()), x.detach()[:, ::2, 1:].mean(dim=(2, 3)))
 
 
 def test_what_triton_does_not_take(interpreted: None) -> None:
@@ -214,7 +217,7 @@ def test_what_triton_does_not_take(interpreted: None) -> None:
         geometry = ConvGeometry.make(**arguments)
         x = torch.empty(2, geometry.in_channels, 9, 9, dtype=dtype)
         experts = torch.empty(2, *geometry.weight_shape)
-        return gpu.fits(x, experts, mixture, geometry.stride, geometry.dilation, geometry.groups)
+        return supports(x, experts, mixture, geometry)
 
     gated = Mixture(gate=torch.ones(2, 2))
     dense = dict(in_channels=8, out_channels=8, kernel_size=3)
@@ -222,16 +225,41 @@ def test_what_triton_does_not_take(interpreted: None) -> None:
     assert not fits(Mixture(), **dense)  # nothing to mix
     assert not fits(gated, torch.float64, **dense)
     assert not fits(gated, **dense, groups=2)
+    plain = ConvArguments((1, 1), (0, 0), (1, 1), 1)
     many = torch.empty(33, 8, 8, 3, 3, device="meta")
-    assert not gpu.fits(torch.empty(2, 8, 9, 9, device="meta"), many, gated, (1, 1), (1, 1), 1)
+    assert not supports(torch.empty(2, 8, 9, 9, device="meta"), many, gated, plain)
     far = torch.empty(8, 1, 1, 1, device="meta").expand(-1, 8, 1 << 15, 1 << 15).contiguous()
-    assert not gpu.fits(far, many[:2], gated, (1, 1), (1, 1), 1)
+    assert not supports(far, many[:2], gated, plain)
     assert not fits(gated, **dense, stride=2, dilation=2)  # the gradient of its input has no phases
     assert fits(gated, **{**dense, "kernel_size": 1}, stride=2, dilation=2)
     assert not fits(gated, **{**dense, "kernel_size": 9}, groups=8)  # 81 taps of a depthwise layer at a time
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
         assert not fits(gated, **dense)  # float32 that is asked to be exact
         assert fits(gated, torch.bfloat16, **dense)
+
+
+class OpaqueKernel:
+    """What a version of Triton may return that has no compiled kernel to launch again."""
+
+
+@pytest.mark.parametrize(("compiled", "launches"), [(OpaqueKernel(), 2), (None, 2), ({(1, 1, 1): lambda *_: None}, 1)])
+def test_a_triton_without_compiled_kernels_launches_by_itself(
+    compiled: object, launches: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = []
+    kernel = {(1, 1, 1): lambda *tensors, **constants: calls.append(constants) or compiled}
+    monkeypatch.setattr(launch, "_compiled", {})
+    for _ in range(2):
+        launch.launch(kernel, (1, 1, 1), (torch.ones(1),), (1.0,), {})
+    assert len(calls) == launches
+
+
+def test_precision_of_a_torch_without_settings_by_operator(monkeypatch: pytest.MonkeyPatch) -> None:
+    older = SimpleNamespace(enabled=True, allow_tf32=False)
+    monkeypatch.setattr(torch.backends, "cudnn", older)
+    assert not convolution._is_tf32_allowed()
+    older.allow_tf32 = True
+    assert convolution._is_tf32_allowed()
 
 
 @pytest.mark.slow
@@ -242,11 +270,11 @@ def test_kernels_compile_and_known_launches_are_tritons_own(capability: int) -> 
     done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment, cwd=ROOT)
     found = json.loads(done.stdout)
     assert len(found) == 36
-    for name, launch in found.items():
-        assert launch["alike"], name
-        assert launch["known"] == 1, name
-        assert bool(launch["tensor cores"]) == (capability == 90 and name.startswith("dense")), name
-        assert launch["shared"] <= LEAST_SHARED, name
+    for name, record in found.items():
+        assert record["alike"], name
+        assert record["known"] == 1, name
+        assert bool(record["tensor cores"]) == (capability == 90 and name.startswith("dense")), name
+        assert record["shared"] <= LEAST_SHARED, name
 
 
 @uneven
@@ -265,10 +293,10 @@ def test_compiled_kernels_equal_the_loop(name: str, parts: str, dtype: torch.dty
     moved[0] = moved[0].detach().to(memory_format=layout).requires_grad_()
     present = iter(moved[2:])
     mixture = Mixture(*(None if part is None else next(present) for part in mixture))
-    assert gpu.fits(geometry.pad(moved[0])[0], moved[1], mixture, geometry.stride, geometry.dilation, geometry.groups)
+    assert supports(geometry.pad(moved[0])[0], moved[1], mixture, geometry)
 
     def actual() -> list[torch.Tensor]:
-        y = conditional_conv2d(moved[0], moved[1], None, mixture, geometry, "blocks")
+        y = conditional_conv2d(moved[0], moved[1], None, mixture, geometry, "blockwise")
         assert y.dtype == dtype
         assert y.is_contiguous(memory_format=layout)
         direction = torch.linspace(-1, 1, y.numel()).view(y.shape).to("cuda", dtype)

@@ -14,10 +14,11 @@ pytest.importorskip("triton")
 
 from condconv_surgery.layers import conditional_like
 from condconv_surgery.layers.router import Router
-from condconv_surgery.ops.backends import triton as gpu
 from condconv_surgery.ops.backends.triton import availability
 from condconv_surgery.ops.backends.triton import pooling_kernels as pooling
 from condconv_surgery.ops.backends.triton import router_kernels as gates
+from condconv_surgery.ops.backends.triton.triton_routing import sigmoid_gates
+from condconv_surgery.ops.router_forms import SigmoidGates
 from condconv_surgery.recipe import CondConv, DynamicConv, ODConv, Variant
 from tests.ops.test_cpp_routing import LAYERS, VARIANTS, make
 from tests.ops.test_triton_backend import cuda
@@ -98,11 +99,11 @@ def test_what_is_left_to_torch(interpreted: None) -> None:
     assert launches_of(wrapped, x) == 1
     pooled = x.mean(dim=(2, 3))
     linear = make(LAYERS["3x3"], CondConv(experts=4)).linear
-    assert gpu.sigmoid_gates(pooled, linear, 0.5) is None  # it is recorded
+    assert sigmoid_gates(pooled, SigmoidGates(linear, 0.5)) is None  # it is recorded
     with torch.no_grad():
-        assert gpu.sigmoid_gates(pooled, linear, 0.5) is not None
-        assert gpu.sigmoid_gates(pooled, linear.half(), 0.5) is None
-        assert gpu.sigmoid_gates(pooled.t().contiguous().t(), linear.float(), 0.5) is None
+        assert sigmoid_gates(pooled, SigmoidGates(linear, 0.5)) is not None
+        assert sigmoid_gates(pooled, SigmoidGates(linear.half(), 0.5)) is None
+        assert sigmoid_gates(pooled.t().contiguous().t(), SigmoidGates(linear.float(), 0.5)) is None
 
 
 @pytest.mark.parametrize("variant", [CondConv(experts=2), ODConv(experts=2)], ids=str)

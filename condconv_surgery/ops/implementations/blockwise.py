@@ -1,255 +1,190 @@
-"""The way ``blocks``: some samples and filters at a time, their kernels made, used, dropped, made again for backward.
+"""Some samples and filters at a time: mix their kernels, use them, drop them, and mix them again for backward.
 
     y_b = conv(x_b, K_b),    K_b = out_scale_b * in_scale_b * spatial_b * sum_e gate[b,e] * experts[e]
 
-Kernels of a whole batch are B * |W| numbers (1.4 GB for ResNet-18 at batch 32), written to fresh memory, read back
-once, and kept for backward. Here a few of them exist at a time (``block_sizes``), in a buffer that stays warm;
-only small ones are kept for backward (``MOST_KEPT_SHARE``).
-It is one operator with its own backward formula, so that a compiler sees one node for any batch size. Its backward
-cannot be differentiated again; the other ways can.
+The kernels of a whole batch have B * |W| elements (1.4 GB for ResNet-18 at batch 32). They would be written to fresh
+memory, read back once, and saved for backward. Here few exist at a time, in a buffer that stays warm; only small ones
+are saved for backward (``MAX_KEPT_SHARE``). It is one custom operator with its own backward formula, so that a compiler
+sees one node for any batch size, and a backend computes it. Its backward cannot be differentiated again; the other
+implementations can.
 """
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import torch
 from torch import Tensor
 
-from condconv_surgery.ops.backends import cpp as native
-from condconv_surgery.ops.backends import triton as gpu
-from condconv_surgery.ops.geometry import ConvGeometry
-from condconv_surgery.ops.implementations.block_sizes import blocks_of, room_for
-from condconv_surgery.ops.implementations.mix_kernels import (
-    empty_gradients,
-    mix_experts,
-    mix_kernels,
-    scale_kernels,
-    unmix_kernels,
-)
-from condconv_surgery.ops.implementations.per_sample_conv import (
-    convolve,
-    convolve_backward,
-    convolve_stacked,
-    empty_output,
-    format_of,
-    is_stacked,
-)
-from condconv_surgery.ops.large_pages import in_large_pages
+from condconv_surgery.ops.cost_model import CPU, LayerCost
+from condconv_surgery.ops.dispatch import backend_for
+from condconv_surgery.ops.geometry import ConvArguments, ConvGeometry
+from condconv_surgery.ops.implementations.implementation import Implementation
 from condconv_surgery.ops.mixture import Mixture
+from condconv_surgery.ops.per_sample.mix_kernels import empty_gradients, mix_batch
+from condconv_surgery.ops.per_sample.per_sample_conv import empty_output
 
-MOST_KEPT_SHARE = 3
-"""Kernels of a sample up to so many times its activations are kept for backward rather than made again. It adds little
-to a network, since layers of large maps hold most of its activations and few of its weights."""
+MAX_KEPT_SHARE = 3
+"""Kernels of a sample with up to this many times the elements of its activations are saved for backward rather than
+mixed again. It adds little to a network, since layers of large maps hold most of its activations and few of its
+weights."""
 
 
-def convolve_in_blocks(x: Tensor, experts: Tensor, mixture: Mixture, geometry: ConvGeometry) -> Tensor:
-    """``conv(x_b, K_b)`` with every part of ``mixture`` in the kernel: [B, I, H, W] -> [B, O, H', W']."""
-    at_once = gpu.convolve_at_once(x, experts, mixture, geometry)
-    if at_once is not None:
-        return at_once
-    x, padding = geometry.pad(x)
-    shape = (list(geometry.stride), list(padding), list(geometry.dilation), geometry.groups)
-    keep = torch.is_grad_enabled() and _keeps_kernels(x, experts, mixture, geometry)
-    y: Tensor = _forward(x, experts, *mixture, *shape, keep)[0]
-    return y
+class Blockwise(Implementation):
+    """The custom operator ``condconv_surgery::convolve_blockwise``."""
+
+    name = "blockwise"
+    exportable = False  # an exported program must run where this package is not installed
+    chosen_on_cpu = chosen_on_gpu = True
+    scales_kernels = scales_are_in_its_cost = True
+
+    def why_not(self, batch: int, mixture: Mixture, geometry: ConvGeometry, /) -> str | None:
+        return None
+
+    def seconds(self, cost: LayerCost, /) -> float:
+        # mixed into a warm buffer, brought into the backend's layout; outputs of blocks are copied into one tensor
+        kernels = 0 if cost.one_kernel else 2 * cost.kernel_bytes
+        copied = cost.output_bytes if cost.geometry.groups > 1 and cost.rates is CPU else 0
+        multiplied = cost.matrix_product() if cost.geometry.pointwise else cost.convolution_per_sample()
+        return multiplied + (kernels + copied) / cost.rates.warm
+
+    def convolve(self, x: Tensor, experts: Tensor, mixture: Mixture, geometry: ConvGeometry, /) -> Tensor:
+        x, arguments = geometry.pad(x)
+        keep = torch.is_grad_enabled() and _keeps_kernels(x, experts, mixture, geometry)
+        y: Tensor = _forward(x, experts, *mixture, *arguments, keep)[0]
+        return y
 
 
 def _keeps_kernels(x: Tensor, experts: Tensor, mixture: Mixture, geometry: ConvGeometry) -> bool:
-    """Whether forward keeps the kernels for backward. Scaled ones never: their gradients need them unscaled too.
-
-    Nothing here depends on the batch, so that one compiled graph serves every batch.
-    """
+    """Whether forward saves the kernels for backward. Scaled ones never: their gradients need them unscaled too."""
     if mixture.gate is None or any(part is not None for part in mixture[1:]):
         return False
-    if native.fits(x, experts, geometry.stride, geometry.groups):
+    if not backend_for(x, experts, mixture, geometry).accepts_kernels:
         return False
-    if gpu.fits(x, experts, mixture, geometry.stride, geometry.dilation, geometry.groups):
-        return False
-    return geometry.weight_numel <= MOST_KEPT_SHARE * geometry.activations(x)
+    return geometry.weight_numel <= MAX_KEPT_SHARE * geometry.activations(x)
 
 
-def forward_in_blocks(
-    x: Tensor,
-    experts: Tensor,
-    gate: Tensor | None,
-    spatial: Tensor | None,
-    in_scale: Tensor | None,
-    out_scale: Tensor | None,
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    groups: int,
-    keep: bool,
-) -> tuple[Tensor, Tensor]:
-    """The operator's body, in torch's own operators where neither ``native`` nor ``gpu`` takes it.
+class _Call(NamedTuple):
+    """The arguments that the operator, its backward and the fakes of both share, in the order of ``_SCHEMA``.
 
-    x [B, I, H, W], padded already, -> [B, O, H', W']; with it the kernels [B, O, I/G, kh, kw] if backward is to find
-    them, else an empty tensor.
+    ``torch.library`` takes tensors, numbers and lists of numbers, so a mixture and the arguments of the convolution are
+    passed flat; it infers a schema only from a signature that is written out, so the schema is given as text. What
+    cannot be shared: ``keep`` of the forward operator, ``grad``, ``kernels`` and ``needs`` of the backward one.
     """
-    mixture = Mixture(gate, spatial, in_scale, out_scale)
-    if not keep and native.fits(x, experts, stride, groups):
-        return native.convolve(x, experts, mixture, stride, padding, dilation, groups), x.new_empty(0)
-    if not keep and gpu.fits(x, experts, mixture, stride, dilation, groups):
-        return gpu.convolve(x, experts, mixture, stride, padding, dilation), x.new_empty(0)
-    batch, blocks = x.shape[0], blocks_of(x, experts, groups)
-    kept = _kernels(experts, mixture, groups, batch, x.dtype) if keep else x.new_empty(0)
-    if len(blocks) == 1 and is_stacked(x, experts.shape, padding, groups):  # its output is whole already
-        kernels = kept if keep else _kernels(experts, mixture, groups, batch, x.dtype)
-        return convolve_stacked(x, kernels, stride, padding, dilation, groups), kept
-    y = in_large_pages(empty_output(x, experts, stride, padding, dilation))
-    room = None if keep or gate is None else room_for(blocks, experts, experts.dtype)
-    for block in blocks:
-        samples, filters = block
-        if keep:
-            kernels = kept[samples, filters]
-        else:
-            some = experts[:, filters]
-            out = None if room is None else block.view_of(room, some.shape)
-            kernels = _kernels(some, block.of(mixture), groups, block.size, x.dtype, out)
-        convolve(x[samples], kernels, y[samples, filters], stride, padding, dilation, groups)
-    return y, kept
+
+    x: Tensor  # [B, I, H, W], padded already
+    experts: Tensor  # [E, O, I/G, kh, kw]
+    gate: Tensor | None
+    spatial: Tensor | None
+    in_scale: Tensor | None
+    out_scale: Tensor | None
+    stride: list[int]
+    padding: list[int]
+    dilation: list[int]
+    groups: int
+
+    @property
+    def mixture(self) -> Mixture:
+        return Mixture(self.gate, self.spatial, self.in_scale, self.out_scale)
+
+    @property
+    def arguments(self) -> ConvArguments:
+        return ConvArguments(self.stride, self.padding, self.dilation, self.groups)
 
 
-_forward = torch.library.custom_op("condconv_surgery::convolve_in_blocks", forward_in_blocks, mutates_args=())
+_TENSORS = 6
+_SCHEMA = (
+    "Tensor x, Tensor experts, Tensor? gate, Tensor? spatial, Tensor? in_scale, Tensor? out_scale, "
+    "SymInt[] stride, SymInt[] padding, SymInt[] dilation, SymInt groups"
+)
 
-OPERATOR = torch.ops.condconv_surgery.convolve_in_blocks.default
-"""What a dispatch mode sees of ``forward_in_blocks``."""
+
+def forward_blockwise(*flat: Any) -> tuple[Tensor, Tensor]:
+    """The operator's body: the arguments of ``_Call`` and ``keep``.
+
+    Returns [B, O, H', W'], and the kernels [B, O, I/G, kh, kw] if backward needs them, else an empty tensor.
+    """
+    *shared, keep = flat
+    call = _Call(*shared)
+    x, experts, mixture, arguments = call.x, call.experts, call.mixture, call.arguments
+    backend = backend_for(x, experts, mixture, arguments, with_kernels=keep)
+    if not keep:
+        return backend.convolve(x, experts, mixture, arguments), x.new_empty(0)
+    kernels = mix_batch(experts, mixture, call.groups, x.shape[0], x.dtype)
+    return backend.convolve(x, experts, mixture, arguments, kernels), kernels  # type: ignore[call-arg]
+
+
+_forward = torch.library.custom_op(
+    "condconv_surgery::convolve_blockwise",
+    forward_blockwise,
+    mutates_args=(),
+    schema=f"({_SCHEMA}, bool keep) -> (Tensor, Tensor)",
+)
+
+OPERATOR = torch.ops.condconv_surgery.convolve_blockwise.default
+"""What a dispatch mode sees of ``forward_blockwise``."""
 
 
 @_forward.register_fake
-def _(
-    x: Tensor,
-    experts: Tensor,
-    gate: Tensor | None,
-    spatial: Tensor | None,
-    in_scale: Tensor | None,
-    out_scale: Tensor | None,
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    groups: int,
-    keep: bool,
-) -> tuple[Tensor, Tensor]:
-    kept = x.new_empty((x.shape[0], *experts.shape[1:]) if keep else 0)
-    return empty_output(x, experts, stride, padding, dilation), kept
+def _(*flat: Any) -> tuple[Tensor, Tensor]:
+    *shared, keep = flat
+    call = _Call(*shared)
+    kernels = call.x.new_empty((call.x.shape[0], *call.experts.shape[1:]) if keep else 0)
+    return empty_output(call.x, call.experts, call.arguments), kernels
 
 
-@torch.library.custom_op("condconv_surgery::convolve_in_blocks_backward", mutates_args=())
-def _backward(
-    grad: Tensor,
-    kept: Tensor,
-    x: Tensor,
-    experts: Tensor,
-    gate: Tensor | None,
-    spatial: Tensor | None,
-    in_scale: Tensor | None,
-    out_scale: Tensor | None,
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    groups: int,
-    needs: list[bool],
-) -> list[Tensor]:
-    mixture = Mixture(gate, spatial, in_scale, out_scale)
-    grads = empty_gradients(x, experts, mixture)
-    if not kept.numel() and native.fits(x, experts, stride, groups):  # as in forward, unless enabled since
-        values = native.convolve_backward(grad, x, experts, mixture, stride, padding, dilation, groups, needs)
-        return [room if value is None else _as_promised(value, room) for value, room in zip(values, grads, strict=True)]
-    if not kept.numel() and gpu.fits(x, experts, mixture, stride, dilation, groups):
-        return gpu.convolve_backward(grad, x, experts, mixture, grads, stride, padding, dilation, needs)
-    in_large_pages(grads[0])
-    sums = Mixture(*(None if part is None else g for part, g in zip(mixture, grads[2:], strict=True)))
-    for total in grads[1:]:
-        in_large_pages(total).zero_()
-    grad = grad.contiguous(memory_format=format_of(x))
-    blocks = blocks_of(x, experts, groups)
-    of_mixed, of_scaled = (room_for(blocks, experts, experts.dtype) for _ in range(2))  # not touched, not paid for
-    of_grad = room_for(blocks, experts, x.dtype)
-    for block in blocks:
-        samples, filters = block
-        part, some = block.of(mixture), experts[:, filters]
-        of_block = kept[samples, filters] if kept.numel() else None
-        out = (block.view_of(of_mixed, some.shape), block.view_of(of_scaled, some.shape))
-        mixed, kernels = _kernels_again(of_block, some, part, groups, block.size, x.dtype, out)
-        given = (grad[samples, filters], x[samples], kernels)
-        grad_x, grad_kernels = grads[0][samples], block.view_of(of_grad, some.shape)
-        convolve_backward(*given, grad_x, grad_kernels, not block.first, stride, padding, dilation, groups, needs)
-        if not any(needs[1:]):
-            continue
-        to_experts = grads[1][:, filters] if needs[1] else None
-        found = unmix_kernels(grad_kernels.to(experts.dtype), mixed, some, part, groups, to_experts)
-        for total_of_block, value in zip(block.of(sums), found, strict=True):
-            if total_of_block is not None and value is not None:
-                total_of_block += value
-    return grads
+def _backward_body(grad: Tensor, kernels: Tensor, *flat: Any) -> list[Tensor]:
+    *shared, needs = flat
+    call = _Call(*shared)
+    x, experts, mixture, arguments = call.x, call.experts, call.mixture, call.arguments
+    kept = kernels.numel() > 0
+    # the backend of forward, unless one was enabled or disabled since
+    backend = backend_for(x, experts, mixture, arguments, with_kernels=kept)
+    out = empty_gradients(x, experts, mixture)
+    given = (grad, x, experts, mixture, arguments, out, needs, *((kernels,) if kept else ()))
+    values = backend.backward(*given)
+    return [_with_layout_of(promised, value) for value, promised in zip(values, out, strict=True)]
+
+
+def _with_layout_of(promised: Tensor, value: Tensor | None) -> Tensor:
+    """``value`` in the dtype and the strides of ``promised``, which the fake told a compiler."""
+    if value is None or value is promised:
+        return promised
+    same = value.dtype == promised.dtype and value.stride() == promised.stride()
+    return value if same else promised.copy_(value)
+
+
+_backward = torch.library.custom_op(
+    "condconv_surgery::convolve_blockwise_backward",
+    _backward_body,
+    mutates_args=(),
+    schema=f"(Tensor grad, Tensor kernels, {_SCHEMA}, bool[] needs) -> Tensor[]",
+)
 
 
 @_backward.register_fake
-def _(
-    grad: Tensor,
-    kept: Tensor,
-    x: Tensor,
-    experts: Tensor,
-    gate: Tensor | None,
-    spatial: Tensor | None,
-    in_scale: Tensor | None,
-    out_scale: Tensor | None,
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    groups: int,
-    needs: list[bool],
-) -> list[Tensor]:
-    return empty_gradients(x, experts, Mixture(gate, spatial, in_scale, out_scale))
+def _(grad: Tensor, kernels: Tensor, *flat: Any) -> list[Tensor]:
+    call = _Call(*flat[:-1])
+    return empty_gradients(call.x, call.experts, call.mixture)
 
 
 def _save_for_backward(
     ctx: torch.autograd.function.FunctionCtx, inputs: tuple[object, ...], output: tuple[Tensor, Tensor]
 ) -> None:
-    _, kept = output
-    ctx.mark_non_differentiable(kept)
-    ctx.save_for_backward(kept, *inputs[:6])  # type: ignore[arg-type]
-    ctx.rest = inputs[6:10]  # type: ignore[attr-defined]
+    _, kernels = output
+    ctx.mark_non_differentiable(kernels)
+    ctx.save_for_backward(kernels, *inputs[:_TENSORS])  # type: ignore[arg-type]
+    ctx.arguments = inputs[_TENSORS:-1]  # type: ignore[attr-defined]
 
 
 def _differentiate(
-    ctx: torch.autograd.function.FunctionCtx, grad: Tensor, _of_kept: Tensor | None
+    ctx: torch.autograd.function.FunctionCtx, grad: Tensor, _of_kernels: Tensor | None
 ) -> tuple[Tensor | None, ...]:
-    kept, *tensors = ctx.saved_tensors  # type: ignore[attr-defined]
-    needs = list(ctx.needs_input_grad[:6])  # type: ignore[attr-defined]
-    grads = _backward(grad, kept, *tensors, *ctx.rest, needs)  # type: ignore[attr-defined]
-    wanted = [g if n and t is not None else None for g, n, t in zip(grads, needs, tensors, strict=True)]
-    return (*wanted, None, None, None, None, None)
+    kernels, *tensors = ctx.saved_tensors  # type: ignore[attr-defined]
+    needs = list(ctx.needs_input_grad[:_TENSORS])  # type: ignore[attr-defined]
+    grads = _backward(grad, kernels, *tensors, *ctx.arguments, needs)  # type: ignore[attr-defined]
+    needed = [g if n and t is not None else None for g, n, t in zip(grads, needs, tensors, strict=True)]
+    return (*needed, None, None, None, None, None)
 
 
 _forward.register_autograd(_differentiate, setup_context=_save_for_backward)
-
-
-def _kernels(
-    experts: Tensor, mixture: Mixture, groups: int, batch: int, dtype: torch.dtype, out: Tensor | None = None
-) -> Tensor:
-    with torch.no_grad():
-        return mix_kernels(experts, mixture, groups, out).to(dtype).expand(batch, -1, -1, -1, -1)
-
-
-def _kernels_again(
-    kept: Tensor | None,
-    experts: Tensor,
-    mixture: Mixture,
-    groups: int,
-    batch: int,
-    dtype: torch.dtype,
-    out: tuple[Tensor, Tensor],
-) -> tuple[Tensor, Tensor]:
-    """What ``mix_experts`` gave, and the kernels in ``dtype``: kept ones, or else made again in ``out``."""
-    if kept is not None:
-        return kept, kept
-    with torch.no_grad():
-        mixed = mix_experts(experts, mixture.gate, out[0])
-        kernels = scale_kernels(mixed, mixture, groups, out[1]).to(dtype)
-    return mixed, kernels.expand(batch, -1, -1, -1, -1)
-
-
-def _as_promised(value: Tensor, room: Tensor) -> Tensor:
-    """``value``, in the dtype and the strides of ``room``, which a compiler was told of."""
-    same = value.dtype == room.dtype and value.stride() == room.stride()
-    return value if same else room.copy_(value)

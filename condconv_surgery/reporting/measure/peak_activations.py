@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from condconv_surgery.ops.implementations.blockwise import OPERATOR, forward_in_blocks
+from condconv_surgery.ops.implementations.blockwise import OPERATOR, forward_blockwise
 from condconv_surgery.reporting.measure.forward_arguments import materialized
 from condconv_surgery.runtime.meta_device import META, meta_state, on_device
 from condconv_surgery.runtime.modes import device_of, in_mode, without_gradients
@@ -50,7 +50,7 @@ class _Lifetimes(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 self._known.add(leaf.untyped_storage())  # a weight, an input, or already counted
         if func is OPERATOR:
             with self:  # our own operator: count the tensors that it creates inside
-                return forward_in_blocks(*args, **(kwargs or {}))
+                return forward_blockwise(*args, **(kwargs or {}))
         result = func(*args, **(kwargs or {}))
         for leaf in pytree.tree_leaves(result):
             if isinstance(leaf, Tensor):

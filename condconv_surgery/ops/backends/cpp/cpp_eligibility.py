@@ -1,4 +1,4 @@
-"""When the compiled code may be called."""
+"""Whether a call may go to the compiled code past torch's dispatcher."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ import torch
 from torch import Tensor
 
 from condconv_surgery.ops.backends.cpp.compile import extension
-from condconv_surgery.ops.tracing_state import are_plain, is_watched
+from condconv_surgery.ops.tracing_state import are_plain, is_intercepted
 
 
 def code_for(*tensors: Tensor | None) -> Any:
-    """The compiled module, or None where it is not to be called.
+    """The compiled module, or None.
 
-    That is, where it is not in use, where something records, traces, counts, transforms or compiles, or where a tensor
-    is not what it seems to be.
+    None where it is not enabled, where autograd records, where a call is traced, compiled or intercepted, or where a
+    tensor is of a subclass.
     """
     code = extension()
-    if code is None or torch.is_grad_enabled() or is_watched() or not are_plain(*tensors):
+    if code is None or torch.is_grad_enabled() or is_intercepted() or not are_plain(*tensors):
         return None
     return code

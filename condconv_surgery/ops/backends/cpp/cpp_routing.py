@@ -1,16 +1,15 @@
 """Routers by the compiled code, each in one call where torch takes five operators (CondConv) or fifteen (ODConv).
 
-All give None where torch's own operators are to do it: the compiled code is not in use or may not be called, or
-something is not contiguous, in float32 and on the CPU, or not an ``nn.Linear`` or ``nn.BatchNorm1d`` and no more.
+All return None where torch has to compute them: the compiled code is not enabled or may not be called, a tensor is not
+contiguous, in float32 and on the CPU, or a module is not exactly an ``nn.Linear`` or ``nn.BatchNorm1d`` without hooks.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-from torch import Tensor, nn
+from torch import Tensor
 
 from condconv_surgery.ops.backends.cpp.cpp_eligibility import code_for
+from condconv_surgery.ops.router_forms import Attention, SigmoidGates
 from condconv_surgery.ops.tracing_state import linear_parts, norm_parts
 
 
@@ -21,26 +20,17 @@ def pool(x: Tensor) -> Tensor | None:
     return pooled
 
 
-def sigmoid_gates(pooled: Tensor, linear: nn.Module, factor: float) -> Tensor | None:
+def sigmoid_gates(pooled: Tensor, form: SigmoidGates) -> Tensor | None:
     """``factor * sigmoid(linear(pooled))``: [B, I] -> [B, E]."""
     code = code_for(pooled)
-    parts = None if code is None else linear_parts(linear)
-    gates: Tensor | None = None if parts is None else code.sigmoid_gates(pooled, *parts, factor)
+    parts = None if code is None else linear_parts(form.linear)
+    gates: Tensor | None = None if parts is None else code.sigmoid_gates(pooled, *parts, form.factor)
     return gates
 
 
-def attention(
-    pooled: Tensor,
-    reduce: nn.Linear,
-    norm: nn.BatchNorm1d | None,
-    relu: bool,
-    heads: Sequence[nn.Linear | None],
-    temperature: Tensor,
-) -> list[Tensor | None] | None:
-    """``2 sigmoid(head(h) / T)``, for the last head ``softmax(head(h) / T)``, with ``h = relu(norm(reduce(pooled)))``.
-
-    [B, I] -> [B, width of the head] for each, None where there is none. norm: only in eval mode.
-    """
+def attention(pooled: Tensor, form: Attention) -> list[Tensor | None] | None:
+    """The outputs of the heads (``router_forms.Attention``), [B, I] -> [B, width of the head] each."""
+    reduce, norm, relu, heads, temperature = form
     code = code_for(pooled, temperature)
     if code is None:
         return None
@@ -49,7 +39,6 @@ def attention(
     if statistics is None or None in maps:
         return None
     weight, bias = maps.pop(0)  # type: ignore[misc]
-    given = [None if head is None else maps.pop(0) for head in heads]
+    present = [None if head is None else maps.pop(0) for head in heads]
     eps = 0.0 if norm is None else norm.eps
-    found: list[Tensor | None] | None = code.attention(pooled, weight, bias, statistics, eps, relu, given, temperature)
-    return found
+    return code.attention(pooled, weight, bias, statistics, eps, relu, present, temperature)  # type: ignore[no-any-return]

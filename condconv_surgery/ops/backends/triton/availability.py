@@ -1,4 +1,4 @@
-"""Where Triton can be called, and on what."""
+"""Which devices, dtypes and sizes the Triton backend supports."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ from condconv_surgery.errors import one_line
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
-MOST_NUMBERS = 1 << 31
-"""Of all experts, and from the first to the last of one sample: places there are 32-bit numbers."""
+MAX_ELEMENTS = 1 << 31
+"""Elements of all experts, and from the first to the last of one sample: offsets there are 32-bit."""
 
-MOST_SAMPLES = (1 << 16) - 1
-"""Of one call: the longest that a grid of programs can be in its third direction."""
+MAX_SAMPLES = (1 << 16) - 1
+"""Samples of one launch: CUDA's limit of gridDim.z."""
 
 
-def takes(x: Tensor) -> bool:
-    """Where ``x`` is, Triton can be called on numbers of its dtype, and on so many."""
-    return is_here(x.device) and x.dtype in DTYPES and is_small(span_of(x))
+def supports_tensor(x: Tensor) -> bool:
+    """Whether Triton supports the device, the dtype and the size of ``x``."""
+    return is_here(x.device) and x.dtype in DTYPES and fits_32_bits(span_of(x))
 
 
 @torch.compiler.assume_constant_result
 def is_here(device: torch.device) -> bool:
-    """Triton is installed, and the device has the tensor cores that it is asked for (Ampere and later)."""
+    """Whether Triton works here, and the device has the tensor cores that our kernels use (Ampere and later)."""
     return _is_here(device)
 
 
@@ -45,22 +45,22 @@ def _is_here(device: torch.device) -> bool:
     except Exception as error:
         warnings.warn(
             f"Triton does not work here ({one_line(error)}): conditional layers are computed by torch's own operators, "
-            "which takes longer. CONDCONV_TRITON=0 asks for that in silence.",
+            "which is slower. Set CONDCONV_TRITON=0 to turn Triton off without this warning.",
             stacklevel=2,
         )
         return False
 
 
-def room(name: str) -> Any:
-    """One of the modules that need Triton, which is installed only beside a GPU."""
+def kernels(name: str) -> Any:
+    """The module of Triton kernels of this name. It imports Triton, which is installed only beside a GPU."""
     return import_module(f"condconv_surgery.ops.backends.triton.{name}")
 
 
 def span_of(x: Tensor) -> int:
-    """How far apart two numbers of one sample can be in memory."""
+    """The largest offset between two elements of one sample in memory."""
     return sum((size - 1) * step for size, step in zip(x.shape[1:], x.stride()[1:], strict=True))
 
 
-def is_small(number: int) -> bool:
-    """So many numbers have places of 32 bits."""
-    return not isinstance(number, int) or number < MOST_NUMBERS  # a symbolic one is not compared
+def fits_32_bits(elements: int) -> bool:
+    """Whether 32-bit offsets address this many elements."""
+    return not isinstance(elements, int) or elements < MAX_ELEMENTS  # a symbolic number is not compared

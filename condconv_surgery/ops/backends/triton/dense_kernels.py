@@ -19,10 +19,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from condconv_surgery.ops.backends.triton.launch import ANY_NUMBER, Pair, constants_of, launch, power_of_two
+from condconv_surgery.ops.backends.triton.launch import NOT_SPECIALISED, Pair, constants_of, launch, power_of_two
 
 
-@triton.jit(do_not_specialize=ANY_NUMBER)
+@triton.jit(do_not_specialize=NOT_SPECIALISED)
 def _convolve(
     x,
     kernels,
@@ -107,7 +107,7 @@ def _convolve(
         tl.store(at, total.to(y.dtype.element_ty), mask=known[:, None] & (o < outs)[None, :])
 
 
-@triton.jit(do_not_specialize=ANY_NUMBER)
+@triton.jit(do_not_specialize=NOT_SPECIALISED)
 def _gradient_of_kernels(
     grad,
     x,

@@ -10,13 +10,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from condconv_surgery.ops.backends.triton.launch import ANY_NUMBER, Pair, constants_of, launch, power_of_two
+from condconv_surgery.ops.backends.triton.launch import NOT_SPECIALISED, Pair, constants_of, launch, power_of_two
 
-MOST_POSITIONS = 256
+MAX_POSITIONS = 256
 """One program of the gradient of kernels sums over so many positions, few at a time."""
 
 
-@triton.jit(do_not_specialize=ANY_NUMBER)
+@triton.jit(do_not_specialize=NOT_SPECIALISED)
 def _convolve(
     x,
     kernels,
@@ -76,7 +76,7 @@ def _convolve(
     tl.store(at, total.to(y.dtype.element_ty), mask=known[:, None] & there[None, :])
 
 
-@triton.jit(do_not_specialize=[*ANY_NUMBER, "share"])
+@triton.jit(do_not_specialize=[*NOT_SPECIALISED, "share"])
 def _gradient_of_kernels(
     grad,
     x,
@@ -153,7 +153,7 @@ def gradient_of_kernels(grad: Tensor, x: Tensor, stride: Pair, padding: Pair, di
     last = x.stride(1) == 1
     cols = min(32 if last else 4, power_of_two(channels))
     rows = max(1, 8192 // (taps * cols))
-    parts = -(-height * width // MOST_POSITIONS)
+    parts = -(-height * width // MAX_POSITIONS)
     sums = x.new_empty(parts, batch, size[0] * size[1], channels, dtype=torch.float32)
     grid = (parts, -(-channels // cols), batch)
     numbers = (channels, *x.shape[2:], height, width, -(-height * width // parts), *grad.stride(), *x.stride())

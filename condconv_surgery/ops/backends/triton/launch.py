@@ -1,8 +1,8 @@
-"""Launches of Triton's kernels. Python's part of one costs as much as a small layer, so it is kept from the first time.
+"""Launches of Triton's kernels. Triton's Python code for one costs as much as a small layer, so it is memoized.
 
-Triton looks at each argument of each call to find the machine code for it: at the dtype of a tensor and whether its
-memory begins at a multiple of 16 bytes, at a number that is 1 or a multiple of 16. Where all of these are as in an
-earlier call, so is the machine code.
+Triton specialises machine code for the dtype of each tensor, for whether its address is a multiple of 16, and for
+numbers that are 1 or a multiple of 16. Where all of these are as in an earlier call, so is the machine code, and it is
+launched directly. Where a version of Triton has no compiled kernel to launch so, each launch goes through Triton.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from condconv_surgery.ops.bounded_cache import remember
+from condconv_surgery.ops.bounded_cache import memoize
 
 Pair = tuple[int, int]
 
-ANY_NUMBER = ["height", "width", "out_height", "out_width"]
-"""Of no use to the compiler: one machine code for pictures of all sizes."""
+NOT_SPECIALISED = ["height", "width", "out_height", "out_width"]
+"""Arguments that the compiler does not specialise on: one machine code for images of all sizes."""
 
-_known: dict[tuple[object, ...], Any] = {}
+_compiled: dict[tuple[object, ...], Any] = {}
 
 
 def launch(
@@ -40,24 +40,24 @@ def launch(
         with torch.cuda.device(device):
             launch(kernel, grid, tensors, numbers, constants, warps, stages)
         return
-    seen = tuple([(tensor.dtype, tensor.data_ptr() % 16) for tensor in tensors])
+    signature = tuple([(tensor.dtype, tensor.data_ptr() % 16) for tensor in tensors])
     fixed = tuple(constants.values())
-    key = (id(kernel), device.index, seen, numbers, fixed, warps, stages)
-    compiled = _known.get(key)
+    key = (id(kernel), device.index, signature, numbers, fixed, warps, stages)
+    compiled = _compiled.get(key)
     if compiled is None:
         compiled = kernel[grid](*tensors, *numbers, **constants, num_warps=warps, num_stages=stages)
-        if compiled is not None:  # it is when interpreted
-            remember(_known, key, compiled)
+        if hasattr(compiled, "__getitem__"):  # not in the interpreter, which returns None
+            memoize(_compiled, key, compiled)
     else:
         compiled[grid](*tensors, *numbers, *fixed)
 
 
 def power_of_two(number: int) -> int:
-    """The least that is no less than ``number``: the sides of what a program holds are powers of two."""
+    """The next power of two, at least ``number``: the sides of a Triton block are powers of two."""
     return 1 << max(0, number - 1).bit_length()
 
 
 def constants_of(size: Pair, stride: Pair, padding: Pair, dilation: Pair) -> dict[str, int]:
-    """The geometry of a convolution, as its kernels call it."""
+    """The geometry of a convolution by the names that the kernels use."""
     names = ("KH", "KW", "SH", "SW", "PH", "PW", "DH", "DW")
     return dict(zip(names, (*size, *stride, *padding, *dilation), strict=True))

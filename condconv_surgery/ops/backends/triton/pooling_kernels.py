@@ -9,7 +9,7 @@ from torch import Tensor
 
 from condconv_surgery.ops.backends.triton.launch import launch, power_of_two
 
-MOST_POSITIONS = 256
+MAX_POSITIONS = 256
 """One program adds up so many at most where channels lie side by side, since it waits for each few of them; where
 positions do, it takes a whole map."""
 
@@ -50,7 +50,7 @@ def mean(x: Tensor) -> Tensor:
     positions = height * width
     side_by_side = x.stride(1) == 1 and channels > 1
     cols = min(64, power_of_two(channels)) if side_by_side else 1
-    parts = -(-positions // MOST_POSITIONS) if side_by_side else 1
+    parts = -(-positions // MAX_POSITIONS) if side_by_side else 1
     means = x.new_empty(batch, parts, channels, dtype=torch.float32)
     rows = min(4096 // cols if side_by_side else 1024, power_of_two(positions))
     numbers = (channels, positions, width, -(-positions // parts), 1.0 / positions, *x.stride())

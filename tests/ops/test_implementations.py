@@ -9,9 +9,9 @@ import torch
 
 from condconv_surgery.errors import InputError
 from condconv_surgery.layers import ConvGeometry, Mixture, conditional_like
-from condconv_surgery.ops.conditional_conv2d import WAYS, conditional_conv2d, legal_ways
-from condconv_surgery.ops.implementations import block_sizes as blocking
-from condconv_surgery.ops.implementations import blockwise as blocks
+from condconv_surgery.ops.conditional_conv2d import conditional_conv2d
+from condconv_surgery.ops.implementations import IMPLEMENTATIONS, blockwise, legal_implementations
+from condconv_surgery.ops.per_sample import block_sizes as blocking
 from condconv_surgery.recipe import CondConv, DynamicConv, ODConv, Variant
 from tests.geometries import GEOMETRIES, without_bias
 from tests.reference import per_sample_loop
@@ -68,7 +68,7 @@ def test_every_legal_way_equals_the_loop(name: str, parts: str, dtype: torch.dty
         x, experts, bias, mixture = make_case(geometry, MIXTURES[parts], batch, arguments.get("bias", True), dtype)
         leaves = [t for t in (x, experts, bias, *mixture) if t is not None]
         expected = values_and_gradients(per_sample_loop(x, experts, bias, mixture, geometry), leaves)
-        for way in ["auto", *legal_ways(batch, mixture, geometry)]:
+        for way in ["auto", *legal_implementations(batch, mixture, geometry)]:
             actual = values_and_gradients(conditional_conv2d(x, experts, bias, mixture, geometry, way), leaves)
             for a, e in zip(actual, expected, strict=True):
                 scale = max(1.0, e.abs().max().item())
@@ -80,8 +80,8 @@ def test_every_way_is_reached_by_the_table() -> None:
     for arguments, parts, batch in itertools.product(GEOMETRIES.values(), MIXTURES.values(), (0, 1, 3)):
         geometry = ConvGeometry.make(**without_bias(arguments))
         mixture = make_case(geometry, parts, batch, False, torch.float32)[3]
-        reached.update(legal_ways(batch, mixture, geometry))
-    assert reached == set(WAYS)
+        reached.update(legal_implementations(batch, mixture, geometry))
+    assert reached == set(IMPLEMENTATIONS)
 
 
 @pytest.mark.parametrize("name", GEOMETRIES)
@@ -95,13 +95,13 @@ def test_empty_batch(name: str) -> None:
     assert x.grad.shape == x.shape
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", IMPLEMENTATIONS)
 @pytest.mark.parametrize("name", ["3x3", "1x1 strided", "depthwise", "groups"])
 def test_channels_last_input_gives_the_same(name: str, way: str) -> None:
     geometry = ConvGeometry.make(**without_bias(GEOMETRIES[name]))
     for parts, batch in itertools.product(("gate", "everything"), (1, 3)):
         x, experts, bias, mixture = make_case(geometry, MIXTURES[parts], batch, True, torch.float64)
-        if way not in legal_ways(batch, mixture, geometry):
+        if way not in legal_implementations(batch, mixture, geometry):
             continue
         last = conditional_conv2d(x.to(memory_format=torch.channels_last), experts, bias, mixture, geometry, way)
         torch.testing.assert_close(
@@ -113,7 +113,7 @@ def test_an_illegal_way_says_which_are_legal() -> None:
     geometry = ConvGeometry.make(8, 12, 3)
     x, experts, bias, mixture = make_case(geometry, ("gate",), 3, True, torch.float32)
     with pytest.raises(
-        InputError, match=r"implementation='bmm' cannot .* batch of 3(.|\n)*blocks, grouped, loop, unfold, outputs"
+        InputError, match=r"implementation='bmm' cannot .* batch of 3(.|\n)*blockwise, grouped, unfold, mix-outputs"
     ):
         conditional_conv2d(x, experts, bias, mixture, geometry, "bmm")
 
@@ -159,10 +159,10 @@ def test_blocks_of_few_samples_and_filters_equal_the_loop(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     geometry, x, experts, mixture, leaves = layer_case(kernel, groups, size, 5, parts, stride=stride)
-    monkeypatch.setattr(blocking, "MOST_KERNEL_BYTES", 2 * geometry.weight_numel * 8)
-    monkeypatch.setattr(blocking, "MOST_CACHED_BYTES", 2 * geometry.weight_numel * fewest // 2)
-    monkeypatch.setattr(blocking, "FEWEST_FILTERS", fewest)
-    y = conditional_conv2d(x.to(memory_format=memory_format), experts, None, mixture, geometry, "blocks")
+    monkeypatch.setattr(blocking, "MAX_KERNEL_BYTES", 2 * geometry.weight_numel * 8)
+    monkeypatch.setattr(blocking, "MAX_CACHED_BYTES", 2 * geometry.weight_numel * fewest // 2)
+    monkeypatch.setattr(blocking, "MIN_FILTERS", fewest)
+    y = conditional_conv2d(x.to(memory_format=memory_format), experts, None, mixture, geometry, "blockwise")
     assert y.is_contiguous(memory_format=memory_format)
     expected = values_and_gradients(per_sample_loop(x, experts, None, mixture, geometry), leaves)
     for a, e in zip(values_and_gradients(y, leaves), expected, strict=True):
@@ -203,7 +203,7 @@ def test_blocks_give_each_gradient_alone(kernel: int, wanted: int) -> None:
     )[1]
     for leaf in leaves:
         leaf.requires_grad_(leaf is leaves[wanted])
-    y = conditional_conv2d(x, experts, None, mixture, geometry, "blocks")
+    y = conditional_conv2d(x, experts, None, mixture, geometry, "blockwise")
     torch.testing.assert_close(values_and_gradients(y, [leaves[wanted]])[1], expected, rtol=0, atol=1e-11)
 
 
@@ -213,8 +213,8 @@ def test_blocks_pass_the_checks_of_an_operator() -> None:
         geometry, x, experts, mixture, _ = layer_case(kernel, 1, 5, 3, "everything")
         padding = kernel // 2
         shape = ([1, 1], [padding, padding], [1, 1], geometry.groups)
-        torch.library.opcheck(blocks._forward, (x, experts, *mixture, *shape, False))
-        torch.library.opcheck(blocks._forward, (x, experts, mixture.gate, None, None, None, *shape, True))
+        torch.library.opcheck(blockwise._forward, (x, experts, *mixture, *shape, False))
+        torch.library.opcheck(blockwise._forward, (x, experts, mixture.gate, None, None, None, *shape, True))
 
 
 @pytest.mark.parametrize(("kernel", "groups"), [(1, 1), (3, 1), (3, 8)])
@@ -223,15 +223,15 @@ def test_kernels_are_kept_for_backward_where_they_are_small_and_unscaled(
     block: int, kernel: int, groups: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     geometry, x, experts, mixture, leaves = layer_case(kernel, groups, 10, 5, "gate")
-    for bound in ("MOST_KERNEL_BYTES", "MOST_CACHED_BYTES"):
+    for bound in ("MAX_KERNEL_BYTES", "MAX_CACHED_BYTES"):
         monkeypatch.setattr(blocking, bound, block * geometry.weight_numel * 8)
-    monkeypatch.setattr(blocking, "FEWEST_FILTERS", 5)
+    monkeypatch.setattr(blocking, "MIN_FILTERS", 5)
     expected = values_and_gradients(per_sample_loop(x, experts, None, mixture, geometry), leaves)
     for share, keeps in ((1e6, True), (0, False)):
-        monkeypatch.setattr(blocks, "MOST_KEPT_SHARE", share)
+        monkeypatch.setattr(blockwise, "MAX_KEPT_SHARE", share)
         kept: list[torch.Tensor] = []
         with torch.autograd.graph.saved_tensors_hooks(lambda t, kept=kept: kept.append(t) or t, lambda t: t):
-            y = conditional_conv2d(x, experts, None, mixture, geometry, "blocks")
+            y = conditional_conv2d(x, experts, None, mixture, geometry, "blockwise")
         assert (5 * geometry.weight_numel in {t.numel() for t in kept}) == keeps
         for a, e in zip(values_and_gradients(y, leaves), expected, strict=True):
             torch.testing.assert_close(a, e, rtol=0, atol=1e-11)
@@ -242,7 +242,7 @@ def test_blocks_keep_no_kernel_for_backward(parts: str, size: int) -> None:
     geometry, x, experts, mixture, leaves = layer_case(3, 1, size, 64, parts)
     kept: list[torch.Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
-        conditional_conv2d(x, experts, None, mixture, geometry, "blocks")
+        conditional_conv2d(x, experts, None, mixture, geometry, "blockwise")
     assert {t.data_ptr() for t in kept if t.numel()} == {t.data_ptr() for t in leaves}
     kept.clear()
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
@@ -309,7 +309,7 @@ def test_other_devices_equal_the_loop(name: str, device: str) -> None:
     leaves = [x, experts, *mixture]
     expected = values_and_gradients(per_sample_loop(x, experts, None, mixture, geometry), leaves)
     moved = [t.detach().to(device).requires_grad_() for t in leaves]
-    for way in ["auto", *legal_ways(3, mixture, geometry)]:
+    for way in ["auto", *legal_implementations(3, mixture, geometry)]:
         with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
             y = conditional_conv2d(moved[0], moved[1], None, Mixture(*moved[2:]), geometry, way)
             direction = torch.linspace(-1, 1, y.numel()).view(y.shape).to(device)
@@ -318,7 +318,7 @@ def test_other_devices_equal_the_loop(name: str, device: str) -> None:
             assert (a.cpu() - e).abs().max() <= 1e-4 * max(1.0, e.abs().max().item()), way
 
 
-@pytest.mark.parametrize("way", ["blocks", "grouped", "unfold", "outputs", "inputs"])
+@pytest.mark.parametrize("way", ["blockwise", "grouped", "unfold", "mix-outputs", "mix-inputs"])
 def test_experts_may_be_more_exact_than_pictures(way: str) -> None:
     geometry, x, experts, mixture, _ = layer_case(3, 1, 12, 3, "gate")
     expected = conditional_conv2d(x, experts, None, mixture, geometry, way)
@@ -332,7 +332,7 @@ def test_a_scale_alone_is_differentiated_in_every_way() -> None:
     for leaf in leaves:
         leaf.requires_grad_(leaf is mixture.spatial)
     expected = values_and_gradients(per_sample_loop(x, experts, None, mixture, geometry), [mixture.spatial])
-    for way in legal_ways(3, mixture, geometry):
+    for way in legal_implementations(3, mixture, geometry):
         found = values_and_gradients(conditional_conv2d(x, experts, None, mixture, geometry, way), [mixture.spatial])
         torch.testing.assert_close(found[1], expected[1], rtol=0, atol=1e-11)
 

@@ -1,7 +1,7 @@
-"""The kernels of a few samples, ``K_b = out_b * in_b * spatial_b * sum_e gate[b,e] * experts[e]``, and back.
+"""Mix the kernels of a few samples, ``K_b = out_b * in_b * spatial_b * sum_e gate[b,e] * experts[e]``, and gradients.
 
-Both directions are written out, so that no kernel need be kept from forward to backward. Everything is one pass over
-the kernels where it can be: at a small map the kernels are larger than the activations, and memory is the limit.
+Both directions are written without autograd, so that no kernel is saved from forward to backward. Everything is one
+pass over the kernels where possible: at a small map they are larger than the activations, and memory traffic limits.
 """
 
 from __future__ import annotations
@@ -9,26 +9,26 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from condconv_surgery.ops.implementations.per_sample_conv import format_of
 from condconv_surgery.ops.mixture import Mixture
+from condconv_surgery.ops.per_sample.per_sample_conv import format_of
 
 
 def mix_kernels(experts: Tensor, mixture: Mixture, groups: int = 1, out: Tensor | None = None) -> Tensor:
-    """``K_b`` for every part of the mixture that is there: [E, O, I/G, kh, kw] -> [B, O, I/G, kh, kw].
+    """``K_b`` with every part of the mixture that is not None: [E, O, I/G, kh, kw] -> [B, O, I/G, kh, kw].
 
     A new tensor, or ``out`` if it is given and there is a gate; the expert itself, [1, O, I/G, kh, kw], when the
     mixture is empty.
     """
     kernels = mix_experts(experts, mixture.gate, out)
-    # in place where nothing is recorded: the kernels are warm, and a second block of them would not be
+    # in place where autograd records nothing: these kernels are in the cache, and a second buffer would not be
     in_place = kernels is not experts and not torch.is_grad_enabled()
     return scale_kernels(kernels, mixture, groups, kernels if in_place else None)
 
 
 def mix_experts(experts: Tensor, gate: Tensor | None, out: Tensor | None = None) -> Tensor:
-    """``sum_e gate[b,e] * experts[e]``: [E, O, I/G, kh, kw] -> [B, O, I/G, kh, kw]; or the expert, without a gate.
+    """``sum_e gate[b,e] * experts[e]``: [E, O, I/G, kh, kw] -> [B, O, I/G, kh, kw]; the experts without a gate.
 
-    out: memory of that shape to put them in.
+    out: a buffer of that shape for the result.
     """
     if gate is None:
         return experts
@@ -36,10 +36,18 @@ def mix_experts(experts: Tensor, gate: Tensor | None, out: Tensor | None = None)
     return torch.mm(gate.to(experts.dtype), experts.flatten(1), out=rows).view(-1, *experts.shape[1:])
 
 
-def scale_kernels(kernels: Tensor, mixture: Mixture, groups: int, out: Tensor | None = None) -> Tensor:
-    """``kernels`` [B, O, I/G, kh, kw] times every scale of the mixture; themselves when it has none.
+def mix_batch(
+    experts: Tensor, mixture: Mixture, groups: int, batch: int, dtype: torch.dtype, out: Tensor | None = None
+) -> Tensor:
+    """``mix_kernels`` without autograd, in ``dtype``, expanded to ``batch`` samples where they share one kernel."""
+    with torch.no_grad():
+        return mix_kernels(experts, mixture, groups, out).to(dtype).expand(batch, -1, -1, -1, -1)
 
-    out: memory of that shape to put them in, which may be that of ``kernels``; only where nothing is recorded.
+
+def scale_kernels(kernels: Tensor, mixture: Mixture, groups: int, out: Tensor | None = None) -> Tensor:
+    """``kernels`` [B, O, I/G, kh, kw] times every scale of the mixture; ``kernels`` itself when it has none.
+
+    out: a buffer of that shape for the result, which may be ``kernels``; only where autograd records nothing.
     """
     shape = kernels.shape[1:]
     rows = shape[0] // groups
@@ -54,9 +62,9 @@ def scale_kernels(kernels: Tensor, mixture: Mixture, groups: int, out: Tensor | 
 
 
 def _columns(mixture: Mixture, groups: int, per_group: int, area: int, like: Tensor) -> Tensor | None:
-    """``in_scale (x) spatial``, what multiplies the columns of every filter: [B, G, I/G * kh * kw] or None.
+    """``in_scale (x) spatial``, which multiplies the columns of every filter: [B, G, I/G * kh * kw] or None.
 
-    Written out, small as it is, since a product that broadcasts over 3x3 positions is not vectorised.
+    It is materialised, since a product that broadcasts over 3x3 positions is not vectorised.
     """
     columns = None
     if mixture.in_scale is not None:
@@ -72,8 +80,8 @@ def unmix_kernels(
 ) -> list[Tensor | None]:
     """The gradients of the parts of ``mixture`` from the gradient of ``K``; that of the experts is added in place.
 
-    grad: [B, O, I/G, kh, kw], overwritten. mixed: what ``mix_experts`` gave, overwritten if it is not the expert.
-    grad_experts: [E, O, I/G, kh, kw] or None. No division: a scale may be 0.
+    grad: [B, O, I/G, kh, kw], overwritten. mixed: the result of ``mix_experts``, overwritten unless it is the expert.
+    grad_experts: [E, O, I/G, kh, kw] or None. Nothing is divided by a scale, which may be 0.
     """
     gate = mixture.gate
     scales = _unscale(grad, mixed, mixture, groups, in_place=gate is not None)
@@ -107,11 +115,11 @@ def _unscale(
     if columns is None:
         columns = grad.new_ones(batch, groups, per_group * area)
     columns = columns.reshape(batch * groups, 1, per_group * area)
-    left = product.sum(1) if by_out is None else (by_out.transpose(1, 2) @ product).squeeze(1)
-    left = left.view(batch, groups, per_group, area)  # the filters are summed away
+    sums = product.sum(1) if by_out is None else (by_out.transpose(1, 2) @ product).squeeze(1)
+    sums = sums.view(batch, groups, per_group, area)  # summed over filters
     grads = (
-        None if spatial is None else (left if by_in is None else left * by_in).sum((1, 2)).view(batch, kh, kw),
-        None if in_scale is None else (left if by_area is None else left * by_area).sum(3).view(batch, -1),
+        None if spatial is None else (sums if by_in is None else sums * by_in).sum((1, 2)).view(batch, kh, kw),
+        None if in_scale is None else (sums if by_area is None else sums * by_area).sum(3).view(batch, -1),
         None if out_scale is None else (product @ columns.transpose(1, 2)).view(batch, out),
     )
     grad.mul_(columns)
@@ -121,6 +129,6 @@ def _unscale(
 
 
 def empty_gradients(x: Tensor, experts: Tensor, mixture: Mixture) -> list[Tensor]:
-    """Memory for the gradients of ``x``, the experts and the parts of ``mixture``; none for what is not there."""
+    """Uninitialised gradients of ``x``, the experts and the parts of ``mixture``; empty for parts that are None."""
     parts = [x.new_empty(0) if part is None else torch.empty_like(part) for part in mixture]
     return [torch.empty_like(x, memory_format=format_of(x)), torch.empty_like(experts), *parts]

@@ -1,0 +1,79 @@
+"""Choose the implementation from shapes, device and mode alone: no timing, nothing that stops a compiler."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from condconv_surgery.ops.bounded_cache import memoize
+from condconv_surgery.ops.cost_model import LayerCost, rates_of, scales_belong_in_the_kernel
+from condconv_surgery.ops.dispatch import preferred_implementation
+from condconv_surgery.ops.geometry import ConvGeometry
+from condconv_surgery.ops.implementations import IMPLEMENTATIONS, legal_implementations
+from condconv_surgery.ops.mixture import Mixture, same_kernel_for_all
+from condconv_surgery.ops.per_sample.per_sample_conv import counts_as_cpu
+from condconv_surgery.ops.tracing_state import is_intercepted
+
+_choices: dict[tuple[object, ...], str] = {}
+
+
+def choose(x: Tensor, experts: Tensor, mixture: Mixture, geometry: ConvGeometry) -> str:
+    """The name of the implementation with the smallest ``estimate`` for ``x`` [B, I, H, W].
+
+    The batch is compared only with 0 and 1, so that one compiled graph serves every batch.
+    """
+    batch = x.shape[0]
+    if batch == 0:
+        return "static"
+    if batch == 1:
+        return "static" if same_kernel_for_all(mixture) and not scales_belong_in_the_kernel(x, geometry) else "plain"
+    names = candidates(mixture, geometry, torch.compiler.is_exporting(), counts_as_cpu(x))
+    if len(names) == 1:
+        return names[0]
+    preferred = preferred_implementation(x, experts, mixture, geometry)
+    if preferred is not None:
+        return preferred
+    if is_intercepted():  # sizes may be symbolic
+        return _cheapest(names, x, experts, mixture, geometry)
+    present = tuple(part is not None for part in mixture)
+    key = (x.device.type, x.dtype, x.shape[2:], experts.shape[0], present, geometry)
+    return _choices.get(key) or memoize(_choices, key, _cheapest(names, x, experts, mixture, geometry))
+
+
+def candidates(mixture: Mixture, geometry: ConvGeometry, exporting: bool, on_cpu: bool = True) -> list[str]:
+    """The implementations among which ``choose`` chooses for a batch of two or more.
+
+    ``blockwise`` does the work of ``grouped`` and ``bmm``, whichever is faster, with less memory traffic: of those that
+    mix kernels only it is estimated, unless the program is exported. On a GPU those that mix activations are too: there
+    work costs less than memory traffic.
+    """
+    legal = legal_implementations(2, mixture, geometry)
+    if exporting:
+        return [name for name in legal if IMPLEMENTATIONS[name].exportable]
+    if on_cpu:
+        return [name for name in legal if IMPLEMENTATIONS[name].chosen_on_cpu]
+    return [name for name in legal if IMPLEMENTATIONS[name].chosen_on_gpu]
+
+
+def estimate(implementation: str, x: Tensor, experts: int, mixture: Mixture, geometry: ConvGeometry) -> float:
+    """Seconds for one sample of ``x`` [B, I, H, W], which may be a meta tensor. The implementation must be legal."""
+    chosen = IMPLEMENTATIONS[implementation]
+    in_kernel = chosen.scales_are_in_its_cost and scales_belong_in_the_kernel(x, geometry)
+    scaled = mixture.in_scale is not None or mixture.out_scale is not None
+    one_kernel = same_kernel_for_all(mixture) and not (in_kernel and scaled)
+    cost = LayerCost.of(x, experts, geometry, rates_of(x), one_kernel)
+    seconds = chosen.seconds(cost)
+    if mixture.in_scale is not None and not in_kernel:
+        seconds += cost.write_and_read(cost.input_bytes)
+    if mixture.out_scale is not None and not in_kernel:
+        seconds += cost.write_and_read(cost.output_bytes)
+    return seconds
+
+
+def _cheapest(names: list[str], x: Tensor, experts: Tensor, mixture: Mixture, geometry: ConvGeometry) -> str:
+    seconds = [estimate(name, x, experts.shape[0], mixture, geometry) for name in names]
+    best = 0
+    for i in range(1, len(names)):  # not min(): a compiler that keeps sizes symbolic cannot trace it
+        if seconds[i] < seconds[best]:
+            best = i
+    return names[best]
