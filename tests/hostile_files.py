@@ -1,4 +1,4 @@
-"""Files that mean harm, or are not what their names say, and how each must end.
+"""Malicious files, and files of another kind than their names: the exit code and message for each.
 
 ``python -m tests.hostile_files FOLDER`` writes them. Each that can run a command would create the file ``ran`` beside
 itself.
@@ -33,11 +33,11 @@ from condconv_surgery.runtime.tensor_hash import hash_tensors
 
 @dataclass(frozen=True)
 class Hostile:
-    """``write`` makes the file; the command must end with ``code`` and say ``words`` (a regular expression)."""
+    """``write`` makes the file; the command must exit with ``code`` and print ``message`` (a regular expression)."""
 
     name: str
     code: int
-    words: str
+    message: str
     write: Callable[[Path], None]
 
 
@@ -63,7 +63,7 @@ def raw(data: bytes) -> Callable[[Path], None]:
 
 
 def recipe(**changes: Any) -> Callable[[Path], None]:
-    """An artifact of ours whose recipe says something else."""
+    """An artifact whose recipe has the given values."""
 
     def write(path: Path) -> None:
         text = json.dumps({**Recipe().to_dict(), **changes})
@@ -232,7 +232,7 @@ HOSTILE = [
         "cannot be read",
         skeleton({"parameters": {"weight": [0, [10**6, 10**9], "float32"]}}),
     ),
-    Hostile("skeleton_lacks.safetensors", 1, "it has 'weight', which the model has not", skeleton({})),
+    Hostile("skeleton_lacks.safetensors", 1, "it has 'weight', which the model lacks", skeleton({})),
 ]
 
 

@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 
 from condconv_surgery.data.labelled_images import LabelledImages
 from condconv_surgery.errors import InputError, one_line
-from condconv_surgery.models.preprocess import flat
+from condconv_surgery.models.preprocess import to_channels
 from condconv_surgery.runtime.seeding import seeded
 
 Transform = Callable[[Image.Image], Tensor]
@@ -101,7 +101,7 @@ def decode_image(open_image: Callable[[], Image.Image], channels: int = 3, name:
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             warnings.filterwarnings("ignore", category=UserWarning, module="PIL")
             with open_image() as image:
-                return flat(image, channels)
+                return to_channels(image, channels)
     except Exception as error:  # PIL's readers raise whatever the bytes lead them into
         reason = one_line(error)
         raise UnreadableImageError(f"{name} is not a readable image: {reason}", "", "remove it") from error

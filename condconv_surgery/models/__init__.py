@@ -1,1 +1,1 @@
-"""Where models come from and where they go: names, files, artifacts."""
+"""Loading and saving models: names, checkpoints, artifacts, layouts of other implementations."""

@@ -1,4 +1,4 @@
-"""From a ``Source`` to a model, and the layers of a model exchanged for those that its recipe names."""
+"""Build a model from its ``Source``; replace layers and heads by those that its recipe names."""
 
 from __future__ import annotations
 
@@ -31,25 +31,25 @@ def build(source: Source, trust: tuple[str, ...] = ()) -> nn.Module:
     return checked_model(lambda: make(source), source)
 
 
-def exchange_heads(model: nn.Module, heads: dict[str, int]) -> None:
-    """Give the named final layers other widths, with fresh weights, in place.
+def replace_heads(model: nn.Module, heads: dict[str, int]) -> None:
+    """Replace the named final layers by fresh ones of the given output widths, in place.
 
-    Raises ``AttributeError`` for a name that is not there or not a head.
+    Raises ``AttributeError`` for a name that the model lacks or a module that is no head.
     """
     for name, width in heads.items():
         model.set_submodule(name, resized(model.get_submodule(name), width))
 
 
 def put_conditional(skeleton: nn.Module, row: ConvertedLayer) -> None:
-    """Exchange a plain layer for an empty conditional one with its hooks, at every name that it has.
+    """Replace a plain layer by an uninitialised conditional one with its hooks, at every name that it has.
 
-    Raises ``AttributeError`` when there is no such layer there.
+    Raises ``AttributeError`` when the model has no such layer at the first name.
     """
     plain = skeleton.get_submodule(row.names[0])
     if not isinstance(plain, nn.Linear if row.linear else nn.Conv2d):
         raise AttributeError(f"{row.names[0]} is a {type(plain).__name__}")
     if plain.weight.shape[:2] != geometry_of(plain).weight_shape[:2]:
-        raise AttributeError(f"{row.names[0]} is not what its weight is")
+        raise AttributeError(f"{row.names[0]} has other channels than its weight")
     layer = conditional_like(plain, row.variant)
     move_hooks(plain, layer)
     for name in row.names:
@@ -57,7 +57,7 @@ def put_conditional(skeleton: nn.Module, row: ConvertedLayer) -> None:
 
 
 def resized(head: nn.Module, width: int) -> nn.Linear | nn.Conv2d:
-    """A fresh head of another width, otherwise the same. Raises ``AttributeError`` for what is no plain head."""
+    """A fresh head of another output width, otherwise the same. Raises ``AttributeError`` for any other module."""
     bias = getattr(head, "bias", None) is not None
     if isinstance(head, nn.Linear):
         return nn.Linear(head.in_features, width, bias, head.weight.device, head.weight.dtype)
@@ -73,4 +73,4 @@ def resized(head: nn.Module, width: int) -> nn.Linear | nn.Conv2d:
             device=head.weight.device,
             dtype=head.weight.dtype,
         )
-    raise AttributeError(f"the head to exchange is a {type(head).__name__}")
+    raise AttributeError(f"the head to replace is a {type(head).__name__}")

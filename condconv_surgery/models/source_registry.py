@@ -113,7 +113,7 @@ def load_named(
     if model is None:
         model = checked_model(lambda: build(source), source)
     if options.weights not in ("none", "default"):
-        fill_foreign(model, modern_names(read_tensors(Path(options.weights))), options.weights, source)
+        fill_foreign(model, modern_names(read_tensors(Path(options.weights), options.trust)), options.weights, source)
     attach_recipe(model, Recipe(source=source, input=input_spec(model, source)))
     return model
 

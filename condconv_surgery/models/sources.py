@@ -106,7 +106,8 @@ def _load_checkpoint(text: str, options: LoadOptions) -> nn.Module:
     _require_no_classes(path, options)
     content = read_checkpoint(path, options.trust)
     if isinstance(content, nn.Module) and options.arch is None:
-        return _with_recipe(content.eval(), recognise_module(content) or Source())
+        content.eval()  # returns None where a model's own train() does
+        return _with_recipe(content, recognise_module(content) or Source())
     state = modern_names(dict(content.state_dict()) if isinstance(content, nn.Module) else content)
     arch = None if options.arch is None else with_classes(named(options.arch), options.num_classes)
     layout = layout_of(state)

@@ -34,7 +34,8 @@ def _pretrained(name: str) -> nn.Module | None:
     if name not in require_timm().list_pretrained():
         return None
     model: nn.Module = require_timm().create_model(name, pretrained=True)
-    return model.eval()
+    model.eval()
+    return model
 
 
 def _input_spec(model: nn.Module, source: Source) -> InputSpec:

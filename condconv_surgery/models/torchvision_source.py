@@ -43,7 +43,9 @@ def build_published(name: str, weights: WeightsEnum, state: dict[str, Tensor] | 
 
     state: what the weights' file holds; ``None`` fetches it, with its hash checked and nothing in it run.
     """
-    return _build(Source(f"torchvision:{name}"), _WithState(weights, state)).eval()
+    model = _build(Source(f"torchvision:{name}"), _WithState(weights, state))
+    model.eval()
+    return model
 
 
 def fetch(weights: WeightsEnum) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""A saved model comes back with bit-identical outputs, or is refused in words."""
+"""A saved model loads with bit-identical outputs, or ``load`` raises an error that names the reason."""
 
 from __future__ import annotations
 
@@ -305,6 +305,28 @@ def test_a_torch_file_is_no_artifact(tmp_path: Path) -> None:
     torch.save(nn.Conv2d(3, 3, 1).state_dict(), tmp_path / "m.pt")
     with pytest.raises(InputError, match=r"m.pt is a torch file(.|\n)*load_model\(.*m.pt"):
         cs.load(tmp_path / "m.pt")
+
+
+class FrozenNorm(Net):
+    """As mmcv's networks keep their batch norms in eval mode."""
+
+    def train(self, mode: bool = True) -> None:  # type: ignore[override]
+        super().train(mode)
+
+
+def test_a_model_whose_train_returns_nothing(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    original = FrozenNorm()
+    torch.save(original, tmp_path / "m.pt")
+    cs.save(original, tmp_path / "m.safetensors")
+    original.eval()
+    for model in (
+        cs.load(tmp_path / "m.safetensors", trust="tests"),
+        load_model(tmp_path / "m.pt", trust="tests"),
+        load_model("tests.models.test_artifact:FrozenNorm", weights=tmp_path / "m.pt", trust="tests"),
+    ):
+        assert not model.training
+        assert torch.equal(model(EXAMPLE), original(EXAMPLE))
 
 
 def test_a_run_does_not_change_what_a_model_is(tmp_path: Path) -> None:

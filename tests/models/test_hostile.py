@@ -1,4 +1,4 @@
-"""Every hostile file through the real command: nothing runs, nothing is written, words and an exit code."""
+"""Every hostile file through the real command: nothing runs, nothing is written; a message and an exit code."""
 
 from __future__ import annotations
 
@@ -45,10 +45,10 @@ def test_nothing_runs_and_nothing_is_written(
     loaded = set(sys.modules)
     with pytest.raises(SystemExit) as ended:
         run()
-    said = capsys.readouterr()
-    assert (ended.value.code, said.out) == (hostile.code, "")
-    assert re.search(hostile.words, said.err), said.err
-    assert "Traceback" not in said.err
+    output = capsys.readouterr()
+    assert (ended.value.code, output.out) == (hostile.code, "")
+    assert re.search(hostile.message, output.err), output.err
+    assert "Traceback" not in output.err
     assert list(tmp_path.iterdir()) == [path]
     assert not {"evil", "antigravity"} & (set(sys.modules) - loaded)
 
@@ -83,8 +83,8 @@ def leaves(data: Any) -> list[tuple[Any, Any]]:
 
 
 @pytest.mark.parametrize("part", ["recipe", "skeleton", "aliases"])
-def test_any_one_wrong_value_ends_in_words(part: str, tmp_path: Path) -> None:
-    """Each value of the metadata exchanged for each wrong one: the file loads, or is refused as a user can read."""
+def test_any_wrong_value_loads_or_raises_our_error(part: str, tmp_path: Path) -> None:
+    """Each value of the metadata replaced by each wrong one: the file loads or a ``SurgeryError`` is raised."""
     path = tmp_path / "m.safetensors"
     model = Net()
     model.features[2].weight = nn.Parameter(model.features[2].weight)

@@ -15,7 +15,7 @@ from torch import nn
 
 import condconv_surgery as cs
 from condconv_surgery.errors import DamagedFileError, InputError
-from condconv_surgery.models.checkpoints.allowlist import HELPER_ROOMS, LAYER_ROOMS, name_of, resolve, trusted
+from condconv_surgery.models.checkpoints.allowlist import HELPER_MODULES, LAYER_MODULES, name_of, resolve, trusted
 from condconv_surgery.models.sources import load_model
 from condconv_surgery.recipe import CondConv, Source, recipe_of
 from tests.small_networks import SmallNet, small_net
@@ -152,7 +152,7 @@ def test_trusting_a_package_is_not_trusting_what_it_imports() -> None:
 
 
 def test_no_allowed_constructor_reads_writes_fetches_or_runs() -> None:
-    """Over the sources of every allowed room: a new release that adds such a class must not pass unseen."""
+    """Over the sources of every allowed module: fails when a new release adds such a class."""
     forbidden = {
         *("open", "eval", "exec", "compile", "__import__", "import_module", "system", "Popen", "urlopen", "download"),
         *("load_state_dict_from_url", "load_checkpoint", "load_pretrained", "create_model", "unlink", "rmtree"),
@@ -171,12 +171,12 @@ def test_no_allowed_constructor_reads_writes_fetches_or_runs() -> None:
 
 def allowed_sources() -> list[Path]:
     paths: set[Path] = set()
-    for room in {*LAYER_ROOMS, *HELPER_ROOMS}:
-        if room.startswith("timm"):
+    for parent in {*LAYER_MODULES, *HELPER_MODULES}:
+        if parent.startswith("timm"):
             pytest.importorskip("timm")
-        spec = importlib.util.find_spec(room)
+        spec = importlib.util.find_spec(parent)
         assert spec is not None
-        assert spec.submodule_search_locations, room
+        assert spec.submodule_search_locations, parent
         paths.update(Path(spec.submodule_search_locations[0]).rglob("*.py"))
     return sorted(paths)
 

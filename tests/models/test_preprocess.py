@@ -12,13 +12,13 @@ from PIL import Image
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms._presets import ImageClassification
 
-from condconv_surgery.models.preprocess import evaluation_transform, flat
+from condconv_surgery.models.preprocess import evaluation_transform, to_channels
 from condconv_surgery.recipe import InputSpec
 
 SIZES = [(300, 200), (200, 300), (64, 64), (97, 411)]
 
 
-def picture(size: tuple[int, int], mode: str = "RGB") -> Image.Image:
+def image(size: tuple[int, int], mode: str = "RGB") -> Image.Image:
     rng = np.random.default_rng(0)
     return Image.fromarray(rng.integers(0, 256, (size[1], size[0], 3), dtype="uint8")).convert(mode)
 
@@ -28,7 +28,7 @@ def picture(size: tuple[int, int], mode: str = "RGB") -> Image.Image:
 def test_equals_torchvision(size: tuple[int, int], crop: int, resize: int) -> None:
     theirs = ImageClassification(crop_size=crop, resize_size=resize, interpolation=InterpolationMode.BICUBIC)
     spec = InputSpec(height=crop, width=crop, interpolation="bicubic", crop_fraction=crop / resize)
-    torch.testing.assert_close(evaluation_transform(spec)(picture(size)), theirs(picture(size)), rtol=0, atol=1e-6)
+    torch.testing.assert_close(evaluation_transform(spec)(image(size)), theirs(image(size)), rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -37,7 +37,7 @@ def test_equals_timm(size: tuple[int, int], fraction: float) -> None:
     data = pytest.importorskip("timm.data")
     theirs = data.create_transform((3, 224, 224), interpolation="bilinear", crop_pct=fraction, is_training=False)
     spec = InputSpec(crop_fraction=fraction)
-    torch.testing.assert_close(evaluation_transform(spec)(picture(size)), theirs(picture(size)), rtol=0, atol=1e-6)
+    torch.testing.assert_close(evaluation_transform(spec)(image(size)), theirs(image(size)), rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -53,7 +53,7 @@ def test_a_wide_input_is_covered(size: tuple[int, int]) -> None:
 @pytest.mark.parametrize("channels", [1, 3])
 def test_every_mode_has_the_channels_of_the_model(mode: str, channels: int) -> None:
     spec = InputSpec(channels, 32, 32, (0.5,) * channels, (0.5,) * channels)
-    assert evaluation_transform(spec)(picture((40, 30), mode)).shape == (channels, 32, 32)
+    assert evaluation_transform(spec)(image((40, 30), mode)).shape == (channels, 32, 32)
 
 
 def test_transparency_is_white() -> None:
@@ -61,9 +61,9 @@ def test_transparency_is_white() -> None:
     palette: Any = Image.new("P", (8, 8), 3)
     palette.info["transparency"] = 3
     for transparent in (clear, palette):
-        assert flat(transparent).getpixel((0, 0)) == (255, 255, 255)
+        assert to_channels(transparent).getpixel((0, 0)) == (255, 255, 255)
 
 
 def test_survives_a_trip_to_a_loader_process() -> None:
     transform = evaluation_transform(InputSpec(height=32, width=32))
-    assert torch.equal(pickle.loads(pickle.dumps(transform))(picture((40, 30))), transform(picture((40, 30))))
+    assert torch.equal(pickle.loads(pickle.dumps(transform))(image((40, 30))), transform(image((40, 30))))

@@ -1,4 +1,4 @@
-"""From names, files and factories to models; what is no model is answered in words."""
+"""From names, files and factories to models; the error for everything else names what it is."""
 
 from __future__ import annotations
 

@@ -53,7 +53,7 @@ def converted(plain: str, experts: int, include: str = "blocks.[456].*", **optio
 
 @torch.no_grad()
 def assert_same(ours: nn.Module, other: nn.Module) -> None:
-    """Outputs to 1e-5 of the largest, for a batch and for one picture."""
+    """Outputs to 1e-5 of the largest, for a batch and for one image."""
     dtype = next(other.parameters()).dtype
     for x in (X.to(dtype), X[:1].to(dtype)):
         expected = other(x)
@@ -126,7 +126,7 @@ def test_the_architecture_may_be_named_by_either_name(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_words_for_a_file_that_does_not_fit(
+def test_the_error_for_a_file_that_does_not_fit(
     tmp_path: Path, arch: str | None, change: dict[str, Tensor], message: str
 ) -> None:
     state = timm.create_model("tf_efficientnet_cc_b0_4e").state_dict()
@@ -143,14 +143,14 @@ def test_words_for_a_file_that_does_not_fit(
         (DynamicConv(2, routing="block"), ["blocks.6.*"], r"blocks\.6\.0 is not converted to condconv"),
     ],
 )
-def test_words_for_what_timm_cannot_hold(variant: CondConv, layers: list[str], message: str) -> None:
+def test_the_error_for_what_timm_cannot_hold(variant: CondConv, layers: list[str], message: str) -> None:
     model = timm.create_model("tf_efficientnet_b0")
     made = cs.convert(model, variant, example=X, include=layers, exclude=["*.se.*"], prove=False).model
     with pytest.raises(InputError, match=message):
         to_timm_layout(made)
 
 
-def test_words_for_a_block_of_another_class() -> None:
+def test_the_error_for_a_block_of_another_class() -> None:
     made = cs.convert(
         timm.create_model("resnet18"), CondConv(2, routing="block"), example=X, include=["layer4.*"], prove=False
     ).model
@@ -166,13 +166,13 @@ def test_words_for_a_block_of_another_class() -> None:
         ({"bn_eps": 1e-3}, r"blocks\.5\.0 pads by \(2, 2\)"),
     ],
 )
-def test_words_for_a_network_that_pads_or_normalises_otherwise(options: dict, message: str) -> None:
+def test_the_error_for_a_network_that_pads_or_normalises_otherwise(options: dict, message: str) -> None:
     made = converted("efficientnet_b0", 2, "blocks.5.0.*", **options)
     with pytest.raises(InputError, match=message):
         to_timm_layout(made)
 
 
-def test_words_for_a_file_read_into_a_network_that_normalises_otherwise(tmp_path: Path) -> None:
+def test_the_error_for_a_file_read_into_a_network_that_normalises_otherwise(tmp_path: Path) -> None:
     torch.save(timm.create_model("tf_efficientnet_cc_b0_4e").state_dict(), tmp_path / "cc.pth")
     with pytest.raises(
         InputError, match=r"blocks\.4\.0, where the model does not fit: blocks\.4\.0 has a norm with eps"
@@ -180,7 +180,7 @@ def test_words_for_a_file_read_into_a_network_that_normalises_otherwise(tmp_path
         load_model(str(tmp_path / "cc.pth"), arch="timm:efficientnet_b0")
 
 
-def test_words_for_a_padding_that_odconv_has_not() -> None:
+def test_the_error_for_a_padding_that_odconv_has_not() -> None:
     model = nn.Sequential(nn.Conv2d(3, 8, 1), timm.layers.Conv2dSame(8, 8, 3, 2, bias=False))
     made = cs.convert(model, ODConv(2), example=X, prove=False).model
     with pytest.raises(InputError, match="1 pads by the size of its input"):

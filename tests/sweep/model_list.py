@@ -16,10 +16,10 @@ from condconv_surgery.models.sources import load_model
 from condconv_surgery.recipe import Recipe, Source, attach_recipe
 
 SIDE = 96
-"""Side of a picture where the model takes any, in pixels: five halvings leave 3x3 positions for a batch norm."""
+"""Side of an image in pixels, for models that take any size: five halvings leave 3x3 positions for a batch norm."""
 
-SMALL_PICTURES = {"min_size": SIDE, "max_size": SIDE}
-"""torchvision's R-CNNs, RetinaNet and FCOS would enlarge every picture to 800 pixels."""
+SMALL_IMAGES = {"min_size": SIDE, "max_size": SIDE}
+"""torchvision's R-CNNs, RetinaNet and FCOS would enlarge every image to 800 pixels."""
 
 FEW_CLASSES = {"num_classes": 5}
 """With 91 classes a detector of random weights is sure of nothing, and its boxes are ties that rounding decides."""
@@ -70,28 +70,28 @@ def timm_cases() -> list[Case]:
 
 
 def inputs_of(case: Case, model: nn.Module) -> Iterator[tuple[Any, ...]]:
-    """The arguments to try, the smallest first: some models take pictures of one size only."""
+    """The arguments to try, the smallest first: some models take images of one size only."""
     generator = torch.Generator().manual_seed(0)
 
-    def pictures(*shape: int) -> Tensor:
+    def images(*shape: int) -> Tensor:
         return torch.rand(shape, generator=generator)
 
     if case.kind == "detection":
         side = int(model.transform.min_size[0])  # type: ignore[union-attr,index,arg-type]
-        yield [pictures(3, side, side) for _ in range(2)], [_target(side) for _ in range(2)]
+        yield [images(3, side, side) for _ in range(2)], [_target(side) for _ in range(2)]
     elif case.kind == "optical_flow":
-        yield pictures(1, 3, 128, 128), pictures(1, 3, 128, 128)  # its encoder divides by 8, its pyramid by 8 again
+        yield images(1, 3, 128, 128), images(1, 3, 128, 128)  # its encoder divides by 8, its pyramid by 8 again
     elif case.kind == "video":
-        yield (pictures(1, 3, 16, 112, 112),)
+        yield (images(1, 3, 16, 112, 112),)
     elif case.source.startswith("timm:"):
         channels, height, width = model.pretrained_cfg["input_size"]  # type: ignore[index,misc]
-        yield (pictures(2, int(channels), int(height), int(width)),)
+        yield (images(2, int(channels), int(height), int(width)),)
     else:
-        yield (pictures(2, 3, SIDE, SIDE),)
-        yield (pictures(2, 3, 224, 224),)
-        yield (pictures(2, 3, 299, 299),)  # the auxiliary head of Inception v3
+        yield (images(2, 3, SIDE, SIDE),)
+        yield (images(2, 3, 224, 224),)
+        yield (images(2, 3, 299, 299),)  # the auxiliary head of Inception v3
         for side in (384, 512, 518):
-            yield (pictures(2, 3, side, side),)
+            yield (images(2, 3, side, side),)
 
 
 def _torchvision_case(name: str) -> Case:
@@ -100,7 +100,7 @@ def _torchvision_case(name: str) -> Case:
     options: dict[str, Any] = {}
     if kind == "detection":
         options = dict(FEW_CLASSES)
-        options |= {} if name.startswith("ssd") else SMALL_PICTURES  # SSDs have one size
+        options |= {} if name.startswith("ssd") else SMALL_IMAGES  # SSDs have one size
         options |= FEW_BOXES if "rcnn" in name else {}
         options |= ALL_BOXES if name.startswith(("retinanet", "fcos")) else {}
     return Case(f"torchvision:{name}", kind, options)

@@ -1,1 +1,1 @@
-"""The file that ``save`` writes and ``load`` reads."""
+"""The artifact: the file that ``save`` writes and ``load`` reads."""

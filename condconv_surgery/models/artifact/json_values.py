@@ -1,4 +1,4 @@
-"""Attribute values of modules as JSON and back: numbers, texts, containers, names of classes, references to modules."""
+"""Attribute values of modules as JSON and back: numbers, strings, containers, class names, references to modules."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from condconv_surgery.errors import InputError
 from condconv_surgery.models.checkpoints.allowlist import name_of, resolve
 
-DEEPEST = 32
-"""Containers in containers; more is a loop."""
+MAX_DEPTH = 32
+"""Limit of nested containers; more means that one contains itself."""
 
-LARGEST = 4096
-"""Numbers of a tensor kept as a plain attribute: the anchors of a detector, not weights."""
+MAX_ELEMENTS = 4096
+"""Limit of the elements of a tensor in a plain attribute: the anchors of a detector, not weights."""
 
 
 class UndescribableError(InputError):
@@ -32,19 +32,19 @@ class UndescribableError(InputError):
 
 
 class ValueWriter:
-    """From values to JSON. ``number`` gives the number of a module in the skeleton."""
+    """From values to JSON. ``number`` returns the index of a module in the skeleton."""
 
     def __init__(self, number: Callable[[nn.Module], int]) -> None:
         self.number = number
 
     def write(self, value: Any, where: str, depth: int = 0) -> Any:
-        """Numbers, texts and lists as they are, all else as an object of one key: ``{kind: content}``.
+        """Numbers, strings and lists as they are, all else as an object of one key: ``{kind: content}``.
 
-        where: what to call the value in an error.
+        where: the name of the value in an error.
         """
         if value is None or type(value) in (bool, int, str) or (type(value) is float and math.isfinite(value)):
             return value
-        if depth > DEEPEST:
+        if depth > MAX_DEPTH:
             raise UndescribableError(f"{where} contains itself")
 
         def each(values: Any) -> list[Any]:
@@ -66,7 +66,7 @@ class ValueWriter:
         if isinstance(value, torch.dtype):
             return {"dtype": str(value).removeprefix("torch.")}
         if isinstance(value, torch.device):
-            return {"device": "cpu"}  # where a file is loaded
+            return {"device": "cpu"}  # load puts every model there
         if isinstance(value, nn.Module):
             return {"module": self.number(value)}
         if isinstance(value, enum.Enum):
@@ -75,7 +75,7 @@ class ValueWriter:
             return {"method": [self.number(value.__self__), value.__name__]}
         if inspect.isclass(value) or inspect.isfunction(value):
             return {"name": name_in_file(value)}
-        if type(value) is Tensor and value.numel() <= LARGEST and not value.is_meta:
+        if type(value) is Tensor and value.numel() <= MAX_ELEMENTS and not value.is_meta:
             return {
                 "tensor": [
                     str(value.dtype).removeprefix("torch."),
@@ -85,13 +85,13 @@ class ValueWriter:
             }
         if isinstance(value, (Tensor, *_BUILT_IN)) or not hasattr(value, "__dict__"):
             raise UndescribableError(f"{where} is a {type(value).__name__}")
-        name = name_in_file(type(value))  # a plain helper: box coders, matchers
+        name = name_in_file(type(value))  # a plain helper object: box coders, matchers
         state = {key: self.write(item, f"{where}.{key}", depth + 1) for key, item in value.__dict__.items()}
         return {"object": [name, state]}
 
 
 class ValueReader:
-    """The inverse of ``ValueWriter``. Raises ``ValueError`` and its like for anything that it does not write."""
+    """The inverse of ``ValueWriter``. Raises ``ValueError``, ``TypeError`` or ``KeyError`` for any other JSON."""
 
     def __init__(self, modules: list[nn.Module], trust: tuple[str, ...] = ()) -> None:
         self.modules = modules
@@ -119,10 +119,10 @@ class ValueReader:
         return self.modules[number]
 
     def dtype(self, name: str) -> torch.dtype:
-        found = getattr(torch, name)
-        if not isinstance(found, torch.dtype):
+        dtype = getattr(torch, name)
+        if not isinstance(dtype, torch.dtype):
             raise TypeError(f"{name} is not a dtype")
-        return found
+        return dtype
 
     def _readers(self) -> dict[str, Callable[[Any], Any]]:
         return {
@@ -148,7 +148,7 @@ class ValueReader:
         return cls[member]
 
     def _method(self, content: list[Any]) -> Any:
-        """A method of a module that its class defines; what runs is that class's own code, when the model does."""
+        """A method that the class of a module defines: an allowed class's own code."""
         module, name = self.module(content[0]), content[1]
         function = inspect.getattr_static(type(module), name)
         if name.startswith("__") or not inspect.isfunction(function):
@@ -159,13 +159,13 @@ class ValueReader:
         cls, state = resolve(content[0], self.trust), content[1]
         if not isinstance(cls, type) or issubclass(cls, nn.Module) or any(key.startswith("__") for key in state):
             raise TypeError(f"{content[0]} is not a plain class")
-        made = object.__new__(cls)
-        made.__dict__.update({key: self.read(value) for key, value in state.items()})
-        return made
+        instance = object.__new__(cls)
+        instance.__dict__.update({key: self.read(value) for key, value in state.items()})
+        return instance
 
 
 _BUILT_IN = (bool, int, float, str, bytes, list, tuple, dict, set, frozenset)
-"""Subclasses of these hold more than their attributes."""
+"""The value of a subclass of these is not in its attributes."""
 
 _CONTAINERS: dict[str, Callable[[Any], Any]] = {
     "tuple": tuple,
@@ -176,9 +176,9 @@ _CONTAINERS: dict[str, Callable[[Any], Any]] = {
 
 
 def name_in_file(value: Any) -> str:
-    """The name by which a class or function is found again. Raises ``UndescribableError`` when there is none."""
+    """The importable name of a class or function. Raises ``UndescribableError`` when it has none."""
     name = name_of(value)
     if name is None:
         home = f"{getattr(value, '__module__', '?')}.{getattr(value, '__qualname__', value)}"
-        raise UndescribableError(f"{home} cannot be found again by that name")
+        raise UndescribableError(f"{home} cannot be imported by that name")
     return name

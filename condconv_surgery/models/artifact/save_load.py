@@ -1,9 +1,9 @@
 """A converted model as one self-describing safetensors file.
 
-The metadata holds the recipe (where the skeleton comes from, which layers are conditional and of which variant, which
-heads were exchanged), the names that share one tensor and, where no name can rebuild the model, its modules as JSON
-(see ``skeleton``). ``load`` builds the skeleton, puts empty conditional layers in their places and fills every tensor,
-strictly. There is no pickle, and nothing is imported that the user or this package did not name.
+The metadata holds the recipe (the source of the skeleton, the conditional layers and their variants, the replaced
+heads), the names that share one tensor and, where no source rebuilds the model, its modules as JSON (see ``skeleton``).
+``load`` builds the skeleton, replaces its layers by uninitialised conditional ones and fills every tensor, strictly.
+There is no pickle, and nothing is imported that the user or this package did not name.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from condconv_surgery.models.artifact.container import (
 )
 from condconv_surgery.models.artifact.json_values import UndescribableError
 from condconv_surgery.models.artifact.skeleton import describe, rebuild, transient_tensors
-from condconv_surgery.models.build_model import build, exchange_heads, put_conditional
+from condconv_surgery.models.build_model import build, put_conditional, replace_heads
 from condconv_surgery.models.checkpoints.allowlist import trusted
 from condconv_surgery.models.checkpoints.pickled_modules import check_module
 from condconv_surgery.models.checkpoints.recognise_architecture import recognise_module, same_modules
@@ -44,16 +44,16 @@ from condconv_surgery.surgery import BlockError, lift_convolutions, route_block
 
 __all__ = ["attach_recipe", "is_artifact", "load", "read_recipe", "recipe_of", "save"]
 
-SMALL = 1024
-"""Widths up to this are not worth a check."""
+UNCHECKED_WIDTH = 1024
+"""Widths of a recipe up to this need no check: building them takes little memory."""
 
 
 def save(model: nn.Module, path: str | Path) -> None:
     """Write ``model``, converted or not, so that ``load(path)`` gives it back with bit-identical outputs.
 
-    The recipe is the one that the model carries, brought up to date from the model itself. A model that no longer is
-    what its source builds, or has none, is described module by module; one that cannot be described either (hooks,
-    local functions) needs ``load(path, model=skeleton)``. Training flags, ``requires_grad`` and hooks are not saved.
+    The recipe is the model's own, updated from its modules. A model that differs from what its source builds, or has no
+    source, is described module by module; one that cannot be described either (hooks, local functions) needs
+    ``load(path, model=skeleton)``. Training flags, ``requires_grad`` and hooks are not saved.
 
     Raises ``InputError`` when the file cannot be written or a tensor has no values; an existing file is then unchanged.
     """
@@ -73,9 +73,9 @@ def save(model: nn.Module, path: str | Path) -> None:
 def load(path: str | Path, *, model: nn.Module | None = None, trust: str | tuple[str, ...] = ()) -> nn.Module:
     """The model that ``save`` wrote, in eval mode, on the CPU, carrying its recipe.
 
-    model: the unconverted skeleton, for a model whose source only its author knows; it is changed and returned.
-    trust: packages that the file may name as the home of a factory or of classes, beyond torch.nn, torchvision and
-        timm.
+    model: the unconverted model, for a file that cannot rebuild it; it is converted in place and returned.
+    trust: packages, ``trust=["mypackage"]``, whose factories and classes the file may name, beyond torch.nn,
+        torchvision and timm.
 
     Raises ``InputError`` for a file of another kind or a package that is not trusted, and ``DamagedFileError`` for a
     file that is truncated, altered or newer.
@@ -86,10 +86,10 @@ def load(path: str | Path, *, model: nn.Module | None = None, trust: str | tuple
     recipe = content.recipe
     skeleton = _skeleton(content, packages) if model is None else model
     if isinstance(skeleton, fx.GraphModule) and recipe.layers:
-        lift_convolutions(skeleton)  # as convert did, whose names of them the file has
+        lift_convolutions(skeleton)  # as convert did: the file has the names that lifting gave
     try:
         if content.skeleton is None or model is not None:
-            exchange_heads(skeleton, recipe.heads)
+            replace_heads(skeleton, recipe.heads)
         for row in recipe.layers:
             put_conditional(skeleton, row)
         for shared in recipe.routers:
@@ -102,7 +102,8 @@ def load(path: str | Path, *, model: nn.Module | None = None, trust: str | tuple
         ) from error
     _fill(skeleton, content, transients=content.skeleton is not None and model is None)
     attach_recipe(skeleton, recipe)
-    return skeleton.eval()
+    skeleton.eval()  # returns None where a model's own train() does
+    return skeleton
 
 
 def _current_recipe(model: nn.Module) -> Recipe:
@@ -114,13 +115,13 @@ def _current_recipe(model: nn.Module) -> Recipe:
 
 
 def _converted_layers(model: nn.Module) -> tuple[ConvertedLayer, ...]:
-    found: dict[int, tuple[list[str], ConditionalConv2d[Any]]] = {}
+    by_identity: dict[int, tuple[list[str], ConditionalConv2d[Any]]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, ConditionalConv2d):
-            found.setdefault(id(module), ([], module))[0].append(name)
+            by_identity.setdefault(id(module), ([], module))[0].append(name)
     return tuple(
         ConvertedLayer(tuple(names), layer.variant, isinstance(layer, ConditionalLinear))
-        for names, layer in found.values()
+        for names, layer in by_identity.values()
     )
 
 
@@ -134,7 +135,7 @@ def _shared_routers(model: nn.Module) -> tuple[SharedRouter, ...]:
 
 
 def _description(model: nn.Module, recipe: Recipe) -> dict[str, str]:
-    """The skeleton of a model that its source does not rebuild as it is, or why it has none, for the metadata."""
+    """Metadata: the skeleton of a model that its source does not rebuild, or the reason why it cannot be described."""
     name = recipe.source.name
     if name and (builder_for(name) is FACTORY or same_modules(model, recipe.source, recipe.heads)):
         return {}  # a user's factory is not called again to compare
@@ -147,12 +148,12 @@ def _description(model: nn.Module, recipe: Recipe) -> dict[str, str]:
 def _skeleton(content: Content, trust: tuple[str, ...]) -> nn.Module:
     path, source = content.path, content.recipe.source
     _check_widths(content)
-    numbers = sum(tensor.numel() for tensor in content.tensors.values())
+    elements = sum(tensor.numel() for tensor in content.tensors.values())
     if content.skeleton is not None:
-        return check_module(rebuild(content.skeleton, trust, most_numbers=numbers), path)
+        return check_module(rebuild(content.skeleton, trust, max_elements=elements), path)
     if not source.name:
         raise InputError(
-            f"{path} does not say how its model is built: {content.undescribed or 'only its author knows'}.",
+            f"{path} does not say how its model is built: {content.undescribed or 'it has no source'}.",
             "Give the unconverted model, with any weights.",
             f'condconv_surgery.load("{path}", model=MyNet())',
         )
@@ -160,37 +161,37 @@ def _skeleton(content: Content, trust: tuple[str, ...]) -> nn.Module:
 
 
 def _check_widths(content: Content) -> None:
-    """A recipe that asks for more classes, experts or hidden units than any tensor has would only take memory."""
+    """Raise for a recipe with more classes, experts or hidden units than any tensor has: it would only take memory."""
     recipe, layers = content.recipe, content.recipe.layers
-    most = max((side for tensor in content.tensors.values() for side in tensor.shape), default=0)
-    asked = [*recipe.heads.values(), *(row.variant.experts for row in layers)]
-    asked += [getattr(row.variant, "min_hidden", 0) for row in layers]
-    asked += [shared.channels for shared in recipe.routers]
-    asked += [width for name, width in recipe.source.options.items() if name == "num_classes" and type(width) is int]
-    lies = [width for width in asked if width > max(most, SMALL)]
-    if lies:
-        raise damaged(content.path, f"its recipe has a width of {lies[0]}, the largest of its tensors {most}")
+    largest = max((side for tensor in content.tensors.values() for side in tensor.shape), default=0)
+    widths = [*recipe.heads.values(), *(row.variant.experts for row in layers)]
+    widths += [getattr(row.variant, "min_hidden", 0) for row in layers]
+    widths += [shared.channels for shared in recipe.routers]
+    widths += [width for name, width in recipe.source.options.items() if name == "num_classes" and type(width) is int]
+    false = [width for width in widths if width > max(largest, UNCHECKED_WIDTH)]
+    if false:
+        raise damaged(content.path, f"its recipe has a width of {false[0]}, the largest of its tensors {largest}")
 
 
 @torch.no_grad()
 def _fill(model: nn.Module, content: Content, transients: bool) -> None:
-    """Copy every tensor into its place, strictly: the same names, the same shapes; dtypes as in the file."""
+    """Copy every tensor of the file into the model. Names and shapes must be equal; the model takes its dtypes."""
     path, tensors = content.path, content.all_tensors()
-    wanted = model.state_dict(keep_vars=True)
+    targets = model.state_dict(keep_vars=True)
     if transients:
-        wanted |= transient_tensors(model)
-    missing, unexpected = sorted(set(wanted) - set(tensors)), sorted(set(tensors) - set(wanted))
+        targets |= transient_tensors(model)
+    missing, unexpected = sorted(set(targets) - set(tensors)), sorted(set(tensors) - set(targets))
     if missing or unexpected:
-        what = f"it lacks {missing[0]!r}" if missing else f"it has {unexpected[0]!r}, which the model has not"
+        what = f"it lacks {missing[0]!r}" if missing else f"it has {unexpected[0]!r}, which the model lacks"
         close = nearest((missing or unexpected)[0], unexpected if missing else missing, 1)
         counts = f"({len(missing)} missing, {len(unexpected)} unexpected)"
         raise damaged(path, f"{what} {counts}" + "".join(f"; nearest: {name!r}" for name in close))
     for name, tensor in tensors.items():
-        place = wanted[name]
-        if place.shape != tensor.shape:
-            raise damaged(path, f"{name!r} has shape {tuple(tensor.shape)}, the model {tuple(place.shape)}")
-        if place.is_floating_point() != tensor.is_floating_point():
-            raise damaged(path, f"{name!r} has dtype {tensor.dtype}, the model {place.dtype}")
-        if place.dtype != tensor.dtype:
-            place.data = place.data.to(tensor.dtype)
-        place.copy_(tensor)
+        target = targets[name]
+        if target.shape != tensor.shape:
+            raise damaged(path, f"{name!r} has shape {tuple(tensor.shape)}, the model {tuple(target.shape)}")
+        if target.is_floating_point() != tensor.is_floating_point():
+            raise damaged(path, f"{name!r} has dtype {tensor.dtype}, the model {target.dtype}")
+        if target.dtype != tensor.dtype:
+            target.data = target.data.to(tensor.dtype)
+        target.copy_(tensor)

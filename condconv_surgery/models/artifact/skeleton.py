@@ -1,10 +1,11 @@
-"""A model without its tensors, as JSON: for models that no name in torchvision or timm can rebuild.
+"""The modules of a model as JSON, without tensors: for models that no source can rebuild.
 
-Each module is its class by name, and its attributes by value. Rebuilding looks every name up in ``allowlist``, makes an
-empty object of the class and sets the attributes: no constructor and nothing else in the file is called.
+A module is described by the name of its class and the values of its attributes. ``rebuild`` looks every name up in
+``allowlist``, makes an empty object of the class and sets the attributes: no constructor and nothing else in the file
+is called.
 
-Not described, and so not rebuilt: hooks; lambdas and local functions; large tensors kept as plain attributes. A
-conditional layer is described as the plain layer that it replaced, a block that routes for its layers as it was before.
+Hooks, lambdas, local functions and large tensors in plain attributes cannot be described. A conditional layer is
+described as the plain layer that it replaced, a routed block as it was before.
 """
 
 from __future__ import annotations
@@ -25,16 +26,16 @@ from condconv_surgery.surgery.upcycle import has_hooks
 Skeleton = list[dict[str, Any]]
 
 _OWN_KEYS = frozenset(nn.Module().__dict__)
-"""What every module has: tables of parameters, buffers, children and hooks, and the training flag."""
+"""Attributes of every module: dicts of parameters, buffers, children and hooks, and the training flag."""
 
-_KEPT_BY_A_RUN = ("corr_pyramid", "attention_bias_cache")
-"""In RAFT of torchvision; in LeViT, TinyViT and EfficientFormer of timm."""
+_CACHES_OF_FORWARD = ("corr_pyramid", "attention_bias_cache")
+"""Attributes that a forward pass fills: in RAFT of torchvision; in LeViT, TinyViT and EfficientFormer of timm."""
 
 
 def describe(model: nn.Module, *, without_hooks: bool = False) -> Skeleton:
     """The modules of ``model``, its root first; a shared module is described once and referred to by number.
 
-    without_hooks: leave out hooks, which cannot be described, in place of raising.
+    without_hooks: leave out hooks instead of raising for them.
 
     Raises ``UndescribableError`` (an ``InputError``) with the first module and attribute that cannot be described.
     """
@@ -57,16 +58,16 @@ def describe(model: nn.Module, *, without_hooks: bool = False) -> Skeleton:
     return rows
 
 
-def rebuild(rows: Skeleton, trust: tuple[str, ...] = (), most_numbers: int | None = None) -> nn.Module:
-    """The model that ``describe`` was given, its tensors not filled.
+def rebuild(rows: Skeleton, trust: tuple[str, ...] = (), max_elements: int | None = None) -> nn.Module:
+    """The model that ``describe`` described, with zeros in its tensors.
 
-    most_numbers: of all tensors together; more than the file holds is a lie, and would only take memory.
+    max_elements: of all tensors together, as many as the file holds; a skeleton with more would only take memory.
 
     Raises ``InputError`` for a class that is not allowed and ``DamagedFileError`` for anything that ``describe`` does
     not write.
     """
     try:
-        _check_size(rows, most_numbers)
+        _check_size(rows, max_elements)
         modules = [_empty(row["class"], trust) for row in rows]
         tensors: dict[int, Tensor] = {}
         for module, row in zip(modules, rows, strict=True):
@@ -103,7 +104,7 @@ def _row(module: nn.Module, writer: ValueWriter, tensors: dict[int, int]) -> dic
     return {
         "class": name_in_file(plain_class_of(module)),
         "state": {
-            key: writer.write(_as_before_a_run(module, key, value), f"{type(module).__name__}.{key}")
+            key: writer.write(_without_cache(module, key, value), f"{type(module).__name__}.{key}")
             for key, value in module.__dict__.items()
             if key not in _OWN_KEYS and not isinstance(value, Recipe)
         },
@@ -118,13 +119,13 @@ def _row(module: nn.Module, writer: ValueWriter, tensors: dict[int, int]) -> dic
     }
 
 
-def _as_before_a_run(module: nn.Module, key: str, value: Any) -> Any:
-    """An attribute's value, or an empty list or dict for what a forward pass keeps for itself and makes anew."""
+def _without_cache(module: nn.Module, key: str, value: Any) -> Any:
+    """An attribute's value; an empty list or dict for a cache that the next forward pass fills again."""
     known = type(module).__module__.startswith(("torchvision.", "timm."))
-    return type(value)() if known and key in _KEPT_BY_A_RUN and isinstance(value, (list, dict)) else value
+    return type(value)() if known and key in _CACHES_OF_FORWARD and isinstance(value, (list, dict)) else value
 
 
-def _check_size(rows: Skeleton, most_numbers: int | None) -> None:
+def _check_size(rows: Skeleton, max_elements: int | None) -> None:
     sizes: dict[int, int] = {}
     for row in rows:
         for entry in (*row["parameters"].values(), *row["buffers"].values()):
@@ -133,8 +134,8 @@ def _check_size(rows: Skeleton, most_numbers: int | None) -> None:
                 if any(type(side) is not int or side < 0 for side in shape):
                     raise ValueError(f"a tensor of shape {shape}")
                 sizes[number] = torch.Size(shape).numel()
-    if most_numbers is not None and sum(sizes.values()) > most_numbers:
-        raise ValueError(f"its tensors have {sum(sizes.values())} numbers, the file {most_numbers}")
+    if max_elements is not None and sum(sizes.values()) > max_elements:
+        raise ValueError(f"its tensors have {sum(sizes.values())} elements, the file {max_elements}")
 
 
 def _empty(name: str, trust: tuple[str, ...]) -> nn.Module:

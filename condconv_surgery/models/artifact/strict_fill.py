@@ -30,33 +30,33 @@ def fill_foreign(model: nn.Module, state: dict[str, Tensor], what: str, source: 
 
     what: the file, for the error. Raises ``InputError`` when names or shapes differ.
     """
-    wanted = model.state_dict(keep_vars=True)
-    missing = [name for name in wanted if name not in state and not name.endswith(OPTIONAL)]
-    unexpected = [name for name in state if name not in wanted]
-    wrong = [name for name in state if name in wanted and state[name].shape != wanted[name].shape]
+    targets = model.state_dict(keep_vars=True)
+    missing = [name for name in targets if name not in state and not name.endswith(OPTIONAL)]
+    unexpected = [name for name in state if name not in targets]
+    wrong = [name for name in state if name in targets and state[name].shape != targets[name].shape]
     if missing or unexpected or wrong:
-        raise _misfit(what, source, missing, unexpected, [(n, state[n], wanted[n]) for n in wrong])
+        raise _misfit(what, source, missing, unexpected, [(n, state[n], targets[n]) for n in wrong])
     for name, tensor in state.items():
-        place = wanted[name]
-        if place.dtype != tensor.dtype and tensor.is_floating_point():
-            place.data = place.data.to(tensor.dtype)
-        place.copy_(tensor)
+        target = targets[name]
+        if target.dtype != tensor.dtype and tensor.is_floating_point():
+            target.data = target.data.to(tensor.dtype)
+        target.copy_(tensor)
 
 
 def _misfit(
     what: str, source: Source, missing: list[str], unexpected: list[str], wrong: list[tuple[str, Tensor, Tensor]]
 ) -> InputError:
     if wrong:
-        name, given, place = wrong[0]
-        detail = f"{name!r} has shape {tuple(given.shape)}, the model {tuple(place.shape)}"
-        only_classes = given.shape[1:] == place.shape[1:] and len(wrong) <= 4
-        fix = f"num_classes={given.shape[0]}" if only_classes else "another arch="
+        name, tensor, target = wrong[0]
+        detail = f"{name!r} has shape {tuple(tensor.shape)}, the model {tuple(target.shape)}"
+        only_classes = tensor.shape[1:] == target.shape[1:] and len(wrong) <= 4
+        fix = f"num_classes={tensor.shape[0]}" if only_classes else "another arch="
     elif missing:
         close = difflib.get_close_matches(missing[0], unexpected, 1)
         detail = f"it lacks {missing[0]!r}" + (f" (it has {close[0]!r})" if close else "")
         fix = "another arch="
     else:
-        detail, fix = f"it has {unexpected[0]!r}, which the model has not", "another arch="
+        detail, fix = f"it has {unexpected[0]!r}, which the model lacks", "another arch="
     return InputError(
         f"The weights in {what} do not fit {source.name}: {detail}.",
         f"{len(missing)} missing, {len(unexpected)} unexpected, {len(wrong)} of another shape; all must fit.",

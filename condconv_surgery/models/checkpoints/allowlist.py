@@ -1,11 +1,11 @@
-"""Which names a file may mention: classes that only build layers, and nothing that reads, writes, fetches or runs.
+"""The names that a file may contain: classes that only build layers; nothing that reads, writes, fetches or runs.
 
 A pickle and a skeleton name classes by text. Such a name is looked up here before anything is imported. A file may call
 what it names with arguments of its own choosing, so a name is allowed only if every call of it is harmless:
 
-- layer classes (``nn.Module``), enumerations and plain helper classes of the rooms of torch.nn, torchvision and timm
-  that hold layers. Not all of those packages: ``torchvision.datasets`` and a class in ``timm.task`` download when made.
-- functions of rooms that hold only arithmetic on tensors.
+- layer classes (``nn.Module``), enumerations and plain helper classes of the modules of torch.nn, torchvision and timm
+  that define layers. Not all of those packages: ``torchvision.datasets`` and a class in ``timm.task`` download.
+- functions of modules with nothing but arithmetic on tensors.
 - ``functools.partial`` and the containers of ``collections`` (not ``namedtuple``, which compiles text).
 - classes and functions that a package trusted by the user defines itself.
 """
@@ -23,7 +23,7 @@ from torch import nn
 
 from condconv_surgery.errors import InputError
 
-LAYER_ROOMS = (
+LAYER_MODULES = (
     "torch.nn",
     "torchvision.models",
     "torchvision.ops",
@@ -31,12 +31,12 @@ LAYER_ROOMS = (
     "timm.layers",
     "timm.models",
 )
-"""Where layer classes live."""
+"""Modules and packages that define layer classes."""
 
-HELPER_ROOMS = ("torch.nn.utils", "torchvision.models", "torchvision.ops", "timm.layers", "timm.models")
-"""Where the plain classes that layers hold live (box coders, matchers, weight normalisation)."""
+HELPER_MODULES = ("torch.nn.utils", "torchvision.models", "torchvision.ops", "timm.layers", "timm.models")
+"""Modules and packages that define the plain classes in layers (box coders, matchers, weight normalisation)."""
 
-ARITHMETIC_ROOMS = (
+ARITHMETIC_MODULES = (
     "torch.nn.functional",
     "torchvision.ops.boxes",
     "torchvision.models.optical_flow.raft",
@@ -70,7 +70,7 @@ DATA_NAMES: dict[str, tuple[str, ...]] = {
     "pathlib": ("pathlib.Path", "pathlib.PosixPath", "pathlib.PurePosixPath", "pathlib._local.PosixPath"),
     "types": ("types.SimpleNamespace",),
 }
-"""Packages that hold commands beside data: trusting one allows these names and no more."""
+"""Packages with commands beside data classes: trusting one allows only these names."""
 
 
 def resolve(name: str, trust: tuple[str, ...] = ()) -> Any:
@@ -85,7 +85,7 @@ def resolve(name: str, trust: tuple[str, ...] = ()) -> Any:
         return _own(name, module, leaf, package)
     if name in PLAIN_NAMES or (package in trust and name in DATA_NAMES.get(package, ())):
         return _imported(name, module, leaf)
-    if any(_within(module, room) for room in (*LAYER_ROOMS, *ARITHMETIC_ROOMS)):
+    if any(_within(module, parent) for parent in (*LAYER_MODULES, *ARITHMETIC_MODULES)):
         found = _imported(name, module, leaf)
         if _is_harmless(found, module, leaf):
             return found
@@ -96,7 +96,7 @@ def resolve(name: str, trust: tuple[str, ...] = ()) -> Any:
 
 
 def trusted(trust: str | Iterable[str]) -> tuple[str, ...]:
-    """The packages that the user trusts; one text is one package.
+    """The packages that the user trusts; one string is one package.
 
     Raises ``InputError`` for a package that cannot be trusted as a whole: it would allow a file to run anything.
     """
@@ -127,8 +127,8 @@ def _can_run_commands(package: str) -> bool:
     return package in sys.stdlib_module_names - {"__main__"} or package in ("", "torch", "torchvision", "timm", "numpy")
 
 
-def _within(module: str, room: str) -> bool:
-    return module == room or module.startswith(room + ".")
+def _within(module: str, parent: str) -> bool:
+    return module == parent or module.startswith(parent + ".")
 
 
 def _is_harmless(found: Any, module: str, leaf: str) -> bool:
@@ -136,8 +136,8 @@ def _is_harmless(found: Any, module: str, leaf: str) -> bool:
         return False  # imported into this module from one that is not on the list
     if inspect.isclass(found):
         known = issubclass(found, (nn.Module, enum.Enum))
-        return known or any(_within(module, room) for room in HELPER_ROOMS)
-    return inspect.isfunction(found) and module in ARITHMETIC_ROOMS
+        return known or any(_within(module, parent) for parent in HELPER_MODULES)
+    return inspect.isfunction(found) and module in ARITHMETIC_MODULES
 
 
 def _own(name: str, module: str, leaf: str, package: str) -> Any:

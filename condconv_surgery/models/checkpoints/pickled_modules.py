@@ -1,12 +1,13 @@
-"""Reading a pickle without running it: tensors always, whole modules when each name in the file is allowed.
+"""Read a pickle without running code from it: tensors, and whole modules when every name in the file is allowed.
 
-The file is first disassembled, not run, for the names that it mentions. Every name is looked up in ``allowlist``, and
-torch's own restricted unpickler (``weights_only=True``) then reads the file with exactly those names.
+The file is first disassembled, not run, to list its names. Every name is looked up in ``allowlist``, and torch's own
+restricted unpickler (``weights_only=True``) then reads the file with exactly those names.
 """
 
 from __future__ import annotations
 
 import pickle
+import threading
 import warnings
 import zipfile
 from pathlib import Path
@@ -20,19 +21,22 @@ from condconv_surgery.errors import DamagedFileError, InputError, SurgeryError
 from condconv_surgery.models.checkpoints.allowlist import resolve, trusted
 
 _FORBIDDEN = ("GLOBAL", "Can only", "Trying to call")
-"""Words of torch's restricted unpickler for what it may not do; its other complaints are of a damaged file."""
+"""Parts of the messages of torch's restricted unpickler for a forbidden name; its other errors mean a damaged file."""
 
-NEWEST_PROTOCOL = 3
-"""Of pickle, as far as torch's restricted unpickler goes: 4 brought frames and other ways to name a class."""
+_ONE_AT_A_TIME = threading.Lock()
+"""torch keeps the names of ``safe_globals`` for the whole process: of two reads, the first to end would drop both's."""
 
-DEEPEST = 200
-"""Modules in modules."""
+MAX_PROTOCOL = 3
+"""The newest pickle protocol of torch's restricted unpickler: 4 has frames and other opcodes that name a class."""
+
+MAX_DEPTH = 200
+"""Limit of nested modules."""
 
 
 def load_pickle(path: Path, trust: str | tuple[str, ...] = ()) -> Any:
-    """What ``torch.save`` put into ``path``, on the CPU.
+    """The object that ``torch.save`` wrote to ``path``, on the CPU.
 
-    trust: packages whose classes and functions the file may name beside those of ``allowlist``.
+    trust: packages whose classes and functions the file may name, beyond those of ``allowlist``.
 
     Raises ``InputError`` for a name that is not allowed, saying which package to trust, and ``DamagedFileError`` for a
     file that cannot be read.
@@ -41,16 +45,16 @@ def load_pickle(path: Path, trust: str | tuple[str, ...] = ()) -> Any:
     names = _names(path)
     allowed = _allowed(names, packages, path)
     try:
-        with safe_globals(allowed), warnings.catch_warnings():  # type: ignore[arg-type]
+        with _ONE_AT_A_TIME, safe_globals(allowed), warnings.catch_warnings():  # type: ignore[arg-type]
             warnings.filterwarnings("ignore", "Detected pickle protocol", UserWarning)  # 3 is read like 2
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # the file's own arguments reach constructors: anything may go wrong there
-        if isinstance(error, pickle.UnpicklingError) and any(words in str(error) for words in _FORBIDDEN):
+        if isinstance(error, pickle.UnpicklingError) and any(part in str(error) for part in _FORBIDDEN):
             raise _refused(path, names) from error
-        if (protocol := _protocol(path)) > NEWEST_PROTOCOL:
+        if (protocol := _protocol(path)) > MAX_PROTOCOL:
             raise InputError(
                 f"{path} was written with pickle protocol {protocol}.",
-                f"torch reads protocols up to {NEWEST_PROTOCOL} without running what is in a file; its own is 2.",
+                f"torch reads protocols up to {MAX_PROTOCOL} without running code in a file; its default is 2.",
                 "torch.save(model.state_dict(), 'model.pt') where the model was made, without pickle_protocol",
             ) from error
         raise DamagedFileError(
@@ -61,23 +65,23 @@ def load_pickle(path: Path, trust: str | tuple[str, ...] = ()) -> Any:
 
 
 def check_module(model: nn.Module, path: Path) -> nn.Module:
-    """``model``, after a look at what a file may have put where modules, parameters and buffers belong.
+    """``model``, after a check that its modules, parameters and buffers are such.
 
-    Raises ``DamagedFileError`` when something else is there, or a module contains itself.
+    Raises ``DamagedFileError`` when one is another object, or a module contains itself.
     """
     try:
         _check_tree(model, ())
     except (AttributeError, TypeError, ValueError) as error:
         raise DamagedFileError(
             f"{path} holds a module that is not whole: {error}.",
-            "Modules, parameters and buffers must be what they say.",
+            "Each module, parameter and buffer must be one.",
             "save model.state_dict() where the model was made",
         ) from error
     return model
 
 
 def _protocol(path: Path) -> int:
-    """The pickle protocol that the file says it has; 0 where it says none."""
+    """The pickle protocol in the header of the file; 0 where it has none."""
     with path.open("rb") as file:
         head = file.read(2)
     if head == b"PK":
@@ -85,13 +89,13 @@ def _protocol(path: Path) -> int:
             with zipfile.ZipFile(path) as archive:
                 record = next(name for name in archive.namelist() if name.endswith("/data.pkl"))
                 head = archive.open(record).read(2)
-        except Exception:  # not whole: that is what reading it says, then
+        except Exception:  # not whole: the error of torch.load says so
             return 0
     return head[1] if len(head) == 2 and head[:1] == pickle.PROTO else 0
 
 
 def _reason(error: Exception) -> str:
-    """What torch found, without its advice to run what is in the file."""
+    """The first line of torch's error, without its advice to use ``weights_only=False``."""
     lines = [line for line in str(error).rpartition("WeightsUnpickler error:")[2].splitlines() if line.strip()]
     return lines[0].strip() if lines else type(error).__name__
 
@@ -100,7 +104,7 @@ def _names(path: Path) -> list[str]:
     """The names in the file beyond those of tensors; none for a file from before torch 1.6, which lists no names."""
     try:
         return sorted(get_unsafe_globals_in_checkpoint(path))
-    except Exception:  # not a zip of torch's own, or cut short: reading it says what is wrong
+    except Exception:  # not a zip of torch's own, or cut short: the error of torch.load says so
         return []
 
 
@@ -108,15 +112,15 @@ def _allowed(names: list[str], trust: tuple[str, ...], path: Path) -> list[tuple
     try:
         return [(resolve(name, trust), name) for name in names]
     except InputError as error:
-        given = f"{path} is a pickle of more than tensors (a module, or a training state with its options)."
-        raise InputError(f"{given} {error.given}", error.allowed, error.fix) from error
+        content = f"{path} is a pickle of more than tensors (a module, or a training state with its options)."
+        raise InputError(f"{content} {error.given}", error.allowed, error.fix) from error
 
 
 def _check_tree(module: nn.Module, above: tuple[int, ...]) -> None:
     if id(module) in above:
         raise ValueError("it contains itself")
-    if len(above) > DEEPEST:
-        raise ValueError(f"modules in modules, more than {DEEPEST} deep")
+    if len(above) > MAX_DEPTH:
+        raise ValueError(f"modules in modules, more than {MAX_DEPTH} deep")
     for slots, kind in ((module._parameters, nn.Parameter), (module._buffers, Tensor), (module._modules, nn.Module)):
         for name, value in slots.items():
             if not isinstance(name, str) or not (value is None or isinstance(value, kind)):

@@ -1,6 +1,6 @@
-"""The weights, or the whole module, in a file that someone else wrote.
+"""The weights, or the whole module, in a checkpoint of another program.
 
-Training scripts nest the weights in dicts and put prefixes before their names; both are undone here.
+Training scripts nest the weights in dicts and put prefixes before their names; both are removed here.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from condconv_surgery.models.checkpoints.file_type import REFUSALS, SAFETENSORS,
 from condconv_surgery.models.checkpoints.pickled_modules import check_module, load_pickle
 
 NESTS = ("state_dict_ema", "model_ema", "state_dict", "model_state_dict", "model_state", "model", "net", "weights")
-"""Keys under which training scripts keep the weights, the averaged ones first."""
+"""Keys under which training scripts store the weights, averaged ones first."""
 
-DEEPEST = 4
-"""Nests in nests; a pickled dict may contain itself."""
+MAX_DEPTH = 4
+"""Limit of nested dicts; a pickled dict may contain itself."""
 
 PREFIXES = ("module.", "_orig_mod.", "model.")
-"""What DataParallel, torch.compile and wrappers put before every name."""
+"""Prefixes that DataParallel, torch.compile and wrapper modules put before every name."""
 
 
 def read_checkpoint(path: Path, trust: tuple[str, ...] = ()) -> dict[str, Tensor] | nn.Module:
@@ -31,7 +31,7 @@ def read_checkpoint(path: Path, trust: tuple[str, ...] = ()) -> dict[str, Tensor
 
     trust: packages whose classes a pickled module may name, beyond torch.nn, torchvision and timm.
 
-    Raises ``InputError`` for a file of another kind and ``DamagedFileError`` for a broken one, each in words.
+    Raises ``InputError`` for a file of another kind and ``DamagedFileError`` for a broken one.
     """
     kind = file_kind(path)
     if kind in REFUSALS:
@@ -64,7 +64,7 @@ def _find_weights(content: Any, path: Path, depth: int = 0) -> dict[str, Tensor]
         if content and all(isinstance(value, Tensor) for value in content.values()):
             return {str(name): tensor for name, tensor in content.items()}
         for nest in NESTS:
-            if isinstance(content.get(nest), (dict, nn.Module)) and depth < DEEPEST:
+            if isinstance(content.get(nest), (dict, nn.Module)) and depth < MAX_DEPTH:
                 return _find_weights(content[nest], path, depth + 1)
         tensors = {str(name): value for name, value in content.items() if isinstance(value, Tensor)}
         if len(tensors) > len(content) / 2:

@@ -1,7 +1,7 @@
-"""Which architecture a bare state dict belongs to, by comparing names and shapes with what can be built.
+"""Find the architecture of a bare state dict: compare its names and shapes with those of the models that can be built.
 
-Everything is built on the meta device: no memory, no initialisation. Families are told apart by the top-level names of
-one member before any other member is built.
+Models are built on the meta device: no memory, no initialisation. Of each family one member is built first; the others
+only when its top-level names match.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from condconv_surgery.layers import ConditionalConv2d, ConditionalLinear
 from condconv_surgery.layers.router import Router
 from condconv_surgery.models.artifact.meta_init import build_on_meta
 from condconv_surgery.models.artifact.skeleton import describe
-from condconv_surgery.models.build_model import exchange_heads
+from condconv_surgery.models.build_model import replace_heads
 from condconv_surgery.recipe import Source
 
 Shapes = dict[str, tuple[int, ...]]
@@ -30,11 +30,11 @@ VARIATIONS: tuple[dict[str, Any], ...] = ({}, {"aux_logits": False}, {"aux_loss"
 
 
 def recognise(shapes: Shapes, timm_names: list[str] | None = None) -> Source:
-    """The one torchvision model, else timm model, with these tensors; the number of classes is read off the head.
+    """The one torchvision model, else timm model, with these tensors; the head's shape gives the number of classes.
 
-    timm_names: look among these alone, where what the file holds says so already.
+    timm_names: the only candidates, where the layout of the file restricts them.
 
-    Raises ``InputError`` when none or several fit, with the nearest.
+    Raises ``InputError`` when none or several match, with the nearest.
     """
     shapes = _comparable(shapes)
     if timm_names is None:
@@ -56,8 +56,8 @@ def recognise(shapes: Shapes, timm_names: list[str] | None = None) -> Source:
 def recognise_module(model: nn.Module) -> Source | None:
     """The source of a model made by torchvision or timm, converted or not; ``None`` for any other.
 
-    Equal names and shapes are not enough: the modules must be the same too, or rebuilding by name would give a network
-    with, say, another activation.
+    Equal names and shapes are not enough: the modules must be equal too, or the model rebuilt by name might have
+    another activation.
     """
     shapes = _comparable(original_shapes(model))
     home = type(model).__module__
@@ -74,20 +74,20 @@ def recognise_module(model: nn.Module) -> Source | None:
 
 
 def same_modules(model: nn.Module, source: Source, heads: dict[str, int] | None = None) -> bool:
-    """The model is what ``source`` builds, its conditional layers taken as the plain ones that they replaced.
+    """Whether ``source`` builds this model, each conditional layer counted as the plain one that it replaced.
 
-    heads: final layers exchanged after building, as in a recipe.
+    heads: final layers replaced after building, as in a recipe.
     """
     try:
         twin = build_on_meta(source)
-        exchange_heads(twin, heads or {})
+        replace_heads(twin, heads or {})
         ours, theirs = describe(model, without_hooks=True), describe(twin, without_hooks=True)
     except (InputError, AttributeError):
         return False
     for row in (*ours, *theirs):
-        for key in ("parameters", "buffers"):  # compared already; dtypes may differ
+        for key in ("parameters", "buffers"):  # names and shapes are compared elsewhere; dtypes may differ
             del row[key]
-        for key in ("pretrained_cfg", "default_cfg"):  # timm's notes on where weights come from
+        for key in ("pretrained_cfg", "default_cfg"):  # timm's record of the origin of the weights
             row["state"].pop(key, None)
     return ours == theirs
 
@@ -109,34 +109,36 @@ def original_shapes(model: nn.Module) -> Shapes:
 
 
 def _comparable(shapes: Shapes) -> Shapes:
-    """Without the counters that older checkpoints lack."""
+    """Without the counters of batch norms, which older checkpoints lack."""
     return {name: shape for name, shape in shapes.items() if not name.endswith("num_batches_tracked")}
 
 
 def _matches(shapes: Shapes, library: str, families: dict[str, list[str]]) -> list[Source]:
-    tops = _tops(shapes)
+    tops = _top_names(shapes)
     matches = []
     for names in filter(None, families.values()):
-        if not any(_akin(_tops(candidate), tops, library) for candidate in _variations(library, names[0])):
+        if not any(
+            _same_family(_top_names(candidate), tops, library) for candidate in _variation_shapes(library, names[0])
+        ):
             continue
         for name in names:
-            source = _fits(shapes, library, name)
+            source = _matching_source(shapes, library, name)
             if source is not None:
                 matches.append(source)
     return matches
 
 
-def _akin(first: frozenset[str], tops: frozenset[str], library: str) -> bool:
-    """The family of a model with the top-level names ``first`` may have one with ``tops``.
+def _same_family(first: frozenset[str], tops: frozenset[str], library: str) -> bool:
+    """Whether a family whose first member has the top-level names ``first`` may have a member with ``tops``.
 
-    In torchvision a member may have less than another: ``raft_small`` has no ``mask_predictor``.
+    In torchvision a member may lack modules of another: ``raft_small`` has no ``mask_predictor``.
     """
     return first == tops or (library == "torchvision" and bool(tops) and (first > tops or first < tops))
 
 
-def _fits(shapes: Shapes, library: str, name: str) -> Source | None:
-    """The source with the options under which ``name`` has exactly these tensors."""
-    for options, candidate in zip(_allowed_variations(library, name), _variations(library, name), strict=True):
+def _matching_source(shapes: Shapes, library: str, name: str) -> Source | None:
+    """The source of ``name`` with the options under which it has exactly these tensors, ``None`` when there is none."""
+    for options, candidate in zip(_allowed_variations(library, name), _variation_shapes(library, name), strict=True):
         if candidate.keys() != shapes.keys():
             continue
         different = [key for key in shapes if shapes[key] != candidate[key]]
@@ -150,7 +152,7 @@ def _fits(shapes: Shapes, library: str, name: str) -> Source | None:
     return None
 
 
-def _variations(library: str, name: str) -> Iterator[Shapes]:
+def _variation_shapes(library: str, name: str) -> Iterator[Shapes]:
     for options in _allowed_variations(library, name):
         yield _cached_shapes(library, name, tuple(options.items()))
 
@@ -173,19 +175,19 @@ def _cached_shapes(library: str, name: str, options: tuple[tuple[str, Any], ...]
 def _shapes_of(source: Source) -> Shapes:
     try:
         model = build_on_meta(source)
-    except Exception:  # a factory that does not take the option, or cannot be built without data: it does not fit
+    except Exception:  # a factory that rejects the option, or needs data to build: no match
         return {}
     return _comparable({name: tuple(tensor.shape) for name, tensor in model.state_dict().items()})
 
 
-def _tops(shapes: Iterable[str]) -> frozenset[str]:
-    """Top-level names; auxiliary heads come and go within a family."""
+def _top_names(shapes: Iterable[str]) -> frozenset[str]:
+    """Top-level names without auxiliary heads, which only some members of a family have."""
     return frozenset(top for name in shapes if not (top := name.partition(".")[0]).lower().startswith("aux"))
 
 
 @functools.cache
 def _torchvision_families() -> dict[str, list[str]]:
-    """Names by the module of the class they build, float models only."""
+    """Names by the module that defines their builder, without the quantised models."""
     families: dict[str, list[str]] = defaultdict(list)
     for name in torchvision.models.list_models():
         if not name.startswith("quantized_"):
@@ -207,23 +209,23 @@ def _timm_families() -> dict[str, list[str]]:
 
 
 def _nearest(shapes: Shapes, count: int = 3) -> list[str]:
-    """The torchvision models that share most tensors (name and shape) with ``shapes``; nothing under a tenth.
+    """The torchvision models with the most equal tensors (name and shape), at least a tenth of them.
 
-    Only the families with most top-level names in common are built whole.
+    Only the two families with the most common top-level names are built.
     """
     families = _torchvision_families().values()
-    tops = _tops(shapes)
+    tops = _top_names(shapes)
 
-    def kinship(names: list[str]) -> float:
-        others = _tops(next(_variations("torchvision", names[0])))
+    def common_names(names: list[str]) -> float:
+        others = _top_names(next(_variation_shapes("torchvision", names[0])))
         return len(tops & others) / max(len(tops | others), 1)
 
-    def likeness(name: str) -> float:
-        candidate = next(_variations("torchvision", name))
+    def equal_tensors(name: str) -> float:
+        candidate = next(_variation_shapes("torchvision", name))
         same = sum(shapes.get(key) == shape for key, shape in candidate.items())
         return same / max(len(candidate), len(shapes), 1)
 
-    closest = [names for names in sorted(families, key=kinship, reverse=True)[:2] if kinship(names) > 0]
-    scores = {name: likeness(name) for names in closest for name in names}
+    closest = [names for names in sorted(families, key=common_names, reverse=True)[:2] if common_names(names) > 0]
+    scores = {name: equal_tensors(name) for names in closest for name in names}
     best = sorted(scores, key=lambda name: -scores[name])[:count]
     return [f"torchvision:{name}" for name in best if scores[name] > 0.1]
