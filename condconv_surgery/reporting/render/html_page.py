@@ -89,9 +89,9 @@ def _images_and_classes(routing: Routing | None) -> dict[str, Any]:
         return {"thumbnails": {}, "layers_with_images": (), "classes_of": {}}
     layers_with_images, indices = [], set[int]()
     for layer in sorted(routing.layers, key=lambda layer: -layer.variation):
-        wanted = {i for expert in layer.top for i in expert}
-        if len(indices | wanted) <= MAX_THUMBNAILS:
-            indices |= wanted
+        top_images = {i for expert in layer.top for i in expert}
+        if len(indices | top_images) <= MAX_THUMBNAILS:
+            indices |= top_images
             layers_with_images.append(layer.name)
     most = max(1, MAX_CELLS // max(1, sum(layer.experts for layer in routing.layers)))
     return {
