@@ -33,9 +33,9 @@ from condconv_surgery.recipe import InputSpec, TrainingOptions
 from condconv_surgery.training import Tally, fit_heads
 from condconv_surgery.training.batches.loaders import input_spec
 from condconv_surgery.training.distributed.world import World
-from condconv_surgery.training.monitor.progress_display import console_watcher
+from condconv_surgery.training.monitor.progress_display import console_display
 from condconv_surgery.training.run import Run
-from condconv_surgery.training.state.stop_signals import StopWish
+from condconv_surgery.training.state.stop_signals import StopRequest
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -49,7 +49,7 @@ def main(arguments: list[str] | None = None) -> None:
         model = load_model(chosen.model, weights=chosen.weights)
         spec = input_spec(model, options)
         fit_heads(model, tuple(ImageFolder(_train_folder(folder)).classes), spec)
-        run = Run(copy.deepcopy(model), options, World(), StopWish(), console_watcher())
+        run = Run(copy.deepcopy(model), options, World(), StopRequest(), console_display())
         loops = {
             "trainer": Loop(trainer(run)),
             "bare": Loop(bare_loop(copy.deepcopy(model), folder, spec, options)),

@@ -17,7 +17,7 @@ from .translate_arguments import to_flags
 
 if TYPE_CHECKING:
     from condconv_surgery.training import TrainingResult
-    from condconv_surgery.training.monitor.progress_display import Watcher
+    from condconv_surgery.training.monitor.callback import Callback
 
 
 @with_rule_options
@@ -98,27 +98,27 @@ def _train(options: TrainingOptions, resume: bool, ctx: typer.Context) -> Traini
 
     from condconv_surgery.models.sources import load_model
     from condconv_surgery.training import finetune as train
-    from condconv_surgery.training.monitor.progress_display import console_watcher
+    from condconv_surgery.training.monitor.progress_display import console_display
 
     say(f"Loading {options.model}")
     torch.manual_seed(options.seed)  # of weights that start at random
     loaded = load_model(options.model, arch=options.arch, weights=options.weights, trust=options.trust)
     loaded.float()  # a file may hold float16, in which small steps are lost
-    result = train(loaded, options, resume=resume, watcher=cast("Watcher", _InFlags(console_watcher(), ctx)))
+    result = train(loaded, options, resume=resume, callback=cast("Callback", _InFlags(console_display(), ctx)))
     return result if os.environ.get("RANK", "0") == "0" else None
 
 
 class _InFlags:
-    """A watcher whose notes speak of flags."""
+    """A callback whose notes speak of flags."""
 
-    def __init__(self, watcher: Watcher, ctx: typer.Context) -> None:
-        self.watcher, self.command = watcher, ctx.command
+    def __init__(self, callback: Callback, ctx: typer.Context) -> None:
+        self.callback, self.command = callback, ctx.command
 
     def note(self, line: str) -> None:
-        self.watcher.note(to_flags(line, self.command))
+        self.callback.note(to_flags(line, self.command))
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self.watcher, name)
+        return getattr(self.callback, name)
 
 
 def _read(path: Path, fix: str) -> str:

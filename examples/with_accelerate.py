@@ -19,7 +19,7 @@ import condconv_surgery as cs
 from condconv_surgery.recipe import InputSpec
 from condconv_surgery.recipe.training_sections import AugmentOptions, OptimizerOptions, ScheduleOptions
 from condconv_surgery.training import (
-    GateWatch,
+    GateRecorder,
     apply_schedule,
     balance_loss,
     fit_heads,
@@ -40,7 +40,7 @@ def main(source: str, folder: str, output: str, epochs: int = 2) -> None:
     wrapped, optimizer, loader = accelerator.prepare(model, optimizer, loader)
 
     schedule, steps = ScheduleOptions(warmup=0.1, temperature=30.0), epochs * len(loader)
-    gates = GateWatch(model)
+    gates = GateRecorder(model)
     step = 0
     for epoch in range(epochs):
         for images, labels in loader:

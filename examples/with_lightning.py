@@ -20,7 +20,7 @@ import condconv_surgery as cs
 from condconv_surgery.recipe import InputSpec
 from condconv_surgery.recipe.training_sections import AugmentOptions, OptimizerOptions, ScheduleOptions
 from condconv_surgery.training import (
-    GateWatch,
+    GateRecorder,
     apply_schedule,
     balance_loss,
     fit_heads,
@@ -33,7 +33,7 @@ class FineTuning(lightning.LightningModule):
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
-        self.gates = GateWatch(model)
+        self.gates = GateRecorder(model)
         self.schedule = ScheduleOptions(warmup=0.1, temperature=30.0)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:

@@ -1,1 +1,1 @@
-"""Labelled images, wherever they lie: folders, shards, data sets by name. Training and reports read them here."""
+"""Labelled images of folders, shards and data sets by name. Training and reports read them here."""

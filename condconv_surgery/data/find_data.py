@@ -1,4 +1,4 @@
-"""Where ``--data`` points: a folder, shards, or a data set by name."""
+"""Find the images that ``data`` names: a folder, shards, or a data set by name."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from condconv_surgery.recipe.training_sections import DataOptions
 
 
 def find_data(options: DataOptions, seed: int) -> tuple[LabelledImages, LabelledImages]:
-    """The training and the validation images. Raises ``InputError`` for what can't be found or trained on."""
+    """The training and the validation images. Raises ``InputError`` for missing or unusable data."""
     place, val = options.folder, options.val
     kind, _, name = place.partition(":")
     if kind == "torchvision":
@@ -35,20 +35,20 @@ def find_data(options: DataOptions, seed: int) -> tuple[LabelledImages, Labelled
 
 
 def require_data(options: DataOptions) -> None:
-    """Raise ``InputError`` for what can be seen to be wrong at once, before a model is loaded."""
+    """Check what can be checked before a model is loaded. Raises ``InputError``."""
     kind, _, name = options.folder.partition(":")
     if options.streaming and kind != "hf":
         raise InputError(
-            f"data.streaming with --data {options.folder}.",
+            f'data.streaming=True with data="{options.folder}".',
             "Only Hugging Face data sets are streamed.",
-            "--data hf:NAME, or --set data.streaming=false",
+            'data="hf:NAME", or data.streaming=False',
         )
     if kind == "torchvision":
         require_known(name)
         if options.val:
             raise InputError(
-                f"data.val = {options.val} with --data {options.folder}.",
-                "torchvision's sets have their own images to validate on, or are split.",
+                f'data.val="{options.val}" with data="{options.folder}".',
+                "Data sets of torchvision have their own validation images, or are split.",
                 "leave data.val out",
             )
     elif kind == "hf":

@@ -1,4 +1,4 @@
-"""Hugging Face data sets, by a path on this machine or a name on the hub: ``--data hf:PATH_OR_NAME``."""
+"""Hugging Face data sets, by a path on this machine or a name on the hub: ``data="hf:PATH_OR_NAME"``."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ VAL_SPLITS = ("validation", "valid", "val", "dev", "test")
 
 @dataclass(frozen=True)
 class HubImages(Rows):
-    """Some rows of a ``datasets.Dataset``, whose images, in ``column``, are decoded here."""
+    """Rows of a ``datasets.Dataset`` whose images, in ``column``, are not decoded by it but here."""
 
     column: str
 
@@ -33,7 +33,7 @@ class HubImages(Rows):
 def find_hub(options: DataOptions, seed: int) -> tuple[HubImages, HubImages]:
     """The training and the validation images of ``hf:PATH_OR_NAME``; without a second split, the first is split.
 
-    Raises ``InputError`` for data that is not there and for columns that a classifier can't learn from.
+    Raises ``InputError`` for missing data and for columns that a classifier cannot be trained on.
     """
     parts = load_splits(options, streaming=False)
     title = options.folder.partition(":")[2]
@@ -46,25 +46,25 @@ def find_hub(options: DataOptions, seed: int) -> tuple[HubImages, HubImages]:
 
 
 def load_splits(options: DataOptions, streaming: bool) -> dict[str, Any]:
-    """Every split by name, as ``datasets`` gives it. Raises ``InputError``."""
+    """Every split by name, as the ``datasets`` library returns it. Raises ``InputError``."""
     datasets = require_datasets()
     place, _, config = options.folder.partition(":")[2].partition("#")
     path = Path(place)
     try:
         if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
-            found = datasets.load_from_disk(place)
+            loaded = datasets.load_from_disk(place)
             if streaming:
-                found = {n: d.to_iterable_dataset() for n, d in _by_name(found).items()}
+                loaded = {n: d.to_iterable_dataset() for n, d in _by_name(loaded).items()}
         else:
-            found = datasets.load_dataset(place, config or None, streaming=streaming)
+            loaded = datasets.load_dataset(place, config or None, streaming=streaming)
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InputError(
             f"hf:{place} can't be read: {first.rstrip('.')}.",
             "It is a folder that the datasets library reads (save_to_disk, parquet, imagefolder) or a name on the hub.",
-            "--data hf:FOLDER, or --data hf:NAME#CONFIG",
+            'data="hf:FOLDER", or data="hf:NAME#CONFIG"',
         ) from error
-    return _by_name(found)
+    return _by_name(loaded)
 
 
 def require_datasets() -> Any:
@@ -73,17 +73,17 @@ def require_datasets() -> Any:
         import datasets
     except ImportError as error:
         raise InputError(
-            "Hugging Face datasets is not installed.", "--data hf:... needs it.", 'pip install "condconv-surgery[data]"'
+            "Hugging Face datasets is not installed.", 'data="hf:..." needs it.', 'pip install "condconv-surgery[data]"'
         ) from error
     return datasets
 
 
 def split_names(names: list[str], options: DataOptions) -> tuple[str, str | None]:
-    """Which split trains and which validates; ``None``: there is one only."""
+    """The names of the training and the validation split; ``None`` where there is only one split."""
     train = next((name for name in TRAIN_SPLITS if name in names), names[0] if len(names) == 1 else None)
     if train is None:
         raise InputError(
-            f"{options.folder} has the splits {', '.join(names)}.", "One must be called train.", "rename one"
+            f"{options.folder} has the splits {', '.join(names)}.", "One must be named train.", "rename one"
         )
     wanted = (options.val,) if options.val else VAL_SPLITS
     val = next((name for name in wanted if name in names), None)
@@ -91,42 +91,42 @@ def split_names(names: list[str], options: DataOptions) -> tuple[str, str | None
         raise InputError(
             f"{options.folder} has no split {options.val}.",
             f"It has: {', '.join(names)}.",
-            f"--set data.val={names[-1]}",
+            f'data.val="{names[-1]}"',
         )
     return train, val
 
 
 def columns(features: Any, title: str, options: DataOptions) -> tuple[str, str]:
-    """The names of the image's and the label's column. Raises ``InputError`` where they can't be told or used."""
+    """The names of the image and the label column. Raises ``InputError`` where they are ambiguous or not supported."""
     datasets = require_datasets()
     names = ", ".join(f"{name} ({type(kind).__name__})" for name, kind in (features or {}).items())
     images = [n for n, kind in (features or {}).items() if isinstance(kind, datasets.Image)]
     labels = [n for n, kind in (features or {}).items() if isinstance(kind, datasets.ClassLabel)]
     labels = labels or [n for n in ("label", "labels", "fine_label", "class") if n in (features or {})]
     chosen = []
-    for what, given, found in (("image", options.image, images), ("label", options.label, labels)):
-        if given and given not in (features or {}):
-            raise InputError(f"{title} has no column {given}.", f"It has: {names}.", f"--set data.{what}=COLUMN")
-        if not given and len(found) != 1:
+    for what, requested, candidates in (("image", options.image, images), ("label", options.label, labels)):
+        if requested and requested not in (features or {}):
+            raise InputError(f"{title} has no column {requested}.", f"It has: {names}.", f'data.{what}="COLUMN"')
+        if not requested and len(candidates) != 1:
             raise InputError(
-                f"{title} has {len(found)} columns that may be the {what}.",
+                f"{title} has {len(candidates)} columns that may be the {what}.",
                 f"It has: {names}.",
-                f"--set data.{what}=COLUMN",
+                f'data.{what}="COLUMN"',
             )
-        chosen.append(given or found[0])
+        chosen.append(requested or candidates[0])
     _require_classes(features[chosen[1]], f"{title}: the column {chosen[1]}")
     return chosen[0], chosen[1]
 
 
 def open_cell(cell: Any) -> Image.Image:
-    """The image in an undecoded cell: its bytes, else its path. Raises ``OSError`` for an empty one."""
+    """The image in an undecoded cell, from its bytes, else its path. Raises ``OSError`` for an empty cell."""
     if not cell or (cell.get("bytes") is None and not cell.get("path")):
         raise OSError("no image")
     return Image.open(io.BytesIO(cell["bytes"]) if cell.get("bytes") is not None else cell["path"])
 
 
 def undecoded(rows: Any, column: str) -> Any:
-    """``rows`` whose images come as bytes."""
+    """``rows`` with images as bytes."""
     return rows.cast_column(column, require_datasets().Image(decode=False))
 
 
@@ -143,19 +143,19 @@ def _images(rows: Any, title: str, options: DataOptions) -> HubImages:
 
 
 def _require_classes(kind: Any, where: str) -> None:
-    """Many labels and numbers to predict are other tasks."""
+    """Raise ``InputError`` for columns of other tasks: many labels per image, regression."""
     if getattr(kind, "names", None):
         return
     dtype = str(getattr(kind, "dtype", type(kind).__name__))
     if dtype.startswith(("int", "uint", "string", "large_string", "bool")):
         return
-    task = "numbers to predict (regression)" if dtype.startswith(("float", "decimal")) else "many labels a image"
+    task = "regression targets" if dtype.startswith(("float", "decimal")) else "many labels per image"
     raise InputError(
         f"{where} holds {task}: {kind}.",
-        "finetune trains classifiers of one label per image.",
-        "--set data.label=COLUMN, or a loop of your own with the pieces of condconv_surgery.training",
+        "finetune trains classifiers with one label per image.",
+        'data.label="COLUMN", or your own loop with the functions of condconv_surgery.training',
     )
 
 
-def _by_name(found: Any) -> dict[str, Any]:
-    return dict(found) if hasattr(found, "items") else {"train": found}
+def _by_name(loaded: Any) -> dict[str, Any]:
+    return dict(loaded) if hasattr(loaded, "items") else {"train": loaded}

@@ -1,4 +1,4 @@
-"""torchvision's classification data sets by name: ``--data torchvision:cifar10``."""
+"""torchvision's classification data sets by name: ``data="torchvision:cifar10"``."""
 
 from __future__ import annotations
 
@@ -50,10 +50,10 @@ SETS: dict[str, tuple[str, tuple[Part, ...]]] = {
     "svhn": ("SVHN", BY_TEST),
     "usps": ("USPS", BY_FLAG),
 }
-"""Class in torchvision.datasets, and how it is asked for the training and the validation images."""
+"""Class in torchvision.datasets, and its arguments for the training and the validation images."""
 
 OTHER_TASKS = {
-    "celeba": "many labels a image",
+    "celeba": "many labels per image",
     "cocodetection": "boxes",
     "kitti": "boxes",
     "vocdetection": "boxes",
@@ -75,10 +75,9 @@ class TorchvisionImages(Rows):
 def find_torchvision(
     name: str, root: Path, download: bool, val_fraction: float, seed: int
 ) -> tuple[TorchvisionImages, TorchvisionImages]:
-    """The training and the validation images of ``torchvision:NAME``, which lie or are downloaded below ``root``.
+    """The training and the validation images of ``torchvision:NAME``, stored in or downloaded to ``root``.
 
-    A set that comes in one piece is split. Raises ``InputError`` for an unknown name, a set of another task, and files
-    that are not there.
+    A set without parts is split. Raises ``InputError`` for an unknown name, a set of another task, and missing files.
     """
     require_known(name)
     title, parts = SETS[name.lower()]
@@ -93,11 +92,11 @@ def require_known(name: str) -> None:
     if name.lower() in OTHER_TASKS:
         raise InputError(
             f"torchvision:{name} has {OTHER_TASKS[name.lower()]}.",
-            "finetune trains classifiers of one label per image.",
-            "a loop of your own with the pieces of condconv_surgery.training",
+            "finetune trains classifiers with one label per image.",
+            "your own loop with the functions of condconv_surgery.training",
         )
     if name.lower() not in SETS:
-        raise unknown_name("data set of torchvision", name, SETS, "--data torchvision:cifar10")
+        raise unknown_name("data set of torchvision", name, SETS, 'data="torchvision:cifar10"')
 
 
 def _images(title: str, root: Path, part: Part, download: bool) -> TorchvisionImages:
@@ -110,15 +109,15 @@ def _images(title: str, root: Path, part: Part, download: bool) -> TorchvisionIm
     except (RuntimeError, OSError, ImportError, ValueError) as error:
         raise InputError(
             f"torchvision's {title} can't be read from {root}: {str(error).strip().rstrip('.')}.",
-            "Its files must be there as torchvision leaves them.",
-            "--set data.download=true, or --set data.root=FOLDER",
+            "Its files must be stored as torchvision downloads them.",
+            'data.download=True, or data.root="FOLDER"',
         ) from error
     labels = _labels(data)
     return TorchvisionImages(title, data, _classes(data, labels), labels, tuple(range(len(labels))))
 
 
 def _labels(data: Any) -> tuple[int, ...]:
-    """From where torchvision's classes keep them; else by reading everything once."""
+    """From the attributes of torchvision's classes; else by reading all images once."""
     for attribute in ("targets", "labels", "_labels", "y"):
         found = getattr(data, attribute, None)
         if found is not None and len(found) == len(data):

@@ -1,10 +1,10 @@
-"""WebDataset shards: tar files in which the files of one image share a name and differ in their endings.
+"""WebDataset shards: tar files in which the files of one image have the same name and different extensions.
 
     00017.png  00017.cls          the label: a class number, or a class name
     00018.jpg  00018.json         {"label": 3}
 
-The headers of each shard are read once; after that every image is read from its place in the file. So images are
-shuffled one by one over all shards, and shared over processes and resumed like those of a folder.
+The headers of each shard are read once; after that each image is read at its offset in the file. So images are
+shuffled one by one over all shards, divided between processes and resumed like those of a folder.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ from condconv_surgery.errors import InputError
 LAYOUT = "A shard holds pairs: NAME.png (or .jpg, .webp) and NAME.cls (or NAME.json with a label)."
 
 
-class Place(NamedTuple):
-    """A file within a shard."""
+class ShardEntry(NamedTuple):
+    """The position of a file in a shard."""
 
     shard: str
     name: str
@@ -50,48 +50,48 @@ class ShardImages(LabelledImages):
 
     classes: tuple[str, ...]
     labels: tuple[int, ...]
-    places: tuple[Place, ...]
+    entries: tuple[ShardEntry, ...]
 
     def name(self, index: int) -> str:
-        return f"{self.places[index].shard}/{self.places[index].name}"
+        return f"{self.entries[index].shard}/{self.entries[index].name}"
 
     def key(self, index: int) -> str:
-        return f"{Path(self.places[index].shard).name}/{self.places[index].name}"
+        return f"{Path(self.entries[index].shard).name}/{self.entries[index].name}"
 
     def open(self, index: int) -> Image.Image:
-        return Image.open(io.BytesIO(self.places[index].read()))
+        return Image.open(io.BytesIO(self.entries[index].read()))
 
     def subset(self, indices: Sequence[int]) -> ShardImages:
         return replace(
-            self, labels=tuple(self.labels[i] for i in indices), places=tuple(self.places[i] for i in indices)
+            self, labels=tuple(self.labels[i] for i in indices), entries=tuple(self.entries[i] for i in indices)
         )
 
 
 def scan_shards(pattern: str) -> ShardImages:
     """The images in all shards of a pattern: ``train-{000..127}.tar``, ``shards/*.tar``, one file.
 
-    Classes are called as ``classes.txt`` beside the shards says (a name per line), else by their numbers or by the
-    names in the ``.cls`` files. Raises ``InputError`` for shards that are missing, compressed or hold something else.
+    Class names are those in ``classes.txt`` beside the shards (one per line), else the numbers or the names in the
+    ``.cls`` files. Raises ``InputError`` for shards that are missing, compressed or hold something else.
     """
     paths = find_shards(pattern)
     pairs = [pair for path in paths for pair in _pairs(path)]
     if not pairs:
-        raise InputError(f"{pattern} has no labelled images.", LAYOUT, "--data 'train-{000..007}.tar'")
-    places, raw = zip(*pairs, strict=True)
+        raise InputError(f"{pattern} has no labelled images.", LAYOUT, 'data="train-{000..007}.tar"')
+    entries, raw = zip(*pairs, strict=True)
     classes = _class_names(raw, paths[0].with_name("classes.txt"))
     numbers = {name: number for number, name in enumerate(classes)}
     return ShardImages(
-        classes, tuple(label if isinstance(label, int) else numbers[label] for label in raw), tuple(places)
+        classes, tuple(label if isinstance(label, int) else numbers[label] for label in raw), tuple(entries)
     )
 
 
 def find_shards(pattern: str) -> list[Path]:
-    """The files that a pattern names, in order. Raises ``InputError`` when one is missing, remote or compressed."""
+    """The files that match a pattern, in order. Raises ``InputError`` when one is missing, remote or compressed."""
     if "://" in pattern or pattern.startswith("pipe:"):
         raise InputError(
             f"{pattern} is not on this machine.",
-            "Shards are read from a file system, each image at its place.",
-            "download or mount them, then --data FOLDER/SHARDS.tar",
+            "Shards are read from a file system, each image at its offset.",
+            'download or mount them, then data="FOLDER/SHARDS.tar"',
         )
     paths: list[Path] = []
     for name in expand_braces(pattern):
@@ -101,14 +101,14 @@ def find_shards(pattern: str) -> list[Path]:
             raise InputError(
                 f"There is no {name}." if missing else f"{name} is not a .tar file.",
                 "A pattern names plain tar files: a glob, or braces such as {000..127} and {a,b}.",
-                "--data 'train-{000..127}.tar'" if missing else "gunzip it, for a image is read at its place",
+                'data="train-{000..127}.tar"' if missing else "gunzip it: images are read at their offsets",
             )
         paths += map(Path, found)
     return paths
 
 
 def expand_braces(pattern: str) -> list[str]:
-    """What a shell makes of ``{000..127}`` and ``{a,b}``.
+    """Brace expansion as in a shell: ``{000..127}`` and ``{a,b}``.
 
     >>> expand_braces("a-{08..10}{x,y}.tar")[:3]
     ['a-08x.tar', 'a-08y.tar', 'a-09x.tar']
@@ -128,9 +128,9 @@ def expand_braces(pattern: str) -> list[str]:
     return ["".join(chosen) for chosen in itertools.product(*choices)]
 
 
-def _pairs(path: Path) -> list[tuple[Place, int | str]]:
-    """Each image of a shard with its label as written."""
-    images: dict[str, Place] = {}
+def _pairs(path: Path) -> list[tuple[ShardEntry, int | str]]:
+    """Each image of a shard with its label as it is written."""
+    images: dict[str, ShardEntry] = {}
     labels: dict[str, int | str] = {}
     try:
         with tarfile.open(path, "r:") as tar:
@@ -139,27 +139,27 @@ def _pairs(path: Path) -> list[tuple[Place, int | str]]:
                     continue
                 folder, _, base = member.name.rpartition("/")
                 stem, _, ending = base.partition(".")
-                key, place = f"{folder}/{stem}", Place(str(path), member.name, member.offset_data, member.size)
+                key, entry = f"{folder}/{stem}", ShardEntry(str(path), member.name, member.offset_data, member.size)
                 if f".{ending.lower()}" in IMG_EXTENSIONS:
-                    images[key] = place
+                    images[key] = entry
                 elif ending in ("cls", "json"):
-                    labels[key] = _label(place, ending)
+                    labels[key] = _label(entry, ending)
     except (tarfile.TarError, OSError) as error:
-        raise InputError(f"{path} is no whole tar file: {error}.", LAYOUT, "write the shard anew") from error
-    lonely = next((key for key in images if key not in labels), None)
-    if lonely is not None:
-        raise InputError(f"{path} has no label for {images[lonely].name}.", LAYOUT, "write the shard anew")
-    return [(place, labels[key]) for key, place in images.items()]
+        raise InputError(f"{path} is not a complete tar file: {error}.", LAYOUT, "write the shard again") from error
+    unlabelled = next((key for key in images if key not in labels), None)
+    if unlabelled is not None:
+        raise InputError(f"{path} has no label for {images[unlabelled].name}.", LAYOUT, "write the shard again")
+    return [(entry, labels[key]) for key, entry in images.items()]
 
 
-def _label(place: Place, ending: str) -> int | str:
-    text = place.read().decode("utf-8", "replace").strip()
+def _label(entry: ShardEntry, ending: str) -> int | str:
+    text = entry.read().decode("utf-8", "replace").strip()
     value: object = text
     if ending == "json":
         try:
             value = json.loads(text)["label"]
         except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise InputError(f"{place.shard}: {place.name} has no label.", LAYOUT, '{"label": 3}') from error
+            raise InputError(f"{entry.shard}: {entry.name} has no label.", LAYOUT, '{"label": 3}') from error
     elif re.fullmatch(r"\d+", text):
         value = int(text)
     if isinstance(value, str) and value:
@@ -168,9 +168,9 @@ def _label(place: Place, ending: str) -> int | str:
         return value
     kind = "many labels" if isinstance(value, list) else f"the label {value!r}"
     raise InputError(
-        f"{place.shard}: {place.name} has {kind}.",
+        f"{entry.shard}: {entry.name} has {kind}.",
         "finetune trains classifiers: each image has one class, a whole number from 0 or a name.",
-        "a loop of your own with the pieces of condconv_surgery.training",
+        "your own loop with the functions of condconv_surgery.training",
     )
 
 
@@ -179,7 +179,7 @@ def _class_names(labels: Sequence[int | str], names: Path) -> tuple[str, ...]:
     numbers = {label for label in labels if isinstance(label, int)}
     if texts and numbers:
         raise InputError(
-            f"Some labels are numbers and some are names: {min(numbers)}, {texts[0]}.", LAYOUT, "write all alike"
+            f"Some labels are numbers and some are names: {min(numbers)}, {texts[0]}.", LAYOUT, "use one kind for all"
         )
     if texts:
         return tuple(texts)

@@ -1,4 +1,4 @@
-"""Every decision of a training run, in sections as the recipe file has them."""
+"""All options of a training run, in sections as in a recipe file."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 from condconv_surgery.errors import InputError, unknown_name
-from condconv_surgery.recipe.option_rules import Section, option, rules
+from condconv_surgery.recipe.option_rules import ALL_OPTIONS, Section, option, rules
 from condconv_surgery.recipe.training_sections import (
     AugmentOptions,
     DataOptions,
@@ -22,12 +22,17 @@ from condconv_surgery.recipe.training_sections import (
 class TrainingOptions(Section):
     """The whole recipe of a training run."""
 
-    model: str = option("", "what to train: a file, torchvision:NAME, timm:NAME, package.module:factory")
-    arch: str | None = option(None, "architecture of a file of weights that is not recognised", kind=str, flag="--arch")
-    weights: str = option("default", "of a model by name: default, none or a file", flag="--weights")
-    trust: tuple[str, ...] = option((), "packages whose code may build the model", kind=str, flag="--trust")
-    output: str = option("", "the folder that the run writes", flag="-o")
-    seed: int = option(0, "of the split, the order, the transforms and a new head", low=0, flag="--seed")
+    model: str = option("", "model to train: a file, torchvision:NAME, timm:NAME, package.module:factory")
+    arch: str | None = option(
+        None,
+        "architecture of a file that holds only a state_dict: torchvision:NAME, timm:NAME",
+        kind=str,
+        flag="--arch",
+    )
+    weights: str = option("default", "weights of a model given by name: default, none or a file", flag="--weights")
+    trust: tuple[str, ...] = option((), "packages whose code may be run to build the model", kind=str, flag="--trust")
+    output: str = option("", "folder of the run", flag="-o")
+    seed: int = option(0, "seed of the split, the order of images, the transforms and a new head", low=0, flag="--seed")
     data: DataOptions = field(default_factory=DataOptions)
     augment: AugmentOptions = field(default_factory=AugmentOptions)
     optimizer: OptimizerOptions = field(default_factory=OptimizerOptions)
@@ -40,9 +45,9 @@ class TrainingOptions(Section):
         super().__post_init__()
         if self.schedule.early_stop and self.layers.batch_norm == "recalibrate":
             raise InputError(
-                "schedule.early_stop with layers.batch_norm = recalibrate.",
-                "Statistics are measured anew after the last epoch, which then nobody knows beforehand.",
-                "--set schedule.early_stop=0, or --batch-norm train",
+                f'schedule.early_stop={self.schedule.early_stop} with layers.batch_norm="recalibrate".',
+                "Statistics are recomputed after the last epoch, which early stopping does not know in advance.",
+                'schedule.early_stop=0, or layers.batch_norm="train"',
             )
 
     def sections(self) -> dict[str, Section]:
@@ -64,12 +69,12 @@ class TrainingOptions(Section):
         values: dict[str, Any] = {}
         for name, value in changes.items():
             if name not in known:
-                raise unknown_name("option or section of the recipe", name, known, "--print-recipe shows them all")
+                raise unknown_name("option or section of the recipe", name, known, f"{ALL_OPTIONS} prints them all")
             section = self.sections().get(name)
             if section is None:
                 values[name] = value
             elif isinstance(value, dict):
                 values[name] = type(section).from_dict({**asdict(section), **value})
             else:
-                raise InputError(f"{name} is {value!r}.", "It is a section with options in it.", f"[{name}]")
+                raise InputError(f"{name} is {value!r}.", "It is a section: a mapping of options.", f"[{name}]")
         return replace(self, **values)

@@ -20,7 +20,7 @@ from condconv_surgery.training.classifier_heads import fit_heads
 from condconv_surgery.training.distillation import distillation_loss, feature_loss
 from condconv_surgery.training.evaluation import evaluate
 from condconv_surgery.training.finetuning import finetune
-from condconv_surgery.training.gate_use import ExpertDropout, GateWatch, balance_loss, sharpness_loss
+from condconv_surgery.training.gate_regularization import ExpertDropout, GateRecorder, balance_loss, sharpness_loss
 from condconv_surgery.training.parameter_groups import parameter_groups, routing_parameters
 from condconv_surgery.training.schedule import apply_schedule, lr_factor, temperature_at
 from condconv_surgery.training.state.progress import TrainingResult
@@ -30,7 +30,7 @@ from condconv_surgery.training.tally import Tally
 __all__ = [
     "Batch",
     "ExpertDropout",
-    "GateWatch",
+    "GateRecorder",
     "Tally",
     "TrainingResult",
     "apply_schedule",

@@ -1,4 +1,4 @@
-"""Batch-norm statistics measured anew with the final weights."""
+"""Batch-norm statistics: frozen while the weights are trained, or recomputed with the final weights."""
 
 from __future__ import annotations
 
@@ -11,7 +11,17 @@ from torch import nn
 from condconv_surgery.data.image_dataset import Batch
 from condconv_surgery.runtime.modes import in_mode
 from condconv_surgery.training.distributed.world import World
-from condconv_surgery.training.frozen_statistics import BatchNorm
+
+BatchNorm = nn.modules.batchnorm._BatchNorm
+"""Base class of every batch norm of torch, also of the synchronised one."""
+
+
+def freeze_batch_norms(model: nn.Module, below: Iterable[nn.Module] | None = None) -> int:
+    """Put batch norms, all or those below some modules, into eval mode; returns how many there are."""
+    norms = {m for top in ([model] if below is None else below) for m in top.modules() if isinstance(m, BatchNorm)}
+    for norm in norms:
+        norm.eval()
+    return len(norms)
 
 
 @torch.no_grad()
@@ -24,8 +34,8 @@ def recalibrate(
 ) -> int:
     """Replace the running statistics of the batch norms that are in train mode by the mean over ``batches``.
 
-    Training leaves an average over the last steps, whose weights were other ones. The processes' statistics are
-    averaged. Everything else runs as in eval mode. Returns how many norms there are.
+    Training leaves a moving average over the last steps, whose weights were different. The statistics of the processes
+    are averaged. All other modules run in eval mode. Returns how many norms there are.
     """
     norms = [m for m in model.modules() if isinstance(m, BatchNorm) and m.track_running_stats and m.training]
     if not norms:

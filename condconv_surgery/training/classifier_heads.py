@@ -1,4 +1,4 @@
-"""The last layer, exchanged when the number of classes differs."""
+"""Find the classifier heads of a model and replace them where the number of classes differs."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from condconv_surgery.training.logits import Logits, logits_of
 
 
 def fit_heads(model: nn.Module, classes: tuple[str, ...], spec: InputSpec) -> dict[str, int]:
-    """Give every head of ``model`` one logit per class, in place; returns the widths of those exchanged.
+    """Give every head of ``model`` one logit per class, in place; returns the widths of the new heads by name.
 
-    A head of the right width is kept as trained. A new one starts at random from torch's global generator. The
-    recipe notes both the new widths and the class names.
+    A head of the right width is kept as trained. A new one is initialised from torch's global generator. The recipe of
+    the model records the new widths and the class names.
     """
     names = find_heads(model, spec)
     old = {name: _width(model.get_submodule(name)) for name in names}
@@ -37,14 +37,14 @@ def fit_heads(model: nn.Module, classes: tuple[str, ...], spec: InputSpec) -> di
 
 
 def find_heads(model: nn.Module, spec: InputSpec) -> list[str]:
-    """The layers that make the logits: the last of the width of the output, and auxiliary heads in training mode.
+    """Names of the layers whose outputs are the logits, auxiliary heads in train mode included.
 
-    Runs the model once in each mode on an empty image; its buffers and modes are left as they were.
+    Runs the model once in each mode on zeros, and leaves it as it was.
     Raises ``InputError`` when no layer has the width of the output.
     """
     produced: list[tuple[str, Tensor]] = []
     hooks = [
-        module.register_forward_hook(_noting(name, produced))
+        module.register_forward_hook(_hook(name, produced))
         for name, module in model.named_modules(remove_duplicate=True)
         if isinstance(module, (nn.Linear, nn.Conv2d, ConditionalConv2d))
     ]
@@ -53,9 +53,9 @@ def find_heads(model: nn.Module, spec: InputSpec) -> list[str]:
         for training in (False, True):
             produced.clear()
             logits = _run(model, spec, training)
-            found = [_maker(produced, logits.main, anyway=True)]
-            found += [_maker(produced, extra, anyway=False) for extra in logits.auxiliary]
-            heads += [name for name in found if name and name not in heads]
+            names = [_layer_of(produced, logits.main, or_by_width=True)]
+            names += [_layer_of(produced, extra, or_by_width=False) for extra in logits.auxiliary]
+            heads += [name for name in names if name and name not in heads]
     finally:
         for hook in hooks:
             hook.remove()
@@ -68,12 +68,12 @@ def find_heads(model: nn.Module, spec: InputSpec) -> list[str]:
     return heads
 
 
-def _noting(name: str, produced: list[tuple[str, Tensor]]) -> Callable[[nn.Module, object, object], None]:
-    def note(module: nn.Module, args: object, output: object) -> None:
+def _hook(name: str, produced: list[tuple[str, Tensor]]) -> Callable[[nn.Module, object, object], None]:
+    def hook(module: nn.Module, args: object, output: object) -> None:
         if isinstance(output, Tensor):
             produced.append((name, output))
 
-    return note
+    return hook
 
 
 @torch.no_grad()
@@ -85,12 +85,12 @@ def _run(model: nn.Module, spec: InputSpec, training: bool) -> Logits:
         return logits_of(model(x))
 
 
-def _maker(produced: list[tuple[str, Tensor]], logits: Tensor, *, anyway: bool) -> str | None:
-    """The layer whose output the logits are; else, if ``anyway``, the last one of their width."""
+def _layer_of(produced: list[tuple[str, Tensor]], logits: Tensor, *, or_by_width: bool) -> str | None:
+    """The layer whose output tensor is ``logits``; else, if ``or_by_width``, the last one of that width."""
     for name, output in reversed(produced):
         if output.data_ptr() == logits.data_ptr():
             return name
-    if anyway:
+    if or_by_width:
         return next((name for name, output in reversed(produced) if output.shape[1] == logits.shape[1]), None)
     return None
 
@@ -110,7 +110,7 @@ def _like(head: nn.Module, width: int) -> nn.Module:
     if isinstance(head, nn.Linear) or (isinstance(head, nn.Conv2d) and head.groups == 1):
         return resized(head, width)
     raise InputError(
-        f"The last layer is a {type(head).__name__}, which cannot be exchanged.",
+        f"The last layer is a {type(head).__name__}, which cannot be replaced.",
         "It must be an nn.Linear, an nn.Conv2d with one group, or a converted nn.Linear.",
-        "convert after fine-tuning, or exclude the last layer: condconv convert ... --exclude NAME",
+        'convert after fine-tuning, or leave the last layer out: convert(model, ..., exclude=["NAME"])',
     )

@@ -28,23 +28,23 @@ def feature_loss(student: Tensor, teacher: Tensor) -> Tensor:
     return (student.float() - t).square().sum() / t.square().sum().clamp_min(torch.finfo(t.dtype).tiny)
 
 
-class FeatureWatch:
-    """Notes the outputs of some layers, each time they run."""
+class FeatureRecorder:
+    """Records the outputs of some layers, each time they run."""
 
     def __init__(self, model: nn.Module, names: Iterable[str]) -> None:
-        self.seen: dict[str, Tensor] = {}
+        self.outputs: dict[str, Tensor] = {}
         modules = dict(model.named_modules())
         for name in names:
             if name not in modules:
                 raise unknown_name("layer in distill.features", name, modules)
-        self.handles = [modules[name].register_forward_hook(self._noting(name)) for name in names]
+        self.handles = [modules[name].register_forward_hook(self._hook(name)) for name in names]
 
     def close(self) -> None:
-        """Watch no more."""
+        """Remove the hooks."""
         for handle in self.handles:
             handle.remove()
 
-    def _noting(self, name: str) -> Callable[[nn.Module, object, object], None]:
+    def _hook(self, name: str) -> Callable[[nn.Module, object, object], None]:
         def note(module: nn.Module, args: object, output: object) -> None:
             if not isinstance(output, Tensor):
                 raise InputError(
@@ -52,42 +52,45 @@ class FeatureWatch:
                     "distill.features compares tensors.",
                     "name a layer that returns one",
                 )
-            self.seen[name] = output
+            self.outputs[name] = output
 
         return note
 
 
 class Teacher:
-    """A frozen network and what is compared with it."""
+    """A frozen network, and the loss between it and the student."""
 
     def __init__(self, model: nn.Module, student: nn.Module, options: DistillOptions) -> None:
         self.model = model.requires_grad_(False).eval()
         self.options = options
-        self.theirs = FeatureWatch(self.model, options.features)
-        self.ours = FeatureWatch(student, options.features)
+        self.teacher_features = FeatureRecorder(self.model, options.features)
+        self.student_features = FeatureRecorder(student, options.features)
 
     def loss(self, images: Tensor, student: Tensor) -> tuple[Tensor, Tensor | float]:
-        """The loss on the logits, and the mean one on the feature maps, for the batch that the student just saw.
+        """The loss on the logits and the mean loss on the feature maps, for the batch that the student just processed.
 
-        Raises ``InputError`` when the teacher has other classes.
+        Raises ``InputError`` when the teacher has another number of classes.
         """
         with torch.no_grad():
             logits = logits_of(self.model(images)).main
         on_logits = student.new_zeros(()) if not self.options.weight else self._on_logits(student, logits)
-        maps = [feature_loss(self.ours.seen[name], self.theirs.seen[name]) for name in self.options.features]
+        maps = [
+            feature_loss(self.student_features.outputs[name], self.teacher_features.outputs[name])
+            for name in self.options.features
+        ]
         return on_logits, sum(maps) / len(maps) if maps else 0.0
 
     def close(self) -> None:
-        """Watch no more."""
-        self.ours.close()
-        self.theirs.close()
+        """Remove the hooks."""
+        self.student_features.close()
+        self.teacher_features.close()
 
     def _on_logits(self, student: Tensor, teacher: Tensor) -> Tensor:
         if student.shape != teacher.shape:
             raise InputError(
-                f"The teacher tells {teacher.shape[1]} classes apart, the images have {student.shape[1]}.",
+                f"The teacher has {teacher.shape[1]} classes, the images have {student.shape[1]}.",
                 "Logits are compared class by class.",
-                "fine-tune the unconverted model first, convert that, or --distill OTHER/best.safetensors",
+                'fine-tune the unconverted model first and convert that, or distill.teacher="OTHER/best.safetensors"',
             )
         return distillation_loss(student, teacher, self.options.temperature)
 
@@ -95,19 +98,19 @@ class Teacher:
 def teacher_model(
     options: DistillOptions, start: nn.Module, heads: dict[str, int], trust: tuple[str, ...] = ()
 ) -> nn.Module | None:
-    """The teacher that the options name: a copy of the model as it starts, a model by name or file, or none.
+    """The teacher that the options name: a copy of the model before training, a model by name or file, or ``None``.
 
-    A converted model starts as the function of the original one, so its copy is the unconverted teacher. With a new
-    head (``heads``) it knows nothing of the classes: ``InputError``, unless only features are compared.
-    trust: packages whose code may build a teacher from a file.
+    A converted model starts as the same function as the original one, so its copy is the unconverted teacher.
+    trust: packages whose code may build a teacher from a file. Raises ``InputError`` for a copy with a new, untrained
+    head (``heads``), unless only features are compared.
     """
     if not options.teacher:
         return None
     if options.teacher == "start" and heads and options.weight:
         raise InputError(
             f"The teacher is the model as it starts, but its head {next(iter(heads))} is new and untrained.",
-            "It can teach classes that it knows.",
-            "fine-tune the unconverted model first and convert that, or --distill OTHER/best.safetensors",
+            "A teacher must have been trained on the classes of the images.",
+            'fine-tune the unconverted model first and convert that, or distill.teacher="OTHER/best.safetensors"',
         )
     if options.teacher == "start":
         return copy.deepcopy(start)

@@ -1,19 +1,27 @@
-"""Loss and top-1 over labelled images, each counted once however many processes share them."""
+"""Loss, top-1 and use of experts over the validation images, each counted once for any number of processes."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
+from itertools import islice
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from condconv_surgery.data.image_dataset import Batch
+from condconv_surgery.errors import TrainingError
 from condconv_surgery.runtime.modes import in_mode
+from condconv_surgery.training.batches.unreadable_images import UnreadableImages
 from condconv_surgery.training.distributed.world import World
+from condconv_surgery.training.learner import Learner
 from condconv_surgery.training.logits import logits_of
+from condconv_surgery.training.monitor.expert_use import ExpertUse, ExpertUseMeter
+from condconv_surgery.training.monitor.explained_errors import reading
+from condconv_surgery.training.monitor.nonfinite import first_nonfinite
+from condconv_surgery.training.state.stop_signals import StopRequest
 from condconv_surgery.training.tally import Tally
 
 
@@ -41,7 +49,7 @@ def evaluate(
     tally = Tally(torch.zeros(3, dtype=torch.float64, device=world.device))
     losses: dict[int, Tensor] = {}
     stopped = False
-    shared = batches if idle is None else _in_step(batches, world)
+    shared = batches if idle is None else _padded(batches, world)
     with in_mode(model, training=False):
         for position, batch in enumerate(shared):
             stopped = interrupted() if idle is None else bool(world.sum([float(interrupted())])[0])
@@ -63,8 +71,55 @@ def evaluate(
     return None if world.sum([float(stopped)])[0] else total
 
 
-def _in_step(batches: Iterable[Batch], world: World) -> Iterator[Batch]:
-    """``batches``, and empty ones after them until no process has any."""
+def score(
+    learner: Learner,
+    batches: Iterable[Batch],
+    black: Tensor,
+    unreadable: UnreadableImages,
+    stop: StopRequest,
+    step: int,
+) -> tuple[Tally, dict[str, ExpertUse]] | None:
+    """Scores and use of experts of the model that is saved, after ``step`` steps; ``None`` when the run is to stop.
+
+    black: an image of zeros. All processes must call it together. Raises ``TrainingError`` when no image can be read,
+    or the loss is not finite: such a model is not saved.
+    """
+    learner.share_buffers()
+    world, use = learner.world, ExpertUseMeter(learner.scored)
+    nonfinite: list[int] = []
+
+    def idle() -> None:
+        with use.paused(), learner.cast():
+            learner.scored(black)
+
+    try:
+        scores = evaluate(
+            learner.scored,
+            reading(batches),
+            world=world,
+            cast=learner.cast,
+            interrupted=lambda: bool(stop),
+            unreadable=unreadable.add,
+            nonfinite=nonfinite.append,
+            idle=idle if learner.options.engine.shard else None,
+        )
+    finally:
+        use.close()
+    unreadable.share()
+    if scores is None:
+        return None
+    if not scores.count:
+        raise TrainingError("No validation image can be read.", "At least one must be readable.", 'data="FOLDER"')
+    if not math.isfinite(scores.loss):
+        bad = next(islice(batches, nonfinite[0], None)).images if nonfinite else black  # read again
+        with in_mode(learner.scored, training=False):
+            place = first_nonfinite(learner.scored, [bad.to(world.device)], learner.cast)
+        raise learner.diverged("validation loss", place, step)
+    return scores, use.together(world)
+
+
+def _padded(batches: Iterable[Batch], world: World) -> Iterator[Batch]:
+    """``batches``, then empty ones until no process has any."""
     own = iter(batches)
     while True:
         batch = next(own, None)

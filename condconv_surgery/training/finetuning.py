@@ -1,43 +1,100 @@
-"""``finetune``: a run with all that must be there around it, and taken away again."""
+"""``finetune``: train a model on labelled images."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
 from torch import nn
 
+from condconv_surgery.data.find_data import require_data
+from condconv_surgery.errors import InputError
+from condconv_surgery.models.sources import load_model
 from condconv_surgery.recipe.training_options import TrainingOptions
 from condconv_surgery.training.distributed.world import open_world
-from condconv_surgery.training.monitor.explained_errors import in_words
-from condconv_surgery.training.monitor.progress_display import Watcher
-from condconv_surgery.training.monitor.tensorboard_events import watcher_of
+from condconv_surgery.training.monitor.callback import Callback
+from condconv_surgery.training.monitor.explained_errors import explained_errors
+from condconv_surgery.training.monitor.tensorboard_events import make_callback
 from condconv_surgery.training.run import Run
 from condconv_surgery.training.state.determinism import deterministic
 from condconv_surgery.training.state.progress import TrainingResult
-from condconv_surgery.training.state.stop_signals import watching_signals
+from condconv_surgery.training.state.stop_signals import catch_signals
 
 
 def finetune(
-    model: nn.Module, options: TrainingOptions, *, resume: bool = False, watcher: Watcher | None = None
+    model: nn.Module | str | Path,
+    options: TrainingOptions | Mapping[str, Any] | None = None,
+    *,
+    data: str | Path | None = None,
+    output: str | Path | None = None,
+    resume: bool = False,
+    callback: Callback | None = None,
 ) -> TrainingResult:
-    """Train ``model``, in place, as ``options`` say; writes into the folder ``options.output``:
+    """Train a converted or plain classifier with labelled images and write the run into a folder.
 
-    ``last.safetensors`` and ``best.safetensors`` (artifacts), ``metrics.jsonl`` (a row per epoch), ``recipe.toml`` (the
-    effective options), ``state.safetensors`` (to go on from), and at the end ``curves.png``.
+        import condconv_surgery as cs
+        result = cs.finetune(model, {"schedule": {"epochs": 3}, "optimizer": {"lr": 1e-3}}, data="photos", output="run")
+        tuned = cs.load("run/best.safetensors")
 
-    resume: go on from the state in the folder; the final weights are those of a run that was never stopped. ``model``
-    is then the model that the run began with.
-    SIGTERM or Ctrl-C save the state and return early (``stopped_by``). Seeds torch's global generators.
-    With ``engine.shard`` the model in memory stays split over the processes, which torch can't undo: load
-    ``last.safetensors`` for a whole one.
+    model: a module, trained in place, or what ``load_model`` loads: a file, ``torchvision:NAME``, ``timm:NAME``.
+    options: a ``TrainingOptions``, or a mapping by section as in a recipe file; options left out have their defaults.
+    data: overrides ``data.folder``: ``FOLDER/CLASS/*.png``, ``FOLDER/train`` and ``FOLDER/val``, tar shards,
+        ``torchvision:NAME`` or ``hf:NAME``.
+    output: overrides ``output``, the run's folder. It gets ``last.safetensors`` and ``best.safetensors`` (models),
+        ``metrics.jsonl`` (a row per epoch), ``recipe.toml`` (all options), ``state.safetensors`` (to resume from), and
+        at the end ``curves.png``.
+    resume: continue from the state in the folder; the final weights are those of an uninterrupted run. ``model`` is
+        then the model that the run began with.
+    callback: called after steps and epochs, for instance ``console_display()``.
+
+    SIGTERM or Ctrl-C save the state and return early (``stopped_by``). Seeds torch's global generators. With
+    ``engine.shard`` the model in memory stays sharded, which torch cannot undo: load ``last.safetensors``.
 
     Raises ``InputError`` for options, images or folders that cannot be used, ``TrainingError`` when training cannot
-    go on, ``DamagedFileError`` when no whole state is left.
+    continue, ``DamagedFileError`` when all saved states are damaged.
     """
-    with open_world() as world, watching_signals() as wish, deterministic(options.engine.deterministic):
-        with in_words():
-            run = Run(model, options, world, wish, watcher_of(options, watcher, world))
-        with in_words(lambda: run.progress.step):  # around the end too: torch reports a dead reader at any moment
+    options = complete_options(model, options, data, output)
+    if not isinstance(model, nn.Module):
+        model = starting_model(options)
+    with open_world() as world, catch_signals() as request, deterministic(options.engine.deterministic):
+        with explained_errors():
+            run = Run(model, options, world, request, make_callback(options, callback, world))
+        with explained_errors(lambda: run.progress.step):  # closing too: torch reports a dead worker at any moment
             try:
                 run.begin(resume)
                 return run.train()
             finally:
                 run.close()
+
+
+def complete_options(
+    model: nn.Module | str | Path,
+    options: TrainingOptions | Mapping[str, Any] | None,
+    data: str | Path | None,
+    output: str | Path | None,
+) -> TrainingOptions:
+    """The options of a run with its model, data and output. Raises ``InputError`` when one of them is missing."""
+    if not isinstance(options, TrainingOptions):
+        options = TrainingOptions.from_dict(dict(options or {}))
+    changes: dict[str, Any] = {} if isinstance(model, nn.Module) else {"model": str(model)}
+    if data is not None:
+        changes["data"] = {"folder": str(data)}
+    if output is not None:
+        changes["output"] = str(output)
+    options = options.updated(changes)
+    for value, what, fix in (
+        (options.data.folder, "No images are given.", 'data="FOLDER"'),
+        (options.output, "No output folder is given.", 'output="RUN"'),
+    ):
+        if not value:
+            raise InputError(what, "finetune needs a model, a folder of images and a folder to write.", fix)
+    require_data(options.data)  # before a model is loaded: a wrong path fails at once
+    return options
+
+
+def starting_model(options: TrainingOptions) -> nn.Module:
+    """The model that ``options.model`` names, in float32: a file may hold half precision, too coarse for steps."""
+    torch.manual_seed(options.seed)  # for weights that are initialised at random
+    return load_model(options.model, arch=options.arch, weights=options.weights, trust=options.trust).float()

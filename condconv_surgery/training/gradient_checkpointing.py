@@ -9,7 +9,7 @@ from functools import partial
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from condconv_surgery.training.frozen_statistics import BatchNorm
+from condconv_surgery.training.batch_norm import BatchNorm
 
 
 def checkpoint_blocks(model: nn.Module) -> list[nn.Module]:

@@ -1,4 +1,4 @@
-"""The model, its optimizer and all that moves with them: what one step does, and what a state must hold."""
+"""The model with its optimizer, average, scaler and teacher: one step, and what a saved state must hold."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from condconv_surgery.layers import set_temperature
 from condconv_surgery.recipe.training_options import TrainingOptions
 from condconv_surgery.recipe.training_sections import EngineOptions
 from condconv_surgery.runtime.seeding import seed_of
+from condconv_surgery.training.batch_norm import freeze_batch_norms
 from condconv_surgery.training.batches.mixup import batch_mix
 from condconv_surgery.training.distillation import Teacher, teacher_model
-from condconv_surgery.training.distributed.fsdp import Shell, check_sharding, shard
+from condconv_surgery.training.distributed.fsdp import UnshardedCopy, check_sharding, shard
 from condconv_surgery.training.distributed.world import World
-from condconv_surgery.training.frozen_statistics import hold_statistics
-from condconv_surgery.training.gate_use import ExpertDropout
+from condconv_surgery.training.gate_regularization import ExpertDropout
 from condconv_surgery.training.gradient_checkpointing import checkpoint_blocks, uncheckpoint
 from condconv_surgery.training.monitor.nonfinite import first_nonfinite, first_nonfinite_gradient
 from condconv_surgery.training.objective import Objective, balanced_weights
@@ -45,9 +45,9 @@ FINITE = "the loss; every layer's output in this process is finite"
 
 
 class Learner:
-    """A model that can take a step, be scored, saved and restored. ``close`` leaves the model bare again.
+    """A model that can take a step, be scored, saved and restored. ``close`` removes hooks and wrappers.
 
-    counts: training images of each class. heads: new last layers by name.
+    counts: training images per class. heads: widths of new classifier heads by name.
     """
 
     def __init__(
@@ -58,10 +58,10 @@ class Learner:
         layers, engine = options.layers, options.engine
         self.average = averaged(model, engine)
         teacher = teacher_model(options.distill, model, heads, options.trust)
-        self.shell = Shell(model, world) if engine.shard else None
+        self.unsharded = UnshardedCopy(model, world) if engine.shard else None
         if engine.shard:  # after the copies: a sharded model has none
-            for one in [model] if self.average is None else [model, self.average.module]:
-                shard(one, world)
+            for module in [model] if self.average is None else [model, self.average.module]:
+                shard(module, world)
         self.only = routing_parameters(model, heads) if layers.warm_routers else None
         self.optimizer = make_optimizer(model, options.optimizer, layers)
         self.teacher = None if teacher is None else Teacher(teacher.to(world.device), model, options.distill)
@@ -121,18 +121,18 @@ class Learner:
         return outcome.tally
 
     def to_save(self) -> nn.Module | None:
-        """``scored`` in one piece, for the first process to save. Every process must ask for it at the same time."""
-        if self.shell is None:
+        """``scored``, unsharded, for the first process to save. Collective: all processes must call it together."""
+        if self.unsharded is None:
             return self.scored
-        return self.shell.filled(self.scored)
+        return self.unsharded.filled(self.scored)
 
     def share_buffers(self) -> None:
-        """The statistics of the first process for all: what is scored is what it saves."""
-        self.world.share_(list(self.scored.buffers()))
-        self.world.share_(list(self.model.buffers()))
+        """Broadcast the batch-norm statistics of the first process, which saves them: all score the same model."""
+        self.world.broadcast_(list(self.scored.buffers()))
+        self.world.broadcast_(list(self.model.buffers()))
 
     def state(self, facts: dict[str, Any]) -> State:
-        """All that a later process needs to go on, with some facts of the caller's own."""
+        """All that a later process needs to resume, with ``facts`` of the caller."""
         tensors, plain = optimizer_part(self.optimizer)
         tensors |= model_part(self.model)
         if self.average is not None:
@@ -141,7 +141,7 @@ class Learner:
         return State(tensors, {**facts, "optimizer": plain, "scaler": scaler})
 
     def restore(self, state: State) -> None:
-        """Take up a state. Raises ``TrainingError`` when it is of another model."""
+        """Restore a state. Raises ``TrainingError`` when it is of another model."""
         restore_model(self.model, state.part("model"))
         restore_optimizer(self.optimizer, state.part("optimizer"), state.facts["optimizer"])
         if self.average is not None:
@@ -157,7 +157,7 @@ class Learner:
         uncheckpoint(self.blocks)
 
     def _skip(self, buffers: list[torch.Tensor], step: int) -> None:
-        """Undo what the forward pass left in the buffers: an overflow must not stay in batch-norm statistics."""
+        """Restore the buffers: an overflow must not stay in batch-norm statistics."""
         for buffer, before in zip(self.model.buffers(), buffers, strict=True):
             buffer.copy_(before)
         self.skipped += 1
@@ -165,15 +165,16 @@ class Learner:
             raise TrainingError(
                 f"Loss scaling skipped {self.skipped} steps in a row, to step {step + 1}.",
                 "The last saved state is kept.",
-                "--precision bf16 or fp32, or a smaller --lr, in a new run",
+                'engine.precision="bf16" or "fp32", or a smaller optimizer.lr=..., in a new run',
             )
 
     def diverged(self, what: str, place: str | None, step: int) -> TrainingError:
-        """The end of a run whose ``what`` is no number after ``step`` steps, first in ``place``."""
+        """The error for a ``what`` that is not finite after ``step`` steps, first in ``place``."""
         return TrainingError(
             f"The {what} is not finite at step {step}; first in {place or FINITE}.",
             "The last saved state is kept.",
-            f"a new run with --lr {self.options.optimizer.lr / 3:.2g}, a longer --warmup, or --precision fp32",
+            f"a new run with optimizer.lr={self.options.optimizer.lr / 3:.2g}, a longer schedule.warmup=..., or "
+            'engine.precision="fp32"',
         )
 
     def _diverged(self, where: str, batches: Sequence[Batch], step: int) -> TrainingError:
@@ -192,14 +193,14 @@ def prepared(model: nn.Module, options: TrainingOptions, world: World) -> nn.Mod
         if parameter.is_floating_point() and parameter.dtype != torch.float32:
             raise InputError(
                 f"{name} is {parameter.dtype}.",
-                "Weights are trained in float32; the precision is that of what is computed with them.",
-                "model.float(), and --precision bf16",
+                "Weights are trained in float32; engine.precision is that of the computation (autocast).",
+                'model.float(), and engine.precision="bf16"',
             )
     if engine.sync_batch_norm and world.device.type != "cuda":
         raise InputError(
-            "sync_batch_norm on a CPU.",
+            "engine.sync_batch_norm=True on a CPU.",
             "Torch synchronises batch norms on GPUs only.",
-            "--set engine.sync_batch_norm=false",
+            "engine.sync_batch_norm=False",
         )
     if engine.sync_batch_norm:
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)  # type: ignore[no-untyped-call]
@@ -211,7 +212,7 @@ def prepared(model: nn.Module, options: TrainingOptions, world: World) -> nn.Mod
             if parameter.dim() == 4:  # model.to(memory_format=...) fails where there is an nn.Conv3d
                 parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
     frozen = freeze(model, options.layers.freeze)
-    hold_statistics(model, None if options.layers.batch_norm == "freeze" else frozen)
+    freeze_batch_norms(model, None if options.layers.batch_norm == "freeze" else frozen)
     return model
 
 

@@ -26,7 +26,7 @@ def logits_of(output: object) -> Logits:
         )
         raise InputError(
             f"The model's output is {what}.",
-            "finetune trains classifiers of one label per image: logits [B, classes].",
-            "a loop of your own with the pieces of condconv_surgery.training",
+            "finetune trains classifiers with one label per image: logits [B, classes].",
+            "your own loop with the functions of condconv_surgery.training",
         )
     return Logits(found[0], tuple(found[1:]))

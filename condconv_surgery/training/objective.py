@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from condconv_surgery.recipe.training_options import TrainingOptions
 from condconv_surgery.training.distillation import Teacher
 from condconv_surgery.training.distributed.world import World
-from condconv_surgery.training.gate_use import GateWatch, balance_loss, sharpness_loss
+from condconv_surgery.training.gate_regularization import GateRecorder, balance_loss, sharpness_loss
 from condconv_surgery.training.logits import Logits
 
 AUXILIARY_WEIGHT = 0.3
@@ -46,7 +46,7 @@ class Objective:
     ) -> None:
         self.options, self.teacher, self.class_weights = options, teacher, class_weights
         layers = options.layers
-        self.gates = GateWatch(model) if layers.balance or layers.sharpness else None
+        self.gates = GateRecorder(model) if layers.balance or layers.sharpness else None
         self.slice_weight: Tensor | None = None
 
     def prepare(self, labels: Sequence[Tensor], world: World) -> None:

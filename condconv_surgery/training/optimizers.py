@@ -1,4 +1,4 @@
-"""Torch's own optimizers, by name."""
+"""The optimizers of torch.optim by name."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def make_optimizer(
     """
     cls = OPTIMIZERS.get(options.name.lower())
     if cls is None:
-        raise unknown_name("optimizer", options.name, OPTIMIZERS, "--optimizer adamw")
+        raise unknown_name("optimizer", options.name, OPTIMIZERS, 'optimizer.name="adamw"')
     taken = inspect.signature(cls).parameters
     offered: dict[str, Any] = {"momentum": options.momentum, "betas": options.betas}
     groups = parameter_groups(model, options, layers)

@@ -1,4 +1,4 @@
-"""Which parameters share a learning rate and a weight decay, and which learn at all."""
+"""Parameter groups by learning rate and weight decay; frozen layers; parameters trained while routers warm up."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from condconv_surgery.layers import conditional_layers, routers
 from condconv_surgery.recipe.training_sections import LayerOptions, OptimizerOptions
 
 DECAYING = ("weight", "experts")
-"""Weight decay pulls kernels and matrices only: a norm or a bias at zero is no simpler function."""
+"""Roles with weight decay: kernels and matrices. A norm or a bias at zero is not a simpler function."""
 
 
 def roles(model: nn.Module) -> dict[str, str]:
-    """What each parameter is, by its first name: ``experts`` (kernels and biases of a conditional layer), ``router``,
-    ``norm``, ``weight`` or ``bias``."""
+    """The role of each parameter by its first name: ``experts`` (kernels of a conditional layer), ``router``, ``norm``,
+    ``weight`` or ``bias``."""
     kinds: dict[int, str] = {}
     for layer in conditional_layers(model).values():
         kinds.update({id(p): "experts" for p in layer.parameters(recurse=False) if p.dim() > 2})
@@ -37,18 +37,18 @@ def parameter_groups(
 ) -> list[dict[str, Any]]:
     """Groups for a torch optimizer, each with ``params``, ``lr``, ``base_lr``, ``weight_decay`` and a ``name``.
 
-    Routers and experts have their own share of rate and decay; with ``layer_decay`` d, the i-th of n layers has the
-    rate times ``d^((n - 1 - i) / (n - 1))``. Raises ``InputError`` when nothing can be trained.
+    Routers and experts have their own factors of rate and decay; with ``layer_decay`` d, the i-th of n layers has the
+    rate times ``d^((n - 1 - i) / (n - 1))``. Raises ``InputError`` when no parameter requires a gradient.
     """
     depth = _depths(model) if options.layer_decay < 1 else {}
     rate = {"router": layers.router_lr, "experts": layers.expert_lr}
     decay = {"router": layers.router_decay, "experts": layers.expert_decay, "weight": 1.0}
     groups: dict[tuple[str, float], dict[str, Any]] = {}
-    found = roles(model)
+    role_of = roles(model)
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        role = found[name]
+        role = role_of[name]
         lr = options.lr * rate.get(role, 1.0) * options.layer_decay ** (1 - depth.get(name, 1.0))
         made = {"params": [], "name": role, "lr": lr, "base_lr": lr}
         group = groups.setdefault((role, lr), {**made, "weight_decay": options.weight_decay * decay.get(role, 0.0)})
@@ -63,34 +63,34 @@ def parameter_groups(
 
 
 def freeze(model: nn.Module, patterns: tuple[str, ...]) -> list[nn.Module]:
-    """Let layers that match a glob learn no more; returns them. Raises ``InputError`` when a pattern matches none."""
+    """Freeze the layers that match a glob; returns them. Raises ``InputError`` when a pattern matches none."""
     frozen = []
     names = [name for name, _ in model.named_modules() if name]
     for pattern in patterns:
         matched = [name for name in names if fnmatch.fnmatchcase(name, pattern)]
         if not matched:
             raise InputError(
-                f"--freeze {pattern!r} matches none of {len(names)} layers.",
+                f'layers.freeze=["{pattern}"] matches none of {len(names)} layers.',
                 f"They are named like: {', '.join(names[:3])}, {names[-1]}.",
-                f'--freeze "{names[0]}"',
+                f'layers.freeze=["{names[0]}"]',
             )
         frozen += [model.get_submodule(name).requires_grad_(False) for name in matched]
     return frozen
 
 
 def routing_parameters(model: nn.Module, heads: Iterable[str] = ()) -> list[nn.Parameter]:
-    """What learns while routers warm up: the routers, and the new heads by name.
+    """The parameters trained while routers warm up: those of the routers and of the new heads.
 
-    Raises ``InputError`` when there is no router, or none that is not frozen.
+    Raises ``InputError`` when there is no router, or all are frozen.
     """
-    found = roles(model)
-    learning = [name for name, p in model.named_parameters() if found[name] == "router" and p.requires_grad]
+    role_of = roles(model)
+    learning = [name for name, p in model.named_parameters() if role_of[name] == "router" and p.requires_grad]
     if not learning:
-        without = "whose routers are all frozen" if "router" in found.values() else "without routers"
+        without = "whose routers are all frozen" if "router" in role_of.values() else "without routers"
         raise InputError(
-            f"--warm-routers for a model {without}.",
-            "It needs a converted model whose routers learn.",
-            "leave --warm-routers out",
+            f"layers.warm_routers=... for a model {without}.",
+            "It needs a converted model with a router that is not frozen.",
+            "layers.warm_routers=0",
         )
     new = {id(p) for name in heads for p in model.get_submodule(name).parameters()}
     return [p for name, p in model.named_parameters() if name in learning or id(p) in new]
@@ -103,12 +103,12 @@ def _kind(module: nn.Module, parameter: nn.Parameter) -> str:
 
 
 def _depths(model: nn.Module) -> dict[str, float]:
-    """Where each parameter's layer stands in the order of definition, 0 for the first to 1 for the last."""
+    """The position of each parameter's layer in the order of definition, from 0 (first) to 1 (last)."""
     owners = list(dict.fromkeys(_owner(name) for name, _ in model.named_parameters()))
     place = {owner: i / max(len(owners) - 1, 1) for i, owner in enumerate(owners)}
     return {name: place[_owner(name)] for name, _ in model.named_parameters()}
 
 
 def _owner(parameter: str) -> str:
-    """The layer that a parameter belongs to, by name; parts of a conditional layer are no layers."""
+    """Name of the layer that owns a parameter; a router is a part of its conditional layer."""
     return parameter.rpartition(".")[0].partition(".router")[0].partition(".standardisation")[0]

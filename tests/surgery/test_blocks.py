@@ -21,7 +21,7 @@ from condconv_surgery.layers import RoutedBlock, autotune, conditional_layers, r
 from condconv_surgery.recipe import CondConv, DynamicConv, Variant, recipe_of
 from condconv_surgery.reporting.measure.original_model import Original
 from condconv_surgery.reporting.measure.profile import profile
-from condconv_surgery.training.gate_use import ExpertDropout, GateWatch
+from condconv_surgery.training.gate_regularization import ExpertDropout, GateRecorder
 from condconv_surgery.training.parameter_groups import roles
 from tests.variant_cases import scramble
 
@@ -192,14 +192,14 @@ def test_the_temperature_is_that_of_the_block() -> None:
     model = converted(DynamicConv(experts=4, routing="block"))
     sharp = model(X)
     assert set_temperature(model, 30.0) == 2
-    gates = GateWatch(model)
+    gates = GateRecorder(model)
     assert not torch.allclose(model(X), sharp)
     assert all(float((gate.detach() - 0.25).abs().max()) < 0.1 for gate in gates.take().values())
 
 
 def test_gates_are_watched_and_thinned_once_a_block() -> None:
     model = converted(CondConv(experts=4, routing="block"))
-    watch = GateWatch(model)
+    watch = GateRecorder(model)
     model.train()(X)
     assert {name: tuple(gate.shape) for name, gate in watch.take().items()} == {"blocks.0": (4, 4), "blocks.1": (4, 4)}
     dropout = ExpertDropout(model, 0.5)

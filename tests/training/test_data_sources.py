@@ -80,7 +80,7 @@ def test_a_torchvision_set_in_one_piece_is_split() -> None:
 
 def test_a_torchvision_set_with_other_images_to_validate_on_is_refused() -> None:
     with pytest.raises(
-        InputError, match=r"data\.val = images with --data torchvision:cifar10(.|\n)*leave data\.val out"
+        InputError, match=r'data\.val="images" with data="torchvision:cifar10"(.|\n)*leave data\.val out'
     ):
         require_data(DataOptions(folder="torchvision:cifar10", val="images"))
 
@@ -100,9 +100,9 @@ def test_every_named_set_is_torchvisions() -> None:
     ("name", "message"),
     [
         ("torchvision:cifar11", r"Unknown data set of torchvision 'cifar11'.\n.*cifar10"),
-        ("torchvision:celeba", "has many labels a image"),
+        ("torchvision:celeba", "has many labels an image"),
         ("torchvision:vocdetection", "has boxes"),
-        ("torchvision:cifar10", r"CIFAR10 can't be read(.|\n)*--set data.download=true"),
+        ("torchvision:cifar10", r"CIFAR10 can't be read(.|\n)*data.download=True"),
     ],
 )
 def test_torchvision_sets_that_are_refused(tmp_path: Path, name: str, message: str) -> None:

@@ -12,10 +12,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from condconv_surgery.recipe import DynamicConv, TrainingOptions
 from condconv_surgery.training.distributed.world import World
-from condconv_surgery.training.gate_use import GateMeter
-from condconv_surgery.training.monitor.progress_display import Silent, StepView
+from condconv_surgery.training.monitor.callback import Callback, StepView
+from condconv_surgery.training.monitor.expert_use import ExpertUseMeter
 from condconv_surgery.training.run import Run
-from condconv_surgery.training.state.stop_signals import StopWish
+from condconv_surgery.training.state.stop_signals import StopRequest
 from tests.images import write_images
 from tests.small_networks import small_net
 
@@ -48,7 +48,7 @@ class ScalarReads(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-class Views(Silent):
+class Views(Callback):
     """Keeps steps without reading their loss."""
 
     def __init__(self) -> None:
@@ -73,7 +73,7 @@ def test_a_step_synchronises_once_and_its_loss_is_read_later(tmp_path: Path, cla
         "layers": {"balance": 0.1, "sharpness": 0.1, "expert_dropout": 0.1},
     }
     options, views = TrainingOptions().updated({"output": str(tmp_path / "run"), **sections}), Views()
-    run = Run(small_net(DynamicConv(experts=2)), options, World(), StopWish(), views)
+    run = Run(small_net(DynamicConv(experts=2)), options, World(), StopRequest(), views)
     run.begin(resume=False)
     batches = iter([next(run.data.batches_from(0)) for _ in range(6)])
     with ScalarReads() as scalars, Reads() as reads:
@@ -88,7 +88,7 @@ def test_a_step_synchronises_once_and_its_loss_is_read_later(tmp_path: Path, cla
 
 def test_the_use_of_experts_is_counted_without_synchronisation() -> None:
     model = small_net(DynamicConv(experts=2)).eval()
-    meter = GateMeter(model)
+    meter = ExpertUseMeter(model)
     with ScalarReads() as scalars, Reads() as reads:
         for _ in range(3):
             model(torch.randn(2, 3, 8, 8))

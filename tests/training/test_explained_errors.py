@@ -18,7 +18,7 @@ from condconv_surgery.recipe import CondConv, TrainingOptions
 from condconv_surgery.training import finetune
 from condconv_surgery.training import learner as learner_module
 from condconv_surgery.training.batches import loaders as loading_module
-from condconv_surgery.training.monitor.progress_display import Silent, StepView
+from condconv_surgery.training.monitor.callback import Callback, StepView
 from condconv_surgery.training.state.run_files import read_rows
 from condconv_surgery.training.state.run_state import LAST, load_state, read_state
 from tests.images import write_images
@@ -56,7 +56,7 @@ def test_a_killed_reader_ends_in_words_and_the_run_goes_on(folder: Path, monkeyp
 
     with monkeypatch.context() as patch:
         patch.setattr(ImageFiles, "open", deadly)
-        with pytest.raises(TrainingError, match=r"that reads images was killed after step \d(.|\n)*fewer --workers"):
+        with pytest.raises(TrainingError, match=r"reads images was killed after step \d(.|\n)*smaller data\.workers"):
             finetune(small_net(CondConv(experts=2)), cut)
     state, _ = load_state(Path(cut.output))  # the one before, if the report came while the last was being saved
     assert state is not None
@@ -71,7 +71,7 @@ def test_a_killed_reader_ends_in_words_and_the_run_goes_on(folder: Path, monkeyp
         (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB."), r"No memory left after step 5: CUDA"),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried 9 bytes."), "No memory left after step 5"),
         (MemoryError(), "No memory left after step 5: Python"),
-        (RuntimeError("[gloo] Connection closed by peer [127.0.0.1]:1"), "Another process of the run was gone"),
+        (RuntimeError("[gloo] Connection closed by peer [127.0.0.1]:1"), "Another process of the run was lost"),
     ],
 )
 def test_what_the_machine_does_is_said_in_words(
@@ -88,7 +88,7 @@ def test_what_the_machine_does_is_said_in_words(
         return original(*args, **how)  # type: ignore[arg-type]
 
     monkeypatch.setattr(learner_module, "train_step", train_step)
-    with pytest.raises(TrainingError, match=rf"{message}(.|\n)*kept(.|\n)*--resume"):
+    with pytest.raises(TrainingError, match=rf"{message}(.|\n)*kept(.|\n)*resume=True"):
         finetune(small_net(), options)
     assert read_state(Path(options.output) / LAST).facts["progress"]["step"] == 4
 
@@ -105,7 +105,9 @@ def test_layers_that_are_never_called_are_said_where_torch_needs_all(
         )
 
     monkeypatch.setattr(learner_module, "train_step", train_step)
-    with pytest.raises(TrainingError, match=r"no part in .* for rank 0: 12 13\.\n(.|\n)*--freeze LAYER"):
+    with pytest.raises(
+        TrainingError, match=r'does not depend on .* for rank 0: 12 13\.\n(.|\n)*layers\.freeze=\["LAYER"\]'
+    ):
         finetune(small_net(), options_for(folder, "run"))
 
 
@@ -154,7 +156,7 @@ def test_a_validation_loss_that_is_no_number_ends_in_words(folder: Path) -> None
     assert [row["epoch"] for row in read_rows(Path(options.output) / "metrics.jsonl")] == [1]
 
 
-class AtStep(Silent):
+class AtStep(Callback):
     """Does something after a step."""
 
     def __init__(self, step: int, action: Callable[[], object]) -> None:
@@ -176,8 +178,8 @@ def test_a_file_that_the_system_cuts_short_leaves_the_last_state_whole(folder: P
     ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     tight = AtStep(3, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1])))
     try:
-        with pytest.raises(TrainingError, match=r"could not be written(.|\n)*last good state(.|\n)*--resume"):
-            finetune(small_net(), options, watcher=tight)
+        with pytest.raises(TrainingError, match=r"could not be written(.|\n)*last good state(.|\n)*resume=True"):
+            finetune(small_net(), options, callback=tight)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         signal.signal(signal.SIGXFSZ, ignored)
@@ -190,13 +192,13 @@ def test_unreadable_images_are_remembered_across_a_resume(folder: Path) -> None:
     train, _ = find_training_images(folder)
     options = options_for(folder, "run", max_bad=1)
     train.path(0).write_bytes(b"text")
-    stopped = finetune(small_net(), options, watcher=StopAt(5, signal.SIGTERM))
+    stopped = finetune(small_net(), options, callback=StopAt(5, signal.SIGTERM))
     assert stopped.unreadable == (str(train.path(0)),)
     train.path(9).write_bytes(b"text")
-    watcher = AtStep(-1, list)
+    callback = AtStep(-1, list)
     with pytest.raises(InputError, match=r"2 unreadable images: .*\n.*At most 1"):
-        finetune(small_net(), options, resume=True, watcher=watcher)
-    assert [line for line in watcher.lines if "passed over" in line] == [f"Unreadable, passed over: {train.path(9)}"]
+        finetune(small_net(), options, resume=True, callback=callback)
+    assert [line for line in callback.lines if "skipped" in line] == [f"UnreadableImages, skipped: {train.path(9)}"]
 
 
 def test_validation_images_that_all_go_bad_end_the_run(folder: Path) -> None:
@@ -206,13 +208,13 @@ def test_validation_images_that_all_go_bad_end_the_run(folder: Path) -> None:
         for index in range(len(val)):
             val.path(index).write_bytes(b"text")
 
-    watcher = AtStep(1, spoil)
+    callback = AtStep(1, spoil)
     with pytest.raises(TrainingError, match=r"No validation image can be read"):
-        finetune(small_net(), options_for(folder, "run", max_bad=100), watcher=watcher)
-    assert sum("passed over" in line for line in watcher.lines) == 3
+        finetune(small_net(), options_for(folder, "run", max_bad=100), callback=callback)
+    assert sum("skipped" in line for line in callback.lines) == 3
     strict = AtStep(1, spoil)
     with pytest.raises(InputError, match=r"3 unreadable images"):
-        finetune(small_net(), options_for(folder, "strict"), watcher=strict)
+        finetune(small_net(), options_for(folder, "strict"), callback=strict)
 
 
 def test_a_batch_without_any_image_is_said(folder: Path) -> None:

@@ -17,7 +17,7 @@ from condconv_surgery.recipe.training_sections import DataOptions
 from condconv_surgery.training import finetune
 from condconv_surgery.training.batches.loaders import open_data
 from condconv_surgery.training.distributed.world import World
-from condconv_surgery.training.monitor.progress_display import Silent, StepView
+from condconv_surgery.training.monitor.callback import Callback, StepView
 from condconv_surgery.training.state.run_state import LAST, State, read_state, save_state
 from tests.images import write_images
 from tests.small_networks import small_net
@@ -26,7 +26,7 @@ from tests.training.test_data_sources import assert_same, options_for, pixels
 
 @pytest.fixture
 def rows(tmp_path: Path) -> Path:
-    """A image folder, a saved data set and a folder of parquet files, all with the same images."""
+    """An image folder, a saved data set and a folder of parquet files, all with the same images."""
     datasets = pytest.importorskip("datasets")
     datasets.disable_progress_bars()
     write_images(tmp_path / "folder/train", each=8)
@@ -79,7 +79,7 @@ def test_one_split_is_split_and_a_split_can_be_named(rows: Path) -> None:
 @pytest.mark.parametrize(
     ("label", "message"),
     [
-        ([[0, 1]] * 6, "many labels a image"),
+        ([[0, 1]] * 6, "many labels an image"),
         ([0.5] * 6, "regression"),
         ([None, 1, 0, 1, 0, 1], "images without a label"),
     ],
@@ -152,7 +152,7 @@ def test_a_streamed_run_goes_on_at_any_step_whatever_the_workers(rows: Path) -> 
 
     whole, cut = streamed(rows, "whole"), streamed(rows, "cut", workers=1)
     finetune(small_net(), whole)
-    stopped = finetune(small_net(), cut, watcher=StopAt(8, signal.SIGTERM))
+    stopped = finetune(small_net(), cut, callback=StopAt(8, signal.SIGTERM))
     assert stopped.steps == 8
     finetune(small_net(), cut, resume=True)
     assert_same(whole, cut)
@@ -187,14 +187,14 @@ def test_a_stream_that_breaks_off_ends_in_words(rows: Path) -> None:
     """A file that goes away while it is read, with the states saved before."""
     options = streamed(rows, "run", "parquet").updated({"engine": {"save_every": 2}})
 
-    class Remove(Silent):
+    class Remove(Callback):
         def step(self, view: StepView) -> None:
             if view.step == 6:  # at an epoch's end: the next one opens the files anew
                 for path in (rows / "parquet").glob("train-*.parquet"):
                     path.write_bytes(path.read_bytes()[:100])
 
-    with pytest.raises(TrainingError, match=r"can't be read on after row \d+ of epoch 2(.|\n)*--resume"):
-        finetune(small_net(), options, watcher=Remove())
+    with pytest.raises(TrainingError, match=r"can't be read on after row \d+ of epoch 2(.|\n)*resume=True"):
+        finetune(small_net(), options, callback=Remove())
     assert read_state(Path(options.output) / LAST).facts["progress"]["step"] == 6
 
 

@@ -22,7 +22,7 @@ from condconv_surgery.recipe import InputSpec
 from condconv_surgery.recipe.training_sections import AugmentOptions
 from condconv_surgery.training.batches.samplers import EvaluationBatches, Steps, TrainingBatches
 from condconv_surgery.training.batches.train_transforms import training_transform
-from condconv_surgery.training.batches.unreadable_images import Unreadable
+from condconv_surgery.training.batches.unreadable_images import UnreadableImages
 from tests.images import write_images
 
 SPEC = InputSpec(height=16, width=16)
@@ -94,7 +94,7 @@ def test_transparency_is_laid_on_white(tmp_path: Path) -> None:
     assert read_image(tmp_path / "clear.png", channels=1).getpixel((0, 0)) == 255
 
 
-@pytest.mark.parametrize("content", [b"", b"not a image", b"\x89PNG\r\n\x1a\n"])
+@pytest.mark.parametrize("content", [b"", b"not an image", b"\x89PNG\r\n\x1a\n"])
 def test_unreadable_files(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "a.png").write_bytes(content)
     with pytest.raises(UnreadableImageError, match=r"a\.png"):
@@ -148,12 +148,12 @@ def test_a_streams_batch_keeps_its_size() -> None:
 
 def test_unreadable_images_are_counted_once_each_up_to_the_limit() -> None:
     told: list[str] = []
-    seen = Unreadable(limit=2, note=told.append)
+    seen = UnreadableImages(limit=2, note=told.append)
     for names in (["a.png"], ["a.png", "b.png", "b.png"]):
-        seen.meet(names)
+        seen.add(names)
         seen.share()
-    assert told == ["Unreadable, passed over: a.png", "Unreadable, passed over: b.png"]
-    seen.meet(["c.png"])
+    assert told == ["UnreadableImages, skipped: a.png", "UnreadableImages, skipped: b.png"]
+    seen.add(["c.png"])
     with pytest.raises(InputError, match=r"3 unreadable images: .*c\.png"):
         seen.share()
 

@@ -16,16 +16,15 @@ from condconv_surgery.recipe import CondConv, DynamicConv, ODConv, TrainingOptio
 from condconv_surgery.recipe.training_sections import LayerOptions, OptimizerOptions
 from condconv_surgery.training.batch_norm import recalibrate
 from condconv_surgery.training.distributed.world import World
-from condconv_surgery.training.gate_use import (
+from condconv_surgery.training.gate_regularization import (
     ExpertDropout,
-    GateMeter,
-    GateUse,
-    GateWatch,
+    GateRecorder,
     balance_loss,
     sharpness_loss,
 )
 from condconv_surgery.training.learner import Learner
-from condconv_surgery.training.monitor.unused_options import idle_options
+from condconv_surgery.training.monitor.expert_use import ExpertUse, ExpertUseMeter
+from condconv_surgery.training.monitor.unused_options import unused_options
 from condconv_surgery.training.parameter_groups import parameter_groups
 from tests.small_networks import SmallNet, small_net
 
@@ -99,7 +98,7 @@ def test_frozen_layers_stay_to_the_bit_with_their_statistics() -> None:
     it.step([BATCH], 0, 1)
     assert changed(model, before) == {"inner.weight", "inner.bias", "head.weight", "head.bias"}
     assert torch.equal(model.norm.running_mean, mean)
-    with pytest.raises(InputError, match=r"--freeze 'layer5' matches none of 5 layers"):
+    with pytest.raises(InputError, match=r'layers\.freeze=\["layer5"\] matches none of 5 layers'):
         learner(small_net(), layers={"freeze": ["layer5"]})
 
 
@@ -163,7 +162,7 @@ def test_regularisers_lower_what_they_name(setting: str, loss: object) -> None:
         for step in range(15):
             it.step([BATCH], step, 100)
         it.close()
-        watch = GateWatch(model)
+        watch = GateRecorder(model)
         model.eval()(X)
         (gate,) = watch.take().values()
         watch.close()
@@ -174,7 +173,7 @@ def test_regularisers_lower_what_they_name(setting: str, loss: object) -> None:
 
 def test_gate_use_adds_up_over_batches() -> None:
     gate = torch.rand(10, 3) + 0.1
-    use = GateUse(torch.zeros(3))
+    use = ExpertUse(torch.zeros(3))
     use.add(gate[:4])
     use.add(gate[4:])
     p = gate / gate.sum(1, keepdim=True)
@@ -187,8 +186,8 @@ def test_the_use_of_experts_is_that_of_all_processes() -> None:
     model = small_net(CondConv(experts=4)).eval()
     randomize_router(model)
 
-    def meter(*parts: torch.Tensor) -> GateMeter:
-        made = GateMeter(model)
+    def meter(*parts: torch.Tensor) -> ExpertUseMeter:
+        made = ExpertUseMeter(model)
         for part in parts:
             model(part)
         with made.paused():
@@ -238,15 +237,15 @@ def test_temperature_of_an_averaged_model_is_the_one_of_the_step() -> None:
 def test_options_that_meet_nothing_are_said(variant: Variant | None, words: list[str]) -> None:
     changes = {"schedule": {"temperature": 30.0}, "layers": {"router_lr": 2.0, "balance": 0.1}}
     options = TrainingOptions().updated(changes)
-    lines = idle_options(small_net(variant), options)
+    lines = unused_options(small_net(variant), options)
     assert [line.partition(word)[1] for line, word in zip(lines, words, strict=True)] == words
-    assert idle_options(small_net(DynamicConv(2)), options) == []
-    assert idle_options(small_net(), TrainingOptions()) == []
+    assert unused_options(small_net(DynamicConv(2)), options) == []
+    assert unused_options(small_net(), TrainingOptions()) == []
     alone = {"distill": {"features": ["inner"]}, "schedule": {"temperature_steps": 0.5}}
-    found = idle_options(small_net(DynamicConv(2)), TrainingOptions().updated(alone))
+    found = unused_options(small_net(DynamicConv(2)), TrainingOptions().updated(alone))
     assert [line.partition(":")[0] for line in found] == ["distill.features", "schedule.temperature_steps"]
     alone["distill"]["teacher"], alone["schedule"]["temperature"] = "start", 30.0  # type: ignore[assignment]
-    assert idle_options(small_net(DynamicConv(2)), TrainingOptions().updated(alone)) == []
+    assert unused_options(small_net(DynamicConv(2)), TrainingOptions().updated(alone)) == []
 
 
 def test_layer_options_are_values() -> None:

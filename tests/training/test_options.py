@@ -26,22 +26,22 @@ def test_every_option_is_explained_in_the_file() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"data": {"batch_size": 0}}, r"data\.batch_size is 0\.\n.*at least 1\.?\n.*--batch-size 32"),
+        ({"data": {"batch_size": 0}}, r"data\.batch_size is 0\.\n.*at least 1\.?\n.*data\.batch_size=32"),
         ({"data": {"batch_size": 2.5}}, "whole number"),
         ({"optimizer": {"lr": float("nan")}}, r"optimizer\.lr is nan"),
         ({"optimizer": {"lr": 0}}, "above 0"),
         ({"engine": {"precision": "fp8"}}, "one of: fp32, bf16"),
         ({"augment": {"flip": "yes"}}, "must be a number"),
-        ({"augment": {"crop": [0.9, 0.1]}}, "least and most"),
+        ({"augment": {"crop": [0.9, 0.1]}}, "minimum and maximum"),
         ({"optimiser": {}}, r"Unknown option or section .*'optimiser'\.\n.*Nearest: optimizer"),
         ({"optimizer": {"learning_rate": 1}}, r"Unknown option in \[optimizer\]"),
         ({"data": 3}, "It is a section"),
-        ({"distill": {"features": "[layer4]"}}, r"list of texts\.\n.*--set 'distill\.features=\[\"NAME\"\]'"),
-        ({"schedule": {"shape": "step"}}, r"shape is step and schedule.milestones is \[\](.|\n)*milestones=\[6,8\]"),
+        ({"distill": {"features": "[layer4]"}}, r"list of texts\.\n.*distill\.features=\[\"NAME\"\]"),
+        ({"schedule": {"shape": "step"}}, r"shape is step and schedule.milestones is \[\](.|\n)*milestones=\[6, 8\]"),
         ({"schedule": {"milestones": [3]}}, r"shape is cosine and schedule.milestones is \[3\]"),
         (
             {"schedule": {"early_stop": 3}, "layers": {"batch_norm": "recalibrate"}},
-            r"early_stop with (.|\n)*last epoch(.|\n)*--batch-norm train",
+            r"early_stop=3 with (.|\n)*last epoch(.|\n)*layers\.batch_norm=\"train\"",
         ),
     ],
 )

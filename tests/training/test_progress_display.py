@@ -11,15 +11,8 @@ from rich.console import Console
 from condconv_surgery.recipe import TrainingOptions
 from condconv_surgery.training import finetune
 from condconv_surgery.training.monitor import progress_display as module
-from condconv_surgery.training.monitor.progress_display import (
-    Bar,
-    Both,
-    EpochRow,
-    PlainLines,
-    Silent,
-    StepView,
-    console_watcher,
-)
+from condconv_surgery.training.monitor.callback import Callback, CallbackPair, EpochRow, StepView
+from condconv_surgery.training.monitor.progress_display import PlainLines, ProgressBar, console_display
 from condconv_surgery.training.tally import Tally
 from tests.images import write_images
 from tests.small_networks import small_net
@@ -30,11 +23,11 @@ WORDS = "loss 1.2346  top-1 0.5000  lr 9.87e-04  123 images/s  1024 MB"
 
 
 def test_plain_lines_are_few_and_whole(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    watcher = PlainLines()
-    watcher.step(VIEW)  # too soon for another line
+    callback = PlainLines()
+    callback.step(VIEW)  # too soon for another line
     monkeypatch.setattr(module, "PLAIN_SECONDS", 0.0)
-    watcher.step(VIEW)
-    watcher.epoch(ROW)
+    callback.step(VIEW)
+    callback.epoch(ROW)
     captured = capsys.readouterr()
     assert captured.out == ""
     assert captured.err.splitlines() == [
@@ -45,10 +38,10 @@ def test_plain_lines_are_few_and_whole(capsys: pytest.CaptureFixture[str], monke
 
 def test_a_terminal_has_a_bar_with_the_numbers_beside_it() -> None:
     file = io.StringIO()
-    watcher = Bar(Console(file=file, force_terminal=True, width=160, color_system=None))
-    watcher.step(VIEW)
-    watcher.epoch(ROW)
-    watcher.close()
+    callback = ProgressBar(Console(file=file, force_terminal=True, width=160, color_system=None))
+    callback.step(VIEW)
+    callback.epoch(ROW)
+    callback.close()
     text = file.getvalue()
     assert "epoch 2/10" in text
     assert f"150/1000  {WORDS}" in text
@@ -56,17 +49,17 @@ def test_a_terminal_has_a_bar_with_the_numbers_beside_it() -> None:
 
 
 def test_stderr_that_is_no_terminal_has_plain_lines() -> None:
-    assert isinstance(console_watcher(), PlainLines)
+    assert isinstance(console_display(), PlainLines)
 
 
 def test_both_watchers_are_told_everything() -> None:
     told: list[str] = []
 
-    class Telling(Silent):
+    class Telling(Callback):
         def __getattribute__(self, name: str):  # type: ignore[no-untyped-def]
             return lambda *args: told.append(name)
 
-    both = Both(Telling(), Telling())
+    both = CallbackPair(Telling(), Telling())
     both.note("line")
     both.step(VIEW)
     both.epoch(ROW)
@@ -85,7 +78,7 @@ def test_a_kept_head_with_other_class_names_is_said(tmp_path: Path, capsys: pyte
         finetune(
             model,
             TrainingOptions().updated({"output": str(tmp_path / f"run-{name}"), **sections}),
-            watcher=PlainLines(),
+            callback=PlainLines(),
         )
         said = "they were called class0, class1, class2" in capsys.readouterr().err
         assert said == (name == "two")
@@ -97,10 +90,11 @@ def test_without_the_resource_module_memory_is_not_shown() -> None:
 import sys
 sys.modules["resource"] = None
 import torch
-from condconv_surgery.training.monitor import progress_display, meter
+from condconv_surgery.training.monitor import progress_display, run_metrics
+from condconv_surgery.training.monitor.callback import StepView
 from condconv_surgery.training.tally import Tally
-memory = meter.peak_memory(torch.device("cpu"))
-print(memory, progress_display._words(progress_display.StepView(1, 1, 1, 1, Tally.of(1, 1, 1), 0.1, 1.0, memory)))
+memory = run_metrics.peak_memory(torch.device("cpu"))
+print(memory, progress_display._measures(StepView(1, 1, 1, 1, Tally.of(1, 1, 1), 0.1, 1.0, memory)))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "None loss 1.0000  top-1 1.0000  lr 1.00e-01  1 images/s\n"

@@ -16,7 +16,7 @@ from condconv_surgery.recipe import CondConv, DynamicConv, Variant
 from condconv_surgery.recipe.toml_text import from_toml
 from condconv_surgery.recipe.training_options import TrainingOptions
 from condconv_surgery.training import TrainingResult, finetune
-from condconv_surgery.training.monitor.progress_display import EpochRow, Silent, StepView
+from condconv_surgery.training.monitor.callback import Callback, EpochRow, StepView
 from condconv_surgery.training.state.run_state import BEFORE, LAST
 from tests.images import write_images
 from tests.small_networks import VARIANTS, small_net
@@ -40,7 +40,7 @@ def options_for(folder: Path, run: str = "run", **schedule: object) -> TrainingO
     )
 
 
-class StopAt(Silent):
+class StopAt(Callback):
     """Sends a signal to this process in the middle of a step, as a cluster would."""
 
     def __init__(self, step: int, number: int) -> None:
@@ -124,10 +124,10 @@ def test_a_stopped_run_goes_on_to_the_same_weights(folder: Path, number: int, at
     whole, cut = options_for(folder, "whole"), options_for(folder, "cut")
     variant = DynamicConv(experts=2)
     expected = run(whole, variant)
-    watcher = StopAt(at, number)
-    stopped = run(cut, variant, watcher=watcher)
+    callback = StopAt(at, number)
+    stopped = run(cut, variant, callback=callback)
     assert (stopped.stopped_by, stopped.steps) == (number, at)
-    assert any("--resume" in line for line in watcher.lines)
+    assert any("resume=True" in line for line in callback.lines)
     result = run(cut, variant, resume=True)
     assert_same(weights(whole), weights(cut))
     assert_same(weights(whole, "best"), weights(cut, "best"))
@@ -145,7 +145,7 @@ def test_signal_handlers_are_put_back(folder: Path) -> None:
     assert signal.getsignal(signal.SIGTERM) is before
 
 
-class Crash(Silent):
+class Crash(Callback):
     """Dies right after a state was saved in the midst of an epoch, as by SIGKILL."""
 
     def __init__(self, step: int) -> None:
@@ -161,15 +161,15 @@ def test_a_damaged_state_falls_back_to_the_one_before(folder: Path, damage: str)
     whole, cut = options_for(folder, "whole"), options_for(folder, "cut")
     run(whole)
     with pytest.raises(RuntimeError, match="killed"):
-        run(cut.updated({"engine": {"save_every": 3}}), watcher=Crash(8))  # states after 3, 4, 6
+        run(cut.updated({"engine": {"save_every": 3}}), callback=Crash(8))  # states after 3, 4, 6
     last = Path(cut.output) / LAST
     content = bytearray(last.read_bytes())
     content[-5] ^= 1
     last.write_bytes({"truncate": content[:-9], "flip": content, "empty": b""}[damage])
-    watcher = StopAt(-1, 0)
-    run(cut.updated({"engine": {"save_every": 3}}), resume=True, watcher=watcher)
-    assert any("damaged" in line for line in watcher.lines)
-    assert any("after step 4, epoch 1" in line for line in watcher.lines)
+    callback = StopAt(-1, 0)
+    run(cut.updated({"engine": {"save_every": 3}}), resume=True, callback=callback)
+    assert any("damaged" in line for line in callback.lines)
+    assert any("after step 4, epoch 1" in line for line in callback.lines)
     assert_same(weights(whole), weights(cut))
 
 
@@ -178,7 +178,7 @@ def test_no_whole_state_is_an_error(folder: Path) -> None:
     run(options)
     for name in (LAST, BEFORE):
         (Path(options.output) / name).write_bytes(b"")
-    with pytest.raises(DamagedFileError, match="No whole state is left"):
+    with pytest.raises(DamagedFileError, match="No undamaged state is left"):
         run(options, resume=True)
 
 
@@ -194,16 +194,16 @@ def test_a_finished_run_is_only_extended(folder: Path) -> None:
     run(options)
     done = run(options, resume=True)
     assert (done.epochs, done.steps) == (3, 12)
-    watcher = StopAt(-1, 0)
-    longer = run(options.updated({"schedule": {"epochs": 4}}), resume=True, watcher=watcher)
-    assert any("follow the new length" in line for line in watcher.lines)
+    callback = StopAt(-1, 0)
+    longer = run(options.updated({"schedule": {"epochs": 4}}), resume=True, callback=callback)
+    assert any("follow the new length" in line for line in callback.lines)
     assert (longer.epochs, longer.steps) == (4, 16)
 
 
 def test_a_second_run_does_not_overwrite_the_first(folder: Path) -> None:
     options = options_for(folder, epochs=1)
     run(options)
-    with pytest.raises(InputError, match=r"already holds a run\.\n.*\n.*--resume"):
+    with pytest.raises(InputError, match=r"already holds a run\.\n.*\n.*resume=True"):
         run(options)
 
 
@@ -227,7 +227,7 @@ def test_resume_refuses_another_model(folder: Path) -> None:
 def test_an_unreadable_image_stops_the_run_or_is_passed_over(folder: Path) -> None:
     for path in folder.rglob("0[0-3].png"):
         path.write_bytes(b"text")
-    with pytest.raises(InputError, match=r"unreadable image.*\n.*At most 0.*\n.*--max-bad"):
+    with pytest.raises(InputError, match=r"unreadable image.*\n.*At most 0.*\n.*data\.max_bad"):
         run(options_for(folder))
     result = run(options_for(folder, "patient").updated({"data": {"max_bad": 12}}))
     assert len(result.unreadable) == 12
@@ -237,7 +237,8 @@ def test_an_unreadable_image_stops_the_run_or_is_passed_over(folder: Path) -> No
 def test_a_loss_that_is_no_number_keeps_the_last_good_state(folder: Path) -> None:
     options = options_for(folder).updated({"optimizer": {"lr": 1e30, "clip_norm": 0.0}})
     with pytest.raises(
-        TrainingError, match=r"loss is not finite at step 2; first in the output of \w+ .*\n.*kept.*\n.*--lr 3\.3e\+29"
+        TrainingError,
+        match=r"loss is not finite at step 2; first in the output of \w+ .*\n.*kept.*\n.*optimizer\.lr=3\.3e\+29",
     ):
         run(options)
 
@@ -261,8 +262,8 @@ def test_a_full_disk_ends_in_words_with_the_last_state_whole(folder: Path, monke
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("condconv_surgery.training.state.run_state.save_file", full)
-    with pytest.raises(TrainingError, match=r"No space left on device.*\n.*last good state.*\n.*--resume"):
-        run(options.updated({"schedule": {"epochs": 4}}), resume=True, watcher=StopAt(13, signal.SIGTERM))
+    with pytest.raises(TrainingError, match=r"No space left on device.*\n.*last good state.*\n.*resume=True"):
+        run(options.updated({"schedule": {"epochs": 4}}), resume=True, callback=StopAt(13, signal.SIGTERM))
     assert (Path(options.output) / LAST).read_bytes() == state
     assert not list(Path(options.output).glob(".*.tmp"))
 
@@ -274,7 +275,7 @@ def test_bf16_trains(folder: Path) -> None:
 
 
 def test_the_watcher_is_told_every_step_and_epoch(folder: Path) -> None:
-    class Counting(Silent):
+    class Counting(Callback):
         def __init__(self) -> None:
             self.steps: list[StepView] = []
             self.rows: list[EpochRow] = []
@@ -285,11 +286,11 @@ def test_the_watcher_is_told_every_step_and_epoch(folder: Path) -> None:
         def epoch(self, row: EpochRow) -> None:
             self.rows.append(row)
 
-    watcher = Counting()
-    run(options_for(folder), watcher=watcher)
-    assert [view.step for view in watcher.steps] == list(range(1, 13))
-    assert [row.to_dict() for row in watcher.rows] == _rows(options_for(folder))
-    assert watcher.rows[0].images_per_second > 0
+    callback = Counting()
+    run(options_for(folder), callback=callback)
+    assert [view.step for view in callback.steps] == list(range(1, 13))
+    assert [row.to_dict() for row in callback.rows] == _rows(options_for(folder))
+    assert callback.rows[0].images_per_second > 0
 
 
 def test_tensorboard_has_scores_and_the_use_of_experts(folder: Path) -> None:

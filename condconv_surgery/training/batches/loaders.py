@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from condconv_surgery.data.find_data import find_data, require_data
+from condconv_surgery.data.hub_streams import HubStream, StreamDataset, find_streams
 from condconv_surgery.data.image_dataset import (
     Batch,
     ImageDataset,
@@ -27,13 +28,7 @@ from condconv_surgery.models.preprocess import evaluation_transform
 from condconv_surgery.recipe import InputSpec, Recipe
 from condconv_surgery.recipe.training_options import TrainingOptions
 from condconv_surgery.training.batches.samplers import EvaluationBatches, Steps, TrainingBatches
-from condconv_surgery.training.batches.streaming import (
-    RowDataset,
-    Stream,
-    StreamBatches,
-    StreamEvaluation,
-    find_streams,
-)
+from condconv_surgery.training.batches.stream_batches import StreamBatches, StreamEvaluation
 from condconv_surgery.training.batches.train_transforms import training_transform
 from condconv_surgery.training.distributed.world import World
 from condconv_surgery.training.monitor.explained_errors import reading
@@ -42,10 +37,10 @@ from condconv_surgery.training.state.stop_signals import ignore_signals
 
 @dataclass(frozen=True)
 class Data:
-    """The images of a run and how this process takes them."""
+    """The images of a run and the loaders of this process."""
 
-    train: LabelledImages | Stream
-    val: LabelledImages | Stream
+    train: LabelledImages | HubStream
+    val: LabelledImages | HubStream
     order: Steps
     train_loader: DataLoader[Batch]
     val_loader: DataLoader[Batch]
@@ -56,7 +51,7 @@ class Data:
         return reading(iter(self.train_loader))
 
     def close(self) -> None:
-        """End the readers. While torch knows of a dead one, it raises again whenever any child process ends."""
+        """End the workers. While torch knows of a dead one, it raises again whenever any child process ends."""
         with ExitStack() as stack:
             for loader in (self.train_loader, self.val_loader):
                 if isinstance(loader._iterator, _MultiProcessingDataLoaderIter):
@@ -93,15 +88,15 @@ def open_data(options: TrainingOptions, spec: InputSpec, world: World) -> Data:
 def _streamed(options: TrainingOptions, spec: InputSpec, world: World, training: Transform, scoring: Transform) -> Data:
     if options.optimizer.class_weights:
         raise InputError(
-            "optimizer.class_weights with data.streaming.",
-            "Classes are weighed by their number of images, which a stream doesn't tell.",
-            "--set optimizer.class_weights=false, or --set data.streaming=false",
+            "optimizer.class_weights=True with data.streaming=True.",
+            "Classes are weighted by their number of images, which is not known of a stream.",
+            "optimizer.class_weights=False, or data.streaming=False",
         )
     train, val = find_streams(options.data)
     steps = _steps(options, len(train), world)
 
-    def rows(which: Stream, transform: Transform) -> RowDataset:
-        return RowDataset(which.title, transform, channels=spec.channels, seed=options.seed)
+    def rows(which: HubStream, transform: Transform) -> StreamDataset:
+        return StreamDataset(which.title, transform, channels=spec.channels, seed=options.seed)
 
     order = StreamBatches(train, steps, options.seed, options.data.buffer, world)
     each = StreamEvaluation(val, steps.slice_size, world)
@@ -123,14 +118,14 @@ def _loader(
     batches: Sampler[list[Any]],
     options: TrainingOptions,
     world: World,
-    together: Callable[[Sequence[Sample]], Batch] = collate,
+    collate_fn: Callable[[Sequence[Sample]], Batch] = collate,
 ) -> DataLoader[Batch]:
     return DataLoader(
         dataset,  # type: ignore[arg-type]
         batch_sampler=batches,
         num_workers=options.data.workers,
         worker_init_fn=ignore_signals,
-        collate_fn=together,
+        collate_fn=collate_fn,
         pin_memory=world.device.type == "cuda",
         persistent_workers=options.data.workers > 0,
     )

@@ -17,12 +17,12 @@ def batch_mix(options: AugmentOptions, classes: int) -> Mix | None:
 
     With both on, each batch draws one of them.
     """
-    ways: list[Mix] = []
+    mixes: list[Mix] = []
     if options.mixup:
-        ways.append(v2.MixUp(alpha=options.mixup, num_classes=classes))
+        mixes.append(v2.MixUp(alpha=options.mixup, num_classes=classes))
     if options.cutmix:
-        ways.append(v2.CutMix(alpha=options.cutmix, num_classes=classes))
-    if not ways:
+        mixes.append(v2.CutMix(alpha=options.cutmix, num_classes=classes))
+    if not mixes:
         return None
-    chosen: Mix = v2.RandomChoice(ways) if len(ways) > 1 else ways[0]
+    chosen: Mix = v2.RandomChoice(mixes) if len(mixes) > 1 else mixes[0]
     return chosen

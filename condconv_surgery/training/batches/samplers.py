@@ -18,12 +18,12 @@ def epoch_order(count: int, seed: int, epoch: int) -> list[int]:
 
 
 class Steps:
-    """How a run's images fall into steps and slices; ``start`` is the step that the next iteration begins with.
+    """The images of a run divided into steps and slices; ``start`` is the step that the next iteration begins with.
 
-    A step takes ``batch_size`` images in ``world * accumulate`` equal slices. What is left at an epoch's end, less
-    than a batch, waits for another epoch's order. A set smaller than one batch is one batch.
+    A step takes ``batch_size`` images in ``world * accumulate`` equal slices. The images left at the end of an epoch,
+    fewer than a batch, are not used in it. A set smaller than one batch is one batch.
 
-    Raises ``InputError`` when a step cannot be shared out equally.
+    Raises ``InputError`` when a step cannot be divided equally.
     """
 
     def __init__(self, count: int, batch_size: int, *, epochs: int, world: int = 1, accumulate: int = 1) -> None:
@@ -31,8 +31,8 @@ class Steps:
         if batch_size % slices:
             raise InputError(
                 f"A batch of {batch_size} images for {world} processes with accumulation {accumulate}.",
-                f"The batch is shared out equally: a multiple of {slices}.",
-                f"--batch-size {-(-batch_size // slices) * slices}",
+                f"The batch is divided equally: a multiple of {slices}.",
+                f"data.batch_size={-(-batch_size // slices) * slices}",
             )
         self.batch_size = min(batch_size, count // slices * slices)
         if not self.batch_size:
@@ -59,7 +59,7 @@ class TrainingBatches(Sampler[list[Draw]]):
     """The batches of one process from step ``steps.start`` to the last, without a pause between epochs.
 
     A step takes the next images of the epoch's order; process ``rank`` gets slices ``rank * accumulate`` and
-    following. So two processes see together what one would see alone.
+    following. So two processes together train on the images that one process alone would train on.
     """
 
     def __init__(self, steps: Steps, seed: int, rank: int = 0) -> None:

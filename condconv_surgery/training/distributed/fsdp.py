@@ -1,7 +1,7 @@
-"""Weights and optimizer state split over the processes, for experts that don't fit on one device: torch's FSDP2.
+"""Weights and optimizer state sharded over the processes, for experts that do not fit on one device: torch's FSDP2.
 
-A sharded parameter is a ``DTensor``: each process holds a part. A conditional layer is gathered when it runs and let go
-again; so is all the rest of the model, as one piece.
+A sharded parameter is a ``DTensor``: each process holds a part. A conditional layer is gathered when it runs and freed
+after it; so is the rest of the model, as one unit.
 """
 
 from __future__ import annotations
@@ -21,26 +21,26 @@ from condconv_surgery.training.distributed.world import World
 
 
 def check_sharding(engine: EngineOptions, world: World) -> None:
-    """Raise ``InputError`` where sharding can't be had."""
+    """Raise ``InputError`` where sharding is not supported."""
     if not engine.shard:
         return
     if world.size == 1:
         raise InputError(
-            "engine.shard with one process.",
+            "engine.shard=True with one process.",
             "A model is split over several processes.",
-            "torchrun --nproc-per-node 2 -m condconv_surgery finetune ..., or --set engine.shard=false",
+            "torchrun --nproc-per-node 2 ..., or engine.shard=False",
         )
-    for name, clashes in (("precision=fp16", engine.precision == "fp16"), ("compile", engine.compile)):
+    for name, clashes in (('precision="fp16"', engine.precision == "fp16"), ("compile=True", engine.compile)):
         if clashes:
             raise InputError(
-                f"engine.shard with engine.{name}.",
-                "A sharded model trains in fp32 or bf16, uncompiled.",
-                "--precision bf16, or --set engine.compile=false",
+                f"engine.shard=True with engine.{name}.",
+                "A sharded model is trained in fp32 or bf16, uncompiled.",
+                'engine.precision="bf16", engine.compile=False',
             )
 
 
 def shard(model: nn.Module, world: World) -> None:
-    """Split ``model`` in place: each conditional layer by itself, then the rest. It moves to the world's device."""
+    """Shard ``model`` in place, each conditional layer as one unit, then the rest, and move it to the device."""
     mesh = init_device_mesh(world.device.type, (world.size,))
     for layer in conditional_layers(model).values():
         fully_shard(layer, mesh=mesh)
@@ -48,29 +48,29 @@ def shard(model: nn.Module, world: World) -> None:
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """The tensor that the processes hold parts of. Every process must ask for it at the same time."""
+    """The full tensor of a sharded one. Collective: every process must call it at the same time."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def like(place: Tensor, value: Tensor) -> Tensor:
-    """``value``, known to every process, split as ``place`` is."""
-    if not isinstance(place, DTensor) or value.shape != place.shape:
+def like(target: Tensor, value: Tensor) -> Tensor:
+    """``value``, known to every process, sharded like ``target``."""
+    if not isinstance(target, DTensor) or value.shape != target.shape:
         return value
-    return distribute_tensor(value.to(place.device), place.device_mesh, place.placements)
+    return distribute_tensor(value.to(target.device), target.device_mesh, target.placements)
 
 
-class Shell:
-    """An unsharded copy of a model on the CPU, to be filled and saved. Made before the model is sharded."""
+class UnshardedCopy:
+    """A copy of a model on the CPU, to be filled and saved. Make it before the model is sharded."""
 
     def __init__(self, model: nn.Module, world: World) -> None:
-        self.model = copy.deepcopy(model).cpu() if world.speaks else None
+        self.model = copy.deepcopy(model).cpu() if world.is_first else None
 
     @torch.no_grad()
     def filled(self, model: nn.Module) -> nn.Module | None:
-        """The copy with the weights of ``model`` as they are now; ``None`` in every process but the first."""
-        places = {} if self.model is None else self.model.state_dict()
+        """The copy with the current weights of ``model``; ``None`` in every process but the first. Collective."""
+        targets = {} if self.model is None else self.model.state_dict()
         for name, tensor in model.state_dict().items():
             value = whole(tensor)  # in all processes
-            if name in places:
-                places[name].copy_(value)
+            if name in targets:
+                targets[name].copy_(value)
         return self.model

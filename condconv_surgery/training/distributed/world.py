@@ -25,7 +25,7 @@ class World:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
     @property
-    def speaks(self) -> bool:
+    def is_first(self) -> bool:
         """This process writes files and lines."""
         return self.rank == 0
 
@@ -58,12 +58,12 @@ class World:
             dist.all_reduce(tensor)
             tensor /= self.size
 
-    def share_(self, tensors: list[Tensor]) -> None:
+    def broadcast_(self, tensors: list[Tensor]) -> None:
         """Replace each tensor by that of the first process."""
         for tensor in tensors if self.size > 1 else ():
             dist.broadcast(tensor, src=0)
 
-    def wait(self) -> None:
+    def barrier(self) -> None:
         """Until every process is here."""
         if self.size > 1:
             dist.barrier()

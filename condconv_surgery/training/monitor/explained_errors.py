@@ -1,5 +1,7 @@
-"""What torch says only in a traceback, in words: no memory left, a reading process killed, another process gone, and
-layers that several processes can't train because they are never called."""
+"""Turn known failures of torch into ``TrainingError`` with an explanation.
+
+Out of memory, a killed data loader worker, a lost process of a distributed run, parameters without gradient under DDP.
+"""
 
 from __future__ import annotations
 
@@ -13,65 +15,66 @@ T = TypeVar("T")
 
 KEPT = "States saved before are kept."
 NO_MEMORY = ("out of memory", "can't allocate memory", "alloc_failed")
-READER_GONE = ("dataloader worker (pid", "dataloader worker gone")  # "in dataloader worker": what a reader raised
+WORKER_GONE = ("dataloader worker (pid", "dataloader worker gone")  # not "in dataloader worker": it raised an error
+UNUSED_NAMES = "did not receive grad"
 UNUSED = "expected to have finished reduction in the prior iteration"
 PEER_GONE = ("connection closed by peer", "connection reset by peer", "socket closed", "remote process exited")
 
 
 @contextmanager
-def in_words(step: Callable[[], int] = lambda: 0) -> Iterator[None]:
-    """Turn torch's failures that the machine or the model causes, not the program, into ``TrainingError``.
+def explained_errors(step: Callable[[], int] = lambda: 0) -> Iterator[None]:
+    """Turn failures that the machine or the model causes into ``TrainingError``; other errors pass.
 
-    step: how many steps are done. Torch raises ``RuntimeError`` for all of them, so its words decide.
+    step: returns the number of steps done. Torch raises ``RuntimeError`` for all of them, so the message decides.
     """
     try:
         yield
     except (RuntimeError, MemoryError) as error:
-        known = _known(error, step())
-        if known is None:
+        explained = _explained(error, step())
+        if explained is None:
             raise
-        raise known from error
+        raise explained from error
 
 
 def reading(batches: Iterable[T]) -> Iterator[T]:
-    """``batches``; where a reader dies while a batch is handed over, torch's own error for a dead one."""
+    """``batches``; a worker that dies while it hands over a batch raises torch's own error for a dead worker."""
     try:
         yield from batches
-    except (OSError, EOFError) as error:  # of the connection: what images raise has been dealt with in the reader
+    except (OSError, EOFError) as error:  # of the connection; errors of images are handled in the worker
         raise RuntimeError(f"DataLoader worker gone: {error}") from error
 
 
-def _known(error: Exception, step: int) -> TrainingError | None:
+def _explained(error: Exception, step: int) -> TrainingError | None:
     text = str(error).lower()
     first = (str(error).strip().splitlines() or [""])[0].partition(". ")[0].rstrip(".")
     if isinstance(error, MemoryError) or any(words in text for words in NO_MEMORY):
         return TrainingError(
-            f"No memory left after step {step}: {first or 'Python could not get any'}.",
+            f"No memory left after step {step}: {first or 'Python could not allocate any'}.",
             KEPT,
-            "a new run with --accumulate 2, --precision bf16 or --set engine.checkpointing=true; "
-            "if another program took the memory, the same command with --resume",
+            'a new run with optimizer.accumulate=2, engine.precision="bf16" or engine.checkpointing=True; '
+            "if another program took the memory, the same run with resume=True",
         )
-    if any(words in text for words in READER_GONE):
+    if any(words in text for words in WORKER_GONE):
         return TrainingError(
             f"A process that reads images was killed after step {step}: {first}.",
-            f"Mostly there was no memory left, or no shared memory. {KEPT}",
-            "the same command with --resume and fewer --workers",
+            f"The usual cause is that memory or shared memory ran out. {KEPT}",
+            "the same run with resume=True and a smaller data.workers=...",
         )
     if any(words in text for words in PEER_GONE):
         return TrainingError(
-            f"Another process of the run was gone after step {step}.",
-            f"Its own lines say why. {KEPT}",
-            "the same command with --resume; torchrun --max-restarts 3 does that by itself",
+            f"Another process of the run was lost after step {step}.",
+            f"Its own output says why. {KEPT}",
+            "the same run with resume=True; torchrun --max-restarts 3 does that by itself",
         )
     if UNUSED in text:
         return TrainingError(
-            f"Some layers that learn have no part in the model's answer: {_after(str(error), 'did not receive grad')}.",
-            "Several processes exchange the gradient of every parameter that learns.",
-            "--freeze LAYER for each that the model never calls, in a new run; or one process",
+            f"The model's output does not depend on some trained layers: {_line_with(str(error), UNUSED_NAMES)}.",
+            "Several processes exchange the gradient of every trained parameter.",
+            'layers.freeze=["LAYER"] with each that the model never calls, in a new run; or one process',
         )
     return None
 
 
-def _after(text: str, words: str) -> str:
-    """The first line from ``words`` on, where torch tells the numbers or names of parameters."""
+def _line_with(text: str, words: str) -> str:
+    """The first line with ``words``, in which torch lists the parameters."""
     return next((line.strip().rstrip(".") for line in text.splitlines() if words in line), "torch names none")

@@ -1,18 +1,15 @@
-"""What a person sees of a run: a progress bar on a terminal, plain lines elsewhere. Always on stderr."""
+"""Progress on stderr: a bar on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
 import math
 import sys
 import time
-from dataclasses import asdict, dataclass
-from typing import Any, Protocol
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from condconv_surgery.training.gate_use import GateUse
-from condconv_surgery.training.tally import Tally
+from condconv_surgery.training.monitor.callback import Callback, EpochRow, StepView
 
 PLAIN_SECONDS = 15.0
 """Seconds between two plain lines within an epoch."""
@@ -21,120 +18,7 @@ BAR_SECONDS = 0.1
 """Seconds between two readings of loss and top-1 for the bar, which is drawn as often."""
 
 
-@dataclass(frozen=True)
-class StepView:
-    """A step as it is shown. ``memory`` in MB is the peak.
-
-    ``loss`` and ``top1`` are means over the epoch so far. To read one is a device synchronisation.
-    """
-
-    epoch: int
-    epochs: int
-    step: int
-    steps: int
-    tally: Tally
-    lr: float
-    images_per_second: float
-    memory: float | None
-
-    @property
-    def loss(self) -> float:
-        """Mean training loss of the epoch so far, nats per image."""
-        return self.tally.loss
-
-    @property
-    def top1(self) -> float:
-        """Training top-1 of the epoch so far, 0 to 1."""
-        return self.tally.top1
-
-
-@dataclass(frozen=True)
-class EpochRow:
-    """One line of ``metrics.jsonl``. Losses in nats per image, top-1 as a share, rates in images per second."""
-
-    epoch: int
-    step: int
-    lr: float
-    temperature: float | None
-    train_loss: float
-    train_top1: float
-    val_loss: float
-    val_top1: float
-    images_per_second: float
-    seconds: float
-    memory: float | None
-    best: bool
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
-
-class Watcher(Protocol):
-    """Told what happens, by rank 0."""
-
-    def note(self, line: str) -> None:
-        """Something worth a line."""
-
-    def step(self, view: StepView) -> None:
-        """A step is done."""
-
-    def epoch(self, row: EpochRow) -> None:
-        """An epoch is done and scored."""
-
-    def gates(self, epoch: int, uses: dict[str, GateUse]) -> None:
-        """How the validation images of all processes used the experts of each conditional layer."""
-
-    def close(self) -> None:
-        """No more is to come."""
-
-
-class Silent:
-    """Shows nothing."""
-
-    def note(self, line: str) -> None:
-        pass
-
-    def step(self, view: StepView) -> None:
-        pass
-
-    def epoch(self, row: EpochRow) -> None:
-        pass
-
-    def gates(self, epoch: int, uses: dict[str, GateUse]) -> None:
-        pass
-
-    def close(self) -> None:
-        pass
-
-
-class Both:
-    """Tells two watchers."""
-
-    def __init__(self, one: Watcher, other: Watcher) -> None:
-        self.watchers = (one, other)
-
-    def note(self, line: str) -> None:
-        for watcher in self.watchers:
-            watcher.note(line)
-
-    def step(self, view: StepView) -> None:
-        for watcher in self.watchers:
-            watcher.step(view)
-
-    def epoch(self, row: EpochRow) -> None:
-        for watcher in self.watchers:
-            watcher.epoch(row)
-
-    def gates(self, epoch: int, uses: dict[str, GateUse]) -> None:
-        for watcher in self.watchers:
-            watcher.gates(epoch, uses)
-
-    def close(self) -> None:
-        for watcher in self.watchers:
-            watcher.close()
-
-
-class PlainLines(Silent):
+class PlainLines(Callback):
     """A line per epoch and every ``PLAIN_SECONDS``, for logs."""
 
     def __init__(self) -> None:
@@ -146,21 +30,21 @@ class PlainLines(Silent):
     def step(self, view: StepView) -> None:
         if time.monotonic() - self.last >= PLAIN_SECONDS:
             self.last = time.monotonic()
-            self.note(f"epoch {view.epoch}/{view.epochs}  step {view.step}/{view.steps}  {_words(view)}")
+            self.note(f"epoch {view.epoch}/{view.epochs}  step {view.step}/{view.steps}  {_measures(view)}")
 
     def epoch(self, row: EpochRow) -> None:
         self.last = time.monotonic()
         self.note(_epoch_line(row))
 
 
-class Bar(Silent):
-    """A rich progress bar with the numbers beside it; each finished epoch stays as a line above."""
+class ProgressBar(Callback):
+    """A rich progress bar with loss, top-1 and speed beside it; each finished epoch stays as a line above."""
 
     def __init__(self, console: Console) -> None:
         self.progress = Progress(
             TextColumn("epoch {task.fields[epoch]}"),
             BarColumn(bar_width=24),
-            TextColumn("{task.completed:.0f}/{task.total:.0f}  {task.fields[words]}"),
+            TextColumn("{task.completed:.0f}/{task.total:.0f}  {task.fields[measures]}"),
             TimeElapsedColumn(),
             TimeRemainingColumn(),
             console=console,
@@ -173,11 +57,11 @@ class Bar(Silent):
 
     def step(self, view: StepView) -> None:
         if self.task is None:
-            self.task = self.progress.add_task("", total=view.steps, epoch="", words="")
+            self.task = self.progress.add_task("", total=view.steps, epoch="", measures="")
             self.progress.start()
         self.progress.update(self.task, completed=view.step, epoch=f"{view.epoch}/{view.epochs}")
         if time.monotonic() - self.read_at >= BAR_SECONDS:
-            self.progress.update(self.task, words=_words(view))
+            self.progress.update(self.task, measures=_measures(view))
             self.read_at = time.monotonic()
 
     def epoch(self, row: EpochRow) -> None:
@@ -187,13 +71,13 @@ class Bar(Silent):
         self.progress.stop()
 
 
-def console_watcher() -> Watcher:
+def console_display() -> Callback:
     """A bar when stderr is a terminal, else plain lines."""
     console = Console(stderr=True)
-    return Bar(console) if console.is_terminal else PlainLines()
+    return ProgressBar(console) if console.is_terminal else PlainLines()
 
 
-def _words(view: StepView) -> str:
+def _measures(view: StepView) -> str:
     memory = "" if view.memory is None else f"  {view.memory:.0f} MB"
     return (
         f"loss {view.loss:.4f}  top-1 {view.top1:.4f}  lr {view.lr:.2e}  {view.images_per_second:.0f} images/s{memory}"

@@ -1,4 +1,4 @@
-"""TensorBoard events of a run: loss, rate, scores, and how each layer uses its experts."""
+"""TensorBoard events of a run: loss, learning rate, scores, and the use of experts by layer."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from pathlib import Path
 from condconv_surgery.errors import InputError
 from condconv_surgery.recipe.training_options import TrainingOptions
 from condconv_surgery.training.distributed.world import World
-from condconv_surgery.training.gate_use import GateUse
-from condconv_surgery.training.monitor.progress_display import Both, EpochRow, Silent, StepView, Watcher
+from condconv_surgery.training.monitor.callback import Callback, CallbackPair, EpochRow, StepView
+from condconv_surgery.training.monitor.expert_use import ExpertUse
 
 
-class TensorBoard(Silent):
+class TensorBoard(Callback):
     """Writes events into a folder. Raises ``InputError`` when TensorBoard is not installed."""
 
     def __init__(self, folder: Path) -> None:
@@ -21,7 +21,7 @@ class TensorBoard(Silent):
             raise InputError(
                 "TensorBoard is not installed.",
                 "engine.tensorboard needs it.",
-                'pip install "condconv-surgery[track]", or --set engine.tensorboard=false',
+                'pip install "condconv-surgery[track]", or engine.tensorboard=False',
             ) from error
         self.writer = SummaryWriter(str(folder))
 
@@ -33,7 +33,7 @@ class TensorBoard(Silent):
         for name in ("train_loss", "train_top1", "val_loss", "val_top1", "images_per_second"):
             self._scalar(f"epoch/{name}", getattr(row, name), row.epoch)
 
-    def gates(self, epoch: int, uses: dict[str, GateUse]) -> None:
+    def gates(self, epoch: int, uses: dict[str, ExpertUse]) -> None:
         for name, use in uses.items():
             self._scalar(f"gate entropy/{name}", use.entropy, epoch)
             for expert, share in enumerate(use.use):
@@ -46,11 +46,11 @@ class TensorBoard(Silent):
         self.writer.add_scalar(name, value, step)
 
 
-def watcher_of(options: TrainingOptions, watcher: Watcher | None, world: World) -> Watcher:
-    """The caller's watcher, and TensorBoard where the options ask for it; silent in every process but the first."""
-    if not world.speaks:
-        return Silent()
-    watcher = watcher or Silent()
+def make_callback(options: TrainingOptions, callback: Callback | None, world: World) -> Callback:
+    """The caller's callback, and TensorBoard where the options ask for it; silent in every process but the first."""
+    if not world.is_first:
+        return Callback()
+    callback = callback or Callback()
     if options.engine.tensorboard:
-        return Both(watcher, TensorBoard(Path(options.output) / "tensorboard"))
-    return watcher
+        return CallbackPair(callback, TensorBoard(Path(options.output) / "tensorboard"))
+    return callback

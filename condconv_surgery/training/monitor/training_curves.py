@@ -1,4 +1,4 @@
-"""The run as a image: loss and top-1 over the epochs."""
+"""The run as an image: loss and top-1 over the epochs."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from condconv_surgery.models.artifact.atomic_write import replacing
-from condconv_surgery.training.state.run_files import keeping
+from condconv_surgery.training.state.run_files import failing_resumably
 
 
 def draw_curves(rows: list[dict[str, Any]], path: Path) -> None:
@@ -25,5 +25,5 @@ def draw_curves(rows: list[dict[str, Any]], path: Path) -> None:
         axes.set_ylabel(label)
         axes.grid(alpha=0.3)
         axes.legend()
-    with keeping(path), replacing(path) as temporary:
+    with failing_resumably(path), replacing(path) as temporary:
         figure.savefig(temporary, format="png", dpi=120)

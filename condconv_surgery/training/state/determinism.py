@@ -1,4 +1,4 @@
-"""Only deterministic algorithms, for as long as asked."""
+"""Deterministic algorithms of torch, for the length of a block."""
 
 from __future__ import annotations
 

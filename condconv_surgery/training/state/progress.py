@@ -1,4 +1,4 @@
-"""How far a run is: the numbers that must survive a stop."""
+"""Progress of a run, which a saved state holds, and its result."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from condconv_surgery.training.tally import Tally
 
 @dataclass
 class Progress:
-    """``step`` optimizer steps and ``epochs_done`` epochs, scored, are done; ``tally`` is of the epoch begun."""
+    """Optimizer steps and scored epochs that are done; ``tally`` is of the epoch that is running."""
 
     step: int = 0
     epochs_done: int = 0
@@ -29,10 +29,10 @@ class Progress:
 
 @dataclass(frozen=True)
 class TrainingResult:
-    """What a run came to.
+    """The result of a run.
 
     top1, loss: of the last epoch on the validation images. stopped_by: the number of the signal that ended the run
-    early (15 SIGTERM, 2 Ctrl-C), 0 when it went to its end. heads: widths of exchanged last layers by name.
+    early (15 SIGTERM, 2 Ctrl-C), 0 when it was completed. heads: widths of new classifier heads by name.
     """
 
     output: str

@@ -1,4 +1,4 @@
-"""May this run go on from that state?"""
+"""Check that a run may be resumed from a state."""
 
 from __future__ import annotations
 
@@ -14,50 +14,50 @@ RECIPE = "recipe.toml"
 METRICS = "metrics.jsonl"
 
 FREE = ("model", "output", "data.folder", "data.workers", "data.max_bad", "engine.save_every", "schedule.epochs")
-"""Options that may differ after a resume: they name places or costs, or extend the run."""
+"""Options that may differ after a resume: they name folders or costs, or extend the run."""
 
 
 def require_fresh(folder: Path) -> None:
-    """Raise ``InputError`` when ``folder`` already holds a run: nobody loses a week by a repeated command."""
+    """Raise ``InputError`` when ``folder`` already holds a run, which a repeated call would overwrite."""
     if any((folder / name).exists() for name in (LAST, BEFORE, METRICS)):
         raise InputError(
             f"{folder} already holds a run.",
             "A new run needs a folder of its own.",
-            f"--resume to go on with it, or another -o RUN (or: rm -r {folder})",
+            f'resume=True to continue it, or another output="RUN" (or: rm -r {folder})',
         )
 
 
 def require_same_run(state: State, options: TrainingOptions, fingerprint: str, processes: int) -> None:
     """Raise ``InputError`` when images or options are not those of the state.
 
-    The number of processes may differ where they share what one would see alone; of a stream each reads its own part.
+    The number of processes may differ, except with a stream, of which each process reads its own part.
     """
     before_processes = state.facts.get("processes", processes)
     if options.data.streaming and before_processes != processes:
         raise InputError(
             f"The run streams its images with {before_processes} processes and is resumed with {processes}.",
-            "Each process reads a part of a stream of its own, so their number must stay.",
-            f"--nproc-per-node {before_processes}, or start anew: another -o RUN",
+            "Each process reads its own part of a stream, so their number must be the same.",
+            f'torchrun --nproc-per-node {before_processes}, or a new run: another output="RUN"',
         )
     if state.facts["fingerprint"] != fingerprint:
         raise InputError(
             f"The images in {options.data.folder} are not those that the run began with.",
-            "Names, classes and split must be the same for the run to go on exactly.",
-            "restore the folder, or start anew: another -o RUN",
+            "Names, classes and split must be the same for an exact resume.",
+            'restore the folder, or a new run: another output="RUN"',
         )
     before, now = _flat(state.facts["options"]), _flat(options.to_dict())
     changed = [name for name in now if name not in FREE and before.get(name) != now[name]]
     if changed:
-        words = ", ".join(f"{name} was {before.get(name)!r} and is {now[name]!r}" for name in changed)
+        changes = ", ".join(f"{name} was {before.get(name)!r} and is {now[name]!r}" for name in changed)
         raise InputError(
-            f"The run began with other options: {words}.",
+            f"The run began with other options: {changes}.",
             f"On a resume only these may change: {', '.join(FREE)}.",
-            "leave the option out, or start anew: another -o RUN",
+            'leave the option out, or a new run: another output="RUN"',
         )
 
 
 def cut_metrics(folder: Path, epochs_done: int) -> None:
-    """Drop rows of epochs that the state does not know: they will be trained again."""
+    """Drop rows of epochs after the state: they will be trained again."""
     rows = read_rows(folder / METRICS)
     kept = [row for row in rows if row["epoch"] <= epochs_done]
     if kept or rows:

@@ -1,4 +1,4 @@
-"""The files of a run, each written whole or not at all."""
+"""Write and read the files of a run; each write is atomic."""
 
 from __future__ import annotations
 
@@ -15,32 +15,32 @@ from condconv_surgery.models.artifact.atomic_write import replacing
 
 
 @contextmanager
-def keeping(path: Path) -> Iterator[None]:
-    """Turn a failure to write ``path`` into the failure of a run that can go on: ``TrainingError``."""
+def failing_resumably(path: Path) -> Iterator[None]:
+    """Turn a failure to write ``path`` into ``TrainingError``: the run can be resumed."""
     try:
         yield
     except InputError as error:
         raise TrainingError(
             error.given,
-            "What was there before is unchanged, and the last good state is kept.",
-            "free space or change the rights, then run the same command with --resume",
+            "The file is as it was before, and the last good state is kept.",
+            "free space or change the permissions, then the same run with resume=True",
         ) from error
 
 
 def write_text(path: Path, text: str) -> None:
     """``text`` as a whole file."""
-    with keeping(path), replacing(path) as temporary:
+    with failing_resumably(path), replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
 def copy_file(source: Path, path: Path) -> None:
     """The content of ``source`` as a whole file."""
-    with keeping(path), replacing(path) as temporary:
+    with failing_resumably(path), replacing(path) as temporary:
         shutil.copyfile(source, temporary)
 
 
 def make_folder(path: Path) -> None:
-    """Make the run's folder and see that it can be written. Raises ``InputError``."""
+    """Create the run's folder and check that it can be written. Raises ``InputError``."""
     try:
         path.mkdir(parents=True, exist_ok=True)
         probe = path / f".probe.{os.getpid()}"
@@ -49,13 +49,13 @@ def make_folder(path: Path) -> None:
     except OSError as error:
         raise InputError(
             f"{path} cannot be written: {error.strerror or error}.",
-            "-o names a folder that can be made or written.",
-            "-o RUN",
+            "The output must be a folder that can be created or written.",
+            'output="RUN"',
         ) from error
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of a ``.jsonl`` file; a last line cut short by a kill is left out."""
+    """The rows of a ``.jsonl`` file; a last line that a kill truncated is left out."""
     rows = []
     for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
         try:

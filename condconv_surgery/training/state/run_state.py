@@ -1,7 +1,7 @@
-"""Where a run stands, on disk: one safetensors file whose metadata holds the JSON part. No pickle.
+"""The state of a run on disk: one safetensors file whose metadata holds the JSON part. No pickle.
 
-Two states are kept, the last and the one before: a file that a crash or a bad disk has damaged is noticed by its
-hash, and the run goes on from the other.
+Two states are kept, the last and the one before it: a hash detects a file that a crash or a bad disk has damaged, and
+the run is resumed from the other.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from condconv_surgery.errors import DamagedFileError, TrainingError
 from condconv_surgery.models.artifact.atomic_write import replacing
 from condconv_surgery.runtime.tensor_hash import hash_tensors
 from condconv_surgery.training.distributed.fsdp import like, whole
-from condconv_surgery.training.state.run_files import keeping
+from condconv_surgery.training.state.run_files import failing_resumably
 
 FORMAT = 1
 LAST = "state.safetensors"
@@ -30,7 +30,7 @@ BEFORE = "state.previous.safetensors"
 
 @dataclass(frozen=True)
 class State:
-    """``tensors`` by ``part.name``; ``facts`` are plain JSON values."""
+    """``tensors`` by ``part.name``; ``facts`` are JSON values."""
 
     tensors: dict[str, Tensor]
     facts: dict[str, Any]
@@ -42,33 +42,33 @@ class State:
 
 
 def save_state(folder: Path, state: State) -> None:
-    """Write ``state`` as the last one; the last becomes the one before. A kill at any moment leaves one whole."""
+    """Write ``state`` as the last one; the last becomes the previous. A kill at any moment leaves one undamaged."""
     tensors = {name: _own(tensor) for name, tensor in state.tensors.items()}
     facts = json.dumps(state.facts)
     metadata = {"format": str(FORMAT), "facts": facts, "sha256": hash_tensors(tensors, prefix=facts)}
     last = folder / LAST
-    with keeping(last), replacing(last) as temporary:
+    with failing_resumably(last), replacing(last) as temporary:
         save_file(tensors, temporary, metadata)
         if last.exists():
             last.replace(folder / BEFORE)
 
 
 def load_state(folder: Path) -> tuple[State | None, str]:
-    """The newest whole state in ``folder`` and a line about what was passed over (``""``: nothing).
+    """The newest undamaged state in ``folder`` and a line about a damaged one (``""``: none).
 
-    ``None`` when there is no state yet. Raises ``DamagedFileError`` when states are there and none is whole.
+    ``None`` when there is no state yet. Raises ``DamagedFileError`` when all states are damaged.
     """
-    troubles: list[str] = []
+    damages: list[str] = []
     for path in (folder / LAST, folder / BEFORE):
         if not path.exists():
             continue
         try:
-            return read_state(path), "; ".join(troubles)
+            return read_state(path), "; ".join(damages)
         except DamagedFileError as error:
-            troubles.append(error.given)
-    if troubles:
+            damages.append(error.given)
+    if damages:
         raise DamagedFileError(
-            " ".join(troubles), "No whole state is left to go on from.", "start anew: another -o RUN"
+            " ".join(damages), "No undamaged state is left to resume from.", 'a new run: another output="RUN"'
         )
     return None, ""
 
@@ -100,11 +100,11 @@ def restore_model(model: nn.Module, tensors: dict[str, Tensor]) -> None:
     """Fill ``model`` in place, every tensor and no other. Raises ``TrainingError`` when they do not fit."""
     target = model.state_dict()
     if target.keys() != tensors.keys() or any(target[n].shape != t.shape for n, t in tensors.items()):
-        strange = ", ".join(sorted(target.keys() ^ tensors.keys())[:3])
+        differing = ", ".join(sorted(target.keys() ^ tensors.keys())[:3])
         raise TrainingError(
-            f"The saved state is of another model{f' (differs in {strange})' if strange else ''}.",
-            "A run goes on with the model that it started with.",
-            "start anew: another -o RUN",
+            f"The saved state is of another model{f' (differs in {differing})' if differing else ''}.",
+            "A run is resumed with the model that it started with.",
+            'a new run: another output="RUN"',
         )
     for name, tensor in tensors.items():
         target[name].copy_(like(target[name], tensor))  # keeps device and memory format
@@ -124,13 +124,13 @@ def optimizer_part(optimizer: Optimizer) -> tuple[dict[str, Tensor], dict[str, A
 
 
 def restore_optimizer(optimizer: Optimizer, tensors: dict[str, Tensor], plain: dict[str, Any]) -> None:
-    """The inverse of ``optimizer_part``. The groups stay as they were built from the options."""
+    """The inverse of ``optimizer_part``. The groups are those built from the options."""
     state: dict[int, dict[str, Any]] = {}
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     for key, value in [*tensors.items(), *plain.items()]:
         index, _, name = key.partition(".")
-        place = parameters[int(index)]
-        state.setdefault(int(index), {})[name] = like(place, value) if isinstance(value, Tensor) else value
+        parameter = parameters[int(index)]
+        state.setdefault(int(index), {})[name] = like(parameter, value) if isinstance(value, Tensor) else value
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 

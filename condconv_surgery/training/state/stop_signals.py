@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C as a wish that the loop sees between two steps, when everything is consistent."""
+"""SIGTERM and Ctrl-C as a request that the loop reads between two steps, when the state is consistent."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-WATCHED = (signal.SIGTERM, signal.SIGINT)
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
-class StopWish:
+class StopRequest:
     """``signal`` is the first one received, 0 when none. A second Ctrl-C interrupts at once, as usual."""
 
     def __init__(self) -> None:
@@ -28,25 +28,25 @@ class StopWish:
 
 
 def ignore_signals(worker: int = 0) -> None:
-    """Let a process that reads images live on: a terminal or a cluster signals the whole group, and only the training
-    process knows when the batches may end."""
-    for number in WATCHED:
+    """Ignore signals in a data loader worker: a terminal or a cluster signals the whole process group, and the training
+    process alone decides when to stop."""
+    for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
 
 @contextmanager
-def watching_signals() -> Iterator[StopWish]:
-    """Note SIGTERM and SIGINT inside the block; the handlers of before are put back after it.
+def catch_signals() -> Iterator[StopRequest]:
+    """Catch SIGTERM and SIGINT inside the block; afterwards the previous handlers are installed again.
 
-    Only the main thread can do that; in another one signals are left to the program.
+    Only the main thread can do that; in another thread signals are left to the program.
     """
-    wish = StopWish()
+    request = StopRequest()
     if threading.current_thread() is not threading.main_thread():
-        yield wish
+        yield request
         return
-    before = {number: signal.signal(number, wish.receive) for number in WATCHED}
+    before = {number: signal.signal(number, request.receive) for number in SIGNALS}
     try:
-        yield wish
+        yield request
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

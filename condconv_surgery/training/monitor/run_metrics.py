@@ -1,4 +1,4 @@
-"""Speed, memory and temperature of a run, and the numbers of a step or an epoch put together."""
+"""Throughput, memory and temperature of a run; the values of a step and of an epoch for callbacks."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ import torch
 from torch import nn
 
 from condconv_surgery.layers import routers
-from condconv_surgery.training.monitor.progress_display import EpochRow, StepView
+from condconv_surgery.training.monitor.callback import EpochRow, StepView
 from condconv_surgery.training.state.progress import Progress
 from condconv_surgery.training.tally import Tally
 
 
 class Meter:
-    """Counts images and time within an epoch."""
+    """Measures images and time within an epoch."""
 
     def __init__(self, device: torch.device, epochs: int, steps: int) -> None:
         self.device, self.epochs, self.steps = device, epochs, steps

@@ -1,0 +1,103 @@
+"""What a run reports while it goes on: notes, steps, epochs and the use of experts."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from condconv_surgery.training.monitor.expert_use import ExpertUse
+from condconv_surgery.training.tally import Tally
+
+
+@dataclass(frozen=True)
+class StepView:
+    """A step as it is shown. ``memory`` in MB is the peak.
+
+    ``loss`` and ``top1`` are means over the epoch so far. To read one is a device synchronisation.
+    """
+
+    epoch: int
+    epochs: int
+    step: int
+    steps: int
+    tally: Tally
+    lr: float
+    images_per_second: float
+    memory: float | None
+
+    @property
+    def loss(self) -> float:
+        """Mean training loss of the epoch so far, nats per image."""
+        return self.tally.loss
+
+    @property
+    def top1(self) -> float:
+        """Training top-1 of the epoch so far, 0 to 1."""
+        return self.tally.top1
+
+
+@dataclass(frozen=True)
+class EpochRow:
+    """One line of ``metrics.jsonl``. Losses in nats per image, top-1 as a share, rates in images per second."""
+
+    epoch: int
+    step: int
+    lr: float
+    temperature: float | None
+    train_loss: float
+    train_top1: float
+    val_loss: float
+    val_top1: float
+    images_per_second: float
+    seconds: float
+    memory: float | None
+    best: bool
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+class Callback:
+    """Base class, called by the first process of a run. Its methods do nothing."""
+
+    def note(self, line: str) -> None:
+        """A message of one line."""
+
+    def step(self, view: StepView) -> None:
+        """A step is done."""
+
+    def epoch(self, row: EpochRow) -> None:
+        """An epoch is done and scored."""
+
+    def gates(self, epoch: int, uses: dict[str, ExpertUse]) -> None:
+        """The use of experts of each conditional layer, over the validation images of all processes."""
+
+    def close(self) -> None:
+        """The run has ended."""
+
+
+class CallbackPair(Callback):
+    """Calls two callbacks, one after the other."""
+
+    def __init__(self, one: Callback, other: Callback) -> None:
+        self.callbacks = (one, other)
+
+    def note(self, line: str) -> None:
+        for callback in self.callbacks:
+            callback.note(line)
+
+    def step(self, view: StepView) -> None:
+        for callback in self.callbacks:
+            callback.step(view)
+
+    def epoch(self, row: EpochRow) -> None:
+        for callback in self.callbacks:
+            callback.epoch(row)
+
+    def gates(self, epoch: int, uses: dict[str, ExpertUse]) -> None:
+        for callback in self.callbacks:
+            callback.gates(epoch, uses)
+
+    def close(self) -> None:
+        for callback in self.callbacks:
+            callback.close()
