@@ -113,7 +113,7 @@ def test_resume_needs_the_folder_alone(condconv: Run, data: Path, tmp_path: Path
     code, out, err = condconv("finetune", "-o", run, "--resume", "--epochs", 3, "--json")
     assert code == 0, err
     assert json.loads(out)["epochs"] == 3
-    assert "Going on after step 4, epoch 2" in err
+    assert "Resuming after step 4, epoch 2" in err
 
 
 @pytest.mark.parametrize(

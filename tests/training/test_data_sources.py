@@ -100,7 +100,7 @@ def test_every_named_set_is_torchvisions() -> None:
     ("name", "message"),
     [
         ("torchvision:cifar11", r"Unknown data set of torchvision 'cifar11'.\n.*cifar10"),
-        ("torchvision:celeba", "has many labels an image"),
+        ("torchvision:celeba", "has many labels per image"),
         ("torchvision:vocdetection", "has boxes"),
         ("torchvision:cifar10", r"CIFAR10 can't be read(.|\n)*data.download=True"),
     ],
@@ -193,7 +193,7 @@ def test_shards_that_are_not_there(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"not a \.tar file(.|\n)*gunzip"):
         require_data(DataOptions(folder=str(tmp_path / "z.tar.gz")))
     (tmp_path / "x.tar").write_bytes(b"no tar at all" * 100)
-    with pytest.raises(InputError, match="is no whole tar file"):
+    with pytest.raises(InputError, match="is not a complete tar file"):
         scan_shards(str(tmp_path / "x.tar"))
 
 

@@ -225,7 +225,7 @@ def test_channels_last_steps_alike() -> None:
 def test_synchronised_statistics_need_a_gpu() -> None:
     if torch.cuda.is_available():
         pytest.skip("has a GPU")
-    with pytest.raises(InputError, match="sync_batch_norm on a CPU"):
+    with pytest.raises(InputError, match="sync_batch_norm=True on a CPU"):
         learner(small_net(), engine={"sync_batch_norm": True})
 
 

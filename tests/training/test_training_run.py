@@ -91,6 +91,27 @@ def test_a_run_learns_and_leaves_its_files(folder: Path, variant: Variant | None
     json.dumps(result.to_dict())
 
 
+def test_a_model_by_name_is_trained_with_a_mapping_of_options(folder: Path, tmp_path: Path) -> None:
+    """The seed also initialises a model that is made from a name."""
+    sections = {"data": {"image_size": 16, "batch_size": 4, "workers": 0}, "schedule": {"epochs": 1}}
+    results = [
+        finetune("tests.small_networks:small_net", {**sections, "trust": ["tests"]}, data=folder, output=tmp_path / run)
+        for run in ("one", "other")
+    ]
+    assert results[0].output == str(tmp_path / "one")
+    assert results[0].top1 == results[1].top1
+    assert_same(load_file(tmp_path / "one/last.safetensors"), load_file(tmp_path / "other/last.safetensors"))
+    recipe = from_toml((tmp_path / "one/recipe.toml").read_text())
+    assert (recipe.model, recipe.data.folder) == ("tests.small_networks:small_net", str(folder))
+
+
+def test_data_and_output_are_required(folder: Path) -> None:
+    with pytest.raises(InputError, match=r'No output folder is given.(.|\n)*output="RUN"'):
+        finetune(small_net(), data=folder)
+    with pytest.raises(InputError, match=r'No images are given.(.|\n)*data="FOLDER"'):
+        finetune(small_net(), {"output": "run"})
+
+
 def test_the_saved_model_is_the_trained_one(folder: Path) -> None:
     options = options_for(folder)
     model = small_net(CondConv(experts=2))
