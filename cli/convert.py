@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
@@ -16,8 +16,9 @@ from .translate_arguments import to_flags
 if TYPE_CHECKING:
     from torch import nn
 
-    from condconv_surgery.surgery import Conversion, Plan
+    from condconv_surgery.surgery import Conversion, ModelPlan, Plan
 
+AnyPlan = TypeVar("AnyPlan", bound="Plan")
 Patterns = Annotated[list[str] | None, typer.Option(help='Layer names, a glob ("layer4.*") or re:REGEX; repeatable.')]
 
 
@@ -147,7 +148,7 @@ def _save(conversion: Conversion, path: Path) -> None:
     save(conversion.model, path)
 
 
-def _in_flags(plan: Plan, ctx: typer.Context) -> Plan:
+def _in_flags(plan: AnyPlan, ctx: typer.Context) -> AnyPlan:
     """The plan with the arguments in its reasons and notes as flags."""
     from dataclasses import replace
 
@@ -156,9 +157,11 @@ def _in_flags(plan: Plan, ctx: typer.Context) -> Plan:
 
 
 def _show_plan(model: nn.Module, selection: Selection, variant: Variant, ctx: typer.Context, as_json: bool) -> None:
-    from condconv_surgery.surgery import example_arguments, make_plan
+    from dataclasses import asdict
 
-    plan = _in_flags(make_plan(model, selection, example_arguments(model), variant), ctx)
+    from condconv_surgery.surgery import plan as make_plan
+
+    plan = _in_flags(make_plan(model, variant, inplace=True, **asdict(selection)), ctx)
     if as_json:
         print_json(
             {
@@ -166,10 +169,16 @@ def _show_plan(model: nn.Module, selection: Selection, variant: Variant, ctx: ty
                 "experts": variant.experts,
                 "routers": [{"block": router.block, "layers": router.layers} for router in plan.routers],
                 "to_convert": [
-                    {"name": site.name, "calls": site.calls, "input": site.input} for site in plan.to_convert
+                    {
+                        "name": site.name,
+                        "calls": site.calls,
+                        "input": site.input,
+                        "followed_by": plan.followers.by_layer.get(site.name, ()),
+                    }
+                    for site in plan.to_convert
                 ],
                 "skipped": _skipped(plan),
-                "notes": list(plan.notes),
+                "notes": [*plan.notes, *plan.followers.notes()],
             }
         )
         return
@@ -177,7 +186,7 @@ def _show_plan(model: nn.Module, selection: Selection, variant: Variant, ctx: ty
     say(f"Would convert {len(plan.to_convert)} layers and skip {len(plan.skipped)}. Nothing was changed (--dry-run).")
 
 
-def _print_plan(plan: Plan) -> None:
+def _print_plan(plan: ModelPlan) -> None:
     from rich import box
     from rich.console import Console
     from rich.table import Table
@@ -191,11 +200,12 @@ def _print_plan(plan: Plan) -> None:
         shape = "x".join(map(str, site.input[1:])) if site.input else ""
         times = f", called {site.calls} times" if site.calls > 1 else ""
         routed = f", routed by {block_of[site.name]}" if site.name in block_of else ""
-        table.add_row(site.name, shape, f"convert{times}{routed}")
+        then = f", then {', '.join(plan.followers.by_layer[site.name])}" if site.name in plan.followers.by_layer else ""
+        table.add_row(site.name, shape, f"convert{times}{routed}{then}")
     for skip in plan.skipped:
         table.add_row(skip.name, "", f"skip: {skip.reason}")
     Console().print(table)
-    for note in plan.notes:
+    for note in (*plan.notes, *plan.followers.notes()):
         say(f"Note: {note}")
 
 

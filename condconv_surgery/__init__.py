@@ -4,9 +4,9 @@
     >>> cs.CondConv(experts=8)
     CondConv(experts=8, routing='layer')
 
-``convert`` replaces layers of a model, ``save`` and ``load`` write and read the result as one file, ``finetune`` trains
-it and ``report`` measures it. ``load_model`` builds a model from a name or a file, ``set_temperature`` sets the
-temperature of all routers, ``native.enable()`` switches to compiled kernels.
+``plan`` shows which layers ``convert`` replaces, ``save`` and ``load`` write and read the result as one file,
+``finetune`` trains it and ``report`` measures it. ``load_model`` builds a model from a name or a file,
+``set_temperature`` sets the temperature of all routers, ``native.enable()`` switches to compiled kernels.
 
 The names below are loaded when first used: importing the package does not import torch.
 """
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from condconv_surgery.models.artifact.save_load import load, save
     from condconv_surgery.models.sources import load_model
     from condconv_surgery.reporting import report
-    from condconv_surgery.surgery import Conversion, Plan, convert
+    from condconv_surgery.surgery import Conversion, Plan, convert, plan
     from condconv_surgery.training import finetune
 
 __version__ = "0.1.0"
@@ -37,6 +37,7 @@ _LAZY = {
     "finetune": "condconv_surgery.training",
     "load": "condconv_surgery.models.artifact.save_load",
     "load_model": "condconv_surgery.models.sources",
+    "plan": "condconv_surgery.surgery",
     "report": "condconv_surgery.reporting",
     "save": "condconv_surgery.models.artifact.save_load",
     "set_temperature": "condconv_surgery.layers",
@@ -61,6 +62,7 @@ __all__ = [
     "load",
     "load_model",
     "native",
+    "plan",
     "report",
     "save",
     "set_temperature",

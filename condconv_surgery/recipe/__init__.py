@@ -1,6 +1,6 @@
 """Every decision as a frozen dataclass, checked when made, JSON in and out. Imports no torch."""
 
-from condconv_surgery.recipe.conversion_options import Selection, Upcycling, patterns_of
+from condconv_surgery.recipe.conversion_options import LayerFilter, Selection, Upcycling, as_argument, patterns_of
 from condconv_surgery.recipe.model_recipe import (
     FORMAT,
     ConvertedLayer,
@@ -31,6 +31,7 @@ __all__ = [
     "ConvertedLayer",
     "DynamicConv",
     "InputSpec",
+    "LayerFilter",
     "ODConv",
     "Recipe",
     "Selection",
@@ -40,6 +41,7 @@ __all__ = [
     "UnknownVariantError",
     "Upcycling",
     "Variant",
+    "as_argument",
     "attach_recipe",
     "make_variant",
     "patterns_of",

@@ -4,31 +4,35 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any
 
 from condconv_surgery.errors import InputError
+
+LayerFilter = Callable[[str, Any], bool]
+"""Takes a layer's name and module, says whether it matches."""
 
 
 @dataclass(frozen=True)
 class Selection:
     """Which layers to convert.
 
-    include, exclude: globs over layer names (``layer4.*``), or ``re:`` and a regular expression: one text, or several.
-        No include means every layer; exclude wins.
-    min_channels: leave layers with fewer input or output channels.
-    skip_stem: leave the first convolution, which sees the picture and not features.
-    skip_pooled: leave convolutions over a 1x1 map (squeeze-and-excite), where mixing n kernels costs n times the
-        convolution itself; the papers leave them static too.
+    include, exclude: globs over layer names (``layer4.*``), ``re:`` and a regular expression, or functions
+        ``(name, module) -> bool``: one, or several of them. No include means every layer; exclude wins.
+    min_channels: skip layers with fewer input or output channels.
+    skip_stem: skip the first convolution, which sees the image and not features.
+    skip_pooled: skip convolutions over a 1x1 map (squeeze-and-excite), where mixing n kernels costs n times the
+        convolution itself; the papers keep them static too.
     classifier: also convert the last ``nn.Linear`` (a Linear is a 1x1 convolution).
-    blocks: with ``routing="block"``, globs or ``re:`` over the names of the modules that share a router each; none
+    blocks: with ``routing="block"``, globs or ``re:`` over the names of modules that share one router each; none
         means the smallest module around each layer that holds more than one converted layer.
     subclasses: full names of classes (``package.module.Class``) that override ``nn.Conv2d.forward`` and compute the
-        same; their layers are converted like any other. The proof checks each call of one.
+        same; their layers are converted like any other. The proof checks each of their calls.
     """
 
-    include: tuple[str, ...] = ()
-    exclude: tuple[str, ...] = ()
+    include: tuple[str | LayerFilter, ...] = ()
+    exclude: tuple[str | LayerFilter, ...] = ()
     min_channels: int = 0
     skip_stem: bool = True
     skip_pooled: bool = True
@@ -37,17 +41,19 @@ class Selection:
     subclasses: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        for name, flag in (("include", "--include"), ("exclude", "--exclude"), ("blocks", "--block")):
-            patterns = patterns_of(getattr(self, name))
-            object.__setattr__(self, name, patterns)
-            for pattern in patterns:
-                _require_pattern(flag, pattern)
-        object.__setattr__(self, "subclasses", patterns_of(self.subclasses))
+        for name in ("include", "exclude", "blocks", "subclasses"):
+            object.__setattr__(self, name, patterns_of(getattr(self, name)))
+        for name in ("include", "exclude"):
+            for pattern in getattr(self, name):
+                if not callable(pattern):
+                    _require_pattern(name, pattern)
+        for block in self.blocks:
+            _require_pattern("blocks", block)
         for name in self.subclasses:
             _require_class(name)
         if isinstance(self.min_channels, bool) or not isinstance(self.min_channels, int) or self.min_channels < 0:
             raise InputError(
-                f"min_channels is {self.min_channels!r}.", "It must be a whole number, 0 or more.", "--min-channels 32"
+                f"min_channels is {self.min_channels!r}.", "It must be a whole number, 0 or more.", "min_channels=32"
             )
 
 
@@ -64,40 +70,54 @@ class Upcycling:
 
     def __post_init__(self) -> None:
         if not isinstance(self.diversity, (int, float)) or not 0 <= self.diversity < math.inf:
-            raise InputError(f"diversity is {self.diversity!r}.", "It must be a number, 0 or more.", "--diversity 0.1")
+            raise InputError(f"diversity is {self.diversity!r}.", "It must be a number, 0 or more.", "diversity=0.1")
         if isinstance(self.seed, bool) or not isinstance(self.seed, int) or not 0 <= self.seed < 2**64:
             raise InputError(
-                f"seed is {self.seed!r}.", "It must be a whole number, at least 0 and below 2 to the 64.", "--seed 0"
+                f"seed is {self.seed!r}.", "It must be a whole number, at least 0 and below 2 to the 64.", "seed=0"
             )
 
 
-def patterns_of(given: object) -> tuple[str, ...]:
-    """One text is one pattern, ``None`` is none. Raises ``InputError`` for what holds no patterns."""
-    if given is None or isinstance(given, str):
-        return () if given is None else (given,)
-    if not isinstance(given, Iterable):
-        raise InputError(f"{given!r} is no pattern.", "A pattern is a text, and there can be a list.", '["layer4.*"]')
-    return tuple(given)
+def patterns_of(value: object) -> tuple[Any, ...]:
+    """A single text or function is one pattern, ``None`` is none. Raises ``InputError`` for what is not iterable."""
+    if value is None:
+        return ()
+    if isinstance(value, str) or callable(value):
+        return (value,)
+    if not isinstance(value, Iterable):
+        raise InputError(
+            f"{value!r} is not a pattern.", "A pattern is a text; a list may hold several.", '["layer4.*"]'
+        )
+    return tuple(value)
+
+
+def as_argument(name: str, patterns: Iterable[object]) -> str:
+    """The patterns as one would type them: ``include=["layer4.*"]``."""
+    texts = (f'"{p}"' if isinstance(p, str) else getattr(p, "__name__", repr(p)) for p in patterns)
+    return f"{name}=[{', '.join(texts)}]"
 
 
 def _require_class(name: object) -> None:
     if not isinstance(name, str) or not re.fullmatch(r"[^\s.]+(\.[^\s.]+)+", name):
         raise InputError(
-            f"--subclass {name!r} is no name of a class.",
-            "It is the full name, as a plan gives it where it leaves such a layer.",
-            "--subclass package.module.Class",
+            f"{as_argument('subclasses', [name])} is not the name of a class.",
+            "It is the full name, as a plan gives it where it skips such a layer.",
+            'subclasses=["package.module.Class"]',
         )
 
 
-def _require_pattern(flag: str, pattern: object) -> None:
+def _require_pattern(argument: str, pattern: object) -> None:
     if not isinstance(pattern, str) or not pattern:
-        raise InputError(f"{flag} {pattern!r} is empty.", "A pattern names layers.", f'{flag} "layer4.*"')
+        raise InputError(
+            f"{as_argument(argument, [pattern])} is empty.",
+            "A pattern names layers.",
+            f'{argument}=["layer4.*"]',
+        )
     if pattern.startswith("re:"):
         try:
             re.compile(pattern[3:])
         except re.error as error:
             raise InputError(
-                f"{flag} {pattern!r} is not a regular expression: {error}.",
+                f"{as_argument(argument, [pattern])} is not a regular expression: {error}.",
                 "After re: comes a Python regular expression.",
-                f'{flag} "re:layer[34]\\..*"',
+                f'{argument}=["re:layer[34]\\..*"]',
             ) from error

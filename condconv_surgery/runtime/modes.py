@@ -1,9 +1,10 @@
-"""What it takes to run someone's model: its input, its device, its mode."""
+"""What it takes to run a model: its input size, an example, its device, train or eval mode, no gradients."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
@@ -12,7 +13,7 @@ from condconv_surgery.recipe import InputSpec, recipe_of
 
 
 def input_spec_of(model: nn.Module) -> InputSpec:
-    """What the model itself says of its input: its recipe, timm's configuration, else 224x224 with its own channels."""
+    """Input size from the model's recipe or timm's configuration, else 224x224 with the channels of its first layer."""
     recipe = recipe_of(model)
     if recipe is not None:
         return recipe.input
@@ -24,15 +25,26 @@ def input_spec_of(model: nn.Module) -> InputSpec:
 
 
 def device_of(model: nn.Module) -> torch.device:
-    """Where the model's first tensor lives."""
+    """The device of the model's first tensor."""
     for tensor in (*model.parameters(), *model.buffers()):
         return tensor.device
     return torch.device("cpu")
 
 
+def example_arguments(model: nn.Module, example: Any = None) -> tuple[Any, ...]:
+    """The arguments of a forward pass: the example's, or two random images of the size that the model expects."""
+    if example is not None:
+        return example if isinstance(example, tuple) else (example,)
+    spec = input_spec_of(model)
+    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, spec.channels, spec.height, spec.width, generator=generator)
+    return (x.to(device_of(model), dtype),)
+
+
 @contextmanager
 def in_mode(model: nn.Module, training: bool) -> Iterator[None]:
-    """The whole model in one mode inside the block; afterwards each module in its own mode again."""
+    """Set the whole model to one mode inside the block; each module gets its own mode back afterwards."""
     before = [(module, module.training) for module in model.modules()]
     model.train(training)
     try:
@@ -44,7 +56,7 @@ def in_mode(model: nn.Module, training: bool) -> Iterator[None]:
 
 @contextmanager
 def without_gradients(model: nn.Module) -> Iterator[None]:
-    """``torch.no_grad``; ``torch.inference_mode`` where tensors of the model are of that mode and change only in it."""
-    made_so = any(tensor.is_inference() for tensor in (*model.parameters(), *model.buffers()))
-    with torch.inference_mode() if made_so else torch.no_grad():
+    """``torch.no_grad``; ``torch.inference_mode`` for a model of inference tensors, which change only in that mode."""
+    has_inference_tensors = any(tensor.is_inference() for tensor in (*model.parameters(), *model.buffers()))
+    with torch.inference_mode() if has_inference_tensors else torch.no_grad():
         yield

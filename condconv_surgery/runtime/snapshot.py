@@ -1,4 +1,4 @@
-"""A pass of someone's model leaves it as it was: attributes, containers, tensors and their values, random numbers."""
+"""Restore a model after a pass: attributes, containers, tensors and their values, random numbers."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 _LEVELS = 3
-"""How deep lists, dicts, sets and plain objects are followed from a module's attributes."""
+"""Levels of lists, dicts, sets and plain objects that are followed from a module's attributes."""
 
 _WRITES = {"__setitem__", "__iadd__", "__isub__", "__imul__", "__itruediv__", "__ifloordiv__", "__imod__", "__ipow__"}
 _NO_WRITES = {"requires_grad_", "detach_", "share_memory_", "rename_"}
@@ -23,7 +23,7 @@ _NO_WRITES = {"requires_grad_", "detach_", "share_memory_", "rename_"}
 
 @contextmanager
 def preserving_random_state(model: nn.Module) -> Iterator[None]:
-    """The random states of torch (on the CPU and on the model's GPUs), Python and NumPy afterwards as before."""
+    """Restore the random states of torch (on the CPU and on the model's GPUs), Python and NumPy after the block."""
     numpy = sys.modules.get("numpy.random")
     python_state, numpy_state = random.getstate(), numpy.get_state() if numpy else None
     try:
@@ -38,19 +38,22 @@ def preserving_random_state(model: nn.Module) -> Iterator[None]:
 def random_states() -> tuple[Any, bytes, bytes]:
     """The states of Python, torch on the CPU and NumPy, to be compared."""
     numpy = sys.modules.get("numpy.random")
-    numbers = repr(numpy.get_state(legacy=False)).encode() if numpy else b""
-    return random.getstate(), torch.get_rng_state().numpy().tobytes(), numbers
+    numpy_state = repr(numpy.get_state(legacy=False)).encode() if numpy else b""
+    return random.getstate(), torch.get_rng_state().numpy().tobytes(), numpy_state
 
 
 @contextmanager
 def preserving_state(model: nn.Module) -> Iterator[ModelState]:
-    """A pass of ``model`` in the block leaves it as it was, whatever its forward does.
+    """Restore the state of ``model`` after the block, whatever its forward does.
 
-    Its attributes, buffers and parameters are the same objects with the same values, and so are the items of lists,
-    dicts, sets and plain objects that attributes hold. Random numbers start from the same seed in every such block, and
-    go on afterwards as if it had not been.
+    Its attributes, buffers and parameters are the same objects with the same values again, and so are the items of
+    lists, dicts, sets and plain objects that attributes hold; a tensor under several names stays one. Random numbers
+    start from the same seed in every such block, and go on after it as if it had not been run.
     """
     state = ModelState(model)
+    with torch._C.DisableTorchFunction():
+        for buffer in model.buffers():
+            state.keep(buffer)
     with preserving_random_state(model):
         _seed(model)
         try:
@@ -60,22 +63,25 @@ def preserving_state(model: nn.Module) -> Iterator[ModelState]:
             state.restore()
 
 
+def held_tensors(model: nn.Module) -> list[Tensor]:
+    """Every tensor in attributes of the model's modules, and in the containers and plain objects that they hold."""
+    return [tensor for tensor, _ in ModelState(model).tensors]
+
+
 class ModelState:
     """What a model holds: containers with their items, tensors with their memory.
 
-    The values of buffers are copied at once, those of other tensors by ``keep``, when they are about to change: a copy
-    of all weights would be as large as the model.
+    ``keep`` copies the values of tensors that are about to change: a copy of all weights would be as large as the
+    model.
     """
 
     def __init__(self, model: nn.Module) -> None:
+        self.tensors: list[tuple[Tensor, Tensor]] = []
         self._containers: list[tuple[Any, Any]] = []
-        self._tensors: list[tuple[Tensor, Tensor]] = []
         self._by_memory: dict[int, list[Tensor]] = {}
         self._copies: dict[int, tuple[Tensor, Tensor]] = {}
-        with torch._C.DisableTorchFunction():  # a look at a tensor is no use of it (``surgery.weight_reads``)
+        with torch._C.DisableTorchFunction():  # reading a tensor here is not a use (``surgery.observe.weight_reads``)
             self._follow(model)
-            for buffer in model.buffers():
-                self.keep(buffer)
 
     def keep(self, tensor: Tensor) -> None:
         """Copy the values of all tensors of the model that share memory with ``tensor``."""
@@ -88,11 +94,11 @@ class ModelState:
         return any(_differs(container, items) for container, items in self._containers)
 
     def restore(self) -> None:
-        """Everything as at first."""
+        """Put attributes, items, memory and kept values back."""
         for container, items in self._containers:
             if _differs(container, items):
                 _refill(container, items)
-        for tensor, alias in self._tensors:
+        for tensor, alias in self.tensors:
             if _memory(tensor) != _memory(alias) or tensor.shape != alias.shape or tensor.stride() != alias.stride():
                 tensor.data = alias
         for own, values in self._copies.values():
@@ -102,28 +108,28 @@ class ModelState:
 
     def _follow(self, model: nn.Module) -> None:
         seen: set[int] = set()
-        found: list[Any] = list(model.modules())
+        values: list[Any] = list(model.modules())
         for _ in range(_LEVELS):
             held: list[Any] = []
-            for value in found:
+            for value in values:
                 if id(value) not in seen:
                     seen.add(id(value))
                     held += self._note(value)
-            found = held
-        for value in found:
+            values = held
+        for value in values:
             if isinstance(value, Tensor) and id(value) not in seen:
                 seen.add(id(value))
                 self._note(value)
 
     def _note(self, value: Any) -> Iterable[Any]:
-        """Note what ``value`` holds now; returns it."""
+        """Note what ``value`` holds now, and return it."""
         if isinstance(value, Tensor):
             if _memory(value):
                 alias = value.detach()
-                self._tensors.append((value, alias))
+                self.tensors.append((value, alias))
                 self._by_memory.setdefault(_memory(value), []).append(alias)
             return ()
-        container = value if isinstance(value, (list, dict, set, deque)) else _attributes(value)
+        container = value if isinstance(value, (list, dict, set, deque)) else _attributes_of(value)
         if container is None:
             return value if isinstance(value, tuple) else ()
         items = dict(container) if isinstance(container, dict) else list(container)
@@ -132,7 +138,7 @@ class ModelState:
 
 
 class _CopyBeforeWrite(TorchFunctionMode):
-    """Has tensors kept right before a call that may write to them. (``p.data.mul_()`` moves no version counter.)"""
+    """Keeps the values of tensors before a call that may write to them (``p.data.mul_()`` bumps no version counter)."""
 
     def __init__(self, state: ModelState) -> None:
         super().__init__()
@@ -152,7 +158,7 @@ def _gpus(model: nn.Module) -> list[torch.device]:
 
 
 def _seed(model: nn.Module) -> None:
-    """Seed what ``preserving_random_state`` keeps, and no other GPU."""
+    """Seed the generators that ``preserving_random_state`` restores, and no other GPU."""
     torch.default_generator.manual_seed(0)
     for gpu in _gpus(model):
         with torch.cuda.device(gpu):
@@ -168,17 +174,17 @@ def _may_write(func: Any) -> bool:
 
 
 def _memory(tensor: Tensor) -> int:
-    """Where the tensor's memory starts; 0 for one without, or of a class of its own."""
+    """Address of the tensor's storage; 0 for none, or for a tensor subclass."""
     if type(tensor) not in (Tensor, nn.Parameter, nn.Buffer) or tensor.layout is not torch.strided:
         return 0
     return tensor.untyped_storage().data_ptr()
 
 
-def _attributes(value: Any) -> dict[str, Any] | None:
+def _attributes_of(value: Any) -> dict[str, Any] | None:
     """The attributes of a module or of a plain object; ``None`` for classes, functions and torch's own objects."""
     if isinstance(value, type) or (not isinstance(value, nn.Module) and _is_builtin(type(value))):
         return None
-    try:  # the object itself is asked, whatever it may answer for another
+    try:  # past a __getattribute__ of its class
         attributes = object.__getattribute__(value, "__dict__")
     except AttributeError:
         return None

@@ -1,4 +1,4 @@
-"""What is asked of a model before anything is done with it, and the wrappers that are taken off."""
+"""Check that a model can be converted, and take wrappers off."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from condconv_surgery.errors import InputError
 
 
 def accept(model: object, *, inplace: bool = False, prove: bool = False) -> nn.Module:
-    """The module inside ``DataParallel``, ``DistributedDataParallel`` and ``torch.compile``, once it can be converted.
+    """The module inside ``DataParallel``, ``DistributedDataParallel`` and ``torch.compile``.
 
-    Raises ``InputError`` for what cannot: no ``nn.Module``, TorchScript, a graph of ATen operators, lazy layers,
-    sharded parameters; weights on the meta device where they are to be computed with; a ``DistributedDataParallel``
-    in place, which has noted its parameters already.
+    Raises ``InputError`` when it is not supported: no ``nn.Module``, TorchScript, a graph of ATen operators, lazy
+    layers, sharded parameters; weights on the meta device with ``prove``; a ``DistributedDataParallel`` in place, which
+    has registered its parameters already.
     """
     if not isinstance(model, nn.Module):
         fix = "convert the nn.Module from which it was exported, then export that"
@@ -32,8 +32,8 @@ def accept(model: object, *, inplace: bool = False, prove: bool = False) -> nn.M
 
 
 @contextmanager
-def eagerly(model: nn.Module) -> Iterator[None]:
-    """Run what ``torch.compile`` compiled as plain Python: a conversion runs each module once, with hooks."""
+def running_eagerly(model: nn.Module) -> Iterator[None]:
+    """Run compiled modules as plain Python: a conversion runs each module a few times, with hooks."""
     compiled = any(m._compiled_call_impl is not None or _is_compiled(m) for m in model.modules())
     # imports the compiler: only if needed
     with torch.compiler.set_stance("force_eager") if compiled else nullcontext():
@@ -44,7 +44,7 @@ def _inside(model: nn.Module, inplace: bool) -> nn.Module:
     while isinstance(model, (DataParallel, DistributedDataParallel)) or _is_compiled(model):
         if inplace and isinstance(model, DistributedDataParallel):
             raise InputError(
-                "A DistributedDataParallel cannot be converted in place: it has noted its parameters already.",
+                "A DistributedDataParallel cannot be converted in place: it has registered its parameters already.",
                 "Convert the model, then wrap it.",
                 "DistributedDataParallel(convert(ddp.module, ...).model)",
             )
@@ -69,7 +69,7 @@ def _require_modules(model: nn.Module) -> None:
     if isinstance(model, torch.jit.ScriptModule):
         raise InputError(
             "The model is TorchScript, whose code is fixed.",
-            "Modules of Python can be converted.",
+            "Python modules can be converted.",
             "convert the model from which it was scripted or traced, then script that",
         )
     if isinstance(model, fx.GraphModule) and any(isinstance(n.target, OpOverload) for n in model.graph.nodes):
@@ -92,7 +92,7 @@ def _require_weights(model: nn.Module, prove: bool) -> None:
             raise InputError(
                 f"{name} is split over processes.",
                 "A model is converted whole.",
-                "convert first, then fully_shard (engine.shard of condconv finetune)",
+                "convert first, then fully_shard (engine.shard=True of a training run)",
             )
         if prove and parameter.is_meta:
             raise InputError(

@@ -1,13 +1,13 @@
 """A block as a graph with one router node, whose output is an argument of each conditional convolution in it.
 
-A graph holds what the block did when it was traced. What of that could be another thing at the next call is refused, so
-that the block becomes a graph only where the graph is the block:
+A graph holds what the block did when it was traced. Where the next call could do something else, tracing raises
+``BlockError``, so that a block becomes a graph only where the graph computes what the block computes:
 
 - ``self.training``: traced in both modes, the block's mode picks the graph;
 - the modules inside that hold no converted layer (norms, dropout, squeeze-and-excite) are called, not traced, and stay
-  alive with all their settings; plain numbers among the block's own attributes are fixed;
-- decisions over values, random numbers and tensors made in forward, other gradient or autocast modes, hooks on modules
-  that the graph steps over: refused.
+  modules with all their settings; plain numbers among the block's own attributes become constants;
+- not supported: decisions over values, random numbers and tensors made in forward, changes of gradient or autocast
+  mode, hooks on modules that the graph inlines.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from condconv_surgery.errors import one_line
 from condconv_surgery.layers.routed_block import ROUTER
 from condconv_surgery.runtime.modes import in_mode
 from condconv_surgery.runtime.snapshot import preserving_state, random_states
+from condconv_surgery.surgery.layer_tracer import LayerTracer
 from condconv_surgery.surgery.upcycle import has_hooks
 
 Graphs = dict[bool, fx.Graph]
@@ -33,13 +34,13 @@ CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
 
 class BlockError(Exception):
-    """A block cannot become a graph; the message is the reason, in words that follow "since"."""
+    """A block cannot become a graph; the message is the reason."""
 
 
 def trace_block(block: nn.Module, layers: Collection[nn.Module]) -> Graphs:
     """The block's graph in each mode, ``layers`` and all modules without any of them as single nodes.
 
-    Nothing is changed. Raises ``BlockError`` where a graph would not be the block.
+    Nothing is changed. Raises ``BlockError`` where a graph would not compute what the block computes.
     """
     _require_plain(block, layers)
     graphs: Graphs = {}
@@ -49,7 +50,7 @@ def trace_block(block: nn.Module, layers: Collection[nn.Module]) -> Graphs:
     return graphs
 
 
-def calls(graph: fx.Graph, block: nn.Module, layer: nn.Module) -> list[fx.Node]:
+def nodes_calling(graph: fx.Graph, block: nn.Module, layer: nn.Module) -> list[fx.Node]:
     """The nodes that call ``layer``."""
     return [node for node in graph.nodes if node.op == "call_module" and _target(block, node) is layer]
 
@@ -63,13 +64,13 @@ def insert_router(graph: fx.Graph, block: nn.Module, layers: Collection[nn.Modul
     with graph.inserting_after(inputs[-1]):
         mixture = graph.call_module(ROUTER, (inputs[0],))
     for layer in layers:
-        for node in calls(graph, block, layer):
+        for node in nodes_calling(graph, block, layer):
             node.args = (node.args[0], mixture)
     graph.lint()
 
 
 def _require_plain(block: nn.Module, layers: Collection[nn.Module]) -> None:
-    """What can be seen without tracing."""
+    """Check what needs no trace."""
     if isinstance(block, CONTAINERS):
         raise BlockError("it is a bare container, in which a router would be one more member")
     if hasattr(block, ROUTER):
@@ -81,8 +82,8 @@ def _require_plain(block: nn.Module, layers: Collection[nn.Module]) -> None:
             raise BlockError(f"its forward has an optional argument {parameter.name!r}")
     wanted = set(layers)
     for name, inner in block.named_modules():
-        stepped_over = inner is not block and inner not in wanted and _holds(inner, wanted)
-        if stepped_over and has_hooks(inner):
+        inlined = inner is not block and inner not in wanted and _holds(inner, wanted)
+        if inlined and has_hooks(inner):
             raise BlockError(f"{name} inside it has hooks, which a graph would not call")
 
 
@@ -90,7 +91,7 @@ def _trace(block: nn.Module, layers: Collection[nn.Module]) -> fx.Graph:
     with preserving_state(block) as state:
         before = random_states()
         try:
-            graph = _Tracer(layers).trace(block)
+            graph = _Tracer(block, layers).trace(block)
         except BlockError:
             raise
         except Exception as error:  # whatever a user's forward raises when run on proxies
@@ -100,7 +101,7 @@ def _trace(block: nn.Module, layers: Collection[nn.Module]) -> fx.Graph:
         if random_states() != before:
             raise BlockError("its forward draws random numbers, which a graph would repeat")
     for layer in layers:
-        for node in calls(graph, block, layer):
+        for node in nodes_calling(graph, block, layer):
             if not node.args and list(node.kwargs) == ["input"]:
                 node.args, node.kwargs = (node.kwargs["input"],), {}
             if len(node.args) != 1 or node.kwargs:
@@ -108,7 +109,7 @@ def _trace(block: nn.Module, layers: Collection[nn.Module]) -> fx.Graph:
     return graph
 
 
-def _modes() -> tuple[bool, ...]:
+def _gradient_and_autocast_modes() -> tuple[bool, ...]:
     autocast = (torch.is_autocast_enabled(device) for device in ("cpu", "cuda"))
     return (torch.is_grad_enabled(), torch.is_inference_mode_enabled(), *autocast)
 
@@ -121,18 +122,14 @@ def _holds(module: nn.Module, wanted: Collection[nn.Module]) -> bool:
     return any(inner in wanted for inner in module.modules())
 
 
-class _Tracer(fx.Tracer):
-    """Goes through the modules that hold a wanted layer; every other one is a node."""
+class _Tracer(LayerTracer):
+    """Raises ``BlockError`` where the forward changes a mode that a graph does not keep."""
 
-    def __init__(self, layers: Collection[nn.Module]) -> None:
-        super().__init__()
-        self._wanted = set(layers)
-        self._modes = _modes()
-
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return m in self._wanted or not _holds(m, self._wanted)
+    def __init__(self, block: nn.Module, layers: Collection[nn.Module]) -> None:
+        super().__init__(block, layers)
+        self._modes = _gradient_and_autocast_modes()
 
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
-        if _modes() != self._modes:
+        if _gradient_and_autocast_modes() != self._modes:
             raise BlockError("its forward changes the gradient or autocast mode, which a graph does not keep")
         return super().create_node(*args, **kwargs)

@@ -1,9 +1,9 @@
-"""Block-shared routing: which layers share a router, and the surgery that makes them.
+"""Block-shared routing: which layers share a router, and the graph rewrite that makes them.
 
 A *block* is the smallest module that is not the model itself nor a bare container (``nn.Sequential``, ``ModuleList``)
 and holds more than one layer to convert: torchvision's ``BasicBlock``, ``Bottleneck``, ``InvertedResidual``, timm's
 ``InvertedResidual``. Or the user names blocks. One router sees the block's (first) input; its mixture goes to all the
-layers. A layer in no block keeps a router of its own, and so does every layer of a block that cannot become a graph.
+layers. A layer outside of all blocks keeps its own router, and so does every layer of a block that cannot be traced.
 """
 
 from __future__ import annotations
@@ -20,43 +20,44 @@ from condconv_surgery.layers import ConditionalConv2d, ConvGeometry
 from condconv_surgery.layers.graph_code import GraphCode
 from condconv_surgery.layers.routed_block import ROUTER, add_block_router
 from condconv_surgery.layers.router import make_router
-from condconv_surgery.recipe import SharedRouter
+from condconv_surgery.recipe import SharedRouter, as_argument
 from condconv_surgery.surgery.block_graph import (
     CONTAINERS,
     BlockError,
     Graphs,
-    calls,
     insert_router,
+    nodes_calling,
     trace_block,
 )
-from condconv_surgery.surgery.conv_sites import ConvSite
-from condconv_surgery.surgery.observe import Calls, observe
-from condconv_surgery.surgery.select import Plan, matches
+from condconv_surgery.surgery.conversion_plan import Plan
+from condconv_surgery.surgery.observe.conv_sites import ConvSite
+from condconv_surgery.surgery.observe.layer_calls import Calls, observe
+from condconv_surgery.surgery.select import matches
 
-Seen = dict[bool, dict[str, Calls]]
+CallsByMode = dict[bool, dict[str, Calls]]
 
 
 def share_routers(model: nn.Module, plan: Plan, arguments: tuple[Any, ...], blocks: Sequence[str] = ()) -> Plan:
-    """The plan with ``routers``: the blocks that route once. Nothing is changed.
+    """The plan with ``routers``, one for each block that routes once. Nothing is changed.
 
-    blocks: see ``recipe.Selection``. Notes say which layers keep a router of their own, and why.
+    blocks: see ``recipe.Selection``. Notes say which layers keep their own router, and why.
     Raises ``InputError`` when no block can share a router, or a pattern names no module.
     """
     members = _members(model, plan.to_convert, blocks)
-    seen = _observed(model, plan, members, arguments)
+    calls_by_mode = _observe_members(model, plan, members, arguments)
     routers: list[SharedRouter] = []
-    own: dict[str, list[str]] = defaultdict(list)
+    unshared: dict[str, list[str]] = defaultdict(list)
     for block, sites in members.items():
         try:
-            routers.append(_router(model, block, sites, seen))
+            routers.append(_shared_router(model, block, sites, calls_by_mode))
         except BlockError as error:
-            own[str(error)] += [site.name for site in sites]
-    notes = tuple(f"a router of its own for {listed(names)}: {reason}" for reason, names in own.items())
+            unshared[str(error)] += [site.name for site in sites]
+    notes = tuple(f"a router of its own for {listed(names)}: {reason}" for reason, names in unshared.items())
     if not routers:
         raise InputError(
-            f"No block of the model can share a router: {'; '.join(own)}.",
+            f"No block of the model can share a router: {'; '.join(unshared)}.",
             "A block holds more than one converted layer and can be traced by torch.fx.",
-            '--block "layer4.*" names blocks, --routing layer gives each layer its own router',
+            'blocks=["layer4.*"] names blocks, routing="layer" gives each layer its own router',
         )
     return replace(plan, routers=tuple(routers), notes=(*plan.notes, *notes))
 
@@ -88,19 +89,19 @@ def _members(model: nn.Module, sites: Iterable[ConvSite], patterns: Sequence[str
     if unknown:
         names = [name for name, module in modules.items() if name and any(True for _ in module.children())]
         raise InputError(
-            f'--block "{unknown[0]}" names no module.',
+            f"{as_argument('blocks', unknown[:1])} names no module.",
             f"Modules are named like: {', '.join(names[:: max(len(names) // 3, 1)][:3])}.",
-            '--block "layer4.*"',
+            'blocks=["layer4.*"]',
         )
     sites = [site for site in sites if not site.linear]
-    kept = {id(site.module) for site in sites}
+    converted = {id(site.module) for site in sites}
     members = defaultdict(list)
     for site in sites:
-        members[_block_of(site.name, modules, kept, patterns)].append(site)
+        members[_block_of(site.name, modules, converted, patterns)].append(site)
     return dict(members)
 
 
-def _block_of(name: str, modules: Mapping[str, nn.Module], kept: set[int], patterns: Sequence[str]) -> str:
+def _block_of(name: str, modules: Mapping[str, nn.Module], converted: set[int], patterns: Sequence[str]) -> str:
     while "." in name:
         name = name.rpartition(".")[0]
         if patterns:
@@ -108,19 +109,21 @@ def _block_of(name: str, modules: Mapping[str, nn.Module], kept: set[int], patte
                 return name
             continue
         bare = isinstance(modules[name], CONTAINERS)
-        if not bare and sum(id(module) in kept for module in modules[name].modules()) > 1:
+        if not bare and sum(id(module) in converted for module in modules[name].modules()) > 1:
             return name
     return ""
 
 
-def _observed(model: nn.Module, plan: Plan, members: Mapping[str, list[ConvSite]], arguments: tuple[Any, ...]) -> Seen:
+def _observe_members(
+    model: nn.Module, plan: Plan, members: Mapping[str, list[ConvSite]], arguments: tuple[Any, ...]
+) -> CallsByMode:
     """The calls of blocks and of their layers in each mode in which the model runs."""
-    watched = {name: model.get_submodule(name) for name in members if name}
-    watched |= {site.name: site.module for sites in members.values() for site in sites}
-    return {mode: observe(model, watched, arguments, mode) for mode in plan.modes}
+    observed = {name: model.get_submodule(name) for name in members if name}
+    observed |= {site.name: site.module for sites in members.values() for site in sites}
+    return {mode: observe(model, observed, arguments, mode) for mode in plan.modes}
 
 
-def _router(model: nn.Module, name: str, sites: list[ConvSite], seen: Seen) -> SharedRouter:
+def _shared_router(model: nn.Module, name: str, sites: list[ConvSite], calls_by_mode: CallsByMode) -> SharedRouter:
     """The router of a block. Raises ``BlockError`` when each of its layers needs its own."""
     if not name:
         raise BlockError("no block inside the model holds it")
@@ -131,23 +134,25 @@ def _router(model: nn.Module, name: str, sites: list[ConvSite], seen: Seen) -> S
         raise BlockError(f"a layer of its block is {outside[0]} too, outside of it")
     block = model.get_submodule(name)
     graphs = trace_block(block, [site.module for site in sites])
-    shapes = [shape for found in seen.values() if name in found for shape in found[name].inputs]
+    shapes = [shape for calls in calls_by_mode.values() if name in calls for shape in calls[name].inputs]
     if not shapes or any(len(shape) != 4 for shape in shapes):
-        raise BlockError("the first input of its block is no feature map [B, C, H, W]")
+        raise BlockError("the first input of its block is not a feature map [B, C, H, W]")
     channels = {shape[1] for shape in shapes}
     if len(channels) > 1:
-        raise BlockError(f"its block is called with {len(channels)} numbers of channels")
+        raise BlockError(f"its block is called with {len(channels)} different numbers of channels")
     for site in sites:
-        _require_same_calls(block, name, site, graphs, seen)
+        _require_same_calls(block, name, site, graphs, calls_by_mode)
     return SharedRouter(name, channels.pop(), tuple(site.name for site in sites))
 
 
-def _require_same_calls(block: nn.Module, name: str, site: ConvSite, graphs: Graphs, seen: Seen) -> None:
+def _require_same_calls(
+    block: nn.Module, name: str, site: ConvSite, graphs: Graphs, calls_by_mode: CallsByMode
+) -> None:
     """Every call of the layer comes from the block's forward, with the batch of the block's input."""
-    for mode, found in seen.items():
-        nodes = len(calls(graphs[mode], block, site.module))
-        expected = [shape[0] for shape in found[name].inputs] if name in found else []
-        batches = [shape[0] for shape in found[site.name].inputs] if site.name in found else []
+    for mode, calls in calls_by_mode.items():
+        nodes = len(nodes_calling(graphs[mode], block, site.module))
+        expected = [shape[0] for shape in calls[name].inputs] if name in calls else []
+        batches = [shape[0] for shape in calls[site.name].inputs] if site.name in calls else []
         if len(batches) != nodes * len(expected):
             raise BlockError(f"{site.name} is called by others than the block's forward")
         if set(batches) - set(expected):

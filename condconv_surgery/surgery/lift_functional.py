@@ -2,8 +2,8 @@
 
     y = F.conv2d(x, self.weight, self.bias)      ->      y = self.weight_conv(x)
 
-A pass over a ``torch.fx.GraphModule`` in the manner of those in ``torch.fx``: it composes with others that keep to
-nodes and modules, before or after a conversion.
+A pass over a ``torch.fx.GraphModule`` like those in ``torch.fx``: it composes with other passes over nodes and
+modules, before or after a conversion.
 """
 
 from __future__ import annotations
@@ -17,19 +17,19 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from condconv_surgery.surgery.select import Skip
+from condconv_surgery.surgery.conversion_plan import Skip
 
 _SETTINGS = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
 _DEFAULTS = {"bias": None, "stride": 1, "padding": 0, "dilation": 1, "groups": 1}
 
 
 class _NotLiftedError(Exception):
-    """A node stays; the message is the reason."""
+    """A node cannot be lifted; the message is the reason."""
 
 
 @dataclass(frozen=True)
 class _Settings:
-    """What ``F.conv2d`` is called with beside its input; weight and bias by their names in the module."""
+    """The arguments of ``F.conv2d`` beside its input; weight and bias by their names in the module."""
 
     weight: str
     bias: str | None
@@ -43,12 +43,12 @@ def lift_convolutions(module: fx.GraphModule) -> tuple[Skip, ...]:
     """Rewrite every ``F.conv2d`` on a parameter of ``module`` as the call of an ``nn.Conv2d``, in place.
 
     Requires a graph as ``torch.fx.symbolic_trace`` makes it: a weight is a ``get_attr`` node that names an
-    ``nn.Parameter``. Ensures the same function; the same Parameter objects, with their ``requires_grad``, in modules
+    ``nn.Parameter``. Ensures an equal function; the same Parameter objects, with their ``requires_grad``, in modules
     called ``<weight>_conv`` (or in place of a module that held nothing else); calls with the same weight share one
     module; a graph that passes ``lint``, recompiled. Other nodes, and their ``meta``, are as before.
 
-    Returns the weights whose convolutions stay, each with its reason: the weight is used elsewhere too, is computed, or
-    its calls differ.
+    Returns the weights whose convolutions are not lifted, each with its reason: the weight is used elsewhere too, is
+    computed, or its calls differ.
     """
     groups: dict[str, list[fx.Node]] = {}
     skipped: list[Skip] = []
@@ -67,7 +67,7 @@ def lift_convolutions(module: fx.GraphModule) -> tuple[Skip, ...]:
 
 @contextmanager
 def undone_on_error(module: fx.GraphModule) -> Iterator[None]:
-    """The graph and the places of its parameters and modules as before, when the block raises."""
+    """Restore the graph and its dictionaries of parameters and modules when the block raises."""
     before = [(m, dict(m._parameters), dict(m._modules)) for m in module.modules()]
     graph = module.graph
     module.graph = copy.deepcopy(graph)  # the one to be changed
@@ -100,9 +100,9 @@ def _lift(module: fx.GraphModule, name: str, nodes: list[fx.Node]) -> None:
     (one,) = settings
     tensors = [target for target in (one.weight, one.bias) if target is not None]
     for target in tensors:
-        _require_own(module, target, nodes)
+        _require_sole_use(module, target, nodes)
     layer = _convolution(module, one)
-    place = _place(module, one, tensors)
+    place = _module_name(module, one, tensors)
     for target in tensors:
         owner, _, attribute = target.rpartition(".")
         delattr(module.get_submodule(owner), attribute)
@@ -138,7 +138,7 @@ def _settings(node: fx.Node) -> _Settings:
     return _Settings(names["weight"], names["bias"], **fixed)
 
 
-def _require_own(module: fx.GraphModule, target: str, nodes: list[fx.Node]) -> None:
+def _require_sole_use(module: fx.GraphModule, target: str, nodes: list[fx.Node]) -> None:
     """The tensor is a parameter that nothing but ``nodes`` uses."""
     owner, _, attribute = target.rpartition(".")
     parameter = getattr(module.get_submodule(owner), attribute, None)
@@ -170,8 +170,8 @@ def _tensor(module: fx.GraphModule, target: str) -> nn.Parameter:
     return module.get_parameter(target)
 
 
-def _place(module: fx.GraphModule, settings: _Settings, tensors: list[str]) -> str:
-    """Where the new module goes: in place of the owner of just these tensors, else beside it."""
+def _module_name(module: fx.GraphModule, settings: _Settings, tensors: list[str]) -> str:
+    """The name of the new module: that of the owner of just these tensors, else a new one beside it."""
     owner = settings.weight.rpartition(".")[0]
     if owner and all(target.rpartition(".")[0] == owner for target in tensors):
         holder = module.get_submodule(owner)

@@ -1,9 +1,9 @@
-"""Sites and a rule give a Plan: what will be converted, what will not, and why. Nothing is changed here."""
+"""From sites and a ``Selection`` to a Plan: which layers are converted, which are not, and why. Nothing is changed."""
 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
 
 from torch import nn
@@ -11,11 +11,12 @@ from torch.nn.utils import parametrize
 
 from condconv_surgery.errors import InputError
 from condconv_surgery.layers.conv2d_subclasses import full_name, is_understood
-from condconv_surgery.recipe import Selection, SharedRouter
-from condconv_surgery.surgery.assumed_subclasses import require_classes, what_would_be_lost
-from condconv_surgery.surgery.conv_sites import ConvSite, Sites
+from condconv_surgery.recipe import LayerFilter, Selection, as_argument
+from condconv_surgery.surgery.conversion_plan import Plan, Skip
+from condconv_surgery.surgery.observe.conv_sites import ConvSite, Sites
+from condconv_surgery.surgery.proof.assumed_subclasses import attributes_to_lose, require_classes
 
-NOT_INCLUDED = "not matched by --include"
+NOT_INCLUDED = "not matched by include="
 
 _STATE_HOOKS = (
     "_state_dict_hooks",
@@ -27,75 +28,63 @@ _STATE_HOOKS = (
 FUNCTIONAL = "F.conv2d on a parameter, in {}.forward: converted if the whole model is a torch.fx.GraphModule"
 
 
-@dataclass(frozen=True)
-class Skip:
-    """A layer that stays as it is, and the reason in words."""
+def select(
+    found: Sites, selection: Selection, source: str = "the model", originals: Mapping[str, nn.Module] | None = None
+) -> Plan:
+    """Apply the selection. Raises ``InputError`` when no layer is left, or a class of ``subclasses`` is not there.
 
-    name: str
-    reason: str
-
-
-@dataclass(frozen=True)
-class Plan:
-    """Every convolution of the model (and its classifier, when asked for) is in exactly one of the two lists.
-
-    skipped: ``F.conv2d`` outside of all layers too, by the name of the parameter that it takes.
-    modes, notes: as in ``Sites``. routers: those that several converted layers share (``surgery.block_routing``).
+    source: what errors call the model. originals: modules by name, for callable filters, where sites are of a copy.
     """
-
-    to_convert: tuple[ConvSite, ...]
-    skipped: tuple[Skip, ...]
-    modes: tuple[bool, ...] = (False, True)
-    notes: tuple[str, ...] = ()
-    routers: tuple[SharedRouter, ...] = ()
-
-
-def select(found: Sites, selection: Selection, source: str = "the model") -> Plan:
-    """Apply the rule. Raises ``InputError`` when it leaves nothing to convert, or names a class that is not there."""
     require_classes(selection.subclasses, found.sites)
-    convolutions = [site for site in found.sites if not site.linear]
-    candidates = list(convolutions)
-    if selection.classifier:
-        candidates.append(_classifier(found, source))
-    elif not convolutions:
-        raise _none_at_all(found, source)
-    stem = next((site for site in convolutions if site.calls), None)
+    candidates = _candidates(found, selection, source)
+    match = _Matcher(originals or {})
+    stem = next((site for site in candidates if not site.linear and site.calls), None)
     to_convert: list[ConvSite] = []
-    skipped = [Skip(name, FUNCTIONAL.format(who)) for name, who in found.functional]
+    skipped = [Skip(name, FUNCTIONAL.format(cls)) for name, cls in found.functional]
     for site in candidates:
-        reason = _reason_to_skip(site, selection, site is stem)
+        reason = _reason_to_skip(site, selection, site is stem, match)
         if site.linear and reason == NOT_INCLUDED:
             raise InputError(
-                f"--classifier asks for {site.name}, but --include does not match it.",
-                "--include chooses among all layers, the classifier too.",
-                f'--include "{site.name}" as well',
+                f"classifier=True asks for {site.name}, but include= does not match it.",
+                "include= chooses among all layers, the classifier too.",
+                f'include=["{site.name}"] as well',
             )
         if reason:
             skipped.append(Skip(site.name, reason))
         else:
             to_convert.append(site)
     if not to_convert:
-        raise _nothing_left(candidates, skipped, selection, source)
+        raise _nothing_left(candidates, skipped, selection, source, match)
     return Plan(tuple(to_convert), tuple(skipped), found.modes, found.notes)
 
 
-def _none_at_all(found: Sites, source: str) -> InputError:
+def _candidates(found: Sites, selection: Selection, source: str) -> list[ConvSite]:
+    """All convolutions, and the classifier when asked for. Raises ``InputError`` when there is none."""
+    convolutions = [site for site in found.sites if not site.linear]
+    if selection.classifier:
+        return [*convolutions, _classifier(found, source)]
+    if not convolutions:
+        raise _no_convolution(found, source)
+    return convolutions
+
+
+def _no_convolution(found: Sites, source: str) -> InputError:
     if found.functional:
-        name, who = found.functional[0]
+        name, cls = found.functional[0]
         return InputError(
-            f"No convolution to convert: {source} has no nn.Conv2d, only F.conv2d with {name}, in {who}.forward.",
+            f"No convolution to convert: {source} has no nn.Conv2d, only F.conv2d with {name}, in {cls}.forward.",
             "Where the whole model is a torch.fx.GraphModule those are converted too.",
             "convert(torch.fx.symbolic_trace(model), ...)",
         )
     return InputError(
         f"No convolution to convert: {source} has none.",
-        "An nn.Conv2d, or the final nn.Linear with --classifier, can be converted.",
-        "another model, or --classifier",
+        "An nn.Conv2d, or the final nn.Linear with classifier=True, can be converted.",
+        "another model, or classifier=True",
     )
 
 
-def _reason_to_skip(site: ConvSite, selection: Selection, is_stem: bool) -> str:
-    """Why ``site`` stays as it is; empty when it is converted. What cannot be comes before what is not wanted."""
+def _reason_to_skip(site: ConvSite, selection: Selection, is_stem: bool, match: _Matcher) -> str:
+    """Why ``site`` is not converted; empty when it is. What is not possible comes before what is not selected."""
     checks = (
         _reason_impossible(site.module, selection.subclasses),
         f"{site.tied_to} is the same parameter as one of its own, and would not be any more" if site.tied_to else "",
@@ -106,16 +95,16 @@ def _reason_to_skip(site: ConvSite, selection: Selection, is_stem: bool) -> str:
         else "",
         "called from where a replacement would not be: a list or a closure, say (nn.ModuleList(layers) in place of the "
         "list makes it known)"
-        if site.held
+        if site.unreachable
         else "",
         "not called in a forward pass" if site.calls == 0 else "",
-        NOT_INCLUDED if selection.include and not _matches(site, selection.include) else "",
-        "matched by --exclude" if _matches(site, selection.exclude) else "",
-        "the stem: the first convolution sees the picture, not features (--no-skip-stem converts it)"
+        NOT_INCLUDED if selection.include and not match(site, selection.include) else "",
+        "matched by exclude=" if match(site, selection.exclude) else "",
+        "the stem: the first convolution sees the image, not features (skip_stem=False converts it)"
         if selection.skip_stem and is_stem
         else "",
         "over a 1x1 map, as in squeeze-and-excite: mixing the kernels would cost more than the convolution "
-        "(--no-skip-pooled converts it)"
+        "(skip_pooled=False converts it)"
         if selection.skip_pooled and site.pooled and not site.linear
         else "",
         _too_narrow(site.module, selection.min_channels),
@@ -131,15 +120,15 @@ def _reason_impossible(module: nn.Module, subclasses: tuple[str, ...]) -> str:
     if computed:
         return computed
     if isinstance(module, nn.Conv2d) and not is_understood(cls) and name not in subclasses:
-        return f"{name} does not compute a plain convolution, for all that is known; if it does: --subclass {name}"
+        return f'{name} does not compute a plain convolution, as far as is known; if it does: subclasses=["{name}"]'
     if any(getattr(module, kind) for kind in _STATE_HOOKS):
         return "hooks on its state dict (register_state_dict_pre_hook and the like) know its keys, not those of experts"
-    lost = what_would_be_lost(module)
+    lost = attributes_to_lose(module)
     return f"it holds more than weight and bias, which would be lost: {lost}" if lost else ""
 
 
 def _computed(module: nn.Module) -> str:
-    """How its weight or bias is made at each call; empty when both are parameters."""
+    """How its weight or bias is computed before each call; empty when both are parameters."""
     for name in ("weight", "bias"):
         if parametrize.is_parametrized(module, name):
             return f"its {name} is computed by a parametrization (parametrize.remove_parametrizations makes it plain)"
@@ -154,7 +143,7 @@ def _computed(module: nn.Module) -> str:
 
 def _too_narrow(module: nn.Module, least: int) -> str:
     widths = (module.in_features, module.out_features) if isinstance(module, nn.Linear) else _widths(module)
-    return f"{min(widths)} channels, fewer than --min-channels {least}" if min(widths) < least else ""
+    return f"{min(widths)} channels, fewer than min_channels={least}" if min(widths) < least else ""
 
 
 def _widths(module: nn.Module) -> tuple[int, int]:
@@ -162,8 +151,19 @@ def _widths(module: nn.Module) -> tuple[int, int]:
     return module.in_channels, module.out_channels
 
 
-def _matches(site: ConvSite, patterns: tuple[str, ...]) -> bool:
-    return any(matches(name, pattern) for name in site.names for pattern in patterns)
+class _Matcher:
+    """Does a site match one of the globs, regular expressions or functions of (name, module)?"""
+
+    def __init__(self, originals: Mapping[str, nn.Module]) -> None:
+        self._originals = originals
+
+    def __call__(self, site: ConvSite, filters: Iterable[str | LayerFilter]) -> bool:
+        return any(self._matches_one(site, one) for one in filters)
+
+    def _matches_one(self, site: ConvSite, one: str | LayerFilter) -> bool:
+        if isinstance(one, str):
+            return any(matches(name, one) for name in site.names)
+        return any(one(name, self._originals.get(name, site.module)) for name in site.names)
 
 
 def matches(name: str, pattern: str) -> bool:
@@ -177,26 +177,27 @@ def _classifier(found: Sites, source: str) -> ConvSite:
     called = [site for site in found.sites if site.linear and site.calls]
     if not called:
         raise InputError(
-            f"--classifier: {source} calls no nn.Linear.",
+            f"classifier=True, but {source} calls no nn.Linear.",
             "The classifier is the last nn.Linear of a forward pass.",
-            "leave --classifier out",
+            "classifier=False",
         )
     return called[-1]
 
 
-def _nothing_left(candidates: list[ConvSite], skipped: list[Skip], selection: Selection, source: str) -> InputError:
-    matched = [site for site in candidates if not selection.include or _matches(site, selection.include)]
+def _nothing_left(
+    candidates: list[ConvSite], skipped: list[Skip], selection: Selection, source: str, match: _Matcher
+) -> InputError:
+    matched = [site for site in candidates if not selection.include or match(site, selection.include)]
     if selection.include and not matched:
-        flags = " ".join(f'--include "{pattern}"' for pattern in selection.include)
-        given = f"{flags} matched 0 of {len(candidates)} convolutions in {source}."
+        cause = f"{as_argument('include', selection.include)} matched 0 of {len(candidates)} convolutions in {source}."
     else:
         names = {site.name for site in matched}
         reasons = sorted({skip.reason for skip in skipped if skip.name in names})
-        given = f"all {len(matched)} convolutions of {source} are skipped: {'; '.join(reasons)}."
-    some = [site.name for site in (candidates[0], candidates[len(candidates) // 2], candidates[-1])]
-    prefix = some[-1].split(".")[0]
+        cause = f"all {len(matched)} convolutions of {source} are skipped: {'; '.join(reasons)}."
+    examples = [site.name for site in (candidates[0], candidates[len(candidates) // 2], candidates[-1])]
+    prefix = examples[-1].split(".")[0]
     return InputError(
-        f"No layer left to convert: {given}",
-        f"They are named like: {', '.join(dict.fromkeys(some))}",
-        f'--include "{prefix}*"      (or --dry-run to list them all)',
+        f"No layer left to convert: {cause}",
+        f"They are named like: {', '.join(dict.fromkeys(examples))}",
+        f'include=["{prefix}*"]',
     )

@@ -13,7 +13,6 @@ import condconv_surgery as cs
 from condconv_surgery.errors import InputError, ProofError
 from condconv_surgery.layers import conditional_layers, plain_like
 from condconv_surgery.recipe import Selection
-from condconv_surgery.surgery.conversion import make_plan
 from tests.conftest import Run
 
 
@@ -120,8 +119,8 @@ def test_the_reason_to_skip_ends_in_what_to_type(x: Tensor) -> None:
     plan = cs.convert(net(Renamed(4, 4, 3)), cs.CondConv(), example=x).plan
     reason = {skip.name: skip.reason for skip in plan.skipped}["1"]
     assert reason == (
-        f"{claims(Renamed)} does not compute a plain convolution, for all that is known; "
-        f"if it does: --subclass {claims(Renamed)}"
+        f"{claims(Renamed)} does not compute a plain convolution, as far as is known; "
+        f'if it does: subclasses=["{claims(Renamed)}"]'
     )
 
 
@@ -140,7 +139,7 @@ def test_a_class_that_computes_something_else_is_refused(layer: nn.Conv2d, how: 
         cs.convert(model, cs.CondConv(), example=x, subclasses=[cls], inplace=inplace, tolerance=1e9)
     assert f"1 is a {cls}, which does not compute what nn.Conv2d computes" in str(caught.value)
     assert caught.match(how)
-    assert caught.value.fix == f"leave --subclass {cls} out"
+    assert caught.value.fix == f'leave subclasses=["{cls}"] out'
     assert model[1] is layer
     assert not layer._forward_hooks
     assert not conditional_layers(model)
@@ -181,10 +180,10 @@ def test_a_plain_layer_with_a_buffer_of_the_users_stays(x: Tensor) -> None:
     [
         (
             "tests.surgery.test_assumed_subclasses.Renames",
-            rf"is the class of no convolution[\s\S]*--subclass {claims(Renamed)}",
+            rf'is the class of no convolution[\s\S]*subclasses=\["{claims(Renamed)}"\]',
         ),
-        ("Renamed", r"'Renamed' is no name of a class[\s\S]*package.module.Class"),
-        ("a..b", "is no name of a class"),
+        ("Renamed", r'"Renamed"\] is not the name of a class[\s\S]*package.module.Class'),
+        ("a..b", "is not the name of a class"),
     ],
 )
 def test_a_name_that_is_no_class_of_the_model(name: str, words: str, x: Tensor) -> None:
@@ -195,7 +194,7 @@ def test_a_name_that_is_no_class_of_the_model(name: str, words: str, x: Tensor) 
 def test_without_a_proof_the_plan_says_that_nobody_checked(x: Tensor) -> None:
     note = f"not checked: that {claims(Doubled)} computes what nn.Conv2d computes (1)"
     converted = cs.convert(net(Doubled(4, 4, 3)), cs.CondConv(), example=x, subclasses=[claims(Doubled)], prove=False)
-    planned = make_plan(net(Doubled(4, 4, 3)), Selection(subclasses=(claims(Doubled),)), (x,))
+    planned = cs.plan(net(Doubled(4, 4, 3)), cs.CondConv(), example=x, subclasses=claims(Doubled))
     assert note in converted.plan.notes
     assert note in planned.notes
 
@@ -215,4 +214,4 @@ def test_the_command_line_takes_the_name_and_reads_the_file_again(condconv: Run,
         "convert", *options, "--subclass", "tests.surgery.test_assumed_subclasses.Rename", "-o", path
     )
     assert code == 2
-    assert f"--subclass {claims(Renamed)}" in err
+    assert claims(Renamed) in err

@@ -266,9 +266,9 @@ def test_blocks_in_blocks() -> None:
 def test_blocks_that_the_user_names() -> None:
     conversion = cs.convert(net(Twice(), Block()), BY_BLOCK[0], example=X, blocks=["re:blocks\\.\\d"])
     assert [(r.block, len(r.layers)) for r in conversion.plan.routers] == [("blocks.0", 4), ("blocks.1", 2)]
-    with pytest.raises(InputError, match='--block "layer4" names no module'):
+    with pytest.raises(InputError, match=r'blocks=\["layer4"\] names no module'):
         cs.convert(net(), BY_BLOCK[0], example=X, blocks=["layer4"])
-    with pytest.raises(InputError, match="--block without --routing block"):
+    with pytest.raises(InputError, match='blocks= without routing="block"'):
         cs.convert(net(), CondConv(), example=X, blocks=["blocks.0"])
     with pytest.raises(InputError, match=r"No block of the model can share a router: .* bare container"):
         cs.convert(net(), BY_BLOCK[0], example=X, blocks=["blocks"])

@@ -87,7 +87,6 @@ def test_the_plan_names_every_layer_once_with_a_reason(net: nn.Module, x: torch.
     assert "the stem" in reasons["stem"]
     assert "1x1 map" in reasons["squeeze.1"]
     assert "not called" in reasons["unused"]
-    assert plan.to_convert[0].followed_by == ("ReLU",)
     assert plan.to_convert[0].input == (4, 8, 16, 16)
 
 
@@ -178,10 +177,10 @@ def test_the_classifier_can_be_converted(net: nn.Module, x: torch.Tensor) -> Non
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (dict(include=["layer5.*"]), r'--include "layer5.\*" matched 0 of 7 convolutions(.|\n)*named like: stem'),
+        (dict(include=["layer5.*"]), r'include=\["layer5.\*"\] matched 0 of 7 convolutions(.|\n)*named like: stem'),
         (dict(exclude=["*"]), "all 7 convolutions of Net are skipped"),
         (dict(include=["unused"]), "not called in a forward pass"),
-        (dict(min_channels=64), "fewer than --min-channels 64"),
+        (dict(min_channels=64), "fewer than min_channels=64"),
         (dict(include=["re:("]), "not a regular expression"),
         (dict(include=[""]), "is empty"),
         (dict(diversity=-1.0), "diversity is -1.0"),
@@ -260,10 +259,11 @@ class Untraceable(nn.Module):
 
 
 def test_untraceable_models_and_subclasses_say_why() -> None:
-    plan = cs.convert(Untraceable(), cs.CondConv(), example=torch.randn(2, 3, 9, 9)).plan
+    plan = cs.plan(Untraceable(), cs.CondConv(), example=torch.randn(2, 3, 9, 9))
     assert [site.name for site in plan.to_convert] == ["body.2"]
-    assert plan.to_convert[0].followed_by == ("ReLU",)  # the part that can be traced is
-    assert any(note.startswith("not traced: the whole model: TraceError") for note in plan.notes)
+    assert plan.followers.by_layer == {"body.2": ("ReLU",)}  # the part that can be traced is
+    assert any(note.startswith("not traced: the whole model: TraceError") for note in plan.followers.notes())
+    assert not any("traced" in note for note in plan.apply().plan.notes)  # a conversion needs no trace
     assert "Subclass does not compute a plain convolution" in {s.name: s.reason for s in plan.skipped}["body.4"]
 
 
@@ -308,7 +308,7 @@ def test_odconv_resnet18_has_the_published_size(experts: int, millions: float) -
 
 
 def test_a_classifier_that_include_leaves_out_is_refused(net: nn.Module, x: torch.Tensor) -> None:
-    with pytest.raises(InputError, match="--classifier asks for head, but --include does not match it"):
+    with pytest.raises(InputError, match="classifier=True asks for head, but include= does not match it"):
         cs.convert(net, cs.CondConv(experts=2), example=x, include=["stem"], skip_stem=False, classifier=True)
 
 
@@ -323,5 +323,5 @@ def test_one_text_is_one_pattern(pattern: str) -> None:
         assert [site.name for site in kept] == ["twice", "aux"]
     with pytest.raises(InputError, match="it is a bare container"):  # found by its name
         cs.convert(Net(), cs.CondConv(routing="block"), example=x, blocks="bloc[k]")
-    with pytest.raises(InputError, match="5 is no pattern"):
+    with pytest.raises(InputError, match="5 is not a pattern"):
         cs.convert(Net(), cs.CondConv(), example=x, include=5)

@@ -150,11 +150,8 @@ def test_a_failed_conversion_leaves_the_graph_as_it_was(graph: fx.GraphModule, x
 
 
 def test_a_dry_run_changes_nothing(graph: fx.GraphModule, x: Tensor) -> None:
-    from condconv_surgery.recipe import Selection
-    from condconv_surgery.surgery import make_plan
-
     code = graph.code
-    plan = make_plan(graph, Selection(), (x,))
+    plan = cs.plan(graph, cs.CondConv(), example=x)
     assert [site.name for site in plan.to_convert] == ["weight_conv", "inner"]
     assert graph.code == code
 

@@ -17,8 +17,6 @@ from torch.nn.utils import parametrizations, parametrize, prune
 import condconv_surgery as cs
 from condconv_surgery.errors import InputError, ProofError
 from condconv_surgery.layers import ConditionalConv2d, conditional_layers
-from condconv_surgery.recipe import Selection
-from condconv_surgery.surgery.conversion import example_arguments, make_plan
 
 
 def net(layer: nn.Module | None = None) -> nn.Sequential:
@@ -201,7 +199,7 @@ def test_a_layer_called_from_where_no_replacement_reaches_is_left_alone(
     layer = model.get_submodule(held)
     with torch.compiler.set_stance("force_eager"):
         before = model(x)
-    planned = make_plan(model, Selection(), (x,))
+    planned = cs.plan(model, cs.CondConv(), example=x, inplace=inplace)
     assert model.get_submodule(held) is layer
     assert not layer._forward_hooks
     conversion = cs.convert(model, cs.CondConv(), example=x, prove=prove, inplace=inplace)
@@ -212,14 +210,14 @@ def test_a_layer_called_from_where_no_replacement_reaches_is_left_alone(
     with torch.compiler.set_stance("force_eager"):
         torch.testing.assert_close(conversion.model(x), before)
     with pytest.raises(InputError, match=r"all 1 convolutions of .* are skipped: called from where"):
-        make_plan(make(), Selection(include=(held,)), (x,))
+        cs.plan(make(), cs.CondConv(), example=x, include=held)
 
 
 def test_a_held_layer_that_comes_first_is_the_stem(x: Tensor) -> None:
     model = Listed(named=True)
     model.hidden = [model.stem]
     model.forward = lambda x: model.last(model.named(model.hidden[0](x)))
-    plan = make_plan(model, Selection(), (x,))
+    plan = cs.plan(model, cs.CondConv(), example=x, inplace=True)  # its forward runs this very model
     assert [site.name for site in plan.to_convert] == ["named", "last"]
     assert [skip.name for skip in plan.skipped] == ["stem"]
 
@@ -240,7 +238,7 @@ class Notices(Listed):
 @pytest.mark.parametrize("inplace", [False, True])
 def test_a_model_that_turns_away_from_a_replacement_is_refused(inplace: bool, x: Tensor) -> None:
     model = nn.Sequential(nn.Conv2d(3, 4, 1), Notices())
-    with pytest.raises(InputError, match=r"1.named was replaced in vain[\s\S]*ModuleList[\s\S]*--exclude"):
+    with pytest.raises(InputError, match=r"still calls the replaced 1.named[\s\S]*ModuleList[\s\S]*exclude="):
         cs.convert(model, cs.CondConv(), example=x, inplace=inplace)
     assert not conditional_layers(model)
 
@@ -256,11 +254,11 @@ def test_a_model_that_tells_its_layers_by_identity_is_looked_at_as_it_is(x: Tens
             return self.third(self.second(self.first(x)) * self.scales[self.second])
 
     model = Keyed()
-    plan = make_plan(model, Selection(exclude=("second",)), (x,))
+    plan = cs.plan(model, cs.CondConv(), example=x, exclude=["second"])
     assert [site.name for site in plan.to_convert] == ["third"]
     assert [note.partition(":")[0] for note in plan.notes] == [
-        "not run in eval mode with its layers exchanged",
-        "not run in train mode with its layers exchanged",
+        "not run in eval mode with clones of its layers",
+        "not run in train mode with clones of its layers",
     ]
     converted = cs.convert(model, cs.CondConv(), example=x, exclude=["second"], inplace=True).model
     torch.testing.assert_close(converted.scales, {model.second: 2.0})
@@ -285,7 +283,7 @@ def test_a_direct_call_of_forward_is_named(x: Tensor) -> None:
 def test_a_block_that_cannot_be_routed_once_converted_is_refused(inplace: bool, x: Tensor) -> None:
     model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Sequential(Usual(), Notices()))
     names = list(model.state_dict())
-    with pytest.raises(InputError, match=r"1\.1 cannot share a router[\s\S]*torch.fx must[\s\S]*--routing layer"):
+    with pytest.raises(InputError, match=r"1\.1 cannot share a router[\s\S]*torch.fx must[\s\S]*routing=\"layer\""):
         cs.convert(model, cs.CondConv(routing="block"), example=x, prove=False, inplace=inplace)
     assert list(model.state_dict()) == names
     assert [type(module) for module in model[1]] == [Usual, Notices]
@@ -479,7 +477,7 @@ def test_a_model_that_refuses_float64_is_judged_by_its_own_noise(x: Tensor) -> N
     conversion = cs.convert(OnlyFloat32(), cs.CondConv(experts=3), example=x)
     assert conversion.difference_float64 is None
     assert any(
-        "does not run in float64, and as large a difference comes of rounding" in n for n in conversion.plan.notes
+        "does not run in float64, and as large a difference comes from rounding" in n for n in conversion.plan.notes
     )
     torch.manual_seed(0)
     with pytest.raises(ProofError, match="differs from the original"):
@@ -524,13 +522,15 @@ def test_one_line_for_each_reason_not_to_trace(x: Tensor) -> None:
             return self.conv(x) if x.sum() > -1e9 else x
 
     model = nn.Sequential(*(Branches() for _ in range(5)))
-    notes = [n for n in make_plan(model, Selection(), example_arguments(model, x)).notes if n.startswith("not traced")]
+    planned = cs.plan(model, cs.CondConv(), example=x, skip_stem=False)
+    notes = planned.followers.notes()
+    assert notes[0] in str(planned)
     assert len(notes) == 1
     assert notes[0].startswith("not traced: the whole model, 0, 1 and 3 more: TraceError")
 
 
 def test_a_model_too_large_for_float64_is_judged_by_its_noise(x: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("condconv_surgery.surgery.rounding_error.FLOAT64_BYTES", 0)
+    monkeypatch.setattr("condconv_surgery.surgery.proof.rounding_error.FLOAT64_BYTES", 0)
     monkeypatch.setattr(OnlyFloat32, "double", lambda self: pytest.fail("float64 was tried"))
     torch.manual_seed(0)
     for inplace in (False, True):

@@ -14,7 +14,7 @@ from condconv_surgery.errors import InputError, ProofError, one_line
 from condconv_surgery.runtime.meta_device import on_device
 from condconv_surgery.runtime.modes import device_of, in_mode, without_gradients
 from condconv_surgery.runtime.snapshot import preserving_state
-from condconv_surgery.surgery.output_tensors import tensors_of
+from condconv_surgery.surgery.proof.output_tensors import output_tensors
 
 HALF = (torch.float16, torch.bfloat16, torch.complex32)
 
@@ -38,7 +38,7 @@ class Gap:
 
 @dataclass(frozen=True)
 class Difference:
-    """Both modes; ``None`` where the original does not run in that mode, or gives no number back, on the example."""
+    """Both modes; ``None`` where the original does not run in that mode, or returns no element, on the example."""
 
     eval: Gap | None
     train: Gap | None
@@ -46,10 +46,10 @@ class Difference:
 
 @dataclass(frozen=True)
 class Outputs:
-    """All tensors that a model gave back, in each mode, on the CPU.
+    """All tensors that a model returned, in each mode, on the CPU.
 
-    kind: the class of what it gave back. half: layers whose outputs are to be compared compute in half precision,
-    whatever the precision of what the model gives back.
+    kind: the class of what it returned. half: layers to be compared compute in half precision, whatever the dtype of
+    the model's outputs.
     """
 
     eval: list[Tensor] | None
@@ -59,7 +59,7 @@ class Outputs:
 
 
 def run_both_modes(model: nn.Module, arguments: tuple[Any, ...], modes: Sequence[bool] = (False, True)) -> Outputs:
-    """Run ``model`` in eval and in train mode; it is as before afterwards.
+    """Run ``model`` in eval and in train mode; its state is as before afterwards.
 
     The random state is the same at the start of each run, so dropout draws the same masks for both models.
     """
@@ -69,24 +69,24 @@ def run_both_modes(model: nn.Module, arguments: tuple[Any, ...], modes: Sequence
         with in_mode(model, training), preserving_state(model), without_gradients(model):
             output = model(*on_device(arguments, device_of(model)))
             kind = type(output).__name__
-            # copied here: an output may be a buffer, whose values are about to be as before
-            results[training] = [tensor.detach().to("cpu", copy=True) for tensor in tensors_of(output)]
+            # copied here: an output may be a buffer, whose values are about to be restored
+            results[training] = [tensor.detach().to("cpu", copy=True) for tensor in output_tensors(output)]
     return Outputs(results[False], results[True], kind)
 
 
 def require_tensors(before: Outputs) -> tuple[str, ...]:
-    """A note for each mode in which the original gave no number back, so that nothing is compared.
+    """A note for each mode in which the original returned only empty tensors, so that nothing is compared.
 
-    Raises ``InputError`` where no mode gave a tensor: such a model cannot be proven.
+    Raises ``InputError`` where no mode returned a tensor: such a model cannot be proven.
     """
     if not (before.eval or before.train):
         raise InputError(
-            f"The model gives back a {before.kind}, in which there is no tensor: nothing would be compared.",
+            f"The model returns a {before.kind} without a tensor: nothing would be compared.",
             "The proof compares tensors and arrays in lists, tuples, dicts and the attributes of objects.",
             "a forward that returns its tensors, or convert(..., prove=False)",
         )
     modes = (("eval", before.eval), ("train", before.train))
-    return tuple(f"nothing compared in {name} mode: the outputs hold no number" for name, o in modes if _is_empty(o))
+    return tuple(f"nothing compared in {name} mode: the outputs are empty" for name, o in modes if _is_empty(o))
 
 
 def compare_with(model: nn.Module, arguments: tuple[Any, ...], modes: Sequence[bool], before: Outputs) -> Difference:
@@ -100,7 +100,7 @@ def compare_with(model: nn.Module, arguments: tuple[Any, ...], modes: Sequence[b
         raise ProofError(
             f"The converted model does not run: {one_line(error)}",
             "It must take whatever the original takes.",
-            "--exclude the layer that the traceback names (it is the cause of this error)",
+            "exclude= the layer that the traceback names (it is the cause of this error)",
         ) from error
     return compare(before, after)
 
@@ -115,22 +115,22 @@ def exceeds(difference: Difference, before: Outputs, tolerance: float | None) ->
     return any(not gap.absolute <= limit for _, gap, limit, _ in _limits(difference, before, tolerance))
 
 
-def require(
-    difference: Difference, before: Outputs, tolerance: float | None, otherwise: Difference | None = None
+def require_within(
+    difference: Difference, before: Outputs, tolerance: float | None, shown_as: Difference | None = None
 ) -> None:
     """Raise ``ProofError`` when a difference is past the tolerance (absolute; see ``allowed``).
 
-    otherwise: the difference to name in the error, when this one stands for another (the same in float64).
+    shown_as: the difference to name in the error, when this one stands for another (the same in float64).
     """
     for name, gap, limit, outputs in _limits(difference, before, tolerance):
         if gap.absolute <= limit:
             continue
-        shown = getattr(otherwise, name, None) or gap
-        rounding = f"--tolerance {shown.absolute * 2:.1g} if that is rounding, or "
+        shown = getattr(shown_as, name, None) or gap
+        rounding = f"tolerance={shown.absolute * 2:.1g} if that is rounding, or "
         raise ProofError(
             f"The converted model differs from the original by {shown.absolute:.3g} in {name} mode.",
             f"At most {limit:.3g} is allowed (outputs reach {_magnitude(outputs):.3g}).",
-            f"{rounding if shown.absolute < math.inf else ''}--exclude the layers at fault",
+            f"{rounding if shown.absolute < math.inf else ''}exclude= the layers at fault",
         )
 
 
@@ -146,9 +146,9 @@ def _limits(
 
 
 def allowed(outputs: Sequence[Tensor], tolerance: float | None, half: bool = False) -> float:
-    """The tolerance as given, else ``1e-4`` of the outputs' magnitude in float32, ``5e-2`` in half precision.
+    """``tolerance``, else ``1e-4`` of the outputs' magnitude in float32, ``5e-2`` in half precision.
 
-    half: they come of half precision, whatever their own is.
+    half: layers compute in half precision, whatever the dtype of the outputs.
     """
     if tolerance is not None:
         return tolerance
@@ -175,7 +175,7 @@ def _largest(a: Tensor, b: Tensor) -> float:
         return 0.0
     if not (a.is_floating_point() or a.is_complex()):
         return 0.0 if torch.equal(a, b) else math.inf
-    same = (a == b) | (a.isnan() & b.isnan())  # infinities and NaN of the original are no difference
+    same = (a == b) | (a.isnan() & b.isnan())  # equal infinities and NaN are no difference
     gap = float((_wide(a) - _wide(b)).abs().masked_fill(same, 0.0).max())
     return math.inf if math.isnan(gap) else gap
 
@@ -193,5 +193,5 @@ def _is_real(*tensors: Tensor) -> bool:
 
 
 def _is_empty(outputs: list[Tensor] | None) -> bool:
-    """The model ran, and gave no number back."""
+    """The model ran, and returned no element."""
     return outputs is not None and not any(tensor.numel() for tensor in outputs)

@@ -1,4 +1,4 @@
-"""What one forward pass tells: which layers are called, in which order, how often, with which shapes.
+"""One forward pass with hooks: which layers are called, in which order, how often, with which shapes.
 
 The pass runs on the meta device where it can: the model's own code, no memory, no arithmetic.
 """
@@ -20,9 +20,10 @@ from condconv_surgery.runtime.snapshot import preserving_state
 
 @dataclass
 class Calls:
-    """The calls of one module: shapes of first input and output of each, and the place of the first among all.
+    """The calls of one module: shapes of first input and output of each call.
 
-    elsewhere: another module with the same hooks ran, for which this one stands in (``surgery.clone_and_run``).
+    order: place of its first call among the first calls of all modules.
+    elsewhere: the module of which this one is a clone was called instead (``clone_and_run``).
     """
 
     order: int
@@ -36,14 +37,14 @@ def observe(
 ) -> dict[str, Calls]:
     """The calls of ``layers`` (by name) in one forward pass of ``model``; those never called are absent.
 
-    The model is as before afterwards. Raises what the model's forward raises.
+    The model is as before afterwards. Raises what its forward raises.
     """
     with in_mode(model, training), without_gradients(model):
         try:
             return _observe_on_meta(model, layers, arguments)
         except Exception:
             # Data-dependent code (boxes, topk, .item()) and tensors outside the state dict cannot run on meta.
-            return _observe_for_real(model, layers, arguments)
+            return _observe_on_device(model, layers, arguments)
 
 
 def _observe_on_meta(model: nn.Module, layers: Mapping[str, nn.Module], arguments: tuple[Any, ...]) -> dict[str, Calls]:
@@ -52,7 +53,7 @@ def _observe_on_meta(model: nn.Module, layers: Mapping[str, nn.Module], argument
     return calls
 
 
-def _observe_for_real(
+def _observe_on_device(
     model: nn.Module, layers: Mapping[str, nn.Module], arguments: tuple[Any, ...]
 ) -> dict[str, Calls]:
     with preserving_state(model), recording(layers) as calls:
@@ -84,7 +85,7 @@ def recording(layers: Mapping[str, nn.Module]) -> Iterator[dict[str, Calls]]:
 
 
 def _first_input(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """What the first parameter of the module's forward was given, by position or by keyword; ``None`` for nothing."""
+    """The first argument of the module's forward, by position or by keyword; ``None`` when it has none."""
     if args:
         return args[0]
     return next((kwargs[name] for name in inspect.signature(module.forward).parameters if name in kwargs), None)

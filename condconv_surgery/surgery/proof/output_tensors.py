@@ -1,4 +1,4 @@
-"""The tensors in whatever a model gives back."""
+"""The tensors in whatever a model returns."""
 
 from __future__ import annotations
 
@@ -13,36 +13,36 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 _OBJECTS = 3
-"""How deep the attributes of plain objects are followed, one object held by another."""
+"""Levels of plain objects, one held by another, whose attributes are followed."""
 
 
-def tensors_of(output: Any) -> list[Tensor]:
-    """All tensors in ``output``, in its own order; NumPy's arrays and numbers as tensors.
+def output_tensors(output: Any) -> list[Tensor]:
+    """All tensors in ``output``, in its own order; NumPy arrays and scalars as tensors.
 
     Looks into mappings, lists, tuples, what torch's pytree knows, and the attributes of other objects (a dataclass, a
-    distribution, boxes with their scores); not into modules, which are no output, nor sets, which have no order.
+    distribution, boxes with their scores); not into modules, which are not outputs, nor sets, which have no order.
     """
-    found: list[Tensor] = []
-    _collect(output, found, set(), _OBJECTS)
-    return found
+    tensors: list[Tensor] = []
+    _collect(output, tensors, set(), _OBJECTS)
+    return tensors
 
 
-def _collect(value: Any, found: list[Tensor], around: set[int], objects: int) -> None:
-    """around: the identities of the containers that hold ``value``, which may hold each other."""
+def _collect(value: Any, tensors: list[Tensor], parents: set[int], objects: int) -> None:
+    """Append the tensors in ``value``. parents: identities of the containers around it, against cycles."""
     tensor = _as_tensor(value)
     if tensor is not None:
-        found.append(tensor)
+        tensors.append(tensor)
         return
-    if id(value) in around:
+    if id(value) in parents:
         return
     items = _items(value)
     if items is None:
         items, objects = _attributes(value), objects - 1
     if objects >= 0:
-        around.add(id(value))
+        parents.add(id(value))
         for item in items:
-            _collect(item, found, around, objects)
-        around.remove(id(value))
+            _collect(item, tensors, parents, objects)
+        parents.remove(id(value))
 
 
 def _as_tensor(value: Any) -> Tensor | None:
