@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from condconv_surgery.layers.conditional import ConditionalConv2d
-from condconv_surgery.layers.router import Router, router_for, temperature_buffer, zero_linear_
+from condconv_surgery.layers.router import Router, is_bare_linear, router_for, temperature_buffer, zero_linear_
 from condconv_surgery.ops.geometry import ConvGeometry
 from condconv_surgery.ops.mixture import Mixture
 from condconv_surgery.ops.router_forms import Attention
@@ -62,12 +62,10 @@ class ODConvRouter(Router):
 
     def mix(self, pooled: Tensor) -> Mixture:
         heads = [self.channel, self.filter, self.spatial, self.kernel]
-        present = [head for head in heads if head is not None]
-        # one matrix for all heads: at batch 1 a small operator costs more than the copy of its weights
-        weight, bias = torch.cat([head.weight for head in present]), torch.cat([head.bias for head in present])
-        z = F.linear(self._hidden(pooled), weight, bias) / self.temperature  # [B, I + O + kh*kw + E]
-        gate = None if self.kernel is None else torch.softmax(z[:, -self.kernel.out_features :], dim=1)
-        scales = list((2.0 * torch.sigmoid(z)).split_with_sizes([head.out_features for head in present], 1))
+        z, widths = _outputs([head for head in heads if head is not None], self._hidden(pooled))
+        z = z / self.temperature  # [B, I + O + kh*kw + E]
+        gate = None if self.kernel is None else torch.softmax(z[:, -widths[-1] :], dim=1)
+        scales = list((2.0 * torch.sigmoid(z)).split_with_sizes(widths, 1))
         return self.mixture_of([*(None if head is None else scales.pop(0) for head in heads[:3]), gate])
 
     def fusable_form(self) -> Attention:
@@ -102,9 +100,22 @@ class ODConv2d(ConditionalConv2d[ODConv]):
     variant_class = ODConv
 
 
+def _outputs(heads: list[nn.Linear], h: Tensor) -> tuple[Tensor, list[int]]:
+    """The outputs of all heads side by side, and their widths.
+
+    Bare ones are one matrix product: at batch 1 a small operator costs more than the copy of its weights. Anything else
+    (hooks, adapters, quantised or sharded weights) is called.
+    """
+    if all(map(is_bare_linear, heads)):
+        weight, bias = torch.cat([head.weight for head in heads]), torch.cat([head.bias for head in heads])
+        return F.linear(h, weight, bias), [head.out_features for head in heads]
+    outputs = [head(h) for head in heads]
+    return torch.cat(outputs, dim=1), [output.shape[1] for output in outputs]
+
+
 def _norm_any_batch(norm: nn.Module, h: Tensor) -> Tensor:
     """Batch norm of [B, hidden], by the running statistics for a batch of one or none in training."""
-    if isinstance(norm, nn.BatchNorm1d) and (not norm.training or h.shape[0] <= 1):
+    if isinstance(norm, nn.BatchNorm1d) and norm.training and h.shape[0] <= 1:
         return F.batch_norm(h, norm.running_mean, norm.running_var, norm.weight, norm.bias, False, 0.0, norm.eps)
     normed: Tensor = norm(h)
     return normed

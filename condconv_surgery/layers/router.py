@@ -15,6 +15,7 @@ from condconv_surgery.ops.geometry import ConvGeometry
 from condconv_surgery.ops.graph_node import as_node, is_traced
 from condconv_surgery.ops.mixture import Mixture
 from condconv_surgery.ops.router_forms import RouterForm
+from condconv_surgery.ops.tracing_state import linear_parts
 from condconv_surgery.recipe import VARIANTS, Variant
 
 
@@ -45,7 +46,8 @@ class Router(nn.Module):
         if not is_autocast_on(x):
             return self._route(pooled)
         with torch.autocast(x.device.type, enabled=False):
-            return self._route(pooled.to(next(self.parameters()).dtype))
+            dtype = next((parameter.dtype for parameter in self.parameters()), torch.float32)  # none: quantised maps
+            return self._route(pooled.to(dtype))
 
     def mix(self, pooled: Tensor) -> Mixture:
         """The mixture of each sample from its pooled features [B, I], with torch's operators."""
@@ -112,6 +114,14 @@ def make_router(
             f"@router_for({cls.__name__}) above a subclass of condconv_surgery.layers.Router with mix and zero_",
         )
     return ROUTERS[cls](geometry, variant, device=device, dtype=dtype).zero_()
+
+
+def is_bare_linear(module: nn.Module) -> bool:
+    """Whether using the weight of ``module`` is the same as calling it: an ``nn.Linear`` without hooks or subclasses.
+
+    A compiler's own tensor classes do not count: what it traces is compiled as one expression either way.
+    """
+    return linear_parts(module) is not None or (torch.compiler.is_compiling() and type(module) is nn.Linear)
 
 
 def zero_linear_(linear: nn.Linear) -> None:

@@ -63,7 +63,8 @@ def norm_parts(norm: nn.Module) -> list[Tensor] | None:
 def _is_hooked(module: nn.Module) -> bool:
     """Whether hooks see its calls, or its ``forward`` was replaced on the instance."""
     try:
-        hooks = module._forward_hooks or module._forward_pre_hooks or nn.modules.module._has_any_global_hook()  # type: ignore[no-untyped-call]
+        own = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+        hooks = any(own) or nn.modules.module._has_any_global_hook()  # type: ignore[no-untyped-call]
     except AttributeError:
         return True
     return bool(hooks or "forward" in vars(module))
