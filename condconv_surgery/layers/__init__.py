@@ -5,8 +5,9 @@ from condconv_surgery.layers.condconv import CondConv2d
 from condconv_surgery.layers.conditional import ConditionalConv2d
 from condconv_surgery.layers.conditional_linear import ConditionalLinear
 from condconv_surgery.layers.dynamicconv import DynamicConv2d
+from condconv_surgery.layers.equivalent_layers import conditional_like, plain_like
+from condconv_surgery.layers.find_layers import conditional_layers, routers, set_temperature
 from condconv_surgery.layers.odconv import ODConv2d
-from condconv_surgery.layers.registry import conditional_layers, conditional_like, plain_like, routers, set_temperature
 from condconv_surgery.layers.routed_block import RoutedBlock, routed_blocks
 from condconv_surgery.layers.router import Router, router_for
 from condconv_surgery.ops.geometry import ConvGeometry

@@ -37,10 +37,10 @@ def test_the_function_and_the_state_stay(variant: Variant, training: bool) -> No
         torch.testing.assert_close(model.eval()(x[:batch]), expected[:batch], rtol=0, atol=1e-4)
 
 
-def test_the_faster_way_is_kept_and_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_faster_implementation_is_set_and_named(monkeypatch: pytest.MonkeyPatch) -> None:
     module = importlib.import_module("condconv_surgery.layers.autotune")  # the name in the package is the function
     times = {"auto": 1.0, "unfold": 0.95, "grouped": 0.5}
-    monkeypatch.setattr(module, "_seconds", lambda layer, x, given, way, training, repeats: times.get(way, 2.0))
+    monkeypatch.setattr(module, "_seconds", lambda layer, x, mixture, name, training, repeats: times.get(name, 2.0))
     model = model_of(CondConv(experts=3))
     assert autotune(model, torch.randn(4, 6, 9, 9)) == dict.fromkeys(conditional_layers(model), "grouped")
     times["grouped"] = 0.95  # not worth a change

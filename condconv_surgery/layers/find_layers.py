@@ -1,0 +1,34 @@
+"""The conditional layers and routers of a model."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from condconv_surgery.errors import InputError
+from condconv_surgery.layers.conditional import ConditionalConv2d
+from condconv_surgery.layers.router import Router
+from condconv_surgery.recipe import Variant
+
+
+def conditional_layers(model: nn.Module) -> dict[str, ConditionalConv2d[Variant]]:
+    """Every conditional layer of a model by its first name, each once however often it is shared."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, ConditionalConv2d)}
+
+
+def routers(model: nn.Module) -> dict[str, Router]:
+    """Every router of a model once, by the first name of the conditional layer or block that holds it."""
+    modules = model.named_modules()
+    return {name.rpartition(".")[0]: module for name, module in modules if isinstance(module, Router)}
+
+
+def set_temperature(model: nn.Module, value: float) -> int:
+    """Set the temperature of every router that has one; returns their number."""
+    if not 0 < value < float("inf"):
+        raise InputError(
+            f"The temperature is {value!r}.", "It must be a positive number.", "set_temperature(model, 30.0)"
+        )
+    buffers = [getattr(router, "temperature", None) for router in routers(model).values()]
+    present = [buffer for buffer in buffers if buffer is not None]
+    for buffer in present:
+        buffer.fill_(value)
+    return len(present)
