@@ -1,4 +1,4 @@
-"""Networks that train in milliseconds, with everything that a real one has."""
+"""Networks that train in milliseconds, with the kinds of layers that real ones have."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from condconv_surgery.recipe import CondConv, DynamicConv, Variant
 
 
 class SmallNet(nn.Module):
-    """Convolution, norm, dropout, a conditional convolution and a head, for pictures of any size."""
+    """Convolution, norm, dropout, a conditional convolution and a head, for images of any size."""
 
     def __init__(
         self, variant: Variant | None = None, classes: int = 5, norm: bool = True, dropout: float = 0.1

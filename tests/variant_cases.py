@@ -13,7 +13,7 @@ EVERY_VARIANT: list[Variant] = [cls(experts=n) for cls in VARIANTS.values() for 
 
 @torch.no_grad()
 def scramble(layer: nn.Module, seed: int = 0) -> None:
-    """Random routers (and running statistics): a layer in the middle of its training, not at its neutral start."""
+    """Random routers and running statistics, as in the middle of training."""
     generator = torch.Generator().manual_seed(seed)
     for router in routers(layer).values():
         for parameter in router.parameters():

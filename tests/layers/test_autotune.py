@@ -1,4 +1,4 @@
-"""Autotuning keeps the function, leaves the model as it was, and writes nothing into its state."""
+"""Autotuning changes neither what a model computes nor its state."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The layers against the texts they come from, and against timm's implementation of one of them."""
+"""The layers compared with the equations of their papers, and CondConv with timm's implementation."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def test_dynamicconv_is_its_equation() -> None:
 
 
 def test_odconv_follows_the_authors_attention() -> None:
-    """Their hidden width, batch norm, doubled sigmoids, all over the temperature; written out once more, in full."""
+    """Their hidden width, batch norm, doubled sigmoids, all divided by the temperature, written out in full."""
     torch.manual_seed(0)
     layer = ODConv2d(512, 24, 3, padding=1, variant=ODConv(experts=4, temperature=2.0)).eval()
     scramble(layer)

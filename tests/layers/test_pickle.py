@@ -42,7 +42,7 @@ class Block(nn.Module, abc.ABC):
 
 
 class WithState(Block):
-    """Counts in its own way what a pickle holds."""
+    """Has a __getstate__ of its own."""
 
     written = "no"
 

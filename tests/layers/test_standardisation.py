@@ -1,4 +1,4 @@
-"""Layers that standardise their weight at each call, against timm's own, given the mixed kernel of each sample."""
+"""Layers that standardise their weight at each call, compared with timm's with the mixed kernel of each sample."""
 
 from __future__ import annotations
 

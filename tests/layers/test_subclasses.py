@@ -1,4 +1,4 @@
-"""Layers that stand for a subclass of nn.Conv2d, against the subclass itself."""
+"""Conditional layers in place of subclasses of nn.Conv2d, compared with the subclass itself."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def same(name: str) -> nn.Conv2d:
 
 
 def one_by_one(plain: nn.Conv2d, x: Tensor, experts: Tensor, gate: Tensor) -> Tensor:
-    """timm's own layer, given the kernel of each sample."""
+    """timm's own layer with the mixed kernel of each sample."""
     outputs = []
     for sample, weights in zip(x, gate, strict=True):
         kernel = torch.einsum("e,eoihw->oihw", weights, experts)
@@ -59,8 +59,8 @@ def test_every_way_pads_as_timm_by_the_size_of_the_input(name: str, size: tuple[
         gate = torch.rand(batch, 3, dtype=torch.float64, requires_grad=True)
         expected = one_by_one(plain, x, experts, gate) - plain.bias[:, None, None]
         wanted = torch.autograd.grad(expected.square().sum(), (x, experts, gate))
-        for way in ["auto", *legal_implementations(batch, Mixture(gate), geometry)]:
-            y = conditional_conv2d(x, experts, None, Mixture(gate), geometry, way)
+        for implementation in ["auto", *legal_implementations(batch, Mixture(gate), geometry)]:
+            y = conditional_conv2d(x, experts, None, Mixture(gate), geometry, implementation)
             torch.testing.assert_close(y, expected)
             for found, want in zip(torch.autograd.grad(y.square().sum(), (x, experts, gate)), wanted, strict=True):
                 torch.testing.assert_close(found, want)
@@ -91,7 +91,7 @@ class Overrides(timm_layers.Conv2dSame):
         return 2 * super().forward(x)
 
 
-def test_a_class_is_told_by_the_forward_that_runs() -> None:
+def test_a_class_is_recognised_by_the_forward_that_runs() -> None:
     model = nn.Sequential(nn.Conv2d(3, 8, 1), Inherits(8, 8, 3, 2), Overrides(8, 8, 3, 2))
     plan = cs.convert(model, CondConv(2), example=torch.randn(2, 3, 12, 12)).plan
     assert [site.name for site in plan.to_convert] == ["1"]
@@ -129,7 +129,7 @@ def test_it_compiles_and_exports_with_a_batch_of_any_size() -> None:
         torch.testing.assert_close(compiled(x), layer(x), rtol=1e-4, atol=1e-5)
 
 
-def test_words_where_the_padding_cannot_be(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_padding_that_is_not_supported_raises(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(InputError, match="TensorFlow pads with zeros"):
         CondConv2d(4, 4, 3, padding="tf_same", padding_mode="reflect")
     layer = CondConv2d(4, 4, 3, 2, padding="tf_same")

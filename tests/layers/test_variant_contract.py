@@ -1,4 +1,4 @@
-"""What every variant promises as a layer, asked of every registered one."""
+"""The contract of every registered variant as a layer."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def make(variant: Variant, name: str = "3x3", **changes: object) -> nn.Module:
 
 @variants
 @pytest.mark.parametrize("name", GEOMETRIES)
-def test_the_layer_is_the_loop_over_its_own_mixture(variant: Variant, name: str) -> None:
+def test_the_layer_equals_the_per_sample_loop_with_its_own_mixture(variant: Variant, name: str) -> None:
     layer = make(variant, name).double().eval()
     x = torch.randn(3, layer.geometry.in_channels, 11, 10, dtype=torch.float64)
     expected = per_sample_loop(x, layer.weight, layer.bias, layer.route(x), layer.geometry)
@@ -104,7 +104,7 @@ def test_channels_last_and_sliced_inputs(variant: Variant, name: str) -> None:
 
 
 @variants
-def test_a_model_is_brought_to_channels_last_and_other_places(variant: Variant) -> None:
+def test_a_model_is_moved_to_channels_last_other_dtypes_and_devices(variant: Variant) -> None:
     model = nn.Sequential(make(variant), nn.Conv2d(12, 4, 1)).eval()
     x = torch.randn(2, 8, 6, 6)
     expected, weight = model(x), model[0].weight
@@ -123,7 +123,7 @@ def test_a_model_is_brought_to_channels_last_and_other_places(variant: Variant) 
     assert model.to_empty(device="cpu")[0].weight.shape == moved.shape
 
 
-def test_parameters_that_are_swapped_are_swapped_here_too() -> None:
+def test_module_parameters_can_be_swapped_on_conversion() -> None:
     layer = make(CondConv(experts=2))
     layer.weight.grad, weight = torch.ones_like(layer.weight), layer.weight
     torch.__future__.set_swap_module_params_on_conversion(True)
@@ -137,7 +137,7 @@ def test_parameters_that_are_swapped_are_swapped_here_too() -> None:
     assert weight.dtype == torch.float64
 
 
-def test_a_default_device_is_no_watcher() -> None:
+def test_a_default_device_does_not_intercept_calls() -> None:
     assert not is_intercepted()
     with torch.device("cpu"):
         assert not is_intercepted()
@@ -206,7 +206,7 @@ def test_it_inherits_dtype_mode_and_frozen_weights() -> None:
     assert not any(p.requires_grad for p in layer.parameters())
 
 
-def test_temperature_is_set_where_there_is_one() -> None:
+def test_set_temperature_sets_the_routers_that_have_one() -> None:
     model = nn.Sequential(*(conditional_like(nn.Conv2d(4, 4, 3), v) for v in (CondConv(), DynamicConv(), ODConv())))
     assert set_temperature(model, 30.0) == 2
     assert [float(m.router.temperature) for m in model[1:]] == [30.0, 30.0]
@@ -215,7 +215,7 @@ def test_temperature_is_set_where_there_is_one() -> None:
         set_temperature(model, 0)
 
 
-def test_a_wrong_input_says_what_is_allowed() -> None:
+def test_an_error_of_a_wrong_input_says_what_is_allowed() -> None:
     with pytest.raises(InputError, match=r"shape \(2, 4, 6, 6\)(.|\n)*\[B, 8, H, W\]"):
         make(CondConv())(torch.randn(2, 4, 6, 6))
     with pytest.raises(InputError, match=r"shape \(2, 4\)(.|\n)*last dimension must be 8"):
