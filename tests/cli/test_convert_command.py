@@ -95,6 +95,7 @@ def test_a_person_reads_what_was_done(condconv, tmp_path: Path) -> None:
     for words in (
         "Converted   55 of 56 layers to condconv, 4 experts each",
         "the stem",
+        "(--no-skip-stem converts it)",
         "Difference",
         f"Wrote       {path}",
     ):
@@ -110,6 +111,7 @@ def test_a_dry_run_writes_nothing(condconv, tmp_path: Path) -> None:
     code, out, _ = condconv("convert", *SMALL, "--dry-run", "--json", "--include", "stage2.*")
     plan = json.loads(out)
     assert len(plan["to_convert"]) + len(plan["skipped"]) == 56
+    assert "not matched by --include" in {skip["reason"] for skip in plan["skipped"]}
     assert not path.exists()
 
 
