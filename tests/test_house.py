@@ -120,6 +120,15 @@ def test_a_file_name_is_used_once() -> None:
     assert [name for name, count in names.items() if count > 1] == []
 
 
+def test_backends_are_chosen_inside_ops_alone() -> None:
+    """No other module imports one; ``native`` is the public switch of one."""
+    modules = modules_of_the_package()
+    for name, path in modules.items():
+        if name != "condconv_surgery.native" and not name.startswith("condconv_surgery.ops"):
+            backends = {other for other in imported_modules(name, path, modules) if ".ops.backends" in other}
+            assert not backends, f"{name} imports {backends}"
+
+
 def test_errors_and_recipe_need_no_torch() -> None:
     code = "import sys, condconv_surgery, condconv_surgery.recipe; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
