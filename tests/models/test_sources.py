@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from condconv_surgery.errors import DamagedFileError, InputError, SurgeryError
-from condconv_surgery.models.checkpoints.read_checkpoint import read_tensors
+from condconv_surgery.models.checkpoints.read_checkpoint import AVERAGED, read_tensors
 from condconv_surgery.models.checkpoints.recognise_architecture import recognise
 from condconv_surgery.models.sources import load_model
 from condconv_surgery.recipe import Source, recipe_of
@@ -78,6 +78,36 @@ def test_prefixes_and_nests(tmp_path: Path, prefix: str, nest: str | None) -> No
     read = read_tensors(tmp_path / "m.pt")
     assert read.keys() == state.keys()
     assert all(torch.equal(read[name], tensor) for name, tensor in state.items())
+
+
+@pytest.mark.parametrize("key", AVERAGED)
+def test_averaged_weights_are_taken_and_named(tmp_path: Path, key: str, caplog: pytest.LogCaptureFixture) -> None:
+    state = small().state_dict()
+    raw = {name: torch.zeros_like(tensor) for name, tensor in state.items()}
+    for content, others in (
+        ({"model": raw, key: state}, ["model"]),
+        ({"model": None, key: {"module": state, "updates": 7}, "state_dict": raw}, ["state_dict"]),
+        ({"model": state, key: {"decay": 0.99}}, []),
+        ({"model": state, key: None}, []),
+    ):
+        caplog.clear()
+        torch.save(content, tmp_path / "m.pt")
+        read = read_tensors(tmp_path / "m.pt")
+        assert all(torch.equal(read[name], tensor) for name, tensor in state.items())
+        expected = [
+            f"{tmp_path / 'm.pt'}: took the weights under '{key}' (averaged), not those under {other}"
+            for other in others
+        ]
+        assert [record.getMessage() for record in caplog.records] == expected
+
+
+def test_an_averaged_model_is_read_without_its_counter(tmp_path: Path) -> None:
+    model = small()
+    averaged = torch.optim.swa_utils.AveragedModel(model)
+    averaged.update_parameters(model)
+    torch.save({"model": None, "model_ema": averaged.state_dict()}, tmp_path / "m.pt")
+    x = torch.randn(2, 3, 64, 64)
+    assert torch.equal(load_model(tmp_path / "m.pt")(x), model(x))
 
 
 @pytest.mark.parametrize("suffix", ["pt", "safetensors"])

@@ -5,6 +5,7 @@ Training scripts nest the weights in dicts and put prefixes before their names; 
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,13 @@ from condconv_surgery.errors import DamagedFileError, InputError
 from condconv_surgery.models.checkpoints.file_type import REFUSALS, SAFETENSORS, file_kind
 from condconv_surgery.models.checkpoints.pickled_modules import check_module, load_pickle
 
-NESTS = ("state_dict_ema", "model_ema", "state_dict", "model_state_dict", "model_state", "model", "net", "weights")
-"""Keys under which training scripts store the weights, averaged ones first."""
+AVERAGED = ("state_dict_ema", "model_ema", "ema", "ema_state_dict", "params_ema")
+"""Keys under which training scripts store averaged weights."""
+
+NESTS = (*AVERAGED, "state_dict", "model_state_dict", "model_state", "model", "net", "weights", "params", "module")
+"""Keys under which training scripts store weights; the first that holds some is taken."""
+
+_LOG = logging.getLogger("condconv_surgery")
 
 MAX_DEPTH = 4
 """Limit of nested dicts; a pickled dict may contain itself."""
@@ -57,23 +63,35 @@ def _load_safetensors(path: Path) -> dict[str, Any]:
         ) from error
 
 
-def _find_weights(content: Any, path: Path, depth: int = 0) -> dict[str, Tensor] | nn.Module:
+def _find_weights(content: Any, path: Path) -> dict[str, Tensor] | nn.Module:
+    """The weights in what a file holds; a log line names the set taken where there are several."""
+    weights, key = _weights_in(content)
+    if weights is None:
+        raise InputError(
+            f"{path} holds no weights: {_described(content)}.",
+            f"They must be the whole file, or under one of: {', '.join(NESTS)}.",
+            "torch.save(model.state_dict(), 'model.pt')",
+        )
+    others = [nest for nest in NESTS if key not in ("", nest) and _weights_in(content.get(nest))[0] is not None]
+    if others:
+        averaged = " (averaged)" if key in AVERAGED else ""
+        _LOG.warning("%s: took the weights under %r%s, not those under %s", path, key, averaged, ", ".join(others))
+    return weights
+
+
+def _weights_in(content: Any, depth: int = 0) -> tuple[dict[str, Tensor] | nn.Module | None, str]:
+    """The weights in ``content``, or ``None``; and the key of ``NESTS`` that holds them, ``""`` for itself."""
     if isinstance(content, nn.Module):
-        return content
-    if isinstance(content, dict):
-        if content and all(isinstance(value, Tensor) for value in content.values()):
-            return {str(name): tensor for name, tensor in content.items()}
+        return content, ""
+    if not isinstance(content, dict) or depth > MAX_DEPTH:
+        return None, ""
+    tensors = {str(name): value for name, value in content.items() if isinstance(value, Tensor)}
+    if not tensors or len(tensors) < len(content):
         for nest in NESTS:
-            if isinstance(content.get(nest), (dict, nn.Module)) and depth < MAX_DEPTH:
-                return _find_weights(content[nest], path, depth + 1)
-        tensors = {str(name): value for name, value in content.items() if isinstance(value, Tensor)}
-        if len(tensors) > len(content) / 2:
-            return tensors
-    raise InputError(
-        f"{path} holds no weights: {_described(content)}.",
-        f"They must be the whole file, or under one of: {', '.join(NESTS)}.",
-        "torch.save(model.state_dict(), 'model.pt')",
-    )
+            weights, _ = _weights_in(content.get(nest), depth + 1)
+            if weights is not None:
+                return weights, nest
+    return (tensors, "") if len(tensors) > len(content) / 2 else (None, "")
 
 
 def _described(content: Any) -> str:
@@ -83,6 +101,10 @@ def _described(content: Any) -> str:
 
 
 def _without_prefixes(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The state dict of the model inside wrappers; of ``AveragedModel`` without its counter."""
+    names = [name for name in state if name != "n_averaged"]
+    if len(names) < len(state) and all(name.startswith("module.") for name in names):
+        state = {name: state[name] for name in names}
     for prefix in PREFIXES * 2:
         if state and all(name.startswith(prefix) for name in state):
             state = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
