@@ -14,6 +14,9 @@ if TYPE_CHECKING:
 if not torch.cuda.is_available():  # before Triton is imported: its kernels are interpreted then
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+collect_ignore = ["layers/outside_variant.py"]
+"""Importing it, as the search for doctests does, would register its variant for all tests."""
+
 Run = Callable[..., tuple[int, str, str]]
 
 

@@ -50,7 +50,7 @@ def one_by_one(plain: nn.Conv2d, x: Tensor, experts: Tensor, gate: Tensor) -> Te
 
 @pytest.mark.parametrize("size", SIZES, ids=str)
 @pytest.mark.parametrize("name", SAME)
-def test_every_way_pads_as_timm_by_the_size_of_the_input(name: str, size: tuple[int, int]) -> None:
+def test_every_implementation_pads_as_timm_by_the_size_of_the_input(name: str, size: tuple[int, int]) -> None:
     plain = same(name)
     geometry = geometry_of(plain)
     for batch in (1, 3):
