@@ -2,7 +2,8 @@
 
 from condconv_surgery.surgery.block_graph import BlockError
 from condconv_surgery.surgery.block_routing import route_block
-from condconv_surgery.surgery.conversion import Conversion, ModelPlan, convert, plan
+from condconv_surgery.surgery.carry_out import Conversion
+from condconv_surgery.surgery.conversion import ModelPlan, convert, plan
 from condconv_surgery.surgery.conversion_plan import Plan, Skip
 from condconv_surgery.surgery.fx_trace import Followers, trace_followers
 from condconv_surgery.surgery.lift_functional import lift_convolutions

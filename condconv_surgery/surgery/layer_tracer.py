@@ -12,7 +12,8 @@ from torch import fx, nn
 class LayerTracer(fx.Tracer):
     """Traces ``model`` or one of its modules; ``layers`` are nodes.
 
-    fx patches ``nn.Module.__call__`` for the whole process while it traces: calls of other threads are passed through.
+    fx patches ``nn.Module.__call__`` and ``__getattr__`` for the whole process while it traces; what other threads call
+    and read goes past the tracer.
     """
 
     def __init__(self, model: nn.Module, layers: Collection[nn.Module]) -> None:
@@ -31,3 +32,8 @@ class LayerTracer(fx.Tracer):
         if threading.get_ident() != self._thread:
             return forward(*args, **kwargs)
         return super().call_module(m, forward, args, kwargs)
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
+        if threading.get_ident() != self._thread:
+            return attr_val  # a model in use shares its parameters with the traced copy
+        return super().getattr(attr, attr_val, parameter_proxy_cache)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import condconv_surgery as cs
 from condconv_surgery.layers import conditional_layers
+from condconv_surgery.surgery.copy_model import copy_sharing_parameters
 
 
 class Block(nn.Module):
@@ -92,7 +93,7 @@ def test_a_thread_that_serves_the_model_notices_nothing(work: Callable[[nn.Modul
     model.train()(x)
     model.eval()
     with serving(model, x) as changes:
-        for _ in range(5):
+        for _ in range(10):
             work(model, x)
     assert changes == []
 
@@ -105,3 +106,17 @@ def test_calls_of_other_threads_are_not_counted() -> None:
         for _ in range(5):
             plan = cs.convert(model, cs.CondConv(), example=x).plan
             assert [(site.name, site.calls) for site in plan.to_convert] == [("block.first", 1), ("block.second", 1)]
+
+
+def test_what_runs_is_a_copy_with_the_same_parameters() -> None:
+    model = Served()
+    copied = copy_sharing_parameters(model)
+    assert all(a is b for a, b in zip(copied.parameters(), model.parameters(), strict=True))
+    assert all(a.data_ptr() != b.data_ptr() for a, b in zip(copied.buffers(), model.buffers(), strict=True))
+
+
+def test_a_converted_copy_shares_no_memory_with_its_original() -> None:
+    model = Served()
+    converted = cs.convert(model, cs.CondConv(), example=torch.randn(2, 3, 12, 12)).model
+    own = {tensor.data_ptr() for tensor in (*model.parameters(), *model.buffers())}
+    assert not own & {tensor.data_ptr() for tensor in (*converted.parameters(), *converted.buffers())}
