@@ -1,10 +1,10 @@
-"""Fine-tune a converted model in a loop of your own, with Hugging Face Accelerate (`pip install accelerate`):
+"""Fine-tune a converted model in your own loop, with Hugging Face Accelerate (`pip install accelerate`):
 
     condconv convert torchvision:resnet18 --experts 4 -o converted.safetensors
     accelerate launch examples/with_accelerate.py converted.safetensors FOLDER tuned.safetensors [EPOCHS]
 
-FOLDER/CLASS/*.png, for instance as examples/digits.py writes it. Accelerate places, wraps and shares out; the parameter
-groups, the schedule of rate and temperature and the regulariser are those of `condconv finetune`.
+FOLDER/CLASS/*.png, for instance as examples/digits.py writes it. Accelerate places, wraps and distributes; the
+parameter groups, the schedule of rate and temperature and the regulariser are those of `condconv finetune`.
 """
 
 import sys

@@ -1,4 +1,4 @@
-"""Small image folders that can be learned: the class is the colour."""
+"""Small image folders that a network can learn: the class is the colour."""
 
 from __future__ import annotations
 

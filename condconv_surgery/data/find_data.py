@@ -49,7 +49,7 @@ def require_data(options: DataOptions) -> None:
             raise InputError(
                 f'data.val="{options.val}" with data="{options.folder}".',
                 "Data sets of torchvision have their own validation images, or are split.",
-                "leave data.val out",
+                'data.val=""',
             )
     elif kind == "hf":
         require_datasets()

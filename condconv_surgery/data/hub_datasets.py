@@ -19,7 +19,7 @@ VAL_SPLITS = ("validation", "valid", "val", "dev", "test")
 
 @dataclass(frozen=True)
 class HubImages(Rows):
-    """Rows of a ``datasets.Dataset`` whose images, in ``column``, are not decoded by it but here."""
+    """Rows of a ``datasets.Dataset`` whose images, in ``column``, this package decodes."""
 
     column: str
 

@@ -43,7 +43,7 @@ class Batch(NamedTuple):
     unreadable: tuple[str, ...] = ()
 
     def to(self, device: torch.device) -> Batch:
-        """The batch on a device; from pinned memory the copies run beside the computation."""
+        """The batch on a device; from pinned memory the copies overlap with computation."""
         return self._replace(
             images=self.images.to(device, non_blocking=True), labels=self.labels.to(device, non_blocking=True)
         )

@@ -1,4 +1,4 @@
-"""Fine-tuning: a run from an image folder, and the pieces of it for a loop of your own.
+"""Fine-tuning: ``finetune`` runs it on an image folder; the other functions are for your own training loop.
 
 >>> import torch, torchvision
 >>> from condconv_surgery.recipe.training_sections import OptimizerOptions, ScheduleOptions

@@ -102,7 +102,7 @@ def _width(head: nn.Module) -> int:
 
 
 def _like(head: nn.Module, width: int) -> nn.Module:
-    """A fresh head of another width, otherwise the same."""
+    """A new, randomly initialised head of another width and otherwise equal options."""
     if isinstance(head, ConditionalLinear):
         g = head.geometry
         plain = nn.Linear(g.in_channels, width, head.bias is not None, head.weight.device, head.weight.dtype)

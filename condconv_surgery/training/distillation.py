@@ -1,4 +1,4 @@
-"""A teacher beside the labels: Hinton, Vinyals, Dean 2015 (arXiv 1503.02531), and optionally its feature maps."""
+"""Distillation of logits (Hinton, Vinyals, Dean 2015, arXiv 1503.02531) and of feature maps from a teacher."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Gradient checkpointing: keep a block's input only, compute its inside again in the backward pass."""
+"""Gradient checkpointing: keep only the input of a block, recompute its activations in the backward pass."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from condconv_surgery.training.batch_norm import BatchNorm
 
 
 def checkpoint_blocks(model: nn.Module) -> list[nn.Module]:
-    """Let every block (member of an outermost ``nn.Sequential``) recompute its inside; returns the blocks.
+    """Checkpoint every block, that is each member of an outermost ``nn.Sequential``; returns the blocks.
 
-    The second pass leaves batch-norm statistics alone. ``uncheckpoint`` undoes it.
+    The recomputation does not update batch-norm statistics. ``uncheckpoint`` undoes it.
     """
     blocks = [block for stack in _outermost(model) for block in stack if any(True for _ in block.parameters())]
     for block in blocks:
@@ -32,7 +32,7 @@ def checkpoint_blocks(model: nn.Module) -> list[nn.Module]:
 def uncheckpoint(blocks: list[nn.Module]) -> None:
     """Undo ``checkpoint_blocks``."""
     for block in blocks:
-        block.__dict__.pop("forward", None)  # the class's own shows again
+        block.__dict__.pop("forward", None)  # the method of the class is visible again
 
 
 def _outermost(module: nn.Module) -> Iterator[nn.Sequential]:

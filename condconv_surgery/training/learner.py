@@ -85,7 +85,7 @@ class Learner:
         return module
 
     def step(self, batches: Sequence[Batch], step: int, steps: int) -> Tally:
-        """Step number ``step`` of ``steps``; its random numbers are a function of the step and the process alone.
+        """Step number ``step`` of ``steps``; its random numbers are a function of step and process only.
 
         Raises ``TrainingError`` when the loss or the gradient is not finite.
         """
@@ -186,7 +186,7 @@ class Learner:
 
 
 def prepared(model: nn.Module, options: TrainingOptions, world: World) -> nn.Module:
-    """``model`` on its device, in train mode, with frozen layers and statistics as the options say."""
+    """``model`` on its device, in train mode, with layers and batch norms frozen as in the options."""
     engine = options.engine
     check_sharding(engine, world)
     for name, parameter in model.named_parameters():
@@ -199,7 +199,7 @@ def prepared(model: nn.Module, options: TrainingOptions, world: World) -> nn.Mod
     if engine.sync_batch_norm and world.device.type != "cuda":
         raise InputError(
             "engine.sync_batch_norm=True on a CPU.",
-            "Torch synchronises batch norms on GPUs only.",
+            "Torch supports synchronised batch norms on GPUs only.",
             "engine.sync_batch_norm=False",
         )
     if engine.sync_batch_norm:
@@ -217,7 +217,7 @@ def prepared(model: nn.Module, options: TrainingOptions, world: World) -> nn.Mod
 
 
 def set_temperature_of(model: nn.Module, options: TrainingOptions, step: int, steps: int) -> None:
-    """The temperature of a step, not a mean of temperatures, for an averaged model."""
+    """Set the temperature of an averaged model to that of the step, not to a mean of temperatures."""
     temperature = temperature_at(step, steps, options.schedule)
     if temperature is not None:
         set_temperature(model, temperature)
@@ -227,13 +227,13 @@ def averaged(model: nn.Module, engine: EngineOptions) -> AveragedModel | None:
     """Torch's exponential moving average of weights and buffers; ``None`` for decay 0."""
     if not engine.ema:
         return None
-    if engine.shard:  # torch can't mix sharded weights and whole buffers in one call
+    if engine.shard:  # torch cannot mix sharded weights and plain buffers in one call
         return AveragedModel(model, avg_fn=get_ema_avg_fn(engine.ema), use_buffers=True)  # type: ignore[no-untyped-call]
     return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(engine.ema), use_buffers=True)  # type: ignore[no-untyped-call]
 
 
 def wrapped(model: nn.Module, options: TrainingOptions, world: World) -> nn.Module:
-    """``model`` as a step calls it: compiled, and with gradients averaged over processes, where asked and needed."""
+    """``model`` as a step calls it: wrapped for several processes and compiled, where needed."""
     called = model
     if world.size > 1 and not options.engine.shard:
         devices = [world.device] if world.device.type == "cuda" else None

@@ -1,4 +1,4 @@
-"""What a classifier returns: logits, and in training perhaps auxiliary logits beside them."""
+"""The output of a classifier: logits, and for some models in train mode auxiliary logits."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Logits(NamedTuple):
 
 
 def logits_of(output: object) -> Logits:
-    """The logits in a model's output. Raises ``InputError`` for what is not a classifier's output."""
+    """The logits in a model's output. Raises ``InputError`` for an output that is not that of a classifier."""
     tensors: tuple[object, ...] = tuple(output) if isinstance(output, tuple) else (output,)
     found = [t for t in tensors if isinstance(t, Tensor)]
     if not found or any(t.dim() != 2 for t in found):

@@ -1,4 +1,4 @@
-"""What is minimised: labels, a teacher, and how the experts are used."""
+"""The training loss: labels, a teacher, and regularisation of the gates."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from condconv_surgery.training.gate_regularization import GateRecorder, balance_
 from condconv_surgery.training.logits import Logits
 
 AUXILIARY_WEIGHT = 0.3
-"""Of each auxiliary head's loss, as GoogLeNet was trained."""
+"""Weight of the loss of each auxiliary head, as in the training of GoogLeNet."""
 
 
 def classification_loss(
@@ -36,7 +36,7 @@ def classification_loss(
 
 
 class Objective:
-    """The loss of a batch right after the model has seen it.
+    """The loss of a batch, called directly after the forward pass.
 
     (1 - w) CE + w T^2 KL + f features + b (log E - H(mean gate)) + s H(gate)
     """
@@ -50,10 +50,10 @@ class Objective:
         self.slice_weight: Tensor | None = None
 
     def prepare(self, labels: Sequence[Tensor], world: World) -> None:
-        """Before a step, of whose slices this process has ``labels``: what the classes in a slice weigh on average.
+        """Before a step, whose slices in this process have ``labels``: compute the mean class weight of a slice.
 
-        A weighted mean divides by the weights in it. Those of unlike slices do not average to that of their union;
-        divided by the same number, they do, however many processes and parts share the step.
+        A weighted mean divides by the sum of the weights in it, so the means of different slices do not average to the
+        mean of their union. Divided by the same number they do, for any number of processes and micro-batches.
         """
         if self.class_weights is not None:
             weights = [self.class_weights[of.to(self.class_weights.device, non_blocking=True)].sum() for of in labels]
@@ -74,7 +74,7 @@ class Objective:
         return loss + self._on_gates() if self.gates is not None else loss
 
     def close(self) -> None:
-        """Remove every hook."""
+        """Remove the hooks."""
         if self.gates is not None:
             self.gates.close()
         if self.teacher is not None:
@@ -82,15 +82,15 @@ class Objective:
 
     def _on_gates(self) -> Tensor | float:
         assert self.gates is not None
-        found = list(self.gates.take().values())
-        if not found:
+        gates = list(self.gates.take().values())
+        if not gates:
             return 0.0
         layers = self.options.layers
-        terms = [layers.balance * balance_loss(gate) + layers.sharpness * sharpness_loss(gate) for gate in found]
+        terms = [layers.balance * balance_loss(gate) + layers.sharpness * sharpness_loss(gate) for gate in gates]
         return torch.stack(terms).mean()
 
 
 def balanced_weights(counts: list[int]) -> Tensor:
-    """Weights [K] by which each class counts alike however many images it has: ``N / (K count)``."""
-    numbers = torch.tensor(counts, dtype=torch.float32)
-    return numbers.sum() / (len(counts) * numbers.clamp_min(1))
+    """Weights [K] with which all classes contribute equally: ``N / (K count)``."""
+    images = torch.tensor(counts, dtype=torch.float32)
+    return images.sum() / (len(counts) * images.clamp_min(1))

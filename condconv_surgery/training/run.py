@@ -1,4 +1,4 @@
-"""A whole training run, read from top to bottom: prepare, restore, train, score, save."""
+"""One training run from start to end: prepare, restore, train, score, save."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Learning rate and temperature as functions of the step: nothing to save, exact after a resume."""
+"""Learning rate and temperature as functions of the step: no state to save, exact after a resume."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from condconv_surgery.recipe.training_sections import ScheduleOptions
 
 
 def lr_factor(step: int, steps: int, options: ScheduleOptions) -> float:
-    """The learning rate of a step (0 is the first) as a share of the peak: linear warm-up, then the shape.
+    """The learning rate of a step (0 is the first) relative to the peak: linear warm-up, then the shape.
 
     Warm-up: ``(step + 1) / w`` for the first ``w = warmup * steps`` steps. Then, with t from 0 to 1, cosine:
     ``f + (1 - f) (1 + cos(pi t)) / 2`` with ``f = final_lr``; step: ``gamma`` to the number of milestones passed;
@@ -34,7 +34,7 @@ def lr_factor(step: int, steps: int, options: ScheduleOptions) -> float:
 
 
 def temperature_at(step: int, steps: int, options: ScheduleOptions) -> float | None:
-    """The temperature of a step, falling linearly from ``temperature`` to ``temperature_end``; ``None``: not annealed.
+    """The temperature of a step, linear from ``temperature`` to ``temperature_end``; ``None``: no annealing.
 
     >>> options = ScheduleOptions(temperature=30.0, temperature_steps=0.5)
     >>> [temperature_at(step, 100, options) for step in (0, 25, 50, 99)]
@@ -48,7 +48,7 @@ def temperature_at(step: int, steps: int, options: ScheduleOptions) -> float | N
 
 
 def apply_schedule(model: nn.Module, optimizer: Optimizer, step: int, steps: int, options: ScheduleOptions) -> float:
-    """Set every group's rate and every router's temperature for a step; returns the rate's factor."""
+    """Set the learning rate of each group and the temperature of each router; returns the factor of the rate."""
     factor = lr_factor(step, steps, options)
     for group in optimizer.param_groups:
         group["lr"] = group["base_lr"] * factor

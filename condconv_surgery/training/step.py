@@ -1,4 +1,4 @@
-"""One optimizer step: forward, loss, backward, clip, move."""
+"""One optimizer step: forward, loss, backward, clip, update."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def plain_loss(logits: Logits, images: Tensor, target: Tensor) -> Tensor:
 
 
 class NonFiniteError(Exception):
-    """The loss (``where == "loss"``) or the gradient is not a number, or endless. The weights are untouched."""
+    """The loss (``where == "loss"``) or the gradient is NaN or infinite. The weights are unchanged."""
 
     def __init__(self, where: str) -> None:
         super().__init__(where)
@@ -39,14 +39,14 @@ class NonFiniteError(Exception):
 
 
 class Outcome(NamedTuple):
-    """``tally`` over all processes; ``skipped``: with loss scaling, the weights were not moved."""
+    """``tally`` over all processes; ``skipped``: loss scaling skipped the update of the weights."""
 
     tally: Tally
     skipped: bool = False
 
 
 def autocast(device: torch.device, precision: str) -> Callable[[], AbstractContextManager[object]]:
-    """A maker of the context that a forward pass runs in; ``precision`` is fp32, bf16 or fp16."""
+    """A function that makes the context of a forward pass; ``precision`` is fp32, bf16 or fp16."""
     if precision == "fp32":
         return nullcontext
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}[precision]
@@ -66,10 +66,10 @@ def train_step(
     only: Collection[nn.Parameter] | None = None,
     world: World = World(),  # noqa: B008  # frozen
 ) -> Outcome:
-    """Move the weights once by the mean gradient over ``batches``, or ``only`` some of them.
+    """Update the weights, or ``only`` some of them, once with the mean gradient over ``batches``.
 
-    Raises ``NonFiniteError`` before the weights are touched, in every process alike; with a ``scaler`` such a step is
-    skipped and the scale lowered instead.
+    Raises ``NonFiniteError`` before the weights change, in all processes; with a ``scaler`` such a step is skipped and
+    the scale is lowered instead.
     """
     optimizer.zero_grad(set_to_none=True)
     tallies = []
@@ -134,7 +134,7 @@ def _with_gradient(optimizer: Optimizer, only: Collection[nn.Parameter] | None) 
 
 
 def _without_reduction(model: nn.Module, more_to_come: bool) -> AbstractContextManager[object]:
-    """Gradients are exchanged between processes once a step, with the last batch."""
+    """Reduce gradients over processes once a step, with the last batch."""
     if isinstance(model, FSDPModule):
         model.set_requires_gradient_sync(not more_to_come)
     if more_to_come and isinstance(model, nn.parallel.DistributedDataParallel):

@@ -16,7 +16,7 @@ class Tally:
 
     @classmethod
     def of(cls, loss_sum: float, right: float, count: float) -> Tally:
-        """A tally of known numbers."""
+        """A tally on the CPU, from plain numbers."""
         return cls(torch.tensor([loss_sum, right, count], dtype=torch.float64))
 
     @classmethod

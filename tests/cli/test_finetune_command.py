@@ -179,7 +179,7 @@ def test_a_missing_model_a_corrupt_image_and_a_used_folder(condconv: Run, data: 
         "finetune", *PLAIN, "--data", data, "-o", tmp_path / "run", *QUICK, "--max-bad", 1, "--resume"
     )
     assert code == 0, err
-    assert f"UnreadableImages, skipped: {bad}" in err
+    assert f"Unreadable, skipped: {bad}" in err
     code, _, err = condconv("finetune", *PLAIN, "--data", data, "-o", tmp_path / "run", *QUICK)
     assert (code, "already holds a run" in err) == (2, True)
 

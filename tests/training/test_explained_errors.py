@@ -42,7 +42,7 @@ def options_for(folder: Path, run: str, **data: object) -> TrainingOptions:
     )
 
 
-def test_a_killed_reader_ends_in_words_and_the_run_goes_on(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_killed_reader_ends_with_an_error_and_the_run_goes_on(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole, cut = options_for(folder, "whole"), options_for(folder, "cut", workers=1)
     finetune(small_net(CondConv(experts=2)), whole)
     opened = ImageFiles.open
@@ -74,7 +74,7 @@ def test_a_killed_reader_ends_in_words_and_the_run_goes_on(folder: Path, monkeyp
         (RuntimeError("[gloo] Connection closed by peer [127.0.0.1]:1"), "Another process of the run was lost"),
     ],
 )
-def test_what_the_machine_does_is_said_in_words(
+def test_what_the_machine_does_is_explained(
     folder: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, message: str
 ) -> None:
     """Raised where torch raises it: in the middle of a step."""
@@ -93,7 +93,7 @@ def test_what_the_machine_does_is_said_in_words(
     assert read_state(Path(options.output) / LAST).facts["progress"]["step"] == 4
 
 
-def test_layers_that_are_never_called_are_said_where_torch_needs_all(
+def test_layers_that_are_never_called_are_reported_where_torch_needs_all(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In the words of torch 2.14's DistributedDataParallel."""
@@ -111,7 +111,7 @@ def test_layers_that_are_never_called_are_said_where_torch_needs_all(
         finetune(small_net(), options_for(folder, "run"))
 
 
-def test_no_memory_for_the_model_itself_is_said_in_words(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_memory_for_the_model_itself_is_explained(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def to(*args: object, **how: object) -> object:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
 
@@ -140,7 +140,7 @@ def test_an_error_in_a_reader_is_not_taken_for_a_killed_one(folder: Path, monkey
         finetune(small_net(), options_for(folder, "run", workers=1))
 
 
-def test_a_validation_loss_that_is_no_number_ends_in_words(folder: Path) -> None:
+def test_a_validation_loss_that_is_not_finite_ends_with_an_error(folder: Path) -> None:
     """In eval mode only, as statistics that overflowed make it; the artifact of the epoch before stays."""
     model, options = small_net(), options_for(folder, "run")
     scored = [0]
@@ -188,7 +188,7 @@ def test_a_file_that_the_system_cuts_short_leaves_the_last_state_whole(folder: P
     assert finetune(small_net(), options, resume=True).epochs == 3
 
 
-def test_unreadable_images_are_remembered_across_a_resume(folder: Path) -> None:
+def test_unreadable_images_are_kept_across_a_resume(folder: Path) -> None:
     train, _ = find_training_images(folder)
     options = options_for(folder, "run", max_bad=1)
     train.path(0).write_bytes(b"text")
@@ -198,7 +198,7 @@ def test_unreadable_images_are_remembered_across_a_resume(folder: Path) -> None:
     callback = AtStep(-1, list)
     with pytest.raises(InputError, match=r"2 unreadable images: .*\n.*At most 1"):
         finetune(small_net(), options, resume=True, callback=callback)
-    assert [line for line in callback.lines if "skipped" in line] == [f"UnreadableImages, skipped: {train.path(9)}"]
+    assert [line for line in callback.lines if "skipped" in line] == [f"Unreadable, skipped: {train.path(9)}"]
 
 
 def test_validation_images_that_all_go_bad_end_the_run(folder: Path) -> None:
@@ -217,7 +217,7 @@ def test_validation_images_that_all_go_bad_end_the_run(folder: Path) -> None:
         finetune(small_net(), options_for(folder, "strict"), callback=strict)
 
 
-def test_a_batch_without_any_image_is_said(folder: Path) -> None:
+def test_a_batch_without_any_image_is_reported(folder: Path) -> None:
     train, _ = find_training_images(folder)
     for index in range(len(train)):
         train.path(index).write_bytes(b"text")

@@ -84,7 +84,7 @@ def test_one_split_is_split_and_a_split_can_be_named(rows: Path) -> None:
         ([None, 1, 0, 1, 0, 1], "images without a label"),
     ],
 )
-def test_other_heads_are_refused_in_words(tmp_path: Path, label: list[object], message: str) -> None:
+def test_other_heads_are_refused(tmp_path: Path, label: list[object], message: str) -> None:
     datasets = pytest.importorskip("datasets")
     images = [Image.new("RGB", (8, 8), (i, 0, 0)) for i in range(6)]
     features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")})
@@ -183,7 +183,7 @@ def test_a_stream_goes_on_with_as_many_processes_only(rows: Path) -> None:
         finetune(small_net(), options, resume=True)
 
 
-def test_a_stream_that_breaks_off_ends_in_words(rows: Path) -> None:
+def test_a_stream_that_breaks_off_ends_with_an_error(rows: Path) -> None:
     """A file that goes away while it is read, with the states saved before."""
     options = streamed(rows, "run", "parquet").updated({"engine": {"save_every": 2}})
 

@@ -234,7 +234,7 @@ def test_temperature_of_an_averaged_model_is_the_one_of_the_step() -> None:
     ("variant", "words"),
     [(None, ["schedule.temperature", "layers.router_lr, layers.balance"]), (CondConv(2), ["schedule.temperature"])],
 )
-def test_options_that_meet_nothing_are_said(variant: Variant | None, words: list[str]) -> None:
+def test_options_that_meet_nothing_are_reported(variant: Variant | None, words: list[str]) -> None:
     changes = {"schedule": {"temperature": 30.0}, "layers": {"router_lr": 2.0, "balance": 0.1}}
     options = TrainingOptions().updated(changes)
     lines = unused_options(small_net(variant), options)

@@ -104,7 +104,7 @@ def test_auxiliary_losses_count_three_tenths() -> None:
     torch.testing.assert_close(classification_loss(Logits(logits, (logits,)), labels, 0.1), expected)
 
 
-def test_a_loss_that_is_no_number_leaves_the_weights_alone() -> None:
+def test_a_loss_that_is_not_finite_leaves_the_weights_alone() -> None:
     model = small_net()
     before = [p.clone() for p in model.parameters()]
     bad = Batch(torch.full((4, 3, 8, 8), math.nan), torch.zeros(4, dtype=torch.int64))

@@ -52,7 +52,7 @@ def test_stderr_that_is_no_terminal_has_plain_lines() -> None:
     assert isinstance(console_display(), PlainLines)
 
 
-def test_both_watchers_are_told_everything() -> None:
+def test_both_callbacks_get_everything() -> None:
     told: list[str] = []
 
     class Telling(Callback):
@@ -68,7 +68,7 @@ def test_both_watchers_are_told_everything() -> None:
     assert told == ["note", "note", "step", "step", "epoch", "epoch", "gates", "gates", "close", "close"]
 
 
-def test_a_kept_head_with_other_class_names_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_kept_head_with_other_class_names_is_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = small_net(classes=3)
     for name in ("one", "two"):
         folder = write_images(tmp_path / name)

@@ -272,7 +272,7 @@ def test_a_gradient_that_is_not_finite_stops_the_run_before_the_weights() -> Non
     assert torch.equal(model.head.weight, before)
 
 
-def test_weights_of_half_precision_are_refused_in_words() -> None:
+def test_weights_of_half_precision_are_refused() -> None:
     with pytest.raises(
         InputError, match=r"stem.weight is torch.bfloat16(.|\n)*trained in float32(.|\n)*model.float\(\)"
     ):

@@ -194,7 +194,7 @@ def test_a_damaged_state_falls_back_to_the_one_before(folder: Path, damage: str)
     assert_same(weights(whole), weights(cut))
 
 
-def test_no_whole_state_is_an_error(folder: Path) -> None:
+def test_no_undamaged_state_is_an_error(folder: Path) -> None:
     options = options_for(folder)
     run(options)
     for name in (LAST, BEFORE):
@@ -245,7 +245,7 @@ def test_resume_refuses_another_model(folder: Path) -> None:
         run(options, CondConv(experts=2), resume=True)
 
 
-def test_an_unreadable_image_stops_the_run_or_is_passed_over(folder: Path) -> None:
+def test_an_unreadable_image_stops_the_run_or_is_skipped(folder: Path) -> None:
     for path in folder.rglob("0[0-3].png"):
         path.write_bytes(b"text")
     with pytest.raises(InputError, match=r"unreadable image.*\n.*At most 0.*\n.*data\.max_bad"):
@@ -255,7 +255,7 @@ def test_an_unreadable_image_stops_the_run_or_is_passed_over(folder: Path) -> No
     assert result.epochs == 3
 
 
-def test_a_loss_that_is_no_number_keeps_the_last_good_state(folder: Path) -> None:
+def test_a_loss_that_is_not_finite_keeps_the_last_good_state(folder: Path) -> None:
     options = options_for(folder).updated({"optimizer": {"lr": 1e30, "clip_norm": 0.0}})
     with pytest.raises(
         TrainingError,
@@ -274,7 +274,7 @@ def test_a_folder_that_cannot_be_written(folder: Path) -> None:
         run(options_for(folder).updated({"output": str(next(folder.rglob("*.png")))}))
 
 
-def test_a_full_disk_ends_in_words_with_the_last_state_whole(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_ends_with_an_error_and_the_last_state_stays(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     options = options_for(folder)
     run(options)
     state = (Path(options.output) / LAST).read_bytes()
@@ -295,7 +295,7 @@ def test_bf16_trains(folder: Path) -> None:
     assert result.best_top1 > 0.5
 
 
-def test_the_watcher_is_told_every_step_and_epoch(folder: Path) -> None:
+def test_the_callback_gets_every_step_and_epoch(folder: Path) -> None:
     class Counting(Callback):
         def __init__(self) -> None:
             self.steps: list[StepView] = []
@@ -329,7 +329,7 @@ def test_tensorboard_has_scores_and_the_use_of_experts(folder: Path) -> None:
     assert 0 <= events.Scalars("gate entropy/inner")[-1].value <= 1 + 1e-6
 
 
-def test_the_curves_are_a_image_of_every_epoch(folder: Path) -> None:
+def test_the_curves_plot_every_epoch(folder: Path) -> None:
     from PIL import Image
 
     options = options_for(folder)

@@ -1,1 +1,1 @@
-"""From labelled images to the batches of one process."""
+"""Batches of labelled images for one process: samplers, loaders, transforms."""

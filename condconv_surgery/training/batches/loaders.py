@@ -1,4 +1,4 @@
-"""From folders to batches: data sets, samplers and loaders of one process."""
+"""The data sets, samplers and loaders of one process."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class Data:
     val_loader: DataLoader[Batch]
 
     def batches_from(self, step: int) -> Iterator[Batch]:
-        """Training batches from a step of the whole run on. One iterator at a time."""
+        """Training batches from a step of the run on. Only one iterator at a time."""
         self.order.start = step
         return reading(iter(self.train_loader))
 
@@ -60,7 +60,7 @@ class Data:
 
 
 def open_data(options: TrainingOptions, spec: InputSpec, world: World) -> Data:
-    """Find the images and make the loaders. Raises ``InputError`` for data that cannot be trained on."""
+    """Find the images and make the loaders. Raises ``InputError`` for data that cannot be used."""
     require_data(options.data)
     transforms = training_transform(spec, options.augment), evaluation_transform(spec)
     if options.data.streaming:
@@ -132,7 +132,7 @@ def _loader(
 
 
 def input_spec(model: nn.Module, options: TrainingOptions) -> InputSpec:
-    """The model's own input, with the side that the options ask for."""
+    """The input of the model, with ``data.image_size`` where it is set."""
     spec = (recipe_of(model) or Recipe()).input
     side = options.data.image_size
     return spec if side is None else replace(spec, height=side, width=side)

@@ -1,4 +1,4 @@
-"""Mixup and CutMix, torchvision's own, on a batch."""
+"""Mixup and CutMix of torchvision on a batch."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ Mix = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 def batch_mix(options: AugmentOptions, classes: int) -> Mix | None:
-    """``images, labels [B] -> images, shares [B, K]``, drawn from torch's global generator; ``None`` when off.
+    """``images, labels [B] -> images, shares [B, K]``, random by torch's global generator; ``None`` when off.
 
-    With both on, each batch draws one of them.
+    With both, each batch uses one of them at random.
     """
     mixes: list[Mix] = []
     if options.mixup:

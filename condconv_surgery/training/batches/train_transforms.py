@@ -1,4 +1,4 @@
-"""Random transforms to train with, around the fixed ones that the model was made for."""
+"""Random transforms of training images, with the normalisation of the model."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from condconv_surgery.recipe.training_sections import AugmentOptions
 
 
 def training_transform(spec: InputSpec, options: AugmentOptions) -> Transform:
-    """PIL image -> normalised tensor [C, H, W] of the model's size, drawn from torch's global generator."""
+    """PIL image -> normalised tensor [C, H, W] of the model's size, random by torch's global generator."""
     steps: list[object] = [
         v2.RandomResizedCrop(
             (spec.height, spec.width),

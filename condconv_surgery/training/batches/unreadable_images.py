@@ -38,12 +38,12 @@ class UnreadableImages:
         gathered, self.waiting = self.world.gather(self.waiting), []
         new = list(dict.fromkeys(name for names in gathered for name in names))
         for name in new:
-            self.note(f"UnreadableImages, skipped: {name}")
+            self.note(f"Unreadable, skipped: {name}")
         self.names += new
         if new and len(self.names) > self.limit:
             raise InputError(
                 f"{len(self.names)} unreadable image{'s' if len(self.names) > 1 else ''}: "
                 f"{', '.join(self.names[-3:])}.",
-                f"At most {self.limit} may be damaged or of another format than its name says.",
+                f"At most {self.limit} may be damaged or of a format that does not match the name.",
                 f"remove it, or data.max_bad={max(10, 2 * len(self.names))} to skip such images",
             )

@@ -1,1 +1,1 @@
-"""One process or many."""
+"""Runs of several processes: collectives and sharding."""

@@ -1,4 +1,4 @@
-"""One process or many: who am I, and what do we know together. Launched by ``torchrun``, never by us."""
+"""The processes of a run and their collective operations. ``torchrun`` starts them, this package never does."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class World:
-    """The processes of a run. ``rank`` 0 alone writes and speaks."""
+    """The processes of a run. Only ``rank`` 0 writes files and reports."""
 
     rank: int = 0
     size: int = 1
@@ -26,7 +26,7 @@ class World:
 
     @property
     def is_first(self) -> bool:
-        """This process writes files and lines."""
+        """True for rank 0, which writes files and reports."""
         return self.rank == 0
 
     def sum(self, values: list[float]) -> list[float]:
@@ -45,7 +45,7 @@ class World:
         return tensor
 
     def gather(self, value: T) -> list[T]:
-        """``value``, plain and small, of every process in order of rank."""
+        """The ``value``, a small Python object, of every process in order of rank."""
         if self.size == 1:
             return [value]
         values: list[T | None] = [None] * self.size
@@ -64,14 +64,14 @@ class World:
             dist.broadcast(tensor, src=0)
 
     def barrier(self) -> None:
-        """Until every process is here."""
+        """Wait until every process is here."""
         if self.size > 1:
             dist.barrier()
 
 
 @contextmanager
 def open_world() -> Iterator[World]:
-    """The world that ``torchrun`` describes in the environment, else this process alone.
+    """The processes that ``torchrun`` describes in the environment, else this process alone.
 
     One process for each GPU over NCCL; on CPU over gloo.
     """
@@ -80,14 +80,14 @@ def open_world() -> Iterator[World]:
     if size == 1:
         yield World(device=device)
         return
-    # A restart by torchrun may meet the store of the attempt before, with addresses of processes that are dead.
+    # After a restart by torchrun the store may hold addresses of dead processes of the previous attempt.
     store, rank, size = next(rendezvous("env://"))
     fresh = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)  # type: ignore[attr-defined]
     backend = "nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, store=fresh, rank=rank, world_size=size)
     try:
         yield World(dist.get_rank(), dist.get_world_size(), device)
-        dist.barrier()  # nobody hangs up while another still listens
+        dist.barrier()  # no process leaves while another still communicates
     finally:
         dist.destroy_process_group()
 

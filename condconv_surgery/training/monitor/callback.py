@@ -1,4 +1,4 @@
-"""What a run reports while it goes on: notes, steps, epochs and the use of experts."""
+"""Callbacks of a run: notes, steps, epochs and the use of experts."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from condconv_surgery.training.tally import Tally
 
 @dataclass(frozen=True)
 class StepView:
-    """A step as it is shown. ``memory`` in MB is the peak.
+    """The values of a step. ``memory`` is the peak, in MB.
 
     ``loss`` and ``top1`` are means over the epoch so far. To read one is a device synchronisation.
     """

@@ -75,6 +75,6 @@ def _explained(error: Exception, step: int) -> TrainingError | None:
     return None
 
 
-def _line_with(text: str, words: str) -> str:
-    """The first line with ``words``, in which torch lists the parameters."""
-    return next((line.strip().rstrip(".") for line in text.splitlines() if words in line), "torch names none")
+def _line_with(text: str, phrase: str) -> str:
+    """The first line with ``phrase``, in which torch lists the parameters."""
+    return next((line.strip().rstrip(".") for line in text.splitlines() if phrase in line), "torch lists none")

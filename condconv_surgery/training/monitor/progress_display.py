@@ -38,7 +38,7 @@ class PlainLines(Callback):
 
 
 class ProgressBar(Callback):
-    """A rich progress bar with loss, top-1 and speed beside it; each finished epoch stays as a line above."""
+    """A rich progress bar with loss, top-1 and speed beside it; each completed epoch is printed above it."""
 
     def __init__(self, console: Console) -> None:
         self.progress = Progress(

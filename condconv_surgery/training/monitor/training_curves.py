@@ -1,4 +1,4 @@
-"""The run as an image: loss and top-1 over the epochs."""
+"""Plot loss and top-1 over the epochs of a run."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from condconv_surgery.training.state.run_files import failing_resumably
 
 def draw_curves(rows: list[dict[str, Any]], path: Path) -> None:
     """Draw the rows of ``metrics.jsonl`` as a PNG: loss at the left, top-1 at the right, train and validation."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg  # here: half a second that only this needs
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # imported here: it takes half a second
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 3.5), layout="constrained")

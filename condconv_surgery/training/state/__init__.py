@@ -1,1 +1,1 @@
-"""What a run leaves on disk, and how it goes on from there."""
+"""The files of a run on disk, and resuming from them."""

@@ -52,7 +52,7 @@ def require_same_run(state: State, options: TrainingOptions, fingerprint: str, p
         raise InputError(
             f"The run began with other options: {changes}.",
             f"On a resume only these may change: {', '.join(FREE)}.",
-            'leave the option out, or a new run: another output="RUN"',
+            'the same options, or a new run: another output="RUN"',
         )
 
 

@@ -135,5 +135,5 @@ def restore_optimizer(optimizer: Optimizer, tensors: dict[str, Tensor], plain: d
 
 
 def _own(tensor: Tensor) -> Tensor:
-    """A contiguous CPU copy: safetensors takes no views and no two names for one memory."""
+    """A contiguous CPU copy: safetensors takes no views and no two names for one storage."""
     return tensor.detach().to("cpu", copy=True).contiguous()

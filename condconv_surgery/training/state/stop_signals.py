@@ -12,7 +12,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class StopRequest:
-    """``signal`` is the first one received, 0 when none. A second Ctrl-C interrupts at once, as usual."""
+    """``signal`` is the first signal received, 0 for none. A second Ctrl-C interrupts immediately, as usual."""
 
     def __init__(self) -> None:
         self.signal = 0
