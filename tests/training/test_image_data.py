@@ -152,7 +152,7 @@ def test_unreadable_images_are_counted_once_each_up_to_the_limit() -> None:
     for names in (["a.png"], ["a.png", "b.png", "b.png"]):
         seen.add(names)
         seen.share()
-    assert told == ["Unreadable, skipped: a.png", "UnreadableImages, skipped: b.png"]
+    assert told == ["Unreadable, skipped: a.png", "Unreadable, skipped: b.png"]
     seen.add(["c.png"])
     with pytest.raises(InputError, match=r"3 unreadable images: .*c\.png"):
         seen.share()
