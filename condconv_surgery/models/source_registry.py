@@ -113,7 +113,9 @@ def load_named(
     if model is None:
         model = checked_model(lambda: build(source), source)
     if options.weights not in ("none", "default"):
-        fill_foreign(model, modern_names(read_tensors(Path(options.weights), options.trust)), options.weights, source)
+        fill_foreign(
+            model, modern_names(read_tensors(Path(options.weights), options.trust, model)), options.weights, source
+        )
     attach_recipe(model, Recipe(source=source, input=input_spec(model, source)))
     return model
 

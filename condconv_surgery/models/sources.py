@@ -14,10 +14,10 @@ from condconv_surgery.models.artifact.meta_init import build_on_meta
 from condconv_surgery.models.artifact.strict_fill import fill_foreign, modern_names
 from condconv_surgery.models.build_model import build
 from condconv_surgery.models.checkpoints.allowlist import trusted
-from condconv_surgery.models.checkpoints.read_checkpoint import read_checkpoint
+from condconv_surgery.models.checkpoints.read_checkpoint import fitting_names, read_checkpoint
 from condconv_surgery.models.checkpoints.recognise_architecture import recognise_module
 from condconv_surgery.models.factory_source import named, package_of
-from condconv_surgery.models.layouts.layout_registry import layout_of
+from condconv_surgery.models.layouts.layout_registry import PLAIN, layout_of
 from condconv_surgery.models.source_registry import (
     LoadOptions,
     ModelSource,
@@ -108,10 +108,11 @@ def _load_checkpoint(text: str, options: LoadOptions) -> nn.Module:
     if isinstance(content, nn.Module) and options.arch is None:
         content.eval()  # returns None where a model's own train() does
         return _with_recipe(content, recognise_module(content) or Source())
-    state = modern_names(dict(content.state_dict()) if isinstance(content, nn.Module) else content)
+    own = modern_names(dict(content.state_dict()) if isinstance(content, nn.Module) else content)
+    state = fitting_names(own)
     arch = None if options.arch is None else with_classes(named(options.arch), options.num_classes)
     layout = layout_of(state)
-    published = published_weights(path) if arch is None and layout.name == "plain" else None
+    published = published_weights(path) if arch is None and layout is PLAIN else None
     if published is not None:
         model = build_published(*published, state)
         attach_recipe(model, Recipe(source=Source(f"torchvision:{published[0]}"), input=input_of(published[1])))
@@ -119,6 +120,8 @@ def _load_checkpoint(text: str, options: LoadOptions) -> nn.Module:
     source = arch or layout.recognise(state)
     plain = layout.plain_source(source)
     model = build(plain, (*options.trust, package_of(plain)))  # naming a factory is trusting its package
+    if layout is PLAIN:
+        state = fitting_names(own, model)
     fill_foreign(model, layout.read(model, state), text, plain)
     model = _with_recipe(model, plain)
     if plain != source:  # the input is that of the network that wrote the file

@@ -80,6 +80,22 @@ def test_prefixes_and_nests(tmp_path: Path, prefix: str, nest: str | None) -> No
     assert all(torch.equal(read[name], tensor) for name, tensor in state.items())
 
 
+class InModel(nn.Module):
+    """All names begin with a prefix that wrappers add, too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3))
+
+
+@pytest.mark.parametrize("prefix", ["", "module."])
+def test_names_are_tried_as_they_are_before_prefixes_are_removed(tmp_path: Path, prefix: str) -> None:
+    original, path, name = InModel(), tmp_path / "m.pt", "tests.models.test_sources:InModel"
+    torch.save({f"{prefix}{key}": tensor for key, tensor in original.state_dict().items()}, path)
+    for model in (load_model(path, arch=name), load_model(name, weights=path)):
+        assert all(torch.equal(tensor, original.state_dict()[key]) for key, tensor in model.state_dict().items())
+
+
 @pytest.mark.parametrize("key", AVERAGED)
 def test_averaged_weights_are_taken_and_named(tmp_path: Path, key: str, caplog: pytest.LogCaptureFixture) -> None:
     state = small().state_dict()

@@ -33,7 +33,7 @@ PREFIXES = ("module.", "_orig_mod.", "model.")
 
 
 def read_checkpoint(path: Path, trust: tuple[str, ...] = ()) -> dict[str, Tensor] | nn.Module:
-    """The state dict in a ``.pt``, ``.pth`` or ``.safetensors`` file, without wrappers' prefixes; or the module in it.
+    """The state dict in a ``.pt``, ``.pth`` or ``.safetensors`` file, with its own names; or the module in it.
 
     trust: packages whose classes a pickled module may name, beyond torch.nn, torchvision and timm.
 
@@ -44,14 +44,30 @@ def read_checkpoint(path: Path, trust: tuple[str, ...] = ()) -> dict[str, Tensor
         allowed, fix = REFUSALS[kind]
         raise InputError(f"{path} is {kind}.", allowed, fix.format(path=path))
     content = _load_safetensors(path) if kind == SAFETENSORS else load_pickle(path, trust)
-    found = _find_weights(content, path)
-    return check_module(_unwrapped(found), path) if isinstance(found, nn.Module) else _without_prefixes(found)
+    weights = _find_weights(content, path)
+    return check_module(_unwrapped(weights), path) if isinstance(weights, nn.Module) else weights
 
 
-def read_tensors(path: Path, trust: tuple[str, ...] = ()) -> dict[str, Tensor]:
-    """The state dict of ``read_checkpoint``; of a whole module, its own."""
-    found = read_checkpoint(path, trust)
-    return dict(found.state_dict()) if isinstance(found, nn.Module) else found
+def read_tensors(path: Path, trust: tuple[str, ...] = (), model: nn.Module | None = None) -> dict[str, Tensor]:
+    """The state dict of ``read_checkpoint``; of a whole module, its own. Names as ``fitting_names`` gives them."""
+    content = read_checkpoint(path, trust)
+    return fitting_names(dict(content.state_dict()) if isinstance(content, nn.Module) else content, model)
+
+
+def fitting_names(state: dict[str, Tensor], model: nn.Module | None = None) -> dict[str, Tensor]:
+    """``state`` without the prefixes of wrappers; with those that the names of ``model`` have.
+
+    Of the state dict of an ``AveragedModel`` the counter is left out.
+    """
+    names = [name for name in state if name != "n_averaged"]
+    if all(name.startswith("module.") for name in names):
+        state = {name: state[name] for name in names}
+    for prefix in PREFIXES * 2:
+        if model is not None and state.keys() <= model.state_dict().keys():
+            break
+        if state and all(name.startswith(prefix) for name in state):
+            state = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
+    return state
 
 
 def _load_safetensors(path: Path) -> dict[str, Any]:
@@ -98,17 +114,6 @@ def _described(content: Any) -> str:
     if not isinstance(content, dict):
         return f"a {type(content).__name__}"
     return f"keys {', '.join(map(str, list(content)[:6]))}" if content else "an empty dict"
-
-
-def _without_prefixes(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The state dict of the model inside wrappers; of ``AveragedModel`` without its counter."""
-    names = [name for name in state if name != "n_averaged"]
-    if len(names) < len(state) and all(name.startswith("module.") for name in names):
-        state = {name: state[name] for name in names}
-    for prefix in PREFIXES * 2:
-        if state and all(name.startswith(prefix) for name in state):
-            state = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
-    return state
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:
