@@ -1,4 +1,4 @@
-"""Random numbers as a function of where we are, not of what ran before.
+"""Seeds from a position in the run (seed, epoch, step), not from what ran before.
 
 Order, transforms and dropout each draw from a seed made of the run's seed and a position. Nothing has to be saved for
 a run to go on exactly, and nothing depends on how many processes or workers share the work.

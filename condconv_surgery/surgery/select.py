@@ -29,18 +29,18 @@ FUNCTIONAL = "F.conv2d on a parameter, in {}.forward: converted if the whole mod
 
 
 def select(
-    found: Sites, selection: Selection, source: str = "the model", originals: Mapping[str, nn.Module] | None = None
+    observed: Sites, selection: Selection, source: str = "the model", originals: Mapping[str, nn.Module] | None = None
 ) -> Plan:
     """Apply the selection. Raises ``InputError`` when no layer is left, or a class of ``subclasses`` is not there.
 
     source: what errors call the model. originals: modules by name, for callable filters, where sites are of a copy.
     """
-    require_classes(selection.subclasses, found.sites)
-    candidates = _candidates(found, selection, source)
+    require_classes(selection.subclasses, observed.sites)
+    candidates = _candidates(observed, selection, source)
     match = _Matcher(originals or {})
     stem = next((site for site in candidates if not site.linear and site.calls), None)
     to_convert: list[ConvSite] = []
-    skipped = [Skip(name, FUNCTIONAL.format(cls)) for name, cls in found.functional]
+    skipped = [Skip(name, FUNCTIONAL.format(cls)) for name, cls in observed.functional]
     for site in candidates:
         reason = _reason_to_skip(site, selection, site is stem, match)
         if site.linear and reason == NOT_INCLUDED:
@@ -55,22 +55,22 @@ def select(
             to_convert.append(site)
     if not to_convert:
         raise _nothing_left(candidates, skipped, selection, source, match)
-    return Plan(tuple(to_convert), tuple(skipped), found.modes, found.notes)
+    return Plan(tuple(to_convert), tuple(skipped), observed.modes, observed.notes)
 
 
-def _candidates(found: Sites, selection: Selection, source: str) -> list[ConvSite]:
+def _candidates(observed: Sites, selection: Selection, source: str) -> list[ConvSite]:
     """All convolutions, and the classifier when asked for. Raises ``InputError`` when there is none."""
-    convolutions = [site for site in found.sites if not site.linear]
+    convolutions = [site for site in observed.sites if not site.linear]
     if selection.classifier:
-        return [*convolutions, _classifier(found, source)]
+        return [*convolutions, _classifier(observed, source)]
     if not convolutions:
-        raise _no_convolution(found, source)
+        raise _no_convolution(observed, source)
     return convolutions
 
 
-def _no_convolution(found: Sites, source: str) -> InputError:
-    if found.functional:
-        name, cls = found.functional[0]
+def _no_convolution(observed: Sites, source: str) -> InputError:
+    if observed.functional:
+        name, cls = observed.functional[0]
         return InputError(
             f"No convolution to convert: {source} has no nn.Conv2d, only F.conv2d with {name}, in {cls}.forward.",
             "Where the whole model is a torch.fx.GraphModule those are converted too.",
@@ -87,13 +87,13 @@ def _reason_to_skip(site: ConvSite, selection: Selection, is_stem: bool, match: 
     """Why ``site`` is not converted; empty when it is. What is not possible comes before what is not selected."""
     checks = (
         _reason_impossible(site.module, selection.subclasses),
-        f"{site.tied_to} is the same parameter as one of its own, and would not be any more" if site.tied_to else "",
+        f"{site.tied_to} is the same parameter as one of its own; they would no longer be tied" if site.tied_to else "",
         f"{site.read_by} computes with its weight outside of it" if site.read_by else "",
         f"{site.bypassed_by} calls its forward directly, past its hooks (self.conv(x) in place of self.conv.forward(x) "
         "makes its calls known)"
         if site.bypassed_by
         else "",
-        "called from where a replacement would not be: a list or a closure, say (nn.ModuleList(layers) in place of the "
+        "called from where it cannot be replaced: a list or a closure, say (nn.ModuleList(layers) in place of the "
         "list makes it known)"
         if site.unreachable
         else "",
@@ -115,7 +115,9 @@ def _reason_to_skip(site: ConvSite, selection: Selection, is_stem: bool, match: 
 def _reason_impossible(module: nn.Module, subclasses: tuple[str, ...]) -> str:
     cls = type(module)
     if "forward" in vars(module):
-        return "its forward is its own, not that of its class (accelerate's remove_hook_from_module puts that back)"
+        return (
+            "its forward was replaced on the object (accelerate's remove_hook_from_module restores that of its class)"
+        )
     computed, name = _computed(module), full_name(cls)
     if computed:
         return computed
@@ -173,8 +175,8 @@ def matches(name: str, pattern: str) -> bool:
     return fnmatchcase(name, pattern)
 
 
-def _classifier(found: Sites, source: str) -> ConvSite:
-    called = [site for site in found.sites if site.linear and site.calls]
+def _classifier(observed: Sites, source: str) -> ConvSite:
+    called = [site for site in observed.sites if site.linear and site.calls]
     if not called:
         raise InputError(
             f"classifier=True, but {source} calls no nn.Linear.",

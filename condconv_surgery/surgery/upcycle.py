@@ -1,4 +1,4 @@
-"""A trained layer becomes a conditional one that computes the same function.
+"""Make a conditional layer that computes the same function as a trained one.
 
     experts[e] = W + eps_e,    sum_e eps_e = 0,    router zeroed
 
@@ -32,7 +32,7 @@ _HOOKS = (
 def upcycle(
     module: nn.Conv2d | nn.Linear, variant: Variant, upcycling: Upcycling, name: str = ""
 ) -> ConditionalConv2d[Variant]:
-    """The conditional twin of ``module``: its weight is copied into every expert. (Hooks move with ``move_hooks``.)
+    """The conditional layer for ``module``, whose weight is copied into every expert. (``move_hooks`` moves hooks.)
 
     name: makes the noise of one layer independent of which others are converted.
     """
@@ -70,7 +70,7 @@ def _scale(weight: Tensor) -> float:
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """Whether a hook is called when ``module`` is, or when its gradients are there."""
+    """Has ``module`` a forward or backward hook?"""
     return any(getattr(module, kind) for kind in _HOOKS)
 
 

@@ -197,16 +197,19 @@ def test_the_temperature_is_that_of_the_block() -> None:
     assert all(float((gate.detach() - 0.25).abs().max()) < 0.1 for gate in gates.take().values())
 
 
-def test_gates_are_watched_and_thinned_once_a_block() -> None:
+def test_gates_are_recorded_and_thinned_once_a_block() -> None:
     model = converted(CondConv(experts=4, routing="block"))
-    watch = GateRecorder(model)
+    recorder = GateRecorder(model)
     model.train()(X)
-    assert {name: tuple(gate.shape) for name, gate in watch.take().items()} == {"blocks.0": (4, 4), "blocks.1": (4, 4)}
+    assert {name: tuple(gate.shape) for name, gate in recorder.take().items()} == {
+        "blocks.0": (4, 4),
+        "blocks.1": (4, 4),
+    }
     dropout = ExpertDropout(model, 0.5)
     zeros = torch.stack([(model.blocks[0].router(torch.rand(4, 8)).gate == 0).float().mean() for _ in range(200)])
     assert 0.4 < float(zeros.mean()) < 0.5  # dropped once for each layer it would be 0.75; where all would go, all stay
     dropout.close()
-    watch.close()
+    recorder.close()
 
 
 def test_frozen_layers_have_a_frozen_router() -> None:

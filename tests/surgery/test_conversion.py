@@ -90,7 +90,7 @@ def test_the_plan_names_every_layer_once_with_a_reason(net: nn.Module, x: torch.
     assert plan.to_convert[0].input == (4, 8, 16, 16)
 
 
-def test_a_small_picture_does_not_make_every_layer_look_pooled() -> None:
+def test_a_small_image_does_not_make_every_layer_look_pooled() -> None:
     model = torchvision.models.resnet18(weights=None)
     plan = cs.convert(model, cs.CondConv(), example=torch.randn(2, 3, 32, 32), prove=False).plan
     assert len(plan.to_convert) == 19

@@ -132,7 +132,7 @@ def generators() -> Iterator[None]:
         yield
 
 
-def picture_of(model: nn.Module) -> dict[str, Any]:
+def attributes_of(model: nn.Module) -> dict[str, Any]:
     """Every attribute of every module: objects by identity with the values they hold, containers by their items."""
     found: dict[str, Any] = {}
     for name, module in model.named_modules():
@@ -167,10 +167,10 @@ FORWARDS = [Keeps, RunningMean, LazyGrid, Momentum, InPlace, Drops]
 @pytest.mark.parametrize("kind", FORWARDS)
 def test_any_forward_converts_and_leaves_its_model_as_it_was(kind: type[Two], prove: bool, x: Tensor) -> None:
     model = kind()
-    before, given = picture_of(model), x.clone()
+    before, unchanged = attributes_of(model), x.clone()
     conversion = cs.convert(model, cs.CondConv(experts=2), example=x, prove=prove, skip_stem=False)
-    assert_same(before, picture_of(model))
-    assert torch.equal(x, given)
+    assert_same(before, attributes_of(model))
+    assert torch.equal(x, unchanged)
     if prove:
         assert max(conversion.difference.eval.relative, conversion.difference.train.relative) < 1e-5
     assert set(conditional_layers(conversion.model)) == ({"b"} if kind is Momentum else {"a", "b"})
@@ -180,10 +180,10 @@ def test_any_forward_converts_and_leaves_its_model_as_it_was(kind: type[Two], pr
 @pytest.mark.parametrize("kind", FORWARDS)
 def test_a_block_is_traced_and_left_as_it_was(kind: type[Two], x: Tensor) -> None:
     model = nn.Sequential(nn.Conv2d(3, 3, 1), kind())
-    before = picture_of(model)
+    before = attributes_of(model)
     with contextlib.suppress(BlockError):
         trace_block(model[1], [model[1].a, model[1].b])
-    assert_same(before, picture_of(model))
+    assert_same(before, attributes_of(model))
 
 
 def test_a_block_that_assigns_attributes_is_no_graph(x: Tensor) -> None:
@@ -198,11 +198,11 @@ def test_a_detector_that_keeps_its_anchors() -> None:
     """They are made at the first call, and it cannot run on meta to its end."""
     build = torchvision.models.detection.fasterrcnn_mobilenet_v3_large_320_fpn
     model = build(weights=None, weights_backbone=None, num_classes=5, min_size=96, max_size=96).eval()
-    pictures = [torch.rand(3, 96, 96) for _ in range(2)]
-    conversion = cs.convert(model, cs.CondConv(experts=2), example=(pictures,), include=["rpn.*"], skip_stem=False)
+    images = [torch.rand(3, 96, 96) for _ in range(2)]
+    conversion = cs.convert(model, cs.CondConv(experts=2), example=(images,), include=["rpn.*"], skip_stem=False)
     assert conversion.difference.eval.absolute < 1e-3
     assert all(anchors.device.type == "cpu" for anchors in model.rpn.anchor_generator.cell_anchors)
-    model(pictures)
+    model(images)
 
 
 def test_random_numbers_go_on_as_if_nothing_had_run(x: Tensor) -> None:
@@ -274,9 +274,9 @@ def test_an_output_that_is_a_buffer_is_compared_as_it_was_then(x: Tensor) -> Non
 @pytest.mark.parametrize("kind", FORWARDS)
 def test_a_report_leaves_the_model_as_it_was(kind: type[Two], x: Tensor) -> None:
     model = kind()
-    before, given = picture_of(model), x.clone()
+    before, unchanged = attributes_of(model), x.clone()
     counted = count(model, (x,))
     assert peak_activations(model, (x,)) > 0
     assert counted.modules[model.b].macs == 2 * 4 * 4 * 9 * 12 * 12
-    assert_same(before, picture_of(model))
-    assert torch.equal(x, given)
+    assert_same(before, attributes_of(model))
+    assert torch.equal(x, unchanged)

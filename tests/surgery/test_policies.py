@@ -204,7 +204,7 @@ def test_a_layer_called_from_where_no_replacement_reaches_is_left_alone(
     assert not layer._forward_hooks
     conversion = cs.convert(model, cs.CondConv(), example=x, prove=prove, inplace=inplace)
     reason = {skip.name: skip.reason for skip in conversion.plan.skipped}[held]
-    assert reason.startswith("called from where a replacement would not be: a list or a closure, say")
+    assert reason.startswith("called from where it cannot be replaced: a list or a closure, say")
     assert set(conditional_layers(conversion.model)) == {other} == {site.name for site in planned.to_convert}
     assert conversion.plan.skipped == planned.skipped
     with torch.compiler.set_stance("force_eager"):
@@ -311,8 +311,8 @@ def test_layers_that_share_a_weight_keep_sharing_it(x: Tensor) -> None:
     model[2].weight = model[1].weight
     conversion = cs.convert(model, cs.CondConv(), example=x)
     skipped = {skip.name: skip.reason for skip in conversion.plan.skipped}
-    assert skipped["1"] == "2.weight is the same parameter as one of its own, and would not be any more"
-    assert skipped["2"] == "1.weight is the same parameter as one of its own, and would not be any more"
+    assert skipped["1"] == "2.weight is the same parameter as one of its own; they would no longer be tied"
+    assert skipped["2"] == "1.weight is the same parameter as one of its own; they would no longer be tied"
     assert conversion.model[1].weight is conversion.model[2].weight
     assert [site.name for site in conversion.plan.to_convert] == ["3"]
 
@@ -341,7 +341,7 @@ def test_a_tie_is_not_cut(kind: str, by: str, x: Tensor) -> None:
     conversion = cs.convert(model, cs.CondConv(), example=x)
     skipped = {skip.name: skip.reason for skip in conversion.plan.skipped}
     other = f"spare.{kind}" if by == "spare" else "own"
-    assert skipped["tied"] == f"{other} is the same parameter as one of its own, and would not be any more"
+    assert skipped["tied"] == f"{other} is the same parameter as one of its own; they would no longer be tied"
     assert skipped.get("spare", "") == ("" if by == "own" else skipped["tied"].replace("spare", "tied"))
     assert [site.names for site in conversion.plan.to_convert] == [("free", "again")]
     assert getattr(conversion.model.tied, kind) is conversion.model.get_parameter(other)
@@ -359,7 +359,7 @@ def test_a_layer_with_a_forward_of_its_own_is_left_alone(factor: float, x: Tenso
     usual = model[1].forward
     model[1].forward = lambda x: usual(x) * factor
     plan = cs.convert(model, cs.CondConv(), example=x).plan
-    assert "its forward is its own" in {skip.name: skip.reason for skip in plan.skipped}["1"]
+    assert "its forward was replaced on the object" in {skip.name: skip.reason for skip in plan.skipped}["1"]
 
 
 def test_a_part_in_torchscript_is_no_obstacle(x: Tensor) -> None:
