@@ -90,21 +90,12 @@ def _train(options: TrainingOptions, resume: bool, ctx: typer.Context) -> Traini
     """The run; ``None`` in every process but the first."""
     import os
 
-    from condconv_surgery.data.find_data import require_data
-
-    require_data(options.data)  # before the model: a wrong path is an error at once
-
-    import torch
-
-    from condconv_surgery.models.sources import load_model
     from condconv_surgery.training import finetune as train
     from condconv_surgery.training.monitor.progress_display import console_display
 
     say(f"Loading {options.model}")
-    torch.manual_seed(options.seed)  # of weights that start at random
-    loaded = load_model(options.model, arch=options.arch, weights=options.weights, trust=options.trust)
-    loaded.float()  # a file may hold float16, in which small steps are lost
-    result = train(loaded, options, resume=resume, callback=cast("Callback", _InFlags(console_display(), ctx)))
+    callback = cast("Callback", _InFlags(console_display(), ctx))
+    result = train(options.model, options, resume=resume, callback=callback)
     return result if os.environ.get("RANK", "0") == "0" else None
 
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import venv
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -127,6 +128,38 @@ def test_backends_are_chosen_inside_ops_alone() -> None:
         if name != "condconv_surgery.native" and not name.startswith("condconv_surgery.ops"):
             backends = {other for other in imported_modules(name, path, modules) if ".ops.backends" in other}
             assert not backends, f"{name} imports {backends}"
+
+
+def test_no_folder_has_more_than_16_files() -> None:
+    files = [path for folder in PYTHON for path in (ROOT / folder).rglob("*.py") if path.name != "__init__.py"]
+    counts = Counter(path.parent.relative_to(ROOT) for path in files)
+    assert {str(folder): count for folder, count in counts.items() if count > 16} == {}
+
+
+def literals(path: Path) -> Iterator[str]:
+    """The texts of a file, except the flags that the rules of the recipe declare."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    declared = {
+        id(keyword.value)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call)
+        for keyword in node.keywords
+        if keyword.arg == "flag"
+    }
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in declared:
+            yield node.value
+
+
+def test_the_library_speaks_of_arguments_not_of_flags() -> None:
+    """The command line translates arguments into its flags. Commands that a text gives whole may have flags."""
+    wrong = {}
+    for path in (ROOT / "condconv_surgery").rglob("*.py"):
+        for text in literals(path):
+            without_commands = re.sub(r"(pip install|torchrun|condconv finetune --recipe)[^,;]*", "", text)
+            if flags := re.findall(r"(?<![\w-])--[a-z][\w-]*", without_commands):
+                wrong[f"{path.relative_to(ROOT)}: {text[:60]}"] = flags
+    assert wrong == {}
 
 
 def test_errors_and_recipe_need_no_torch() -> None:

@@ -23,7 +23,7 @@ class Rule:
 
     kind: ``int``, ``float``, ``bool`` or ``str``. many: a list of them. optional: ``None`` is allowed too.
     low, high: inclusive limits; with ``above`` the value must be larger than ``low``.
-    choices: the only strings allowed. flag: its flag on the command line, else ``--set section.name=VALUE``.
+    choices: the only strings allowed. flag: its flag on the command line, else set by ``section.name=VALUE``.
     """
 
     help: str
