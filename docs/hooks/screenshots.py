@@ -8,7 +8,7 @@ from pathlib import Path
 
 from PIL import Image
 
-SHOTS = {"desktop": (1280, 1500, ""), "phone": (390, 1100, ""), "routing": (1280, 1000, "routing")}
+SHOTS = {"desktop": (1280, 1500, ""), "phone": (390, 1100, "")}
 """Width, height, and the element at the top."""
 
 FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--allow-file-access-from-files"]
