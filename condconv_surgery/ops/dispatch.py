@@ -1,6 +1,13 @@
-"""The ordered list of backends, and the only place that asks them. The first one that supports a call computes it."""
+"""The ordered list of backends, and the only place that asks them. The first one that supports a call computes it.
+
+A small layer takes tens of microseconds, so for each optional method of ``Backend`` there is a list of those that
+override it: no backend is asked for what it does not have.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
 
 from torch import Tensor
 
@@ -14,10 +21,39 @@ from condconv_surgery.ops.router_forms import RouterForm
 
 _backends: list[Backend] = [CppBackend(), TritonBackend(), EagerBackend()]
 
+_fast_convolve: list[Callable[..., Any]] = []
+_applies_scales: list[Callable[..., Any]] = []
+_preferred: list[Callable[..., Any]] = []
+_pool: list[Callable[..., Any]] = []
+_route: list[Callable[..., Any]] = []
+
 
 def register_backend(backend: Backend) -> None:
     """Add a backend, which is asked before those that are registered already."""
     _backends.insert(0, backend)
+    _list_methods()
+
+
+def unregister_backend(backend: Backend) -> None:
+    """Undo ``register_backend``."""
+    _backends.remove(backend)
+    _list_methods()
+
+
+def _list_methods() -> None:
+    lists = {
+        "fast_convolve": _fast_convolve,
+        "applies_scales": _applies_scales,
+        "preferred_implementation": _preferred,
+        "pool": _pool,
+        "route": _route,
+    }
+    for name, methods in lists.items():
+        default = getattr(Backend, name)
+        methods[:] = [getattr(b, name) for b in _backends if getattr(type(b), name) is not default]
+
+
+_list_methods()
 
 
 def backend_for(
@@ -41,8 +77,8 @@ def fast_convolve(
     implementation: str, x: Tensor, experts: Tensor, mixture: Mixture, geometry: ConvGeometry
 ) -> Tensor | None:
     """The convolution by a backend's fast path, [B, O, H', W'], or None."""
-    for backend in _backends:
-        y = backend.fast_convolve(implementation, x, experts, mixture, geometry)
+    for method in _fast_convolve:
+        y: Tensor | None = method(implementation, x, experts, mixture, geometry)
         if y is not None:
             return y
     return None
@@ -50,16 +86,16 @@ def fast_convolve(
 
 def applies_scales(implementation: str, x: Tensor, experts: Tensor, mixture: Mixture, geometry: ConvGeometry) -> bool:
     """Whether a backend takes the scales of ``mixture`` into the kernels of ``implementation``."""
-    for backend in _backends:  # noqa: SIM110  a generator costs a microsecond
-        if backend.applies_scales(implementation, x, experts, mixture, geometry):
+    for method in _applies_scales:  # noqa: SIM110  a generator costs a microsecond
+        if method(implementation, x, experts, mixture, geometry):
             return True
     return False
 
 
 def preferred_implementation(x: Tensor, experts: Tensor, mixture: Mixture, geometry: ConvGeometry) -> str | None:
     """The implementation that a backend asks for instead of the cost model's, or None."""
-    for backend in _backends:
-        name = backend.preferred_implementation(x, experts, mixture, geometry)
+    for method in _preferred:
+        name: str | None = method(x, experts, mixture, geometry)
         if name is not None:
             return name
     return None
@@ -67,8 +103,8 @@ def preferred_implementation(x: Tensor, experts: Tensor, mixture: Mixture, geome
 
 def pool(x: Tensor) -> Tensor:
     """The mean over positions, [B, I, H, W] -> [B, I]."""
-    for backend in _backends:
-        pooled = backend.pool(x)
+    for method in _pool:
+        pooled: Tensor | None = method(x)
         if pooled is not None:
             return pooled
     raise AssertionError("EagerBackend pools every tensor")
@@ -76,8 +112,8 @@ def pool(x: Tensor) -> Tensor:
 
 def route(pooled: Tensor, form: RouterForm) -> list[Tensor | None] | None:
     """The outputs of a router for ``pooled`` [B, I] by a backend that fuses it, or None: compute them with torch."""
-    for backend in _backends:
-        parts = backend.route(pooled, form)
+    for method in _route:
+        parts: list[Tensor | None] | None = method(pooled, form)
         if parts is not None:
             return parts
     return None

@@ -128,6 +128,8 @@ class ConvGeometry:
 
     def pad(self, x: Tensor) -> tuple[Tensor, ConvArguments]:
         """``x`` [B, I, H, W], padded where ``F.conv2d`` cannot do it, and the arguments left for ``F.conv2d``."""
+        if not isinstance(self.padding, str) and self.padding_mode == "zeros":
+            return x, ConvArguments(self.stride, self.padding, self.dilation, self.groups)
         amounts = left, right, top, bottom = self.pad_amounts(x)
         if self.padding_mode == "zeros" and left == right and top == bottom:
             return x, ConvArguments(self.stride, (top, left), self.dilation, self.groups)

@@ -129,7 +129,7 @@ class TestCompiled:
                     if not supports(view, experts, geometry):
                         continue
                     assert torch.equal(by_blocks(view, experts, bias, mixture, geometry), actual[0])
-                    fast = fast_convolve(view, experts, mixture, geometry)
+                    fast = fast_convolve("auto", view, experts, mixture, geometry)
                     if fast is None:
                         assert mixture.gate is None
                         assert mixture.spatial is None
@@ -252,21 +252,21 @@ class TestCompiled:
     def test_the_dispatcher_is_passed_by_when_nothing_is_recorded(self) -> None:
         geometry = ConvGeometry.make(8, 16, 3, 1, 1)
         x, experts, mixture = torch.randn(1, 8, 9, 9), torch.randn(2, 16, 8, 3, 3), Mixture(torch.rand(1, 2))
-        assert fast_convolve(x, experts, mixture, geometry) is None
+        assert fast_convolve("auto", x, experts, mixture, geometry) is None
         with torch.no_grad():
-            assert fast_convolve(x, experts, mixture, geometry) is not None
-            assert fast_convolve(x[:0], experts, Mixture(mixture.gate[:0]), geometry) is None
-            assert fast_convolve(x, experts[:1], Mixture(), geometry) is None
+            assert fast_convolve("auto", x, experts, mixture, geometry) is not None
+            assert fast_convolve("auto", x[:0], experts, Mixture(mixture.gate[:0]), geometry) is None
+            assert fast_convolve("auto", x, experts[:1], Mixture(), geometry) is None
 
             class Wrapped(torch.Tensor):
                 pass
 
             wrapped = Mixture(mixture.gate.as_subclass(Wrapped))
-            assert fast_convolve(x, experts, wrapped, geometry) is None
+            assert fast_convolve("auto", x, experts, wrapped, geometry) is None
             scale = Mixture(in_scale=torch.rand(1, 8))
-            assert fast_convolve(x, experts[:1], scale, geometry) is not None
+            assert fast_convolve("auto", x, experts[:1], scale, geometry) is not None
             with torch.autocast("cpu", dtype=torch.bfloat16):
-                assert fast_convolve(x, experts, mixture, geometry) is None
+                assert fast_convolve("auto", x, experts, mixture, geometry) is None
                 assert conditional_conv2d(x, experts, None, mixture, geometry).dtype == torch.bfloat16
 
     @pytest.mark.parametrize("kernel", [3, 5])

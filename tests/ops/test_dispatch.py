@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from re import findall
 
@@ -14,6 +16,7 @@ from condconv_surgery.layers import Mixture, conditional_like
 from condconv_surgery.ops import dispatch
 from condconv_surgery.ops.backend import Backend
 from condconv_surgery.ops.backends.eager import EagerBackend
+from condconv_surgery.ops.choose_implementation import choose
 from condconv_surgery.ops.geometry import ConvArguments, ConvGeometry
 from condconv_surgery.ops.router_forms import Attention, RouterForm, SigmoidGates
 from condconv_surgery.recipe import CondConv, DynamicConv, ODConv, Variant
@@ -64,17 +67,24 @@ def heads_of(pooled: Tensor, form: Attention) -> list[Tensor | None]:
 
 
 @pytest.fixture
-def fourth(monkeypatch: pytest.MonkeyPatch) -> FourthBackend:
-    monkeypatch.setattr(dispatch, "_backends", list(dispatch._backends))
+def fourth() -> Iterator[FourthBackend]:
     backend = FourthBackend()
+    with registered(backend):
+        yield backend
+
+
+@contextmanager
+def registered(backend: Backend) -> Iterator[None]:
     dispatch.register_backend(backend)
-    return backend
+    try:
+        yield
+    finally:
+        if backend in dispatch._backends:
+            dispatch.unregister_backend(backend)
 
 
 @pytest.mark.parametrize("variant", [CondConv(experts=3), ODConv(experts=3), DynamicConv(experts=3)], ids=str)
-def test_a_fourth_backend_is_one_class_and_one_call(
-    variant: Variant, fourth: FourthBackend, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_fourth_backend_is_one_class_and_one_call(variant: Variant, fourth: FourthBackend) -> None:
     layer = conditional_like(nn.Conv2d(6, 10, 3, padding=1), variant).eval()
     scramble(layer)
     layer.implementation = "blockwise"
@@ -85,7 +95,7 @@ def test_a_fourth_backend_is_one_class_and_one_call(
     layer.double()(x.double())
     assert fourth.calls["convolve"] == 2  # float64 is not supported, so the next backend computes it
     layer.float()
-    monkeypatch.setattr(dispatch, "_backends", dispatch._backends[1:])
+    dispatch.unregister_backend(fourth)
     expected = [layer(x), *torch.autograd.grad(layer(x).square().sum(), leaves)]
     for a, e in zip(found, expected, strict=True):
         torch.testing.assert_close(a, e, rtol=1e-4, atol=1e-5)
@@ -106,18 +116,19 @@ class FastBackend(FourthBackend):
         return "grouped"
 
 
-def test_a_fast_path_and_a_preference_are_asked(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dispatch, "_backends", list(dispatch._backends))
-    fast = FastBackend()
-    dispatch.register_backend(fast)
-    layer = conditional_like(nn.Conv2d(6, 10, 3, padding=1), CondConv(experts=3))
-    layer(torch.randn(4, 6, 8, 8))
-    assert fast.calls["fast auto"] == fast.calls["fast blockwise"] == 1
-    assert fast.calls["convolve"] == 1  # one candidate on a CPU: nothing to prefer
+def test_a_fast_path_and_a_preference_are_asked() -> None:
+    fast, layer = FastBackend(), conditional_like(nn.Conv2d(6, 10, 3, padding=1), CondConv(experts=3))
     odconv = conditional_like(nn.Conv2d(6, 10, 1), ODConv(experts=1))
-    odconv.implementation = "blockwise"
-    odconv(torch.randn(4, 6, 2, 2))
-    assert fast.calls["applies_scales"] == 1
+    x, one_kernel = torch.randn(4, 6, 8, 8), Mixture(in_scale=torch.ones(4, 6))
+    with registered(fast):
+        layer(x)
+        assert fast.calls["fast auto"] == fast.calls["fast blockwise"] == 1
+        assert fast.calls["convolve"] == 1  # one candidate on a CPU: nothing to prefer
+        assert choose(x, odconv.weight, one_kernel, odconv.geometry) == "grouped"
+        odconv.implementation = "blockwise"
+        odconv(torch.randn(4, 6, 2, 2))
+        assert fast.calls["applies_scales"] == 1
+    assert choose(x, odconv.weight, one_kernel, odconv.geometry) == "blockwise"
 
 
 def test_a_backend_that_fuses_no_router_leaves_it_to_torch() -> None:

@@ -17,7 +17,7 @@ from condconv_surgery.layers.router import Router
 from condconv_surgery.ops.backends.triton import availability
 from condconv_surgery.ops.backends.triton import pooling_kernels as pooling
 from condconv_surgery.ops.backends.triton import router_kernels as gates
-from condconv_surgery.ops.backends.triton.triton_routing import sigmoid_gates
+from condconv_surgery.ops.backends.triton.triton_routing import route
 from condconv_surgery.ops.router_forms import SigmoidGates
 from condconv_surgery.recipe import CondConv, DynamicConv, ODConv, Variant
 from tests.ops.test_cpp_routing import LAYERS, VARIANTS, make
@@ -99,11 +99,11 @@ def test_what_is_left_to_torch(interpreted: None) -> None:
     assert launches_of(wrapped, x) == 1
     pooled = x.mean(dim=(2, 3))
     linear = make(LAYERS["3x3"], CondConv(experts=4)).linear
-    assert sigmoid_gates(pooled, SigmoidGates(linear, 0.5)) is None  # it is recorded
+    assert route(pooled, SigmoidGates(linear, 0.5)) is None  # it is recorded
     with torch.no_grad():
-        assert sigmoid_gates(pooled, SigmoidGates(linear, 0.5)) is not None
-        assert sigmoid_gates(pooled, SigmoidGates(linear.half(), 0.5)) is None
-        assert sigmoid_gates(pooled.t().contiguous().t(), SigmoidGates(linear.float(), 0.5)) is None
+        assert route(pooled, SigmoidGates(linear, 0.5)) is not None
+        assert route(pooled, SigmoidGates(linear.half(), 0.5)) is None
+        assert route(pooled.t().contiguous().t(), SigmoidGates(linear.float(), 0.5)) is None
 
 
 @pytest.mark.parametrize("variant", [CondConv(experts=2), ODConv(experts=2)], ids=str)

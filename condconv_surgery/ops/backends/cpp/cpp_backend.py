@@ -8,7 +8,6 @@ from condconv_surgery.ops.backend import Backend
 from condconv_surgery.ops.backends.cpp import cpp_convolution, cpp_routing
 from condconv_surgery.ops.geometry import ConvArguments, ConvGeometry
 from condconv_surgery.ops.mixture import Mixture, same_kernel_for_all
-from condconv_surgery.ops.router_forms import RouterForm, SigmoidGates
 
 MAX_SCALED_SHARE = 2
 """Where scales are all that is mixed, kernels of up to this many times the elements of a sample's activations are
@@ -19,6 +18,10 @@ class CppBackend(Backend):
     """Supports nothing until it is enabled, then what it was measured to be faster at than eager torch."""
 
     name = "cpp"
+    # without a method around them: a call takes as long as a small router
+    fast_convolve = staticmethod(cpp_convolution.fast_convolve)
+    pool = staticmethod(cpp_routing.pool)
+    route = staticmethod(cpp_routing.route)
 
     def supports(self, x: Tensor, experts: Tensor, mixture: Mixture, geometry: ConvGeometry | ConvArguments, /) -> bool:
         return cpp_convolution.supports(x, experts, geometry)
@@ -39,12 +42,6 @@ class CppBackend(Backend):
     ) -> list[Tensor | None]:
         return cpp_convolution.convolve_backward(grad, x, experts, mixture, arguments, needs)
 
-    def fast_convolve(
-        self, implementation: str, x: Tensor, experts: Tensor, mixture: Mixture, geometry: ConvGeometry, /
-    ) -> Tensor | None:
-        # before the choice: what it supports is always computed blockwise, but for scales alone
-        return cpp_convolution.fast_convolve(x, experts, mixture, geometry) if implementation == "auto" else None
-
     def applies_scales(
         self, implementation: str, x: Tensor, experts: Tensor, mixture: Mixture, geometry: ConvGeometry, /
     ) -> bool:
@@ -57,12 +54,3 @@ class CppBackend(Backend):
         if not scaled or not same_kernel_for_all(mixture) or not cpp_convolution.supports(x, experts, geometry):
             return None
         return "blockwise" if geometry.weight_numel <= MAX_SCALED_SHARE * geometry.activations(x) else "static"
-
-    def pool(self, x: Tensor, /) -> Tensor | None:
-        return cpp_routing.pool(x)
-
-    def route(self, pooled: Tensor, form: RouterForm, /) -> list[Tensor | None] | None:
-        if not isinstance(form, SigmoidGates):
-            return cpp_routing.attention(pooled, form)
-        gates = cpp_routing.sigmoid_gates(pooled, form)
-        return None if gates is None else [gates]

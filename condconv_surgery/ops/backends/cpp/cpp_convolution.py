@@ -42,9 +42,14 @@ def supports(x: Tensor, experts: Tensor, geometry: ConvGeometry | ConvArguments)
     return bool(batch == 1 or positions <= MAX_POINTWISE_POSITIONS)
 
 
-def fast_convolve(x: Tensor, experts: Tensor, mixture: Mixture, geometry: ConvGeometry) -> Tensor | None:
-    """``convolve`` past torch's dispatcher and the choice of an implementation, or None where that is not possible."""
-    if code_for(x, experts, *mixture) is None or torch.is_autocast_enabled("cpu"):
+def fast_convolve(
+    implementation: str, x: Tensor, experts: Tensor, mixture: Mixture, geometry: ConvGeometry
+) -> Tensor | None:
+    """``convolve`` past torch's dispatcher, or None where that is not possible.
+
+    It is taken before the choice: what is supported is always computed blockwise, except for scales alone.
+    """
+    if implementation != "auto" or code_for(x, experts, *mixture) is None or torch.is_autocast_enabled("cpu"):
         return None
     batch = x.shape[0]
     if batch == 0 or not supports(x, experts, geometry):

@@ -19,7 +19,20 @@ from condconv_surgery.ops.per_sample.per_sample_conv import format_of
 from condconv_surgery.ops.tracing_state import are_plain, is_intercepted
 
 
-def fast_blockwise(x: Tensor, experts: Tensor, mixture: Mixture, geometry: ConvGeometry) -> Tensor | None:
+def fast_convolve(
+    implementation: str, x: Tensor, experts: Tensor, mixture: Mixture, geometry: ConvGeometry
+) -> Tensor | None:
+    """``conv(x_b, K_b)`` for ``x`` [B, I, H, W] by an implementation, or None."""
+    if implementation == "blockwise":
+        return _blockwise(x, experts, mixture, geometry)
+    kernel = mixed_kernel(x, experts, mixture, geometry) if implementation == "plain" else None
+    if kernel is None:
+        return None
+    x, arguments = geometry.pad(x)
+    return F.conv2d(x, kernel, None, *arguments)
+
+
+def _blockwise(x: Tensor, experts: Tensor, mixture: Mixture, geometry: ConvGeometry) -> Tensor | None:
     """``conv(x_b, K_b)`` for ``x`` [B, I, H, W], or None where the custom operator has to compute it."""
     if not supports(x, experts, mixture, geometry) or is_intercepted() or not are_plain(x, experts, *mixture):
         return None
@@ -28,15 +41,6 @@ def fast_blockwise(x: Tensor, experts: Tensor, mixture: Mixture, geometry: ConvG
         return convolve(x, experts, mixture, arguments)
     y: Tensor = _Convolution.apply(x, experts, *mixture, arguments)
     return y
-
-
-def fast_plain(x: Tensor, experts: Tensor, mixture: Mixture, geometry: ConvGeometry) -> Tensor | None:
-    """The convolution of a batch of one with a kernel mixed by Triton, or None."""
-    kernel = mixed_kernel(x, experts, mixture, geometry)
-    if kernel is None:
-        return None
-    x, arguments = geometry.pad(x)
-    return F.conv2d(x, kernel, None, *arguments)
 
 
 def mixed_kernel(x: Tensor, experts: Tensor, mixture: Mixture, geometry: ConvGeometry) -> Tensor | None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from condconv_surgery.ops.backends.triton.availability import MAX_SAMPLES, kernels, supports_tensor
 from condconv_surgery.ops.backends.triton.triton_convolution import MAX_EXPERTS
-from condconv_surgery.ops.router_forms import Attention, SigmoidGates
+from condconv_surgery.ops.router_forms import Attention, RouterForm, SigmoidGates
 from condconv_surgery.ops.tracing_state import are_plain, is_intercepted, linear_parts, norm_parts
 
 MAX_HIDDEN = 256
@@ -44,10 +44,18 @@ class _Mean(torch.autograd.Function):
         return scaled[:, :, None, None].expand(ctx.shape)
 
 
-def sigmoid_gates(pooled: Tensor, form: SigmoidGates) -> Tensor | None:
-    """``factor * sigmoid(linear(pooled))``: [B, I] -> [B, E]."""
+def route(pooled: Tensor, form: RouterForm) -> list[Tensor | None] | None:
+    """The outputs of a router, [B, I] -> [B, E] or [B, width of the head] each."""
     if not _supports_pooled(pooled):
         return None
+    if not isinstance(form, SigmoidGates):
+        return attention(pooled, form)
+    gates = sigmoid_gates(pooled, form)
+    return None if gates is None else [gates]
+
+
+def sigmoid_gates(pooled: Tensor, form: SigmoidGates) -> Tensor | None:
+    """``factor * sigmoid(linear(pooled))``: [B, I] -> [B, E]."""
     parts = linear_parts(form.linear)
     if parts is None or not _alike(pooled, *parts) or parts[0].shape[1] != pooled.shape[1]:
         return None
@@ -60,7 +68,7 @@ def sigmoid_gates(pooled: Tensor, form: SigmoidGates) -> Tensor | None:
 def attention(pooled: Tensor, form: Attention) -> list[Tensor | None] | None:
     """The outputs of up to four heads (``router_forms.Attention``), [B, I] -> [B, width of the head] each."""
     reduce, norm, relu, heads, temperature = form
-    if not _supports_pooled(pooled) or not are_plain(temperature) or temperature.device != pooled.device:
+    if not are_plain(temperature) or temperature.device != pooled.device:
         return None
     statistics, hidden = [] if norm is None else norm_parts(norm), linear_parts(reduce)
     if statistics is None or hidden is None or not _alike(pooled, *statistics, *hidden):
