@@ -1,1 +1,1 @@
-"""How to convolve with a kernel of each sample's own: one operation, its implementations and its backends."""
+"""How to convolve with one kernel for each sample: one operation, its implementations and its backends."""

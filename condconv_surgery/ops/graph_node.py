@@ -1,8 +1,8 @@
-"""Layers and routers are single nodes of any ``torch.fx`` graph, whichever tracer makes it.
+"""Layers and routers are single nodes of any ``torch.fx`` graph, whatever the tracer.
 
-fx's own tracer goes through every module outside of ``torch.nn``, and would fail on the first shape that a layer
-checks. The documented way around is a tracer of one's own, but passes such as those in
-``torch.fx.experimental.optimization`` make theirs.
+fx's own tracer traces through every module outside of ``torch.nn``, and would fail on the first shape check of a layer.
+The documented solution is a subclass of the tracer, but passes such as those in ``torch.fx.experimental.optimization``
+create their own tracers.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ from condconv_surgery.errors import InputError
 
 
 def is_traced(x: object) -> bool:
-    """``x`` is no tensor but a value of a graph that is being traced."""
+    """Whether ``x`` is a proxy in a graph that is being traced, not a tensor."""
     return isinstance(x, fx.Proxy)
 
 
 def as_node(module: nn.Module, x: Any, *rest: Any) -> Any:
     """The call of ``module`` as a node of the graph that ``x`` belongs to.
 
-    Raises ``InputError`` when the module has hooks: the tracer has run them already, and the node would again. And
-    when it is what is traced, so that there is nothing around it.
+    Raises ``InputError`` when the module has hooks, which the tracer has run already and the node would run again, and
+    when the module is the root of the trace.
     """
     if module._forward_hooks or module._forward_pre_hooks:
         raise InputError(

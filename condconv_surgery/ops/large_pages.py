@@ -1,10 +1,10 @@
-"""Large pages for fresh memory on a CPU.
+"""Ask the system for large pages for new tensors on a CPU.
 
-Memory that was never written is handed out by the system page by page, each at its first touch: 2 to 4 GB/s in pages
-of 4 KB where a tensor that is written again takes 13 GB/s and more (benchmarks/NOTES.md). glibc gives such memory to
-nearly every tensor of more than 32 MiB, and to smaller ones after it gave its own back. Linux hands it out 2 MiB at a
-time where it is asked to; torch asks so for all its tensors with ``THP_MEM_ALLOC_ENABLE=1``, here it is asked for
-results.
+The system maps memory that was never written page by page, each at its first touch: 2 to 4 GB/s in pages of 4 KB, where
+a tensor that is written again takes 13 GB/s and more (benchmarks/NOTES.md). glibc returns
+such memory for nearly every tensor of more than 32 MiB, and for smaller ones after it returned its own to the system.
+Linux maps 2 MiB at a time where it is asked to. torch asks for all its tensors with ``THP_MEM_ALLOC_ENABLE=1``; we ask
+for outputs and gradients.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from functools import cache
 from torch import Tensor
 
 LARGE = 2 << 20
-"""Bytes of a large page, and its alignment; the usual size on x86 and ARM. Only whole ones are asked for."""
+"""Bytes of a large page, and its alignment, on x86 and most ARM. Only whole pages are asked for."""
 
 
 def in_large_pages(memory: Tensor) -> Tensor:
-    """``memory`` itself, whose pages, where not there yet, come as large ones: a hint, which a system may pass over."""
+    """Ask for large pages where ``memory`` is not mapped yet, a hint that the system may ignore. Returns ``memory``."""
     size = memory.nbytes
     if size < LARGE or not memory.is_cpu:
         return memory
@@ -36,7 +36,7 @@ def in_large_pages(memory: Tensor) -> Tensor:
 
 @cache
 def _advise() -> Callable[[int, int, int], int] | None:
-    """The C library's ``madvise``, where there is one that knows of large pages."""
+    """The C library's ``madvise``, or None where it does not support large pages."""
     if not hasattr(mmap, "MADV_HUGEPAGE"):
         return None
     advise = ctypes.CDLL(None).madvise

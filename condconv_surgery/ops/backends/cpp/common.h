@@ -1,4 +1,4 @@
-// What the kernels share: vectors, the parts of a mixture, the geometry of a convolution, and what is asked of tensors.
+// Shared by all kernels: vectors, the parts of a mixture, the geometry of a convolution, and checks of tensors.
 
 #pragma once
 
@@ -27,13 +27,13 @@ typedef int Mask __attribute__((vector_size(32)));
 
 constexpr int64_t LANES = 8;
 constexpr int64_t WIDEST = sizeof(Widest) / sizeof(float);
-constexpr int64_t LINE = 16;  // numbers of a line of the cache
+constexpr int64_t LINE = 16;  // floats of a cache line
 
 inline Vec load(const float* p) { return *reinterpret_cast<const Vec*>(p); }
 inline void store(float* p, Vec v) { *reinterpret_cast<Vec*>(p) = v; }
 inline Widest load_widest(const float* p) { return *reinterpret_cast<const Widest*>(p); }
 inline void store_widest(float* p, Widest v) { *reinterpret_cast<Widest*>(p) = v; }
-// The first ``count`` lanes, and zeros; of a count that is not from 1 to 7, all of them or none.
+// A mask of the first ``count`` lanes: all for 8 or more, none for 0 or less.
 inline Mask mask_of(int64_t count) {
   Mask m;
   for (int i = 0; i < LANES; i++) m[i] = i < count ? -1 : 0;
@@ -53,18 +53,18 @@ inline float sum_of(Widest v) {
 #endif
 const float* data_of(const Maybe& t) { return t ? t->const_data_ptr<float>() : nullptr; }
 
-// Numbers that begin with a line of the cache, so that none of the widest loads touches two.
+// A buffer of floats that is aligned to a cache line, so that none of the widest loads touches two.
 template <typename T>
-struct AtALine {
+struct CacheLineAllocator {
   using value_type = T;
   static constexpr std::align_val_t LINE_BYTES{LINE * sizeof(float)};
   T* allocate(size_t n) { return static_cast<T*>(::operator new(n * sizeof(T), LINE_BYTES)); }
   void deallocate(T* p, size_t) { ::operator delete(p, LINE_BYTES); }
-  bool operator==(const AtALine&) const = default;
+  bool operator==(const CacheLineAllocator&) const = default;
 };
-using Numbers = std::vector<float, AtALine<float>>;
+using Buffer = std::vector<float, CacheLineAllocator<float>>;
 
-// As in ops/large_pages.py: memory that is not there yet comes in large pages, where the system has them.
+// As in ops/large_pages.py: ask for large pages for memory that was never touched, where the system has them.
 Tensor in_large_pages(Tensor memory) {
 #ifdef MADV_HUGEPAGE
   constexpr uintptr_t LARGE = 2 << 20;
@@ -75,12 +75,12 @@ Tensor in_large_pages(Tensor memory) {
   return memory;
 }
 
-struct Margins {
+struct PadAmounts {
   int64_t top, bottom, left, right;
   bool any() const { return top + bottom + left + right > 0; }
 };
 
-struct Gates {  // of each sample, or null
+struct Gates {  // pointers to each sample's parts of the mixture, or null
   const float *gate, *spatial, *before, *after;
 };
 
@@ -95,10 +95,10 @@ Geometry geometry_of(const Tensor& experts, const Sizes& stride, const Sizes& pa
   return {experts.size(3), experts.size(4), stride[0], stride[1], padding[0], padding[1], dilation[0], dilation[1]};
 }
 
-// All that the loops rely on. Sizes are those of a forward pass on ``x``.
+// Everything that the loops rely on. Sizes are those of a forward pass on ``x``.
 void check(const Tensor& x, const Tensor& experts, const Maybe& gate, const Maybe& spatial, const Maybe& before,
            const Maybe& after, const Geometry& g, bool depthwise) {
-  auto given = [](const Tensor& t, at::IntArrayRef sizes, const char* name) {
+  auto require = [](const Tensor& t, at::IntArrayRef sizes, const char* name) {
     TORCH_CHECK(t.device().is_cpu() && t.scalar_type() == at::kFloat && t.is_contiguous(), name,
                 " must be a contiguous float32 tensor on the CPU");
     TORCH_CHECK(t.sizes() == sizes, name, " has the sizes ", t.sizes(), ", it must have ", sizes);
@@ -106,28 +106,28 @@ void check(const Tensor& x, const Tensor& experts, const Maybe& gate, const Mayb
   TORCH_CHECK(x.dim() == 4 && x.numel() > 0 && experts.dim() == 5 && experts.numel() > 0,
               "nothing to convolve: x has the sizes ", x.sizes(), ", the experts have ", experts.sizes());
   const int64_t B = x.size(0), E = experts.size(0), O = experts.size(1), I = x.size(1);
-  given(x, x.sizes(), "x");
+  require(x, x.sizes(), "x");
   TORCH_CHECK(!depthwise || O == I, O, " filters for ", I, " channels of a depthwise convolution");
-  given(experts, {E, O, depthwise ? 1 : I, g.kh, g.kw}, "experts");
+  require(experts, {E, O, depthwise ? 1 : I, g.kh, g.kw}, "experts");
   if (gate)
-    given(*gate, {B, E}, "the gate");
+    require(*gate, {B, E}, "the gate");
   else
     TORCH_CHECK(E == 1, E, " experts need a gate");
-  if (spatial) given(*spatial, {B, g.kh, g.kw}, "the spatial part");
-  if (before) given(*before, {B, I}, "the scale of the input");
-  if (after) given(*after, {B, O}, "the scale of the output");
+  if (spatial) require(*spatial, {B, g.kh, g.kw}, "the spatial part");
+  if (before) require(*before, {B, I}, "the scale of the input");
+  if (after) require(*after, {B, O}, "the scale of the output");
   TORCH_CHECK(x.size(2) + 2 * g.ph > g.dh * (g.kh - 1) && x.size(3) + 2 * g.pw > g.dw * (g.kw - 1),
               "Kernel size can't be greater than actual input size: x has the sizes ", x.sizes(), ", the experts ",
               experts.sizes());
 }
 
-// The pixels of one dimension at one place in the stride: which taps serve them, and where in the gradient these read.
+// The pixels of one dimension in one phase of the stride: their taps, and where these read in the gradient.
 struct Step {
   Sizes taps, reach, pixels, starts;
 };
 
 struct Steps {
-  int64_t before, after;  // margins of the gradient
+  int64_t before, after;  // padding of the gradient
   std::vector<Step> steps;
 
   Steps(int64_t kernel, int64_t stride, int64_t padding, int64_t dilation, int64_t size, int64_t outputs)
@@ -147,7 +147,7 @@ struct Steps {
   }
 };
 
-// of_phase(tall, wide) for every phase of the stride that has pixels and taps. Gives the number of its pixels, of all.
+// Calls of_phase(tall, wide) for every phase of the stride that has pixels and taps. Returns the sum of their pixels.
 template <typename Work>
 int64_t for_each_phase(const Steps& tall, const Steps& wide, const Work& of_phase) {
   int64_t pixels = 0;

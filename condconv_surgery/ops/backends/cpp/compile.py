@@ -1,4 +1,4 @@
-"""Compiles ``native.cpp`` once for each version of what it depends on, and loads it."""
+"""Compile ``native.cpp`` once for each version of its sources, torch, Python and processor, and load it."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ from condconv_surgery.errors import InputError, one_line
 
 SOURCE = Path(__file__).with_name("native.cpp")
 
-# by what torch finds that a processor has, the most first
+# by torch's name of the processor's instructions, the widest first
 FLAGS = {"avx512": ["-mavx512f", "-mavx512vl", "-mfma"], "avx2": ["-mavx2", "-mfma"]}
 
 _compiled: Any = None
 
 
 def enable() -> None:
-    """Use the compiled code from now on in this process; it is compiled first, in about a minute, if it is not yet.
+    """Use the compiled code in this process; the first call compiles it, in about a minute.
 
-    Raises ``InputError`` where it cannot be compiled or would not run.
+    Raises ``InputError`` where it cannot be compiled or the processor is not supported.
     """
     global _compiled
     if _instructions() not in FLAGS:
@@ -41,7 +41,7 @@ def enable() -> None:
         )
     try:
         _compiled = _imported(_target()) if is_built() else _built(_target())
-    except Exception as error:  # no compiler, ninja or headers; a compiler without vectors; no room
+    except Exception as error:  # no compiler, ninja or headers; a compiler without vectors; no disk space
         raise InputError(
             f"The native kernels could not be compiled: {_reason(error)}",
             "That takes g++ 12 or newer, Python's headers, ninja and setuptools.",
@@ -59,20 +59,20 @@ def enable_if_requested() -> None:
 
 
 def _instructions() -> str:
-    """Those of ``FLAGS`` that this processor has, or else what torch says of it."""
+    """The first of ``FLAGS`` that this processor supports, or else torch's name of its instructions."""
     has = torch.backends.cpu.get_cpu_capability()
     return next((name for name in FLAGS if has.lower().startswith(name)), has)
 
 
 def is_built() -> bool:
-    """``enable`` has nothing to compile."""
+    """Whether ``enable`` has nothing to compile."""
     return _target().exists()
 
 
 def _target() -> Path:
     """The library of this source, torch, Python and processor in the user's cache.
 
-    Its name is that of the module, of which a process may load one for each set of instructions.
+    Its name is the module's; a process may load one for each set of instructions.
     """
     given = Path(os.environ.get("XDG_CACHE_HOME", ""))
     cache = given if given.is_absolute() else Path.home() / ".cache"
@@ -84,17 +84,18 @@ def _target() -> Path:
 
 
 def _built(target: Path) -> Any:
-    """Compiled in a folder of its own, so that processes do not meet and a killed one leaves nothing half-made."""
+    """Compile in a temporary folder, so that processes do not interfere and a killed one leaves nothing half-made."""
     target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     logger = logging.getLogger("torch.utils.cpp_extension")
     level = logger.level
-    logger.setLevel(logging.ERROR)  # it misses a GPU that is not asked for
+    logger.setLevel(logging.ERROR)  # it warns that there is no CUDA compiler
     try:
         with TemporaryDirectory(dir=target.parent) as folder, _ninja_found():
             from torch.utils import cpp_extension  # slow to import, and needs setuptools
 
-            cpp_extension.JIT_EXTENSION_VERSIONER.entries.pop(target.stem, None)  # it takes a failed build for done
-            # -fopenmp for the compiler alone: at link time the library takes the OpenMP runtime that torch brings
+            if (versioner := getattr(cpp_extension, "JIT_EXTENSION_VERSIONER", None)) is not None:
+                versioner.entries.pop(target.stem, None)  # it would take a failed build for a finished one
+            # -fopenmp for the compiler only: the library is linked to the OpenMP runtime of torch
             flags = ["-O3", *FLAGS[_instructions()], "-fopenmp"]
             module = cpp_extension.load(target.stem, [str(SOURCE)], extra_cflags=flags, build_directory=folder)
             Path(folder, target.name).replace(target)
@@ -114,7 +115,7 @@ def _imported(built: Path) -> Any:
 
 @contextmanager
 def _ninja_found() -> Iterator[None]:
-    """The package's ninja is on the path, as it is in an activated environment."""
+    """Put ninja of the Python package on the path, as an activated environment does."""
     path = os.environ.get("PATH")
     if shutil.which("ninja") is None and importlib.util.find_spec("ninja") is not None:
         import ninja
@@ -128,22 +129,22 @@ def _ninja_found() -> Iterator[None]:
 
 
 def _reason(error: Exception) -> str:
-    """The compiler's own first error, or else the first line."""
+    """The compiler's first error, or else the first line."""
     lines = [line.strip() for line in str(error).splitlines() if "error:" in line]
     return lines[0] if lines else one_line(error)
 
 
 def disable() -> None:
-    """Compute by torch's own operators again."""
+    """Compute with torch's operators again."""
     global _compiled
     _compiled = None
 
 
 def is_enabled() -> bool:
-    """The compiled code is in use."""
+    """Whether the compiled code is in use."""
     return _compiled is not None
 
 
 def extension() -> Any:
-    """The compiled module, or None where it is not in use."""
+    """The compiled module, or None where it is not enabled."""
     return _compiled

@@ -6,61 +6,61 @@
 
 namespace {
 
-constexpr int64_t FEW_SAMPLES = 4;  // whose kernels are mixed from the experts as they lie, before a panel is made
-constexpr int64_t MOST_POSITIONS = 4096;  // at a time: their sums are 512 KB for a panel, 256 KB with AVX2
-constexpr int64_t PARTS = 4;              // of a panel's positions, that threads may have the same to do
+constexpr int64_t FEW_SAMPLES = 4;  // up to here kernels are mixed from the experts unpacked, then packed as a panel
+constexpr int64_t MAX_POSITIONS = 4096;   // at a time: their sums are 512 KB for a panel, 256 KB with AVX2
+constexpr int64_t PARTS = 4;              // of a panel's positions, so that threads have equal work
 // Panels that read the same channels while they are in the first level of cache (1x1), or in the second.
 constexpr int64_t POINTWISE_TOGETHER = 4, TOGETHER = 2;
-// Padded input at a time: what little stays in the second level and needs few pages, but twice the experts, which are
-// packed anew for each time; never more than stays in the third.
+// Padded input at a time: little enough to stay in the second level of cache and to need few pages, but at least twice
+// the experts, which are packed again each time; never more than stays in the third level.
 constexpr int64_t LEAST_INPUT = 2 << 20, MOST_INPUT = 8 << 20;
 
-int64_t samples_at_a_time(const Tensor& x, Margins m, const Experts& experts) {
+int64_t samples_at_a_time(const Tensor& x, PadAmounts m, const Experts& experts) {
   const int64_t map = (x.size(2) + m.top + m.bottom) * (x.size(3) + m.left + m.right);
   const int64_t bytes = 4 * experts.experts * experts.filters * experts.channels * experts.taps;
-  const int64_t channels = std::max(x.size(1), POINTWISE_TOGETHER * WIDE);  // what is added up is as large
+  const int64_t channels = std::max(x.size(1), POINTWISE_TOGETHER * WIDE);  // the sums are as large
   return std::max<int64_t>(1, std::clamp(2 * bytes, LEAST_INPUT, MOST_INPUT) / (4 * channels * map));
 }
 
-// How many panels take turns on what they read; one where each thread has few, where many experts fill the cache, and
-// where of a single sample there is little to read.
+// How many panels read the same input in turn: one where each thread has few, where many experts fill the cache, and
+// where a single sample has little to read.
 int64_t panels_together(const Experts& experts, int64_t taps, int64_t samples) {
   const int64_t most = taps == 1 ? POINTWISE_TOGETHER : TOGETHER, rows = most * (taps == 1 ? POINTWISE_DEPTH : DEPTH);
   const bool small = samples > 1 && rows * experts.experts <= ROWS_OF_ALL;
   return small && experts.panels() >= 2 * most * at::get_num_threads() ? most : 1;
 }
 
-// What a thread keeps from one panel to the next.
-struct Room {
+// Buffers of a thread, reused from one panel to the next.
+struct ThreadBuffers {
   Packer packer;
-  Numbers packed, mixed, sums;
-  Sizes picture_lines, experts_lines;
+  Buffer packed, mixed, sums;
+  Sizes image_lines, expert_lines;
 };
 
-// What a thread adds up: panels that share what they read, all samples of a time, positions.
+// A unit of work of a thread: panels that share their input, all samples of this pass, positions.
 struct Unit {
   int64_t panel, panels, first, last, from, to;
 };
 
-// A unit of work: y[b, filter, outputs[p]] = after * sum over channels and taps.
+// Computes one unit: y[b, filter, outputs[p]] = after * sum over channels and taps.
 class UnitConvolution {
  public:
-  UnitConvolution(const Experts& experts, const Phase& phase, const Picture& picture, const Gates& gates,
-                  const Unit& unit, Room& room)
+  UnitConvolution(const Experts& experts, const Phase& phase, const Image& image, const Gates& gates,
+                  const Unit& unit, ThreadBuffers& buffers)
       : experts_(experts),
         phase_(phase),
-        picture_(picture),
+        image_(image),
         gates_(gates),
         unit_(unit),
-        room_(room),
+        buffers_(buffers),
         samples_(unit.last - unit.first),
         positions_(unit.to - unit.from),
         chunks_(chunks_of(experts, phase)),
         step_(chunks_[0].depth * WIDE),
-        mixed_first_(gates.gate && samples_ <= std::min(FEW_SAMPLES, experts.experts) && room.packer.mixes()) {
-    room_.packed.resize(mixed_first_ ? 0 : unit.panels * experts.experts * step_);
-    room_.mixed.resize(SAMPLES * step_);
-    room_.sums.assign(unit.panels * samples_ * positions_ * WIDE, 0.f);
+        mixed_first_(gates.gate && samples_ <= std::min(FEW_SAMPLES, experts.experts) && buffers.packer.mixes()) {
+    buffers_.packed.resize(mixed_first_ ? 0 : unit.panels * experts.experts * step_);
+    buffers_.mixed.resize(SAMPLES * step_);
+    buffers_.sums.assign(unit.panels * samples_ * positions_ * WIDE, 0.f);
   }
 
   void compute(float* y, int64_t size) {
@@ -70,12 +70,12 @@ class UnitConvolution {
   }
 
  private:
-  // Some samples at a time, and each panel that takes turns for them.
+  // Some samples at a time, and each panel in turn for them.
   void add(const Chunk& chunk, const Chunk* next) {
-    const Sizes offsets = offsets_of(chunk, phase_, picture_.channel);
+    const Sizes offsets = offsets_of(chunk, phase_, image_.channel);
     for (int64_t p = 0; p < unit_.panels && !mixed_first_; p++)
       for (int64_t e = 0; e < experts_.experts; e++)
-        room_.packer.pack(unit_.panel + p, chunk, e, packed(p) + e * step_);
+        buffers_.packer.pack(unit_.panel + p, chunk, e, packed(p) + e * step_);
     find_lines(chunk, next);
     for (int64_t first = 0; first < samples_; first += SAMPLES) {
       const int64_t last = std::min(first + SAMPLES, samples_);
@@ -89,38 +89,38 @@ class UnitConvolution {
     }
   }
 
-  // What comes from memory: the chunk of the next sample, line by line and on until whole tiles have asked for them,
-  // and the experts of the next chunk.
+  // Prefetches: the chunk of the next sample, line by line until full tiles have asked for all, and the experts of the
+  // next chunk.
   void find_lines(const Chunk& chunk, const Chunk* next) {
-    const int64_t asked = asked_by_tile(chunk), numbers = asked * LINE;
-    const int64_t count = (chunk.channels * picture_.channel + numbers - 1) / numbers * asked;
-    room_.picture_lines.resize(samples_ > 1 ? count : 0);
-    for (size_t i = 0; i < room_.picture_lines.size(); i++) room_.picture_lines[i] = i * LINE;
-    room_.experts_lines.clear();
-    if (next && room_.packer.mixes())
-      next_experts_ = room_.packer.lines_of(unit_.panel, unit_.panels, *next, room_.experts_lines);
+    const int64_t lines = lines_by_tile(chunk), floats = lines * LINE;
+    const int64_t count = (chunk.channels * image_.channel + floats - 1) / floats * lines;
+    buffers_.image_lines.resize(samples_ > 1 ? count : 0);
+    for (size_t i = 0; i < buffers_.image_lines.size(); i++) buffers_.image_lines[i] = i * LINE;
+    buffers_.expert_lines.clear();
+    if (next && buffers_.packer.mixes())
+      next_experts_ = buffers_.packer.lines_of(unit_.panel, unit_.panels, *next, buffers_.expert_lines);
   }
 
   // The share of a sample in the experts of the next chunk.
   Lines experts_of_next(const Chunk& chunk, int64_t b) const {
-    const int64_t asked = asked_by_tile(chunk), tiles = room_.experts_lines.size() / asked;
+    const int64_t lines = lines_by_tile(chunk), tiles = buffers_.expert_lines.size() / lines;
     const int64_t first = tiles * b / samples_, last = tiles * (b + 1) / samples_;
-    return {next_experts_, room_.experts_lines.data() + first * asked, (last - first) * asked, lines_at_once()};
+    return {next_experts_, buffers_.expert_lines.data() + first * lines, (last - first) * lines, lines_at_once()};
   }
 
-  // The kernels of some samples for a panel.
+  // Mixes the kernels of some samples for a panel.
   void mix(int64_t p, const Chunk& chunk, int64_t first, int64_t last) {
     if (!gates_.gate) return;
     const float* gate = gates_.gate + (unit_.first + first) * experts_.experts;
-    float* to = room_.mixed.data();
+    float* to = buffers_.mixed.data();
     if (!mixed_first_) return MIXES[last - first - 1](packed(p), step_, experts_.experts, gate, chunk.depth, to);
     for (int64_t b = first; b < last; b++, gate += experts_.experts, to += step_)
-      room_.packer.pack_mixed(unit_.panel + p, chunk, gate, to);
+      buffers_.packer.pack_mixed(unit_.panel + p, chunk, gate, to);
   }
 
-  // The product of a sample, whose kernel has a place among the mixed ones, with a panel; ``next`` is multiplied then.
+  // Multiplies a sample by its mixed kernel, for a panel; ``next`` is the sample after it.
   void multiply(int64_t p, const Chunk& chunk, const Sizes& offsets, int64_t b, int64_t place, int64_t next) {
-    float* own = room_.mixed.data() + place * step_;
+    float* own = buffers_.mixed.data() + place * step_;
     const float* kernel = gates_.gate ? own : packed(p);
     if (gates_.spatial || gates_.before) {
       const int64_t sample = unit_.first + b;
@@ -129,20 +129,20 @@ class UnitConvolution {
       scale_rows(spatial, before, phase_.taps, chunk.depth, kernel, own);
       kernel = own;
     }
-    const float* base = picture_.data + chunk.first * picture_.channel;
+    const float* base = image_.data + chunk.first * image_.channel;
     // the first panel asks for the next sample, the last for the experts
     Lines first, then;
     if (p == 0 && b + 1 < samples_)
-      first = {base + (b + 1) * picture_.sample, room_.picture_lines.data(), (int64_t)room_.picture_lines.size()};
+      first = {base + (b + 1) * image_.sample, buffers_.image_lines.data(), (int64_t)buffers_.image_lines.size()};
     if (p + 1 == unit_.panels) then = experts_of_next(chunk, b);
-    // taps side by side read the same lines
+    // neighbouring taps read the same cache lines
     const int64_t count = experts_.count(unit_.panel + p);
     const auto multiply_tiles = phase_.taps.size() == 1 ? tiles_for<Ask::EVERY>(count) : tiles_for<Ask::SECOND>(count);
-    multiply_tiles(base + b * picture_.sample, phase_.positions.data() + unit_.from, positions_, offsets.data(),
-                   chunk.depth, kernel, sums(p, b), (next - b) * picture_.sample, first, then);
+    multiply_tiles(base + b * image_.sample, phase_.positions.data() + unit_.from, positions_, offsets.data(),
+                   chunk.depth, kernel, sums(p, b), (next - b) * image_.sample, first, then);
   }
 
-  // The sums of a sample and panel to their maps.
+  // Writes the sums of a sample and panel to their output maps.
   void write(int64_t p, int64_t b, float* y, int64_t size) {
     const int64_t count = experts_.count(unit_.panel + p);
     const int64_t map = (unit_.first + b) * experts_.filters + (unit_.panel + p) * WIDE;
@@ -155,26 +155,26 @@ class UnitConvolution {
     }
   }
 
-  // A single sample has little time for all that it asks for.
+  // A single sample has little time to prefetch everything.
   int64_t lines_at_once() const { return samples_ == 1 ? 2 : 1; }
-  int64_t asked_by_tile(const Chunk& chunk) const { return std::max<int64_t>(1, chunk.depth / 2 * lines_at_once()); }
-  float* packed(int64_t p) { return room_.packed.data() + p * experts_.experts * step_; }
-  float* sums(int64_t p, int64_t b) { return room_.sums.data() + (p * samples_ + b) * positions_ * WIDE; }
+  int64_t lines_by_tile(const Chunk& chunk) const { return std::max<int64_t>(1, chunk.depth / 2 * lines_at_once()); }
+  float* packed(int64_t p) { return buffers_.packed.data() + p * experts_.experts * step_; }
+  float* sums(int64_t p, int64_t b) { return buffers_.sums.data() + (p * samples_ + b) * positions_ * WIDE; }
 
   const Experts& experts_;
   const Phase& phase_;
-  const Picture& picture_;
+  const Image& image_;
   const Gates& gates_;
   const Unit& unit_;
-  Room& room_;
+  ThreadBuffers& buffers_;
   const int64_t samples_, positions_;
   const std::vector<Chunk> chunks_;
-  const int64_t step_;  // numbers from one expert's panel, or one sample's, to the next
+  const int64_t step_;  // floats from one expert's panel, or one sample's, to the next
   const bool mixed_first_;
   const float* next_experts_ = nullptr;
 };
 
-// What each thread takes: as many panels as the others, to a part of one, whose positions it shares with the next.
+// The share of each thread: equal numbers of panels, down to parts of one, whose positions two threads share.
 struct Shares {
   int64_t panels, positions, together, parts, count;
 
@@ -201,29 +201,29 @@ struct Shares {
 
 // All phases over all samples, some samples at a time.
 Tensor convolve_phases(const Tensor& x, const Experts& experts, const Gates& gates, const std::vector<Phase>& phases,
-                       Margins margins, int64_t height, int64_t width) {
-  const int64_t B = x.size(0), some = samples_at_a_time(x, margins, experts), panels = experts.panels();
+                       PadAmounts pads, int64_t height, int64_t width) {
+  const int64_t B = x.size(0), some = samples_at_a_time(x, pads, experts), panels = experts.panels();
   int64_t written = 0;
   for (const Phase& phase : phases) written += phase.positions.size();
   const Sizes shape{B, experts.filters, height, width};
   Tensor y = in_large_pages(at::empty(shape, x.options()));
   if (written < height * width) y.zero_();
   float* out = y.mutable_data_ptr<float>();
-  // a picture that is padded is scaled as it is copied; of another the kernels are, rather than a copy
-  const float* before = margins.any() ? gates.before : nullptr;
-  const Gates of_kernels{gates.gate, gates.spatial, margins.any() ? nullptr : gates.before, gates.after};
+  // a padded image is scaled while it is copied; without padding the kernels are scaled, which saves the copy
+  const float* before = pads.any() ? gates.before : nullptr;
+  const Gates of_kernels{gates.gate, gates.spatial, pads.any() ? nullptr : gates.before, gates.after};
   for (int64_t b = 0; b < B; b += some) {
     const int64_t n = std::min(some, B - b);
-    const Picture picture(x.narrow(0, b, n), before ? before + b * experts.channels : nullptr, margins);
+    const Image image(x.narrow(0, b, n), before ? before + b * experts.channels : nullptr, pads);
     for (const Phase& phase : phases) {
       const Shares shares(panels, phase.positions.size(), panels_together(experts, phase.taps.size(), n));
       at::parallel_for(0, shares.count, 1, [&](int64_t begin, int64_t end) {
-        Room room{Packer(experts, phase, chunks_of(experts, phase)[0].depth), {}, {}, {}, {}, {}};
+        ThreadBuffers buffers{Packer(experts, phase, chunks_of(experts, phase)[0].depth), {}, {}, {}, {}, {}};
         for (int64_t i = begin; i < end; i++)
           shares.for_each_unit(i, [&](int64_t panel, int64_t some, int64_t from, int64_t to) {
-            for (int64_t start = from; start < to; start += MOST_POSITIONS) {
-              const Unit unit{panel, some, b, b + n, start, std::min(start + MOST_POSITIONS, to)};
-              UnitConvolution(experts, phase, picture, of_kernels, unit, room).compute(out, height * width);
+            for (int64_t start = from; start < to; start += MAX_POSITIONS) {
+              const Unit unit{panel, some, b, b + n, start, std::min(start + MAX_POSITIONS, to)};
+              UnitConvolution(experts, phase, image, of_kernels, unit, buffers).compute(out, height * width);
             }
           });
       });
@@ -246,7 +246,7 @@ Phase forward_phase(const Geometry& g, int64_t row, int64_t height, int64_t widt
   return phase;
 }
 
-// A kernel of one tap reads no positions but those that the stride meets: here side by side, for a stride of 1.
+// A 1x1 kernel reads only the positions that the stride visits: copied contiguously, for a stride of 1.
 Tensor met_by_stride(const Tensor& x, Geometry& g) {
   if (g.kh * g.kw > 1 || g.ph + g.pw > 0 || g.sh * g.sw == 1) return x;
   const Tensor met = x.slice(2, 0, x.size(2), g.sh).slice(3, 0, x.size(3), g.sw).contiguous();
@@ -292,8 +292,8 @@ Tensor input_gradient(const Tensor& grad, const Tensor& x, const Tensor& experts
     phases.push_back(phase);
   });
   const Gates gates{data_of(gate), data_of(spatial), data_of(after), data_of(before)};
-  const Margins margins{tall.before, tall.after, wide.before, wide.after};
-  return convolve_phases(grad, Experts(experts, true), gates, phases, margins, height, width);
+  const PadAmounts pads{tall.before, tall.after, wide.before, wide.after};
+  return convolve_phases(grad, Experts(experts, true), gates, phases, pads, height, width);
 }
 
 }  // namespace

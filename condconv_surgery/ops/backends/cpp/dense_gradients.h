@@ -8,12 +8,12 @@ namespace {
 
 constexpr int64_t POSITIONS = 256;  // of a gradient's panel: 32 KB; 16 KB with AVX2
 
-constexpr int EXPERTS_AT_ONCE = WIDEST > LANES ? 4 : 2;  // as there are registers for their gates of all samples
+constexpr int EXPERTS_AT_ONCE = WIDEST > LANES ? 4 : 2;  // limited by registers for their gates of all samples
 
 // For each of some samples: to_experts[e] += gate[e] * of_kernel and to_gate[e] += of_kernel . packed[e], for some
-// experts. Panels have ``size`` numbers and lie one after the other, those of samples and those of experts; the gates
-// of the samples are ``gate_step`` apart. Each sum of experts is read and written once for all samples: it comes from
-// the second level of cache.
+// experts. Panels have ``size`` floats and are contiguous, those of samples and those of experts; the gates of the
+// samples are ``gate_step`` apart. Each sum of experts is read and written once for all samples: it is in the second
+// level of cache.
 template <int EXPERTS, int SOME>
 void unmix(const float* of_kernel, const float* gate, int64_t gate_step, const float* packed, int64_t size,
            float* to_experts, float* to_gate) {
@@ -63,17 +63,17 @@ void unmix_samples(const float* of_kernel, int64_t samples, const float* gate, i
   }
 }
 
-// What all units of one time read. picture: its samples, from ``first`` of the batch on; grad: of the whole output.
-struct Given {
+// The input of all units of one pass. image: its samples, from ``first`` of the batch on; grad: of the whole output.
+struct UnitInput {
   const Experts& experts;
   const Phase& phase;
   const Gates& gates;
-  const Picture& picture;
+  const Image& image;
   const float* grad;
   int64_t first;
 };
 
-// What a unit adds to: panels [E][depth][WIDE] and, for all samples, [B, E], [B, taps], [B, I], [B, O], or null.
+// The sums of a unit: panels [E][depth][WIDE] and, for all samples, [B, E], [B, taps], [B, I], [B, O], or null.
 struct Sums {
   float *experts, *gate, *spatial, *before, *after;
 };
@@ -81,21 +81,21 @@ struct Sums {
 // The gradients of the kernels' parts for the filters of a panel and the channels of a chunk: a unit of work.
 class UnitGradient {
  public:
-  UnitGradient(const Given& given, int64_t panel, const Chunk& chunk, const Sums& sums)
-      : given_(given),
-        experts_(given.experts),
+  UnitGradient(const UnitInput& input, int64_t panel, const Chunk& chunk, const Sums& sums)
+      : input_(input),
+        experts_(input.experts),
         panel_(panel),
         chunk_(chunk),
         sums_(sums),
-        positions_(given.phase.positions.size()),
+        positions_(input.phase.positions.size()),
         step_(chunk.depth * WIDE),
-        rows_(offsets_of(chunk, given.phase, given.picture.channel)),
+        rows_(offsets_of(chunk, input.phase, input.image.channel)),
         packed_(experts_.experts * step_),
         mixtures_(samples_at_once() * step_),
         of_taps_(experts_.taps * WIDEST),
         of_kernel_(samples_at_once() * step_),
         side_(std::min(POSITIONS, positions_) * WIDE) {
-    Packer packer(experts_, given.phase, chunk.depth);
+    Packer packer(experts_, input.phase, chunk.depth);
     for (int64_t e = 0; e < experts_.experts; e++) packer.pack(panel, chunk, e, packed_.data() + e * step_);
   }
 
@@ -104,19 +104,19 @@ class UnitGradient {
   }
 
   void unpack(float* to_experts) const {
-    const Packer packer(experts_, given_.phase, chunk_.depth);
+    const Packer packer(experts_, input_.phase, chunk_.depth);
     for (int64_t e = 0; e < experts_.experts; e++)
       packer.unpack(panel_, chunk_, e, sums_.experts + e * step_, to_experts);
   }
 
  private:
-  // With few positions adding to the experts takes as long as the products: it is done for some samples together.
+  // With few positions, adding to the experts takes as long as the products: it is done for some samples together.
   int64_t samples_at_once() const { return positions_ <= POSITIONS ? SAMPLES : 1; }
 
   void add(int64_t first, int64_t samples) {
-    const int64_t n = experts_.experts, b = given_.first + first;
-    const float* gate = given_.gates.gate ? given_.gates.gate + b * n : nullptr;
-    const bool scaled = given_.gates.spatial || given_.gates.before || given_.gates.after;
+    const int64_t n = experts_.experts, b = input_.first + first;
+    const float* gate = input_.gates.gate ? input_.gates.gate + b * n : nullptr;
+    const bool scaled = input_.gates.spatial || input_.gates.before || input_.gates.after;
     if (scaled && gate) MIXES[samples - 1](packed_.data(), step_, n, gate, chunk_.depth, mixtures_.data());
     for (int64_t i = 0; i < samples; i++) {
       multiply(first + i, i);
@@ -128,10 +128,10 @@ class UnitGradient {
                   sums_.gate ? sums_.gate + b * n : nullptr);
   }
 
-  // The gradient of the kernel of a sample of the picture, to a place.
+  // Writes the gradient of the kernel of one sample of the image.
   void multiply(int64_t sample, int64_t place) {
-    const float* base = given_.picture.data + sample * given_.picture.sample + chunk_.first * given_.picture.channel;
-    const float* grad = given_.grad + ((given_.first + sample) * experts_.filters + panel_ * WIDE) * positions_;
+    const float* base = input_.image.data + sample * input_.image.sample + chunk_.first * input_.image.channel;
+    const float* grad = input_.grad + ((input_.first + sample) * experts_.filters + panel_ * WIDE) * positions_;
     float* of_kernel = of_kernel_.data() + place * step_;
     std::fill_n(of_kernel, step_, 0.f);
     for (int64_t p = 0; p < positions_; p += POSITIONS) {
@@ -140,8 +140,8 @@ class UnitGradient {
       const int64_t count = experts_.count(panel_);
       transpose_rows(grad + p, positions_, count, some, side);
       const auto multiply_tiles = experts_.taps == 1 ? tiles_for<Ask::OWN>(count) : tiles_for<Ask::SECOND>(count);
-      const int64_t* at = given_.phase.positions.data() + p;
-      const int64_t beyond = p + some < positions_ ? at[some] - at[0] : given_.picture.sample;
+      const int64_t* at = input_.phase.positions.data() + p;
+      const int64_t beyond = p + some < positions_ ? at[some] - at[0] : input_.image.sample;
       multiply_tiles(base, rows_.data(), chunk_.depth, at, some, side, of_kernel, beyond, {}, {});
     }
   }
@@ -149,7 +149,7 @@ class UnitGradient {
   // From d, the gradient of spatial * before * after * mixture, to that of the mixture, in place, and those of the
   // scales.
   void differentiate_scales(int64_t b, const float* mixture, float* d) {
-    const Gates& gates = given_.gates;
+    const Gates& gates = input_.gates;
     const int64_t taps = experts_.taps, channels = experts_.channels, filter = b * experts_.filters + panel_ * WIDE;
     const float* spatial = gates.spatial ? gates.spatial + b * taps : nullptr;
     float padded[WIDE], to_after[WIDE];
@@ -179,15 +179,15 @@ class UnitGradient {
     for (int64_t f = 0; f < experts_.count(panel_) && sums_.after; f++) sums_.after[filter + f] += to_after[f];
   }
 
-  const Given& given_;
+  const UnitInput& input_;
   const Experts& experts_;
   const int64_t panel_;
   const Chunk& chunk_;
   const Sums sums_;
   const int64_t positions_;
-  const int64_t step_;  // numbers from one expert's panel, or one sample's, to the next
+  const int64_t step_;  // floats from one expert's panel, or one sample's, to the next
   const Sizes rows_;
-  Numbers packed_, mixtures_, of_taps_, of_kernel_, side_;
+  Buffer packed_, mixtures_, of_taps_, of_kernel_, side_;
 };
 
 // The gradients of the experts and of the gate, spatial, before and after parts; an undefined one where a part is
@@ -200,14 +200,14 @@ std::vector<Tensor> kernel_gradients(const Tensor& grad, const Tensor& x, const 
   check_gradient(grad, x, weight, g);
   const Tensor read = met_by_stride(x, g);
   const Experts experts(weight, false);
-  const Margins margins{g.ph, g.ph, g.pw, g.pw};
+  const PadAmounts pads{g.ph, g.ph, g.pw, g.pw};
   const Phase phase = forward_phase(g, read.size(3) + 2 * g.pw, grad.size(2), grad.size(3));
   const auto chunks = chunks_of(experts, experts.taps, DEPTH);
   const int64_t B = x.size(0), panels = experts.panels(), parts = chunks.size();
-  // without margins nothing is copied, and all samples are taken at a time
-  const int64_t some = margins.any() ? samples_at_a_time(read, margins, experts) : B;
+  // without padding nothing is copied, and all samples are computed at a time
+  const int64_t some = pads.any() ? samples_at_a_time(read, pads, experts) : B;
   const Gates gates{data_of(gate), data_of(spatial), data_of(before), data_of(after)};
-  // one slice for each unit that could add to the same numbers at the same time
+  // one slice for each unit that could add to the same sums at the same time
   auto slices = [&](const Maybe& part, int64_t count) {
     return part ? at::zeros({count, B, part->numel() / B}, x.options()) : Tensor();
   };
@@ -217,14 +217,14 @@ std::vector<Tensor> kernel_gradients(const Tensor& grad, const Tensor& x, const 
     return t.defined() ? t.mutable_data_ptr<float>() + i * t.stride(0) : nullptr;
   };
   Tensor to_experts = in_large_pages(at::empty(weight.sizes(), x.options()));
-  Tensor total;  // what one time leaves to the next
+  Tensor total;  // carried from one pass to the next
   if (some < B) total = at::zeros({panels, experts.experts * experts.channels * experts.taps * WIDE}, x.options());
   for (int64_t b = 0; b < B; b += some) {
     const int64_t n = std::min(some, B - b);
-    const Picture picture(read.narrow(0, b, n), nullptr, margins);
-    const Given given{experts, phase, gates, picture, grad.const_data_ptr<float>(), b};
+    const Image image(read.narrow(0, b, n), nullptr, pads);
+    const UnitInput input{experts, phase, gates, image, grad.const_data_ptr<float>(), b};
     at::parallel_for(0, panels * parts, 1, [&](int64_t begin, int64_t end) {
-      Numbers own;
+      Buffer own;
       for (int64_t unit = begin; unit < end; unit++) {
         const int64_t part = unit % parts, panel = unit / parts;
         const Chunk& chunk = chunks[part];
@@ -232,7 +232,7 @@ std::vector<Tensor> kernel_gradients(const Tensor& grad, const Tensor& x, const 
         if (!total.defined()) own.assign(experts.experts * chunk.depth * WIDE, 0.f);
         float* sum = total.defined() ? slice(total, panel) + before_chunk : own.data();
         UnitGradient gradient(
-            given, panel, chunk,
+            input, panel, chunk,
             {sum, slice(of_gate, unit), slice(of_spatial, unit), slice(of_before, panel), slice(of_after, part)});
         gradient.add(n);
         if (b + n == B) gradient.unpack(to_experts.mutable_data_ptr<float>());

@@ -2,9 +2,9 @@
 //
 //     y[b,c] = conv(x[b,c], K[b,c]),    K[b,c] = after[b,c] * before[b,c] * spatial_b * sum_e gate[b,e] * experts[e,c]
 //
-// A map at a time: it is copied between margins of zeros in the second level of cache, and there each tap of the kernel
-// is one number times eight positions side by side. A map that is walked through with a stride is copied such that
-// these eight lie side by side too.
+// One map at a time: it is copied with zero padding into the second level of cache, and there each tap of the kernel is
+// one value times eight neighbouring positions. With a stride the map is copied such that these eight are contiguous
+// too.
 
 #pragma once
 
@@ -15,20 +15,20 @@ namespace {
 constexpr int64_t RUNS = 8;               // in a tile: 8 sums, the tap and 1 factor leave room in 16 registers
 constexpr int64_t TAPS = 9;               // of a gradient at a time: 9 sums, the gradient and 1 factor
 constexpr int64_t CHANNELS = 64;          // whose kernels are mixed at a time
-constexpr int64_t AHEAD = 512;            // numbers of a map that are asked for before they are copied
-constexpr int64_t LEAST_WORK = 16 << 10;  // vectors times taps for a thread
+constexpr int64_t AHEAD = 512;            // floats of a map that are prefetched before they are copied
+constexpr int64_t MIN_WORK = 16 << 10;    // vectors times taps for a thread
 
-// A map [H, W] between margins. Column c is number c / sections of section c % sections.
+// A map [H, W] with padding. Column c is element c / sections of section c % sections.
 class PaddedMap {
  public:
-  PaddedMap(int64_t H, int64_t W, Margins m, int64_t sections, int64_t rows, int64_t pitch)
+  PaddedMap(int64_t H, int64_t W, PadAmounts m, int64_t sections, int64_t rows, int64_t pitch)
       : height_(std::min(H, rows - m.top)),
         width_(W),
-        margins_(m),
+        pads_(m),
         sections_(sections),
         pitch_(std::max(pitch, (m.left + W + sections - 1) / sections)),
         section_(rows * pitch_ + LANES) {  // the last row is copied by whole vectors too
-    held_.resize(sections * section_ + LANES);
+    data_.resize(sections * section_ + LANES);
     const int64_t rest = W % (sections == 2 ? 2 * LANES : LANES);
     rest_[0] = mask_of(rest), rest_[1] = mask_of(rest - LANES);
     first_ = at(m.top, m.left), second_ = at(m.top, m.left + 1);
@@ -37,22 +37,22 @@ class PaddedMap {
   int64_t at(int64_t row, int64_t column) const {
     return column % sections_ * section_ + row * pitch_ + column / sections_;
   }
-  const float* data() const { return held_.data(); }
+  const float* data() const { return data_.data(); }
 
-  // The margins are zeros from the start, and stay.
+  // The padding is zero from the start, and stays.
   void fill(const float* from) {
-    float *even = held_.data() + first_, *odd = held_.data() + second_;
+    float *even = data_.data() + first_, *odd = data_.data() + second_;
     if (sections_ == 1)
       for (int64_t h = 0; h < height_; h++, from += width_, even += pitch_) copy(from, even);
     else if (sections_ == 2)
       for (int64_t h = 0; h < height_; h++, from += width_, even += pitch_, odd += pitch_) part(from, even, odd);
     else
       for (int64_t h = 0; h < height_; h++, from += width_)
-        for (int64_t w = 0; w < width_; w++) held_[at(margins_.top + h, margins_.left + w)] = from[w];
+        for (int64_t w = 0; w < width_; w++) data_[at(pads_.top + h, pads_.left + w)] = from[w];
   }
 
  private:
-  // Both write zeros behind the last number: on a margin, or where the next row goes.
+  // Both write zeros after the last element: into the padding, or where the next row is copied later.
   void copy(const float* from, float* to) const {
     int64_t w = 0;
     __builtin_prefetch(from + AHEAD);
@@ -71,20 +71,20 @@ class PaddedMap {
   }
 
   int64_t height_, width_;
-  Margins margins_;
+  PadAmounts pads_;
   int64_t sections_, pitch_, section_;
-  int64_t first_, second_;  // where the first two columns of the first row go: with a stride of 2, to two sections
-  std::vector<float> held_;
+  int64_t first_, second_;  // offsets of the first two columns of the first row: with a stride of 2, in two sections
+  std::vector<float> data_;
   Mask rest_[2];
 };
 
-// Some taps and the positions that they serve: all of a convolution; of its transpose those of one phase of the stride.
+// Taps and their positions: all of a convolution; of its transpose those of one phase of the stride.
 struct Window {
   Sizes taps, offsets;       // offsets: of a tap in the padded map, from where a position starts
   Sizes starts, to, count;   // of runs of up to eight positions: in the padded map, in the result, how many
   int64_t step = 1;          // in the result, from one position to the next
   bool whole = false;        // all taps in their order
-  bool overwritten = false;  // what a run writes behind its end is written again by the next
+  bool overwritten = false;  // what a run writes past its end, the next run overwrites
 
   void add_row(int64_t start, int64_t first, int64_t positions) {
     for (int64_t w = 0; w < positions; w += LANES) {
@@ -129,7 +129,7 @@ void slide_over(const Window& window, const float* base, const float* kernel, fl
   }
 }
 
-// K[b,c] of one sample and channel after the other, made for some channels at a time.
+// K[b,c] of one sample and channel after the other, mixed for some channels at a time.
 class Kernels {
  public:
   Kernels(const Tensor& experts, const Gates& gates)
@@ -138,18 +138,18 @@ class Kernels {
         experts_(experts.size(0)),
         channels_(experts.size(1)),
         taps_(experts.size(3) * experts.size(4)),
-        held_(std::min(channels_, CHANNELS) * taps_),
+        data_(std::min(channels_, CHANNELS) * taps_),
         ones_(std::max(taps_, CHANNELS), 1.f) {}
 
   const float* of(int64_t b, int64_t c) {
     if (b != sample_ || c / CHANNELS != block_) mix(sample_ = b, block_ = c / CHANNELS);
-    return held_.data() + (c - block_ * CHANNELS) * taps_;
+    return data_.data() + (c - block_ * CHANNELS) * taps_;
   }
 
  private:
   void mix(int64_t b, int64_t block) {
     const int64_t first = block * CHANNELS, channels = std::min(CHANNELS, channels_ - first), size = channels * taps_;
-    float* __restrict to = held_.data();
+    float* __restrict to = data_.data();
     for (int64_t e = 0; e < experts_; e++) {
       const float g = gates_.gate ? gates_.gate[b * experts_ + e] : 1.f;
       const float* from = weight_ + (e * channels_ + first) * taps_;
@@ -165,7 +165,7 @@ class Kernels {
     const float *before = gates_.before ? gates_.before + b * channels_ + first : ones_.data(),
                 *after = gates_.after ? gates_.after + b * channels_ + first : ones_.data(),
                 *spatial = gates_.spatial ? gates_.spatial + b * taps_ : ones_.data();
-    float* __restrict to = held_.data();
+    float* __restrict to = data_.data();
     for (int64_t c = 0; c < channels; c++, to += taps_) {
       const float of_channel = before[c] * after[c];
       for (int64_t t = 0; t < taps_; t++) to[t] *= of_channel * spatial[t];
@@ -175,19 +175,19 @@ class Kernels {
   const float* weight_;
   Gates gates_;
   int64_t experts_, channels_, taps_, sample_ = -1, block_ = -1;
-  std::vector<float> held_, ones_;
+  std::vector<float> data_, ones_;
 };
 
-// For every map [H, W] of x [B, C, H, W]; each thread has a copy of ``padded`` for them, and makes one ``of_map``,
-// which is called with the padded map, the sample and the channel.
+// For every map [H, W] of x [B, C, H, W]: each thread copies ``padded`` and makes one ``of_map``, which is called with
+// the padded map, the sample and the channel.
 template <typename Make>
 void for_each_map(const Tensor& x, const PaddedMap& padded, int64_t work, const Make& make) {
   const int64_t C = x.size(1), area = x.size(2) * x.size(3);
   const float* from = x.const_data_ptr<float>();
-  at::parallel_for(0, x.size(0) * C, 1 + LEAST_WORK / (1 + work), [&](int64_t begin, int64_t end) {
+  at::parallel_for(0, x.size(0) * C, 1 + MIN_WORK / (1 + work), [&](int64_t begin, int64_t end) {
     PaddedMap map = padded;
     auto of_map = make();
-    for (int64_t m = begin, b = begin / C, c = begin % C; m < end; m++) {  // counted, not divided
+    for (int64_t m = begin, b = begin / C, c = begin % C; m < end; m++) {  // counted up: a division is slow
       map.fill(from + m * area);
       of_map(map, b, c);
       if (++c == C) c = 0, b++;
@@ -201,7 +201,7 @@ int64_t work_of(const std::vector<Window>& windows) {
   return work;
 }
 
-// All windows over each map of x, into a map of y.
+// Computes all windows over each map of x, into a map of y.
 void slide_all(const Tensor& x, const Tensor& experts, const Gates& gates, const std::vector<Window>& windows,
                const PaddedMap& padded, Tensor& y) {
   const int64_t C = x.size(1), size = y.size(2) * y.size(3);
@@ -259,8 +259,8 @@ Tensor depthwise_input_gradient(const Tensor& grad, const Tensor& x, const Tenso
   check_gradient(grad, x, experts, g);
   const int64_t height = x.size(2), width = x.size(3);
   const Steps tall(g.kh, g.sh, g.ph, g.dh, height, grad.size(2)), wide(g.kw, g.sw, g.pw, g.dw, width, grad.size(3));
-  const Margins margins{tall.before, tall.after, wide.before, wide.after};
-  const PaddedMap map(grad.size(2), grad.size(3), margins, 1, tall.before + grad.size(2) + tall.after,
+  const PadAmounts pads{tall.before, tall.after, wide.before, wide.after};
+  const PaddedMap map(grad.size(2), grad.size(3), pads, 1, tall.before + grad.size(2) + tall.after,
                       wide.before + grad.size(3) + wide.after + LANES);
   std::vector<Window> windows;
   const int64_t written = for_each_phase(tall, wide, [&](const Step& t, const Step& w) {
@@ -283,8 +283,8 @@ Tensor depthwise_input_gradient(const Tensor& grad, const Tensor& x, const Tenso
   return to_x;
 }
 
-// to[t] = sum over runs of side * base[starts + offsets[t]]. Behind the end of a row nothing is read: zero times what
-// is no number is none.
+// to[t] = sum over runs of side * base[starts + offsets[t]]. Nothing is read past the end of a row: zero times NaN is
+// NaN.
 template <int N>
 void dot(const float* base, const Window& window, const int64_t* offsets, const float* side, float* to) {
   Vec c[N] = {};
@@ -322,7 +322,7 @@ Tensor depthwise_kernel_gradient(const Tensor& grad, const Tensor& x, const Tens
   float* to = to_kernels.mutable_data_ptr<float>();
   for_each_map(x, forward.map, taps * runs, [&] {
     return [&, side = std::vector<float>(runs * LANES)](const PaddedMap& map, int64_t b, int64_t c) mutable {
-      for (int64_t r = 0; r < runs; r++)  // zeros behind the end of a row stay
+      for (int64_t r = 0; r < runs; r++)  // zeros past the end of a row stay
         std::copy_n(from + (b * C + c) * area + window.to[r], window.count[r], side.data() + r * LANES);
       for (int64_t t = 0; t < taps; t += TAPS)
         DOTS[std::min(TAPS, taps - t) - 1](map.data(), window, window.offsets.data() + t, side.data(),

@@ -1,4 +1,4 @@
-// The compiled kernels as a Python module; ``native/__init__.py`` says when they are used.
+// The compiled kernels as a Python module. ``cpp_backend.py`` decides when they are used.
 
 #include "dense_gradients.h"
 #include "depthwise.h"

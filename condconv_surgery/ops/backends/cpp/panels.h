@@ -2,9 +2,9 @@
 //
 //     y_b = after_b * conv(before_b * x_b, K_b),    K_b = spatial_b * sum_e gate[b,e] * experts[e]
 //
-// No kernel is ever written to memory. Two vectors of filters ("a panel") and some channels of all experts are brought
-// into the second level of cache, for as many samples as are padded at a time; for a few samples together they are
-// mixed, and used at once by a matrix product whose other factor is read straight from the picture, at the offsets of
+// No kernel is ever written to main memory. Two vectors of filters (a "panel") and some channels of all experts are
+// packed into the second level of cache, for as many samples as are padded at a time. They are mixed for a few samples
+// together, and used at once by a matrix product whose other factor is read directly from the image, at the offsets of
 // the taps.
 //
 // One loop does all arithmetic (``tile``): sum[j][:] += rows[j][offsets[k]] * panel[k][:]. For a convolution a row is a
@@ -21,28 +21,28 @@
 
 namespace {
 
-constexpr int PIECES = 2;                  // vectors of a row of a panel: what is read of a picture serves two products
+constexpr int PIECES = 2;                  // vectors of a row of a panel: a value of the image is used in two products
 constexpr int64_t WIDE = PIECES * WIDEST;  // filters of a panel
-// Rows of a tile: as many as there are registers for, 12 sums, 2 pieces and 1 number of 16; with AVX-512, for pointers.
+// Rows of a tile, limited by registers: 12 sums, 2 pieces and 1 value of 16; with AVX-512, by those for pointers.
 constexpr int TALL = WIDEST > LANES ? 8 : 6;
 constexpr int64_t DEPTH = 144;         // rows of a panel: 18 KB, half of a first level of cache; 9 KB with AVX2
 constexpr int64_t ROWS_OF_ALL = 2592;  // experts together: 332 KB, which the second level holds beside the rest; 166 KB
 constexpr int64_t SAMPLES = 4;         // mixed together, and whose gradients of kernels are added to those of experts
 constexpr int64_t POINTWISE_DEPTH = 80;  // of 1x1: each reads cache lines of its own, 16 KB of them at 7 px
 
-// What a tile asks the memory for while it computes. The rows of the next tile, at every k, or at every second where
+// What a tile prefetches while it computes. The rows of the next tile, at every k, or at every second where
 // neighbours in k lie on the same lines; OWN: where rows are far apart, each on lines of its own, as many lines of one.
 // LINES, MORE_LINES: the rows at every second k, in between one line of something else, or two.
 enum class Ask { EVERY, SECOND, OWN, LINES, MORE_LINES };
 
-// Lines of memory, counted in numbers from somewhere, of which one or two are asked for at each turn of a tile's loop.
+// Cache lines, as offsets in floats from a base, of which one or two are prefetched in each iteration of a tile.
 struct Lines {
   const float* from = nullptr;
   const int64_t* offsets = nullptr;
   int64_t count = 0, at_once = 1;
 };
 
-// FULL: the vectors of a row that are filters; what is beyond them is not touched.
+// FULL: the vectors of a row that are filters; memory beyond them is not touched.
 template <int ROWS, int FULL, Ask ASK>
 void tile(const float* base, const int64_t* rows, const int64_t* offsets, int64_t depth, const float* panel, float* sum,
           int64_t ahead, const float* from, const int64_t* lines) {
@@ -87,21 +87,21 @@ template <int FULL, Ask ASK>
 constexpr auto TILES = tiles_by_rows<FULL, ASK>(std::make_integer_sequence<int, TALL>());
 
 // sum[j][:] += sum_k base[rows[j] + offsets[k]] * panel[k][:] for ``count`` rows and the first ``FULL`` vectors.
-// beyond: from the base to that of the rows that are read after these.
-// lines, then: of what comes later; whole tiles ask for them meanwhile.
+// beyond: offset from the base to that of the rows that are read after these.
+// lines, then: prefetched meanwhile by full tiles, for later.
 template <int FULL, Ask ASK>
 void tiles(const float* base, const int64_t* rows, int64_t count, const int64_t* offsets, int64_t depth,
            const float* panel, float* sum, int64_t beyond, Lines lines, Lines then) {
   const int64_t after = beyond + rows[0];
-  while (count > 0) {  // as even as can be: a tile of one row waits for its own sums
+  while (count > 0) {  // as even as possible: a tile of one row waits for its own sums
     const int64_t left = (count + TALL - 1) / TALL, some = (count + left - 1) / left;
     const int64_t next = ASK == Ask::OWN ? some : 2 * some - 1, ahead = (next < count ? rows[next] : after) - rows[0];
     if (lines.count < depth / 2 * lines.at_once) std::swap(lines, then);
-    const int64_t asked = depth / 2 * lines.at_once;
-    if (asked > 0 && asked <= lines.count) {
+    const int64_t prefetched = depth / 2 * lines.at_once;
+    if (prefetched > 0 && prefetched <= lines.count) {
       const auto f = (lines.at_once == 1 ? TILES<FULL, Ask::LINES> : TILES<FULL, Ask::MORE_LINES>)[some - 1];
       f(base, rows, offsets, depth, panel, sum, ahead, lines.from, lines.offsets);
-      lines.offsets += asked, lines.count -= asked;
+      lines.offsets += prefetched, lines.count -= prefetched;
     } else {
       TILES<FULL, ASK>[some - 1](base, rows, offsets, depth, panel, sum, ahead, nullptr, nullptr);
     }
@@ -109,7 +109,7 @@ void tiles(const float* base, const int64_t* rows, int64_t count, const int64_t*
   }
 }
 
-// For a panel whose filters are not more than a vector, only that one is multiplied.
+// For a panel with at most one vector of filters only that one is multiplied.
 template <Ask ASK>
 constexpr auto tiles_for(int64_t filters) {
   return filters > WIDEST ? tiles<PIECES, ASK> : tiles<1, ASK>;
@@ -163,7 +163,7 @@ void transpose_back(const float* from, int64_t positions, int64_t count, const f
   }
 }
 
-// What experts [E, O, I, kh, kw] are to a convolution, or to its transpose, whose filters are the input's channels.
+// The experts [E, O, I, kh, kw] as seen by a convolution, or by its transpose, whose filters are the input's channels.
 struct Experts {
   const float* weight;
   int64_t experts, filters, channels, taps, expert_step, filter_step, channel_step;
@@ -181,18 +181,17 @@ struct Experts {
   int64_t count(int64_t panel) const { return std::min(WIDE, filters - panel * WIDE); }
 };
 
-// Some taps, and the positions that they serve: all of a convolution; of its transpose those of one phase of the
-// stride.
+// Taps and their positions: all of a convolution; of its transpose those of one phase of the stride.
 struct Phase {
   Sizes taps, reach, positions, outputs;  // reach: the offset of a tap in a padded channel; outputs: where results go
-  bool in_order = false;                  // the outputs are all there are, one after the other, and not listed
+  bool in_order = false;                  // the outputs are all positions in order, and not listed
 };
 
 struct Chunk {  // of channels: all taps of each
   int64_t first, channels, depth;
 };
 
-// Of so many rows at most, and fewer where there are many experts.
+// At most this many rows, fewer where there are many experts.
 std::vector<Chunk> chunks_of(const Experts& experts, int64_t taps, int64_t rows) {
   std::vector<Chunk> chunks;
   const int64_t channels = experts.channels;
@@ -208,7 +207,7 @@ std::vector<Chunk> chunks_of(const Experts& experts, const Phase& phase) {
   return chunks_of(experts, phase.taps.size(), phase.taps.size() == 1 ? POINTWISE_DEPTH : DEPTH);
 }
 
-// The numbers of one expert, or of a mixture of all, as a panel [depth][WIDE].
+// Packs one expert, or a mixture of all, as a panel [depth][WIDE].
 class Packer {
  public:
   Packer(const Experts& e, const Phase& phase, int64_t most)
@@ -233,7 +232,7 @@ class Packer {
       for (int64_t f = 0; f < WIDE; f++) to[k * WIDE + f] = f < count ? from[f * experts_.filter_step + at_[k]] : 0.f;
   }
 
-  // For few samples: mixed first, transposed after.
+  // For few samples: mix first, then transpose.
   bool mixes() const { return contiguous_; }
   void pack_mixed(int64_t panel, const Chunk& chunk, const float* gate, float* to) {
     const float* from = start(panel, chunk);
@@ -255,7 +254,7 @@ class Packer {
     transpose_rows(rows_.data(), chunk.depth, count, chunk.depth, to);
   }
 
-  // The lines of memory that will be read for some panels of a chunk, as ``mixes`` is true, counted from the first.
+  // The cache lines that will be read for some panels of a chunk, as offsets from the first; mixes: by ``mix``.
   const float* lines_of(int64_t panel, int64_t panels, const Chunk& chunk, Sizes& lines) const {
     const int64_t of_row = (chunk.depth + LINE - 1) / LINE, first = panel * WIDE;
     const int64_t filters = std::min(panels * WIDE, experts_.filters - first);
@@ -279,7 +278,7 @@ class Packer {
   const float* start(int64_t panel, const Chunk& chunk) const {
     return experts_.weight + panel * WIDE * experts_.filter_step + chunk.first * experts_.channel_step;
   }
-  // All taps of a channel, which lie one after the other; one tap of the filters too.
+  // All taps of a channel, which are contiguous; one tap of the filters too.
   void pack_channel(const float* from, int64_t count, float* to) const {
     if (experts_.taps > 1) return transpose_rows(from, experts_.filter_step, count, experts_.taps, to);
     std::fill(std::copy_n(from, count, to), to + WIDE, 0.f);
@@ -302,7 +301,7 @@ class Packer {
 template <int SOME>
 void mix(const float* panels, int64_t step, int64_t experts, const float* gate, int64_t depth, float* mixed) {
   for (int64_t k = 0; k < depth; k++, panels += WIDE, mixed += WIDE) {
-    Widest sum[SOME][PIECES] = {};  // of four samples, as many as a processor has products under way
+    Widest sum[SOME][PIECES] = {};  // of four samples, as many as a processor has products in flight
     const float* expert = panels;
     for (int64_t e = 0; e < experts; e++, expert += step) {
       const Widest of[PIECES] = {load_widest(expert), load_widest(expert + WIDEST)};
@@ -320,7 +319,7 @@ void mix(const float* panels, int64_t step, int64_t experts, const float* gate, 
 
 constexpr decltype(&mix<1>) MIXES[SAMPLES] = {mix<1>, mix<2>, mix<3>, mix<4>};  // by samples
 
-// to[k] = from[k] times a number of the tap and one of the channel of row k; null: ones.
+// to[k] = from[k] times a scale of the tap and one of the channel of row k; null: ones.
 void scale_rows(const float* spatial, const float* before, const Sizes& taps, int64_t depth, const float* from,
                 float* to) {
   for (int64_t k = 0, channel = 0; k < depth; channel++)
@@ -331,13 +330,13 @@ void scale_rows(const float* spatial, const float* before, const Sizes& taps, in
     }
 }
 
-// Samples with margins of zeros, and then times a number for each channel; without margins as they are.
-struct Picture {
+// Samples with zero padding, scaled by channel; without padding the samples themselves.
+struct Image {
   Tensor held;
   const float* data;
-  int64_t row, channel, sample;  // steps in numbers
+  int64_t row, channel, sample;  // strides in floats
 
-  Picture(const Tensor& x, const float* scale, Margins m) {
+  Image(const Tensor& x, const float* scale, PadAmounts m) {
     const int64_t B = x.size(0), I = x.size(1), H = x.size(2), W = x.size(3);
     row = m.left + W + m.right;
     channel = (m.top + H + m.bottom) * row;
@@ -358,7 +357,7 @@ struct Picture {
   }
 
  private:
-  void copy(const float* from, int64_t H, int64_t W, float scale, Margins m, float* to) const {
+  void copy(const float* from, int64_t H, int64_t W, float scale, PadAmounts m, float* to) const {
     to = std::fill_n(to, m.top * row, 0.f);
     for (int64_t h = 0; h < H; h++, from += W) {
       to = std::fill_n(to, m.left, 0.f);

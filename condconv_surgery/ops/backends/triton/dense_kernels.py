@@ -1,13 +1,13 @@
 """Dense convolutions with a kernel for each sample, as matrix products on a GPU's tensor cores, and their gradients.
 
-Positions are rows, channels are columns; the patches of the input are read where they lie, so nothing is unfolded:
+Positions are rows, channels are columns; patches are read directly from the input, so nothing is unfolded:
 
     y[b, p, o]     = sum_{t,i} x[b, at(p, t), i] K[b, o, t, i]
     dx[b, q, i]    = sum_{t,o} dy[b, p, o] K[b, o, t, i]       over the p, t with at(p, t) = q
     dK[b, o, t, i] = sum_p     dy[b, p, o] x[b, at(p, t), i]
 
 with ``at(p, t) = p * stride - padding + t * dilation`` in both directions. The first two are one kernel. In the second
-the positions are taken phase by phase of the stride: those of one phase meet the same taps.
+the positions are computed phase by phase of the stride: those of one phase have the same taps.
 """
 
 from __future__ import annotations
@@ -143,7 +143,7 @@ def _gradient_of_kernels(
     INNER: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """``kernels[b, o, t, i]``, some filters by some channels of one tap and one sample."""
+    """``kernels[b, o, t, i]``: a tile of filters by channels, of one tap and one sample."""
     tap = tl.program_id(0) % (KH * KW)
     o = (tl.program_id(0) // (KH * KW)) * ROWS + tl.arange(0, ROWS)
     i = tl.program_id(1) * COLS + tl.arange(0, COLS)
@@ -157,13 +157,13 @@ def _gradient_of_kernels(
         p_h = p // out_width
         p_w = p % out_width
         at = grad + b * g_b + o[:, None] * g_c + (p_h * g_h + p_w * g_w)[None, :]
-        given = tl.load(at, mask=(o < outs)[:, None] & known[None, :], other=0.0)  # [ROWS, INNER]
+        grads = tl.load(at, mask=(o < outs)[:, None] & known[None, :], other=0.0)  # [ROWS, INNER]
         h = p_h * SH - PH + t_h * DH
         w = p_w * SW - PW + t_w * DW
         inside = known & (h >= 0) & (h < height) & (w >= 0) & (w < width)
         at = x + b * x_b + (h * x_h + w * x_w)[:, None] + i[None, :] * x_c
         patch = tl.load(at, mask=inside[:, None] & (i < ins)[None, :], other=0.0)  # [INNER, COLS]
-        total = tl.dot(given, patch, total, input_precision=PRECISION)
+        total = tl.dot(grads, patch, total, input_precision=PRECISION)
     at = kernels + b * k_b + o[:, None] * k_o + tap * k_t + i[None, :] * k_i
     tl.store(at, total.to(kernels.dtype.element_ty), mask=(o < outs)[:, None] & (i < ins)[None, :])
 
@@ -176,7 +176,7 @@ def convolve(x: Tensor, kernels: Tensor, y: Tensor, stride: Pair, padding: Pair,
 def gradient_of_input(
     grad: Tensor, kernels: Tensor, grad_x: Tensor, stride: Pair, padding: Pair, dilation: Pair, size: Pair
 ) -> None:
-    """``grad_x`` [B, I, H, W] from ``grad`` [B, O, H', W']. Of stride and dilation one is 1, in each direction."""
+    """``grad_x`` [B, I, H, W] from ``grad`` [B, O, H', W']. In each direction stride or dilation is 1."""
     k_b, k_o, k_t, k_i = kernels.stride()
     _launch(grad, kernels, grad_x, (k_b, k_i, k_t, k_o), size, stride, padding, dilation, back=True)
 
@@ -184,14 +184,14 @@ def gradient_of_input(
 def gradient_of_kernels(
     grad: Tensor, x: Tensor, kernels: Tensor, stride: Pair, padding: Pair, dilation: Pair, size: Pair
 ) -> None:
-    """Into ``kernels`` [B, O, T, I]."""
+    """The gradient of the kernels, written into ``kernels`` [B, O, T, I]."""
     batch, outs, height, width = grad.shape
     ins = x.shape[1]
     tile = tile_of_kernels(height * width, outs, ins, x.dtype)
     grid = (-(-outs // tile.rows) * size[0] * size[1], -(-ins // tile.cols), batch)
-    numbers = (*x.shape[2:], ins, outs, height, width, *grad.stride(), *x.stride(), *kernels.stride())
+    scalars = (*x.shape[2:], ins, outs, height, width, *grad.stride(), *x.stride(), *kernels.stride())
     constants = {**constants_of(size, stride, padding, dilation), **tile.constants}
-    launch(_gradient_of_kernels, grid, (grad, x, kernels), numbers, constants, tile.warps, tile.stages)
+    launch(_gradient_of_kernels, grid, (grad, x, kernels), scalars, constants, tile.warps, tile.stages)
 
 
 def _launch(
@@ -210,13 +210,13 @@ def _launch(
     positions = -(-height // phases[0]) * -(-width // phases[1])
     tile = tile_of_positions(positions, outs, ins, x.dtype)
     grid = (-(-positions // tile.rows) * phases[0] * phases[1], -(-outs // tile.cols), batch)
-    numbers = (*x.shape[2:], ins, outs, height, width, *x.stride(), *strides, *y.stride())
+    scalars = (*x.shape[2:], ins, outs, height, width, *x.stride(), *strides, *y.stride())
     constants = {**constants_of(size, stride, padding, dilation), "BACK": back, **tile.constants}
-    launch(_convolve, grid, (x, kernels, y), numbers, constants, tile.warps, tile.stages)
+    launch(_convolve, grid, (x, kernels, y), scalars, constants, tile.warps, tile.stages)
 
 
 class Tile(NamedTuple):
-    """Of a product: rows, columns, how far along its inner dimension at a time; warps, stages of the pipeline."""
+    """The tile of a matrix product: rows, columns and inner dimension; warps, and stages of the pipeline."""
 
     rows: int
     cols: int
@@ -226,12 +226,12 @@ class Tile(NamedTuple):
 
     @property
     def constants(self) -> dict[str, int | str]:
-        """As the kernels call them."""
+        """By the names that the kernels use."""
         return {"ROWS": self.rows, "COLS": self.cols, "INNER": self.inner, "PRECISION": "tf32"}
 
 
 def tile_of_positions(positions: int, outs: int, ins: int, dtype: torch.dtype) -> Tile:
-    """For positions by channels. Measured on an H100 (benchmarks/NOTES.md), where others took up to twice as long."""
+    """The tile of positions by channels. Measured on an H100 (benchmarks/NOTES.md): others took up to twice as long."""
     few = positions <= 64
     cols = min(64 if few else 128, max(16, power_of_two(outs)))
     inner = min(64 if dtype.itemsize == 2 else 32, max(16, power_of_two(ins)))
@@ -241,7 +241,7 @@ def tile_of_positions(positions: int, outs: int, ins: int, dtype: torch.dtype) -
 
 
 def tile_of_kernels(positions: int, outs: int, ins: int, dtype: torch.dtype) -> Tile:
-    """For filters by channels. Numbers of 32 bits lie the wrong way for the tensor cores: one stage turns them."""
+    """The tile of filters by channels. float32 needs a transposition for the tensor cores, which takes one stage."""
     rows, cols = (min(64, max(16, power_of_two(n))) for n in (outs, ins))
     if dtype.itemsize == 4:
         return Tile(rows, cols, 32, 4, 1)

@@ -13,7 +13,7 @@ from torch import Tensor
 from condconv_surgery.ops.backends.triton.launch import NOT_SPECIALISED, Pair, constants_of, launch, power_of_two
 
 MAX_POSITIONS = 256
-"""One program of the gradient of kernels sums over so many positions, few at a time."""
+"""Positions that one program of the gradient of kernels sums over, few at a time."""
 
 
 @triton.jit(do_not_specialize=NOT_SPECIALISED)
@@ -69,9 +69,9 @@ def _convolve(
                 inside = known & (h >= 0) & (w >= 0)
             inside = inside & (h < height) & (w < width)
             at = x + b * x_b + (h * x_h + w * x_w)[:, None] + c[None, :] * x_c
-            seen = tl.load(at, mask=inside[:, None] & there[None, :], other=0.0).to(tl.float32)
+            pixels = tl.load(at, mask=inside[:, None] & there[None, :], other=0.0).to(tl.float32)
             at = kernels + (b * (KH * KW) + t_h * KW + t_w) * channels + c
-            total += seen * tl.load(at, mask=there, other=0.0).to(tl.float32)[None, :]
+            total += pixels * tl.load(at, mask=there, other=0.0).to(tl.float32)[None, :]
     at = y + b * y_b + (p_h * y_h + p_w * y_w)[:, None] + c[None, :] * y_c
     tl.store(at, total.to(y.dtype.element_ty), mask=known[:, None] & there[None, :])
 
@@ -107,7 +107,7 @@ def _gradient_of_kernels(
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
 ):
-    """``sums[part, b, t, c]`` over the part's ``share`` of the positions. TAPS: a power of two that holds all."""
+    """``sums[part, b, t, c]`` over the part's ``share`` of the positions. TAPS: rounded up to a power of two."""
     part = tl.program_id(0)
     c = tl.program_id(1) * COLS + tl.arange(0, COLS)
     b = tl.program_id(2).to(tl.int64)
@@ -123,13 +123,13 @@ def _gradient_of_kernels(
         p_h = p // out_width
         p_w = p % out_width
         at = grad + b * g_b + (p_h * g_h + p_w * g_w)[:, None] + c[None, :] * g_c
-        given = tl.load(at, mask=known[:, None] & there[None, :], other=0.0).to(tl.float32)
+        grads = tl.load(at, mask=known[:, None] & there[None, :], other=0.0).to(tl.float32)
         h = p_h[None, :] * SH - PH + t_h[:, None] * DH  # [TAPS, ROWS]
         w = p_w[None, :] * SW - PW + t_w[:, None] * DW
         inside = known[None, :] & (t < KH * KW)[:, None] & (h >= 0) & (h < height) & (w >= 0) & (w < width)
         at = x + b * x_b + (h * x_h + w * x_w)[:, :, None] + c[None, None, :] * x_c
-        seen = tl.load(at, mask=inside[:, :, None] & there[None, None, :], other=0.0).to(tl.float32)
-        total += given[None, :, :] * seen
+        pixels = tl.load(at, mask=inside[:, :, None] & there[None, None, :], other=0.0).to(tl.float32)
+        total += grads[None, :, :] * pixels
     at = sums + ((part * tl.num_programs(2) + b) * (KH * KW) + t[:, None]) * channels + c[None, :]
     tl.store(at, tl.sum(total, 1), mask=(t < KH * KW)[:, None] & there[None, :])
 
@@ -147,7 +147,7 @@ def gradient_of_input(
 
 
 def gradient_of_kernels(grad: Tensor, x: Tensor, stride: Pair, padding: Pair, dilation: Pair, size: Pair) -> Tensor:
-    """[B, T, C], in float32. Summed in parts of fixed places, so that no bit depends on who is first."""
+    """[B, T, C], in float32. Parts are summed in a fixed order, so that the result is deterministic."""
     batch, channels, height, width = grad.shape
     taps = power_of_two(size[0] * size[1])
     last = x.stride(1) == 1
@@ -156,9 +156,9 @@ def gradient_of_kernels(grad: Tensor, x: Tensor, stride: Pair, padding: Pair, di
     parts = -(-height * width // MAX_POSITIONS)
     sums = x.new_empty(parts, batch, size[0] * size[1], channels, dtype=torch.float32)
     grid = (parts, -(-channels // cols), batch)
-    numbers = (channels, *x.shape[2:], height, width, -(-height * width // parts), *grad.stride(), *x.stride())
+    scalars = (channels, *x.shape[2:], height, width, -(-height * width // parts), *grad.stride(), *x.stride())
     constants = {**constants_of(size, stride, padding, dilation), "TAPS": taps, "ROWS": rows, "COLS": cols}
-    launch(_gradient_of_kernels, grid, (grad, x, sums), numbers, constants)
+    launch(_gradient_of_kernels, grid, (grad, x, sums), scalars, constants)
     return sums[0] if parts == 1 else sums.sum(0)
 
 
@@ -170,6 +170,6 @@ def _launch(
     cols = min(64 if last else 1, power_of_two(channels))
     rows = min(max(16, power_of_two(height * width)), 2048 // cols)
     grid = (-(-height * width // rows), -(-channels // cols), batch)
-    numbers = (channels, *x.shape[2:], height, width, *x.stride(), *y.stride())
+    scalars = (channels, *x.shape[2:], height, width, *x.stride(), *y.stride())
     constants = {**constants_of(size, stride, padding, dilation), "BACK": back, "ROWS": rows, "COLS": cols}
-    launch(_convolve, grid, (x, kernels, y), numbers, constants)
+    launch(_convolve, grid, (x, kernels, y), scalars, constants)

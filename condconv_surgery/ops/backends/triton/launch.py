@@ -1,7 +1,7 @@
 """Launches of Triton's kernels. Triton's Python code for one costs as much as a small layer, so it is memoized.
 
 Triton specialises machine code for the dtype of each tensor, for whether its address is a multiple of 16, and for
-numbers that are 1 or a multiple of 16. Where all of these are as in an earlier call, so is the machine code, and it is
+scalars that are 1 or a multiple of 16. Where all of these are as in an earlier call, so is the machine code, and it is
 launched directly. Where a version of Triton has no compiled kernel to launch so, each launch goes through Triton.
 """
 
@@ -26,30 +26,30 @@ def launch(
     kernel: Any,
     grid: tuple[int, int, int],
     tensors: tuple[Tensor, ...],
-    numbers: tuple[float, ...],
+    scalars: tuple[float, ...],
     constants: dict[str, Any],
     warps: int = 4,
     stages: int = 3,
 ) -> None:
-    """``kernel[grid](*tensors, *numbers, **constants)`` on the device of the tensors.
+    """``kernel[grid](*tensors, *scalars, **constants)`` on the device of the tensors.
 
-    In the kernel's signature tensors come first, then numbers, then ``tl.constexpr``, all in the order given here.
+    In the kernel's signature tensors come first, then scalars, then ``tl.constexpr``, all in the order given here.
     """
     device = tensors[0].device
     if device.type == "cuda" and device.index != torch.cuda.current_device():
         with torch.cuda.device(device):
-            launch(kernel, grid, tensors, numbers, constants, warps, stages)
+            launch(kernel, grid, tensors, scalars, constants, warps, stages)
         return
     signature = tuple([(tensor.dtype, tensor.data_ptr() % 16) for tensor in tensors])
     fixed = tuple(constants.values())
-    key = (id(kernel), device.index, signature, numbers, fixed, warps, stages)
+    key = (id(kernel), device.index, signature, scalars, fixed, warps, stages)
     compiled = _compiled.get(key)
     if compiled is None:
-        compiled = kernel[grid](*tensors, *numbers, **constants, num_warps=warps, num_stages=stages)
+        compiled = kernel[grid](*tensors, *scalars, **constants, num_warps=warps, num_stages=stages)
         if hasattr(compiled, "__getitem__"):  # not in the interpreter, which returns None
             memoize(_compiled, key, compiled)
     else:
-        compiled[grid](*tensors, *numbers, *fixed)
+        compiled[grid](*tensors, *scalars, *fixed)
 
 
 def power_of_two(number: int) -> int:

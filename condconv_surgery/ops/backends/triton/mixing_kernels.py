@@ -1,11 +1,11 @@
-"""Kernels of all samples on a GPU, in the layout that its products need, and the gradients of what they are made of.
+"""Mix the kernels of all samples on a GPU, in the layout that matrix products need, and the gradients of the mixture.
 
     K[b, r, t, c] = row[b,r] * col[b,c] * spatial[b,t] * sum_e gate[b,e] * experts[e, r, c, t]
 
-for filters r and channels c, or the other way about. Both directions are matrix products over experts, samples or
-numbers of a kernel, each of three TF32 products, together nearly as exact as float32 (bfloat16: ``_product``). One pass
-over the experts writes the kernels, in the precision of the activations; one pass over their gradient reads it.
-Partial sums go to fixed places, so that no bit depends on who is first.
+for filters r and channels c, or swapped. Both directions are matrix products over experts, samples or elements of a
+kernel, each of three TF32 products, together nearly as exact as float32 (bfloat16: ``_product``). One pass over the
+experts writes the kernels, in the precision of the activations; one pass over their gradient reads it. Partial sums are
+added in a fixed order, so that the result is deterministic.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def _mix(
     SAMPLES: tl.constexpr,
     COLS: tl.constexpr,
 ):
-    """Some taps of one row, for some samples. ROUND: to the nearest number of 10 bits, a float32 as TF32 has it."""
+    """Some taps of one row, for some samples. ROUND: float32 values to the nearest TF32 value, of 10 bits."""
     parts = tl.cdiv(taps, taps_each)
     r = tl.program_id(0) // parts
     first = (tl.program_id(0) % parts) * taps_each
@@ -81,7 +81,7 @@ def _mix(
             kernel *= tl.load(spatial + b * spatial_b + t, mask=b < batch, other=0.0).to(tl.float32)[:, None]
         if ROUND:
             nearest = ((kernel.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
-            kernel = tl.where(kernel == kernel, nearest, kernel)  # what is no number stays none
+            kernel = tl.where(kernel == kernel, nearest, kernel)  # NaN stays NaN
         tl.store(kernels + (r * taps + t) * cols + to, kernel.to(kernels.dtype.element_ty), mask=here)
 
 
@@ -135,52 +135,52 @@ def _unmix(
         here = (b < batch)[:, None] & (c < cols)[None, :]
         gates = _gates(gate, b, e, batch, gate_b, EXPERTS, GATED)
         columns = tl.trans(gates)
-        found_gate = tl.zeros((SAMPLES, COUNT), tl.float32)
-        found_col = tl.zeros((SAMPLES, COLS), tl.float32)
+        sum_gate = tl.zeros((SAMPLES, COUNT), tl.float32)
+        sum_col = tl.zeros((SAMPLES, COLS), tl.float32)
         if BY_COL:
             col = tl.load(by_col + b[:, None] * col_b + c[None, :], mask=here, other=0.0).to(tl.float32)
         for t in range(first_tap, tl.minimum(first_tap + taps_each, taps)):
-            found_tap = tl.zeros((SAMPLES,), tl.float32)
+            sum_tap = tl.zeros((SAMPLES,), tl.float32)
             if SPATIAL:
                 of_tap = tl.load(spatial + b * spatial_b + t, mask=b < batch, other=0.0).to(tl.float32)
             for r in range(first_row, tl.minimum(first_row + rows_each, rows)):
                 at = r * cols * taps + t
                 weights = tl.load(experts + at + in_experts, mask=known, other=0.0).to(tl.float32)  # [COUNT, COLS]
-                given = tl.load(grad + (r * taps + t) * cols + in_grad, mask=here, other=0.0)  # [SAMPLES, COLS]
-                given = given.to(tl.float32)
+                grads = tl.load(grad + (r * taps + t) * cols + in_grad, mask=here, other=0.0)  # [SAMPLES, COLS]
+                grads = grads.to(tl.float32)
                 if SPATIAL or BY_COL or BY_ROW:
-                    product = given * _product(gates, weights, grad.dtype.element_ty)
+                    product = grads * _product(gates, weights, grad.dtype.element_ty)
                     if BY_ROW:
                         row = tl.load(by_row + b * row_b + r, mask=b < batch, other=0.0).to(tl.float32)
-                        given *= row[:, None]
+                        grads *= row[:, None]
                     if SPATIAL:
-                        given *= of_tap[:, None]
+                        grads *= of_tap[:, None]
                     if BY_COL:
                         alone = product * row[:, None] if BY_ROW else product
-                        found_col += alone * of_tap[:, None] if SPATIAL else alone
-                        given *= col
+                        sum_col += alone * of_tap[:, None] if SPATIAL else alone
+                        grads *= col
                         product *= col
                     sums = tl.sum(product, 1)
                     if SPATIAL:
-                        found_tap += sums * row if BY_ROW else sums
+                        sum_tap += sums * row if BY_ROW else sums
                     if BY_ROW:
                         place = ((t * tl.num_programs(1) + across) * batch + b) * rows + r
                         tl.store(to_row + place, sums * of_tap if SPATIAL else sums, mask=b < batch)
                 if GATED:
-                    found_gate += tl.trans(_product(weights, tl.trans(given), grad.dtype.element_ty, SECOND=True))
-                total = _product(columns, given, grad.dtype.element_ty, SECOND=True)  # [COUNT, COLS]
+                    sum_gate += tl.trans(_product(weights, tl.trans(grads), grad.dtype.element_ty, SECOND=True))
+                total = _product(columns, grads, grad.dtype.element_ty, SECOND=True)  # [COUNT, COLS]
                 if ADD or first > 0:
                     total += tl.load(grad_experts + at + in_experts, mask=known, other=0.0)
                 tl.store(grad_experts + at + in_experts, total, mask=known)
             if SPATIAL:
                 place = (((part // parts) * tl.num_programs(1) + across) * batch + b) * taps
-                tl.store(to_spatial + place + t, found_tap, mask=b < batch)
-        tl.debug_barrier()  # the sums of the next samples are added to what was stored here
+                tl.store(to_spatial + place + t, sum_tap, mask=b < batch)
+        tl.debug_barrier()  # the next samples read the sums stored here
         if BY_COL:
-            tl.store(to_col + (part * batch + b[:, None]) * cols + c[None, :], found_col, mask=here)
+            tl.store(to_col + (part * batch + b[:, None]) * cols + c[None, :], sum_col, mask=here)
         if GATED:
             place = ((part * tl.num_programs(1) + across) * batch + b[:, None]) * EXPERTS + e[None, :]
-            tl.store(to_gate + place, found_gate, mask=(b < batch)[:, None] & (e < EXPERTS)[None, :])
+            tl.store(to_gate + place, sum_gate, mask=(b < batch)[:, None] & (e < EXPERTS)[None, :])
 
 
 @triton.jit
@@ -196,8 +196,8 @@ def _gates(gate, b, e, batch, gate_b, EXPERTS: tl.constexpr, GATED: tl.constexpr
 
 @triton.jit
 def _product(a, b, dtype: tl.constexpr, SECOND: tl.constexpr = False):
-    """``a @ b`` of float32 numbers. dtype: of the gradient of the kernels. Where that is bfloat16 so are the factors:
-    ``a`` as a sum of two such numbers, and ``b`` too unless it comes from the gradient (SECOND), which is rounded once
+    """``a @ b`` of float32 values. dtype: of the gradient of the kernels. Where that is bfloat16 so are the factors:
+    ``a`` as a sum of two such values, and ``b`` too unless it comes from the gradient (SECOND), which is rounded once
     more where a scale has touched it. The range of float16 would not do for that."""
     if dtype != tl.bfloat16:
         product = tl.dot(a, b, input_precision="tf32x3")
@@ -213,7 +213,7 @@ def _product(a, b, dtype: tl.constexpr, SECOND: tl.constexpr = False):
 
 
 class Blocks(NamedTuple):
-    """How the numbers of a kernel are shared among programs. samples, cols: at a time; the rest: for each program."""
+    """How the elements of a kernel are shared among programs. samples, cols: at a time; the rest: for each program."""
 
     samples: int
     cols: int
@@ -247,10 +247,10 @@ def mix(
     blocks = Blocks.of(batch, rows, cols, taps, most=128)
     grid = (rows * -(-taps // blocks.taps_each), -(-cols // blocks.cols), -(-batch // blocks.samples))
     steps = (*strides, *(part.stride(0) for part in parts))
-    numbers = (batch, rows, cols, taps, experts[0].numel(), *steps, blocks.taps_each)
+    scalars = (batch, rows, cols, taps, experts[0].numel(), *steps, blocks.taps_each)
     rounded = tensor_cores and dtype == torch.float32
     constants = {**_present(experts, mixture), "ROUND": rounded, "SAMPLES": blocks.samples, "COLS": blocks.cols}
-    launch(_mix, grid, (experts, *parts, kernels), numbers, constants)
+    launch(_mix, grid, (experts, *parts, kernels), scalars, constants)
     return kernels
 
 
@@ -263,22 +263,22 @@ def unmix(grad: Tensor, experts: Tensor, mixture: Mixture, grad_experts: Tensor,
     down, across = -(-rows // blocks.rows_each), -(-cols // blocks.cols)
     parts = down * -(-taps // blocks.taps_each)
 
-    def room(part: Tensor | None, *shape: int) -> Tensor:
+    def buffer(part: Tensor | None, *shape: int) -> Tensor:
         return experts.new_empty(shape if part is not None else 0, dtype=torch.float32)
 
     gate, spatial, by_col, by_row = mixture
-    given = _in_rows(mixture, experts)
+    inputs = _in_rows(mixture, experts)
     sums = (
-        room(gate, parts * across, batch, count),
-        room(spatial, down * across, batch, taps),
-        room(by_col, parts, batch, cols),
-        room(by_row, taps * across, batch, rows),
+        buffer(gate, parts * across, batch, count),
+        buffer(spatial, down * across, batch, taps),
+        buffer(by_col, parts, batch, cols),
+        buffer(by_row, taps * across, batch, rows),
     )
-    steps = (part.stride(0) for part in given)
-    numbers = (batch, rows, cols, taps, experts[0].numel(), *steps, blocks.rows_each, blocks.taps_each)
+    steps = (part.stride(0) for part in inputs)
+    scalars = (batch, rows, cols, taps, experts[0].numel(), *steps, blocks.rows_each, blocks.taps_each)
     constants = {**_present(experts, mixture), "ADD": add, "SAMPLES": blocks.samples, "COLS": blocks.cols}
     warps = 8 if blocks.cols == 64 and any(part is not None for part in mixture[1:]) else 4
-    launch(_unmix, (parts, across, 1), (grad, experts, *given, grad_experts, *sums), numbers, constants, warps)
+    launch(_unmix, (parts, across, 1), (grad, experts, *inputs, grad_experts, *sums), scalars, constants, warps)
     of_gate, of_spatial, of_col, of_row = map(_total, sums)
     return [of_gate, None if of_spatial is None else of_spatial.view(batch, kh, kw), of_col, of_row]
 
@@ -288,7 +288,7 @@ def _total(parts: Tensor) -> Tensor | None:
 
 
 def _in_rows(mixture: Mixture, like: Tensor) -> list[Tensor]:
-    """The parts, each sample's numbers side by side; for one that is not there something that is not read."""
+    """The parts, with contiguous rows; for one that is None a tensor that is not read."""
     parts = (like if part is None else part for part in mixture)
     return [part if part is like or part[0].is_contiguous() else part.contiguous() for part in parts]
 

@@ -1,4 +1,4 @@
-"""The mean over the positions of each map on a GPU, in one pass over pictures of any layout."""
+"""The mean over the positions of each map on a GPU, in one pass over images of any layout."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 from condconv_surgery.ops.backends.triton.launch import launch, power_of_two
 
 MAX_POSITIONS = 256
-"""One program adds up so many at most where channels lie side by side, since it waits for each few of them; where
+"""Positions that one program sums at most where channels are contiguous, since it waits for each few of them; where
 positions do, it takes a whole map."""
 
 
@@ -45,7 +45,7 @@ def _mean(
 
 
 def mean(x: Tensor) -> Tensor:
-    """[B, C, H, W] -> [B, C], in float32. Added up in fixed places, so that no bit depends on who is first."""
+    """[B, C, H, W] -> [B, C], in float32. Summed in a fixed order, so that the result is deterministic."""
     batch, channels, height, width = x.shape
     positions = height * width
     side_by_side = x.stride(1) == 1 and channels > 1
@@ -53,6 +53,6 @@ def mean(x: Tensor) -> Tensor:
     parts = -(-positions // MAX_POSITIONS) if side_by_side else 1
     means = x.new_empty(batch, parts, channels, dtype=torch.float32)
     rows = min(4096 // cols if side_by_side else 1024, power_of_two(positions))
-    numbers = (channels, positions, width, -(-positions // parts), 1.0 / positions, *x.stride())
-    launch(_mean, (parts, -(-channels // cols), batch), (x, means), numbers, {"ROWS": rows, "COLS": cols})
+    scalars = (channels, positions, width, -(-positions // parts), 1.0 / positions, *x.stride())
+    launch(_mean, (parts, -(-channels // cols), batch), (x, means), scalars, {"ROWS": rows, "COLS": cols})
     return means.squeeze(1) if parts == 1 else means.sum(1)

@@ -29,7 +29,7 @@ def _sigmoid_gates(
     BIAS: tl.constexpr,
     INNER: tl.constexpr,
 ):
-    """Of one sample."""
+    """The gates of one sample."""
     b = tl.program_id(0).to(tl.int64)
     e = tl.arange(0, COUNT)
     total = tl.zeros((COUNT, INNER), tl.float32)
@@ -62,7 +62,7 @@ def _attention(
     weight_3,
     bias_3,
     temperature,
-    found,
+    outputs,
     batch,
     channels,
     hidden,
@@ -80,7 +80,7 @@ def _attention(
     INNER: tl.constexpr,
     COLS: tl.constexpr,
 ):
-    """Some columns of one head for some samples; each program finds the hidden vectors of its samples anew."""
+    """Some columns of one head for some samples; each program computes the hidden vectors of its samples again."""
     b = tl.program_id(1) * SAMPLES + tl.arange(0, SAMPLES)
     n = tl.arange(0, HIDDEN)
     known = n < hidden
@@ -101,28 +101,28 @@ def _attention(
         offset = tl.load(shift + n, mask=known, other=0.0).to(tl.float32)
         h = (h - centre[None, :]) * slope[None, :] + offset[None, :]
     if RELU:
-        h = tl.where(h < 0, 0.0, h)  # what is no number stays none
+        h = tl.where(h < 0, 0.0, h)  # NaN stays NaN
     t = tl.load(temperature).to(tl.float32)
     step = width_0 + width_1 + width_2 + width_3
     part = tl.program_id(0)
     before = 0
     parts = tl.cdiv(width_0, COLS)
     if part < parts:
-        _head(h, weight_0, bias_0, found, b, batch, n, hidden, width_0, part, before, step, t, False, COLS)
+        _head(h, weight_0, bias_0, outputs, b, batch, n, hidden, width_0, part, before, step, t, False, COLS)
     part -= parts
     before += width_0
     parts = tl.cdiv(width_1, COLS)
     if (part >= 0) & (part < parts):
-        _head(h, weight_1, bias_1, found, b, batch, n, hidden, width_1, part, before, step, t, False, COLS)
+        _head(h, weight_1, bias_1, outputs, b, batch, n, hidden, width_1, part, before, step, t, False, COLS)
     part -= parts
     before += width_1
     parts = tl.cdiv(width_2, COLS)
     if (part >= 0) & (part < parts):
-        _head(h, weight_2, bias_2, found, b, batch, n, hidden, width_2, part, before, step, t, False, COLS)
+        _head(h, weight_2, bias_2, outputs, b, batch, n, hidden, width_2, part, before, step, t, False, COLS)
     part -= parts
     before += width_2
     if (part >= 0) & (width_3 > 0):
-        _head(h, weight_3, bias_3, found, b, batch, n, hidden, width_3, part, before, step, t, True, COLS)
+        _head(h, weight_3, bias_3, outputs, b, batch, n, hidden, width_3, part, before, step, t, True, COLS)
 
 
 @triton.jit
@@ -130,7 +130,7 @@ def _head(
     h,
     weight,
     bias,
-    found,
+    outputs,
     b,
     batch,
     n,
@@ -143,7 +143,7 @@ def _head(
     SOFTMAX: tl.constexpr,
     COLS: tl.constexpr,
 ):
-    """Its columns from ``part * COLS`` on: of a softmax all of them."""
+    """The head's columns from ``part * COLS`` on; of a softmax all of them."""
     c = part * COLS + tl.arange(0, COLS)
     mask = (n < hidden)[:, None] & (c < width)[None, :]
     w = tl.load(weight + c[None, :] * hidden + n[:, None], mask=mask, other=0.0).to(tl.float32)
@@ -156,7 +156,7 @@ def _head(
     else:
         value = 2 * _sigmoid(z)
     at = b.to(tl.int64)[:, None] * step + (before + c)[None, :]
-    tl.store(found + at, value.to(found.dtype.element_ty), mask=(b < batch)[:, None] & (c < width)[None, :])
+    tl.store(outputs + at, value.to(outputs.dtype.element_ty), mask=(b < batch)[:, None] & (c < width)[None, :])
 
 
 @triton.jit
@@ -170,10 +170,10 @@ def sigmoid_gates(pooled: Tensor, linear: Linear, factor: float) -> Tensor:
     weight, bias = linear
     (batch, channels), count = pooled.shape, weight.shape[0]
     gates = pooled.new_empty(batch, count)
-    numbers = (channels, float(factor), pooled.stride(0))
+    scalars = (channels, float(factor), pooled.stride(0))
     inner = min(256, max(16, power_of_two(channels)))
     constants = {"EXPERTS": count, "COUNT": power_of_two(count), "BIAS": bias is not None, "INNER": inner}
-    launch(_sigmoid_gates, (batch, 1, 1), (pooled, weight, weight if bias is None else bias, gates), numbers, constants)
+    launch(_sigmoid_gates, (batch, 1, 1), (pooled, weight, weight if bias is None else bias, gates), scalars, constants)
     return gates
 
 
@@ -186,23 +186,23 @@ def attention(
     heads: list[tuple[Tensor, Tensor] | None],
     temperature: Tensor,
 ) -> list[Tensor | None]:
-    """What each of four heads says, [B, I] -> [B, width] or None, the last by a softmax over up to 32 columns.
+    """The outputs of four heads, [B, I] -> [B, width] or None, the last by a softmax over up to 32 columns.
 
-    norm: mean, variance, weight and bias, or nothing.
+    norm: mean, variance, weight and bias, or empty.
     """
     weight, bias = reduce
     (batch, channels), hidden = pooled.shape, weight.shape[0]
     widths = [0 if head is None else head[0].shape[0] for head in heads]
-    # for what is not there something that is not read
+    # for absent parts a tensor that is not read
     maps = [part for head in heads for part in (head or (weight, weight))]
     statistics = norm or [weight] * 4
-    found = pooled.new_empty(batch, sum(widths))
+    outputs = pooled.new_empty(batch, sum(widths))
     samples, cols, wide = 16, 64, max(16, power_of_two(hidden))
     grid = (sum(-(-width // cols) for width in widths), -(-batch // samples), 1)
-    tensors = (pooled, weight, weight if bias is None else bias, *statistics, *maps, temperature, found)
-    numbers = (batch, channels, hidden, *widths, pooled.stride(0), float(eps))
+    tensors = (pooled, weight, weight if bias is None else bias, *statistics, *maps, temperature, outputs)
+    scalars = (batch, channels, hidden, *widths, pooled.stride(0), float(eps))
     constants = {"BIAS": bias is not None, "NORM": bool(norm), "RELU": relu}
     tiles = {"SAMPLES": samples, "HIDDEN": wide, "INNER": 32, "COLS": cols}
-    launch(_attention, grid, tensors, numbers, constants | tiles, stages=3 if wide <= 128 else 2)
-    parts = iter(found.split_with_sizes([width for width in widths if width], 1))
+    launch(_attention, grid, tensors, scalars, constants | tiles, stages=3 if wide <= 128 else 2)
+    parts = iter(outputs.split_with_sizes([width for width in widths if width], 1))
     return [next(parts) if width else None for width in widths]
