@@ -22,7 +22,7 @@ def is_intercepted() -> bool:
         return bool(
             torch._C._get_tracing_state() is not None
             or torch._C._len_torch_dispatch_stack()
-            or any(map(_is_intercepting, range(torch._C._len_torch_function_stack())))
+            or ((modes := torch._C._len_torch_function_stack()) and any(map(_is_intercepting, range(modes))))
             or torch._C._are_functorch_transforms_active()
             or forward_ad._current_level >= 0
         )
@@ -37,7 +37,10 @@ def _is_intercepting(position: int) -> bool:
 
 def are_plain(*tensors: Tensor | None) -> bool:
     """Whether none is of a subclass, which may hold its data elsewhere."""
-    return all(t is None or type(t) in PLAIN_TYPES for t in tensors)
+    for t in tensors:  # noqa: SIM110  a generator takes as long as the checks
+        if t is not None and type(t) not in PLAIN_TYPES:
+            return False
+    return True
 
 
 def linear_parts(linear: nn.Module) -> tuple[Tensor, Tensor | None] | None:

@@ -6,13 +6,11 @@ contiguous, in float32 and on the CPU, or a module is not exactly an ``nn.Linear
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import Tensor
 
 from condconv_surgery.ops.backends.cpp.cpp_eligibility import code_for
 from condconv_surgery.ops.router_forms import Attention, RouterForm, SigmoidGates
-from condconv_surgery.ops.tracing_state import are_plain, linear_parts, norm_parts
+from condconv_surgery.ops.tracing_state import linear_parts, norm_parts
 
 
 def pool(x: Tensor) -> Tensor | None:
@@ -24,19 +22,18 @@ def pool(x: Tensor) -> Tensor | None:
 
 def route(pooled: Tensor, form: RouterForm) -> list[Tensor | None] | None:
     """The outputs of a router, [B, I] -> [B, E] or [B, width of the head] each."""
-    code = code_for(pooled)
-    if code is None:
-        return None
     if not isinstance(form, SigmoidGates):
-        return _attention(code, pooled, form)
-    parts = linear_parts(form.linear)
+        return _attention(pooled, form)
+    code = code_for(pooled)
+    parts = None if code is None else linear_parts(form.linear)
     gates = None if parts is None else code.sigmoid_gates(pooled, *parts, form.factor)
     return None if gates is None else [gates]
 
 
-def _attention(code: Any, pooled: Tensor, form: Attention) -> list[Tensor | None] | None:
+def _attention(pooled: Tensor, form: Attention) -> list[Tensor | None] | None:
     reduce, norm, relu, heads, temperature = form
-    if not are_plain(temperature):
+    code = code_for(pooled, temperature)
+    if code is None:
         return None
     statistics = [] if norm is None else norm_parts(norm)
     maps = [linear_parts(linear) for linear in (reduce, *heads) if linear is not None]
