@@ -18,10 +18,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from condconv_surgery.layers.conditional import ConditionalConv2d
-from condconv_surgery.layers.router import Router, is_bare_linear, router_for, temperature_buffer, zero_linear_
+from condconv_surgery.layers.router import Router, bare_linear_parts, router_for, temperature_buffer, zero_linear_
 from condconv_surgery.ops.geometry import ConvGeometry
 from condconv_surgery.ops.mixture import Mixture
 from condconv_surgery.ops.router_forms import Attention
+from condconv_surgery.ops.tracing_state import norm_parts
 from condconv_surgery.recipe import ODConv
 
 
@@ -106,16 +107,24 @@ def _outputs(heads: list[nn.Linear], h: Tensor) -> tuple[Tensor, list[int]]:
     Bare ones are one matrix product: at batch 1 a small operator costs more than the copy of its weights. Anything else
     (hooks, adapters, quantised or sharded weights) is called.
     """
-    if all(map(is_bare_linear, heads)):
-        weight, bias = torch.cat([head.weight for head in heads]), torch.cat([head.bias for head in heads])
-        return F.linear(h, weight, bias), [head.out_features for head in heads]
+    parts = [bare_linear_parts(head) for head in heads]
+    if None not in parts:
+        weights, biases = zip(*parts, strict=True)
+        if None not in biases:
+            return F.linear(h, torch.cat(weights), torch.cat(biases)), [head.out_features for head in heads]
     outputs = [head(h) for head in heads]
     return torch.cat(outputs, dim=1), [output.shape[1] for output in outputs]
 
 
 def _norm_any_batch(norm: nn.Module, h: Tensor) -> Tensor:
     """Batch norm of [B, hidden], by the running statistics for a batch of one or none in training."""
-    if isinstance(norm, nn.BatchNorm1d) and norm.training and h.shape[0] <= 1:
-        return F.batch_norm(h, norm.running_mean, norm.running_var, norm.weight, norm.bias, False, 0.0, norm.eps)
+    if isinstance(norm, nn.BatchNorm1d):
+        # in eval mode without hooks the call of a module takes as long as the norm
+        parts = norm_parts(norm)
+        if parts is not None:
+            mean, variance, weight, bias = parts
+            return F.batch_norm(h, mean, variance, weight, bias, False, 0.0, norm.eps)
+        if norm.training and h.shape[0] <= 1:
+            return F.batch_norm(h, norm.running_mean, norm.running_var, norm.weight, norm.bias, False, 0.0, norm.eps)
     normed: Tensor = norm(h)
     return normed

@@ -116,12 +116,14 @@ def make_router(
     return ROUTERS[cls](geometry, variant, device=device, dtype=dtype).zero_()
 
 
-def is_bare_linear(module: nn.Module) -> bool:
-    """Whether using the weight of ``module`` is the same as calling it: an ``nn.Linear`` without hooks or subclasses.
+def bare_linear_parts(module: nn.Module) -> tuple[Tensor, Tensor | None] | None:
+    """Weight and bias where using them is the same as calling ``module``: an ``nn.Linear`` without hooks or subclasses.
 
     A compiler's own tensor classes do not count: what it traces is compiled as one expression either way.
     """
-    return linear_parts(module) is not None or (torch.compiler.is_compiling() and type(module) is nn.Linear)
+    if torch.compiler.is_compiling():
+        return (module.weight, module.bias) if type(module) is nn.Linear else None
+    return linear_parts(module)
 
 
 def zero_linear_(linear: nn.Linear) -> None:
