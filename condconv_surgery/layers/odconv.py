@@ -108,9 +108,9 @@ def _outputs(heads: list[nn.Linear], h: Tensor) -> tuple[Tensor, list[int]]:
     (hooks, adapters, quantised or sharded weights) is called.
     """
     parts = [bare_linear_parts(head) for head in heads]
-    if None not in parts:
+    if all(part is not None for part in parts):
         weights, biases = zip(*parts, strict=True)
-        if None not in biases:
+        if all(bias is not None for bias in biases):  # not `in`, which compares tensors
             return F.linear(h, torch.cat(weights), torch.cat(biases)), [head.out_features for head in heads]
     outputs = [head(h) for head in heads]
     return torch.cat(outputs, dim=1), [output.shape[1] for output in outputs]
