@@ -107,13 +107,15 @@ def _outputs(heads: list[nn.Linear], h: Tensor) -> tuple[Tensor, list[int]]:
     Bare ones are one matrix product: at batch 1 a small operator costs more than the copy of its weights. Anything else
     (hooks, adapters, quantised or sharded weights) is called.
     """
-    parts = [bare_linear_parts(head) for head in heads]
-    if all(part is not None for part in parts):
-        weights, biases = zip(*parts, strict=True)
-        if all(bias is not None for bias in biases):  # not `in`, which compares tensors
-            return F.linear(h, torch.cat(weights), torch.cat(biases)), [head.out_features for head in heads]
-    outputs = [head(h) for head in heads]
-    return torch.cat(outputs, dim=1), [output.shape[1] for output in outputs]
+    weights, biases = [], []
+    for head in heads:  # a loop, since a generator takes as long as a small operator
+        weight, bias = bare_linear_parts(head) or (None, None)
+        if weight is None or bias is None:
+            outputs = [head(h) for head in heads]
+            return torch.cat(outputs, dim=1), [output.shape[1] for output in outputs]
+        weights.append(weight)
+        biases.append(bias)
+    return F.linear(h, torch.cat(weights), torch.cat(biases)), [head.out_features for head in heads]
 
 
 def _norm_any_batch(norm: nn.Module, h: Tensor) -> Tensor:
