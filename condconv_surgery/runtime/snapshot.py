@@ -65,7 +65,7 @@ def preserving_state(model: nn.Module) -> Iterator[ModelState]:
 
 def held_tensors(model: nn.Module) -> list[Tensor]:
     """Every tensor in attributes of the model's modules, and in the containers and plain objects that they hold."""
-    return [tensor for tensor, _ in ModelState(model).tensors]
+    return ModelState(model).tensors
 
 
 class ModelState:
@@ -76,7 +76,8 @@ class ModelState:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self.tensors: list[tuple[Tensor, Tensor]] = []
+        self.tensors: list[Tensor] = []
+        self._aliases: list[tuple[Tensor, Tensor]] = []
         self._containers: list[tuple[Any, Any]] = []
         self._by_memory: dict[int, list[Tensor]] = {}
         self._copies: dict[int, tuple[Tensor, Tensor]] = {}
@@ -98,7 +99,7 @@ class ModelState:
         for container, items in self._containers:
             if _differs(container, items):
                 _refill(container, items)
-        for tensor, alias in self.tensors:
+        for tensor, alias in self._aliases:
             if _memory(tensor) != _memory(alias) or tensor.shape != alias.shape or tensor.stride() != alias.stride():
                 tensor.data = alias
         for own, values in self._copies.values():
@@ -124,9 +125,10 @@ class ModelState:
     def _note(self, value: Any) -> Iterable[Any]:
         """Note what ``value`` holds now, and return it."""
         if isinstance(value, Tensor):
+            self.tensors.append(value)
             if _memory(value):
                 alias = value.detach()
-                self.tensors.append((value, alias))
+                self._aliases.append((value, alias))
                 self._by_memory.setdefault(_memory(value), []).append(alias)
             return ()
         container = value if isinstance(value, (list, dict, set, deque)) else _attributes_of(value)
@@ -142,14 +144,14 @@ class _CopyBeforeWrite(TorchFunctionMode):
 
     def __init__(self, state: ModelState) -> None:
         super().__init__()
-        self._holdings = state
+        self._state = state
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if _may_write(func) or "out" in kwargs:
             for leaf in pytree.tree_leaves((args[:1], kwargs)):  # a method's own tensor, or a list of them
                 if isinstance(leaf, Tensor):
-                    self._holdings.keep(leaf)
+                    self._state.keep(leaf)
         return func(*args, **kwargs)
 
 

@@ -439,6 +439,14 @@ def test_weights_on_meta_have_no_proof_but_an_architecture(x: Tensor) -> None:
     assert converted[1].weight.shape == (3, 4, 4, 3, 3)
 
 
+def test_a_model_on_meta_with_a_computed_weight_is_copied(x: Tensor) -> None:
+    with torch.device("meta"):
+        model = nn.Sequential(net(), old(nn.utils.weight_norm)(nn.Conv2d(4, 4, 1)))
+        model.append(nn.Sequential(nn.Conv2d(4, 4, 1)))
+    plan = cs.convert(model, cs.CondConv(), example=x, prove=False).plan
+    assert "1" in {skip.name for skip in plan.skipped} and "2.0" in {site.name for site in plan.to_convert}
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 def test_channels_last_weights_of_any_precision(dtype: torch.dtype, x: Tensor) -> None:
     model = net().eval().to(dtype).to(memory_format=torch.channels_last)
