@@ -4,29 +4,21 @@ from condconv_surgery.surgery.block_graph import BlockError
 from condconv_surgery.surgery.block_routing import route_block
 from condconv_surgery.surgery.carry_out import Conversion
 from condconv_surgery.surgery.conversion import ModelPlan, convert, plan
-from condconv_surgery.surgery.conversion_plan import Plan, Skip
-from condconv_surgery.surgery.fx_trace import Followers, trace_followers
+from condconv_surgery.surgery.conversion_plan import Plan
 from condconv_surgery.surgery.lift_functional import lift_convolutions
-from condconv_surgery.surgery.observe.conv_sites import ConvSite, Sites, find_sites
 from condconv_surgery.surgery.proof.compare_outputs import Difference, Gap
 from condconv_surgery.surgery.upcycle import upcycle
 
 __all__ = [
     "BlockError",
-    "ConvSite",
     "Conversion",
     "Difference",
-    "Followers",
     "Gap",
     "ModelPlan",
     "Plan",
-    "Sites",
-    "Skip",
     "convert",
-    "find_sites",
     "lift_convolutions",
     "plan",
     "route_block",
-    "trace_followers",
     "upcycle",
 ]

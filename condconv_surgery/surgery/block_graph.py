@@ -23,7 +23,7 @@ from condconv_surgery.errors import one_line
 from condconv_surgery.layers.routed_block import ROUTER
 from condconv_surgery.runtime.modes import in_mode
 from condconv_surgery.runtime.snapshot import preserving_state, random_states
-from condconv_surgery.surgery.layer_tracer import LayerTracer
+from condconv_surgery.surgery.fx_trace import LayerTracer
 from condconv_surgery.surgery.upcycle import has_hooks
 
 Graphs = dict[bool, fx.Graph]
@@ -52,7 +52,7 @@ def trace_block(block: nn.Module, layers: Collection[nn.Module]) -> Graphs:
 
 def nodes_calling(graph: fx.Graph, block: nn.Module, layer: nn.Module) -> list[fx.Node]:
     """The nodes that call ``layer``."""
-    return [node for node in graph.nodes if node.op == "call_module" and _target(block, node) is layer]
+    return [node for node in graph.nodes if node.op == "call_module" and block.get_submodule(str(node.target)) is layer]
 
 
 def insert_router(graph: fx.Graph, block: nn.Module, layers: Collection[nn.Module]) -> None:
@@ -70,7 +70,6 @@ def insert_router(graph: fx.Graph, block: nn.Module, layers: Collection[nn.Modul
 
 
 def _require_plain(block: nn.Module, layers: Collection[nn.Module]) -> None:
-    """Check what needs no trace."""
     if isinstance(block, CONTAINERS):
         raise BlockError("it is a bare container, in which a router would be one more member")
     if hasattr(block, ROUTER):
@@ -82,7 +81,7 @@ def _require_plain(block: nn.Module, layers: Collection[nn.Module]) -> None:
             raise BlockError(f"its forward has an optional argument {parameter.name!r}")
     wanted = set(layers)
     for name, inner in block.named_modules():
-        inlined = inner is not block and inner not in wanted and _holds(inner, wanted)
+        inlined = inner is not block and inner not in wanted and not wanted.isdisjoint(inner.modules())
         if inlined and has_hooks(inner):
             raise BlockError(f"{name} inside it has hooks, which a graph would not call")
 
@@ -112,14 +111,6 @@ def _trace(block: nn.Module, layers: Collection[nn.Module]) -> fx.Graph:
 def _gradient_and_autocast_modes() -> tuple[bool, ...]:
     autocast = (torch.is_autocast_enabled(device) for device in ("cpu", "cuda"))
     return (torch.is_grad_enabled(), torch.is_inference_mode_enabled(), *autocast)
-
-
-def _target(block: nn.Module, node: fx.Node) -> nn.Module:
-    return block.get_submodule(str(node.target))
-
-
-def _holds(module: nn.Module, wanted: Collection[nn.Module]) -> bool:
-    return any(inner in wanted for inner in module.modules())
 
 
 class _Tracer(LayerTracer):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -77,18 +77,20 @@ def _plan_in(model: nn.Module, planned: Plan, prove: bool) -> Plan:
     """The plan with the layers of ``model``; without the notes about what the proof is going to check."""
     unchecked = unchecked_notes(planned.to_convert)
     notes = tuple(note for note in planned.notes if not prove or note not in unchecked)
-    sites = tuple(_site_in(model, site) for site in planned.to_convert)
+    modules = dict(model.named_modules(remove_duplicate=False))
+    sites = tuple(_site_in(modules, site) for site in planned.to_convert)
     return Plan(sites, planned.skipped, planned.modes, notes, planned.routers)
 
 
 def _original_outputs(model: nn.Module, job: Job, made: Plan) -> Outputs:
+    half = any(p.dtype in HALF for site in made.to_convert for p in site.module.parameters(recurse=False))
     with checking_subclasses(made.to_convert):
-        return replace(run_both_modes(model, job.arguments, made.modes), half=_computes_in_half(made))
+        return replace(run_both_modes(model, job.arguments, made.modes), half=half)
 
 
-def _site_in(model: nn.Module, site: ConvSite) -> ConvSite:
-    """The site with its layer in ``model``. Raises ``InputError`` when that is another than was planned."""
-    module = dict(model.named_modules(remove_duplicate=False)).get(site.name)
+def _site_in(modules: Mapping[str, nn.Module], site: ConvSite) -> ConvSite:
+    """The site with its layer in ``modules``. Raises ``InputError`` when that is another than was planned."""
+    module = modules.get(site.name)
     if type(module) is not type(site.module):
         raise InputError(
             f"{site.name} is no longer the {type(site.module).__name__} of the plan.",
@@ -136,11 +138,6 @@ def _run_converted(
             f'nn.ModuleList(layers) in place of the list, or exclude=["{name}"]',
         )
     return difference
-
-
-def _computes_in_half(made: Plan) -> bool:
-    """Some layer of the plan computes in half precision."""
-    return any(p.dtype in HALF for site in made.to_convert for p in site.module.parameters(recurse=False))
 
 
 def _recipe_with_hash(model: nn.Module) -> Recipe:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from torch import nn
@@ -50,7 +50,8 @@ def plan_text(plan: Plan, followed_by: Mapping[str, tuple[str, ...]] | None = No
     rows = [_row(site, plan, followed_by or {}) for site in plan.to_convert]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)] if rows else []
     lines += ["  " + "  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
-    for reason, names in _names_by_reason(plan):
+    for reason in dict.fromkeys(skip.reason for skip in plan.skipped):
+        names = [skip.name for skip in plan.skipped if skip.reason == reason]
         lines.append(f"skipped {listed(names)}: {reason}")
     return "\n".join([*lines, *(f"note: {note}" for note in plan.notes)])
 
@@ -74,8 +75,3 @@ def geometry_text(layer: nn.Module) -> str:
     kind = "depthwise " if 1 < layer.groups == layer.in_channels else f"{layer.groups} groups " * (layer.groups > 1)
     stride = "" if set(layer.stride) == {1} else f" /{'x'.join(map(str, dict.fromkeys(layer.stride)))}"
     return f"{kind}{'x'.join(map(str, layer.kernel_size))} {layer.in_channels}->{layer.out_channels}{stride}"
-
-
-def _names_by_reason(plan: Plan) -> Iterator[tuple[str, list[str]]]:
-    for reason in dict.fromkeys(skip.reason for skip in plan.skipped):
-        yield reason, [skip.name for skip in plan.skipped if skip.reason == reason]

@@ -1,12 +1,13 @@
-"""What takes the output of each layer, read from ``torch.fx`` graphs: batch norm, an activation, an addition, ...
+"""Tracing by ``torch.fx``: a tracer that stops at the wanted layers, and what takes the output of each of them.
 
-Run only for callers that ask (a printed plan; later the folding of batch norms): a conversion does not need it.
-Where a module cannot be traced, its children are traced instead.
+``trace_followers`` runs only for callers that ask (a printed plan): a conversion does not need it. Where a module
+cannot be traced, its children are traced instead.
 """
 
 from __future__ import annotations
 
 import operator
+import threading
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,14 +17,41 @@ from torch import fx, nn
 
 from condconv_surgery.errors import listed, one_line
 from condconv_surgery.runtime.snapshot import preserving_state
-from condconv_surgery.surgery.layer_tracer import LayerTracer
+
+
+class LayerTracer(fx.Tracer):
+    """Traces ``model`` or one of its modules through what holds a layer of ``layers``; all other modules are nodes.
+
+    fx patches ``nn.Module.__call__`` and ``__getattr__`` for the whole process while it traces; what other threads call
+    and read goes past the tracer.
+    """
+
+    def __init__(self, model: nn.Module, layers: Collection[nn.Module]) -> None:
+        super().__init__()
+        self._wanted = {id(layer) for layer in layers}
+        self._containers = {id(m) for m in model.modules() if any(id(sub) in self._wanted for sub in m.modules())}
+        self._thread = threading.get_ident()
+
+    def is_wanted(self, module: nn.Module) -> bool:
+        return id(module) in self._wanted
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str = "") -> bool:
+        return id(m) in self._wanted or id(m) not in self._containers
+
+    def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        if threading.get_ident() != self._thread:
+            return forward(*args, **kwargs)
+        return super().call_module(m, forward, args, kwargs)
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
+        if threading.get_ident() != self._thread:
+            return attr_val  # a model in use shares its parameters with the traced copy
+        return super().getattr(attr, attr_val, parameter_proxy_cache)
 
 
 @dataclass
 class Followers:
-    """What tracing found.
-
-    by_layer: for each layer name, the class or function names that take its output; traced layers only.
+    """by_layer: for each layer name, the class or function names that take its output; traced layers only.
     untraceable: for each module that could not be traced (``""`` is the whole model), the reason in one line.
     """
 

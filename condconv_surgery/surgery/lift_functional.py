@@ -9,6 +9,7 @@ modules, before or after a conversion.
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -16,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.utils import _pytree as pytree
 
 from condconv_surgery.surgery.conversion_plan import Skip
 
@@ -128,11 +130,7 @@ def _settings(node: fx.Node) -> _Settings:
         names[key] = None if value is None else str(value.target)
     rest = {key: arguments[key] for key in ("stride", "padding", "dilation", "groups")}
     fixed = {key: tuple(value) if isinstance(value, (list, tuple)) else value for key, value in rest.items()}
-    if any(
-        isinstance(leaf, fx.Node)
-        for value in fixed.values()
-        for leaf in (value if isinstance(value, tuple) else (value,))
-    ):
+    if any(isinstance(leaf, fx.Node) for leaf in pytree.tree_leaves(fixed)):
         raise _NotLiftedError("a setting of it is computed")
     assert names["weight"] is not None
     return _Settings(names["weight"], names["bias"], **fixed)
@@ -153,7 +151,7 @@ def _require_sole_use(module: fx.GraphModule, target: str, nodes: list[fx.Node])
 
 def _convolution(module: fx.GraphModule, settings: _Settings) -> nn.Conv2d:
     rest = asdict(settings)
-    weight = _tensor(module, rest.pop("weight"))
+    weight = module.get_parameter(rest.pop("weight"))
     bias = rest.pop("bias")
     if weight.dim() != 4:
         raise _NotLiftedError(f"its weight has {weight.dim()} dimensions")
@@ -162,12 +160,8 @@ def _convolution(module: fx.GraphModule, settings: _Settings) -> nn.Conv2d:
     layer = nn.Conv2d(inputs, weight.shape[0], size, bias=bias is not None, device="meta", **rest)
     layer.weight = weight
     if bias is not None:
-        layer.bias = _tensor(module, bias)
+        layer.bias = module.get_parameter(bias)
     return layer.train(module.training)
-
-
-def _tensor(module: fx.GraphModule, target: str) -> nn.Parameter:
-    return module.get_parameter(target)
 
 
 def _module_name(module: fx.GraphModule, settings: _Settings, tensors: list[str]) -> str:
@@ -177,14 +171,9 @@ def _module_name(module: fx.GraphModule, settings: _Settings, tensors: list[str]
         holder = module.get_submodule(owner)
         used = any(n.op == "call_module" and f"{n.target}.".startswith(f"{owner}.") for n in module.graph.nodes)
         names = [name for name, _ in holder.named_modules(remove_duplicate=False)]
-        if (
-            not used
-            and len(names) == 1
-            and len(dict(holder.named_parameters())) == len(tensors)
-            and not holder._buffers
-        ):
+        only_tensors = len(dict(holder.named_parameters())) == len(tensors) and not holder._buffers
+        if not used and len(names) == 1 and only_tensors:
             return owner
-    name, number = f"{settings.weight.replace('.', '_')}_conv", 0
-    while hasattr(module, name if not number else f"{name}_{number}"):
-        number += 1
-    return name if not number else f"{name}_{number}"
+    name = f"{settings.weight.replace('.', '_')}_conv"
+    candidates = itertools.chain([name], (f"{name}_{number}" for number in itertools.count(1)))
+    return next(free for free in candidates if not hasattr(module, free))

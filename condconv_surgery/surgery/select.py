@@ -37,12 +37,12 @@ def select(
     """
     require_classes(selection.subclasses, observed.sites)
     candidates = _candidates(observed, selection, source)
-    match = _Matcher(originals or {})
+    originals = originals or {}
     stem = next((site for site in candidates if not site.linear and site.calls), None)
     to_convert: list[ConvSite] = []
     skipped = [Skip(name, FUNCTIONAL.format(cls)) for name, cls in observed.functional]
     for site in candidates:
-        reason = _reason_to_skip(site, selection, site is stem, match)
+        reason = _reason_to_skip(site, selection, site is stem, originals)
         if site.linear and reason == NOT_INCLUDED:
             raise InputError(
                 f"classifier=True asks for {site.name}, but include= does not match it.",
@@ -54,12 +54,11 @@ def select(
         else:
             to_convert.append(site)
     if not to_convert:
-        raise _nothing_left(candidates, skipped, selection, source, match)
+        raise _nothing_left(candidates, skipped, selection, source, originals)
     return Plan(tuple(to_convert), tuple(skipped), observed.modes, observed.notes)
 
 
 def _candidates(observed: Sites, selection: Selection, source: str) -> list[ConvSite]:
-    """All convolutions, and the classifier when asked for. Raises ``InputError`` when there is none."""
     convolutions = [site for site in observed.sites if not site.linear]
     if selection.classifier:
         return [*convolutions, _classifier(observed, source)]
@@ -83,7 +82,7 @@ def _no_convolution(observed: Sites, source: str) -> InputError:
     )
 
 
-def _reason_to_skip(site: ConvSite, selection: Selection, is_stem: bool, match: _Matcher) -> str:
+def _reason_to_skip(site: ConvSite, selection: Selection, is_stem: bool, originals: Mapping[str, nn.Module]) -> str:
     """Why ``site`` is not converted; empty when it is. What is not possible comes before what is not selected."""
     checks = (
         _reason_impossible(site.module, selection.subclasses),
@@ -98,8 +97,8 @@ def _reason_to_skip(site: ConvSite, selection: Selection, is_stem: bool, match: 
         if site.unreachable
         else "",
         "not called in a forward pass" if site.calls == 0 else "",
-        NOT_INCLUDED if selection.include and not match(site, selection.include) else "",
-        "matched by exclude=" if match(site, selection.exclude) else "",
+        NOT_INCLUDED if selection.include and not _any_matches(selection.include, site, originals) else "",
+        "matched by exclude=" if _any_matches(selection.exclude, site, originals) else "",
         "the stem: the first convolution sees the image, not features (skip_stem=False converts it)"
         if selection.skip_stem and is_stem
         else "",
@@ -143,29 +142,21 @@ def _computed(module: nn.Module) -> str:
     return ""
 
 
-def _too_narrow(module: nn.Module, least: int) -> str:
-    widths = (module.in_features, module.out_features) if isinstance(module, nn.Linear) else _widths(module)
-    return f"{min(widths)} channels, fewer than min_channels={least}" if min(widths) < least else ""
+def _too_narrow(module: nn.Module, min_channels: int) -> str:
+    assert isinstance(module, (nn.Conv2d, nn.Linear))
+    if isinstance(module, nn.Linear):
+        width = min(module.in_features, module.out_features)
+    else:
+        width = min(module.in_channels, module.out_channels)
+    return f"{width} channels, fewer than min_channels={min_channels}" if width < min_channels else ""
 
 
-def _widths(module: nn.Module) -> tuple[int, int]:
-    assert isinstance(module, nn.Conv2d)
-    return module.in_channels, module.out_channels
-
-
-class _Matcher:
-    """Does a site match one of the globs, regular expressions or functions of (name, module)?"""
-
-    def __init__(self, originals: Mapping[str, nn.Module]) -> None:
-        self._originals = originals
-
-    def __call__(self, site: ConvSite, filters: Iterable[str | LayerFilter]) -> bool:
-        return any(self._matches_one(site, one) for one in filters)
-
-    def _matches_one(self, site: ConvSite, one: str | LayerFilter) -> bool:
-        if isinstance(one, str):
-            return any(matches(name, one) for name in site.names)
-        return any(one(name, self._originals.get(name, site.module)) for name in site.names)
+def _any_matches(filters: Iterable[str | LayerFilter], site: ConvSite, originals: Mapping[str, nn.Module]) -> bool:
+    return any(
+        matches(name, one) if isinstance(one, str) else one(name, originals.get(name, site.module))
+        for one in filters
+        for name in site.names
+    )
 
 
 def matches(name: str, pattern: str) -> bool:
@@ -187,11 +178,16 @@ def _classifier(observed: Sites, source: str) -> ConvSite:
 
 
 def _nothing_left(
-    candidates: list[ConvSite], skipped: list[Skip], selection: Selection, source: str, match: _Matcher
+    candidates: list[ConvSite],
+    skipped: list[Skip],
+    selection: Selection,
+    source: str,
+    originals: Mapping[str, nn.Module],
 ) -> InputError:
-    matched = [site for site in candidates if not selection.include or match(site, selection.include)]
-    if selection.include and not matched:
-        cause = f"{as_argument('include', selection.include)} matched 0 of {len(candidates)} convolutions in {source}."
+    included = selection.include
+    matched = [site for site in candidates if not included or _any_matches(included, site, originals)]
+    if included and not matched:
+        cause = f"{as_argument('include', included)} matched 0 of {len(candidates)} convolutions in {source}."
     else:
         names = {site.name for site in matched}
         reasons = sorted({skip.reason for skip in skipped if skip.name in names})

@@ -24,7 +24,7 @@ class ConvSite:
     names: every qualified name; the first is ``name``.
     calls: per forward pass (the larger of the two modes); 0 when it is never called.
     order: place of its first call among all layers; layers never called come last.
-    input, output: shapes of the first call, with the batch; ``None`` when never called.
+    input: its shape in the first call, with the batch; ``None`` when never called.
     pooled: its input is a 1x1 map at every image size (squeeze-and-excite).
     read_by: the class, if any, that computes with its weight outside of it.
     bypassed_by: the class, if any, that calls its ``forward`` directly, past its hooks.
@@ -37,7 +37,6 @@ class ConvSite:
     calls: int
     order: int
     input: tuple[int, ...] | None
-    output: tuple[int, ...] | None
     pooled: bool
     read_by: str = ""
     bypassed_by: str = ""
@@ -50,7 +49,6 @@ class ConvSite:
 
     @property
     def linear(self) -> bool:
-        """It is an ``nn.Linear``."""
         return isinstance(self.module, nn.Linear)
 
 
@@ -98,7 +96,6 @@ def find_sites(model: nn.Module, arguments: tuple[Any, ...]) -> Sites:
                 calls=max(len(c.inputs) if c else 0 for c in (calls, train_calls)),
                 order=known.order if known else len(names),
                 input=known.inputs[0] if known and known.inputs else None,
-                output=known.outputs[0] if known and known.outputs else None,
                 pooled=first in pooled,
                 read_by=reads.weights.get(first, ""),
                 bypassed_by=reads.forwards.get(first, ""),

@@ -20,7 +20,7 @@ from condconv_surgery.runtime.snapshot import preserving_state
 
 @dataclass
 class Calls:
-    """The calls of one module: shapes of first input and output of each call.
+    """The calls of one module: the shape of the first input of each call.
 
     order: place of its first call among the first calls of all modules.
     elsewhere: the module of which this one is a clone was called instead (``clone_and_run``).
@@ -28,7 +28,6 @@ class Calls:
 
     order: int
     inputs: list[tuple[int, ...]] = field(default_factory=list)
-    outputs: list[tuple[int, ...]] = field(default_factory=list)
     elsewhere: bool = False
 
 
@@ -41,23 +40,12 @@ def observe(
     """
     with in_mode(model, training), without_gradients(model):
         try:
-            return _observe_on_meta(model, layers, arguments)
+            with preserving_state(model), meta_state(model), recording(layers) as calls:
+                model(*on_device(arguments, META))
         except Exception:
             # Data-dependent code (boxes, topk, .item()) and tensors outside the state dict cannot run on meta.
-            return _observe_on_device(model, layers, arguments)
-
-
-def _observe_on_meta(model: nn.Module, layers: Mapping[str, nn.Module], arguments: tuple[Any, ...]) -> dict[str, Calls]:
-    with preserving_state(model), meta_state(model), recording(layers) as calls:
-        model(*on_device(arguments, META))
-    return calls
-
-
-def _observe_on_device(
-    model: nn.Module, layers: Mapping[str, nn.Module], arguments: tuple[Any, ...]
-) -> dict[str, Calls]:
-    with preserving_state(model), recording(layers) as calls:
-        model(*on_device(arguments, device_of(model)))
+            with preserving_state(model), recording(layers) as calls:
+                model(*on_device(arguments, device_of(model)))
     return calls
 
 
@@ -70,9 +58,9 @@ def recording(layers: Mapping[str, nn.Module]) -> Iterator[dict[str, Calls]]:
         def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
             call = calls.setdefault(name, Calls(order=len(calls)))
             call.elsewhere |= module is not layer
-            for shapes, tensor in ((call.inputs, _first_input(module, args, kwargs)), (call.outputs, output)):
-                if isinstance(tensor, Tensor):
-                    shapes.append(tuple(tensor.shape))
+            tensor = _first_input(module, args, kwargs)
+            if isinstance(tensor, Tensor):
+                call.inputs.append(tuple(tensor.shape))
 
         return record
 

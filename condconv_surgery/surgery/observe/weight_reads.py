@@ -104,7 +104,9 @@ class _Recorder(TorchFunctionMode):
         if func is torch.conv2d:
             self._note_convolution(kwargs.get("weight", args[1] if len(args) > 1 else None))
         leaves = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if id(leaf) in self._names]
-        if not leaves or str(getattr(func, "__name__", "")).startswith("new_") or not _has_tensor(result):
+        if not leaves or str(getattr(func, "__name__", "")).startswith("new_"):
+            return
+        if not any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(result)):
             return
         for leaf in leaves:
             for name, layer in self._owners.get(id(leaf), []):  # several layers where they share the tensor
@@ -116,7 +118,7 @@ class _Recorder(TorchFunctionMode):
         callers = _forwards_on_the_stack(type(layer))
         if any(caller._parameters is layer._parameters for caller in callers):
             self._reads.forwards[name] = user
-        elif any(_holds(caller, parameter) for caller in callers):
+        elif any(own is parameter for caller in callers for own in caller._parameters.values()):
             self._reads.elsewhere.add(name)
         else:
             self._reads.weights[name] = user
@@ -140,11 +142,3 @@ def _forwards_on_the_stack(cls: type[nn.Module]) -> list[nn.Module]:
             modules.append(owner)
         frame = frame.f_back
     return modules
-
-
-def _holds(module: nn.Module, parameter: Tensor) -> bool:
-    return any(own is parameter for own in module._parameters.values())
-
-
-def _has_tensor(result: Any) -> bool:
-    return any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(result))

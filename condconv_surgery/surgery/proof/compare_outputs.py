@@ -165,8 +165,9 @@ def _gap(before: list[Tensor] | None, after: list[Tensor] | None) -> Gap | None:
         return None
     pairs = list(zip(before, after, strict=True))
     absolute = max(_largest(a, b) for a, b in pairs)
-    logits = next((pair for pair in pairs if pair[0].dim() == 2 and pair[0].numel() and _is_real(*pair)), None)
-    agreement = None if logits is None else float((logits[0].argmax(1) == logits[1].argmax(1)).float().mean())
+    matrices = [(a, b) for a, b in pairs if a.dim() == 2 and a.numel()]
+    logits = [(a, b) for a, b in matrices if a.is_floating_point() and b.is_floating_point()]
+    agreement = float((logits[0][0].argmax(1) == logits[0][1].argmax(1)).float().mean()) if logits else None
     return Gap(absolute, absolute / max(_magnitude(before), 1e-30), agreement)
 
 
@@ -186,10 +187,6 @@ def _magnitude(outputs: Sequence[Tensor]) -> float:
 
 def _wide(tensor: Tensor) -> Tensor:
     return tensor.to(torch.complex128 if tensor.is_complex() else torch.float64)
-
-
-def _is_real(*tensors: Tensor) -> bool:
-    return all(tensor.is_floating_point() for tensor in tensors)
 
 
 def _is_empty(outputs: list[Tensor] | None) -> bool:
