@@ -78,6 +78,8 @@ def convert(
     upcycling = Upcycling(diversity, seed)
     _check_sizes(input_size, tolerance)
     path = None if dry_run else writable(output)
+    from condconv_surgery.models.artifact.save_load import save
+
     original = _load(model, arch, weights, num_classes, input_size, trusted)
     if dry_run:
         _show_plan(original, selection, layer, ctx, as_json)
@@ -85,7 +87,7 @@ def convert(
     conversion = _convert(original, layer, selection, upcycling, tolerance, ctx)
     assert path is not None
     summary = _summary(model, path, layer, conversion)  # before the file: an error here leaves none
-    _save(conversion, path)
+    save(conversion.model, path)
     if as_json:
         print_json(summary)
     else:
@@ -140,12 +142,6 @@ def _convert(
     options: dict[str, Any] = {**asdict(selection), **asdict(upcycling)}
     conversion = convert_model(model, variant, inplace=True, tolerance=tolerance, **options)
     return replace(conversion, plan=_in_flags(conversion.plan, ctx))
-
-
-def _save(conversion: Conversion, path: Path) -> None:
-    from condconv_surgery.models.artifact.save_load import save
-
-    save(conversion.model, path)
 
 
 def _in_flags(plan: AnyPlan, ctx: typer.Context) -> AnyPlan:

@@ -42,7 +42,7 @@ def finetune(
     if print_recipe:
         print(to_toml(options), end="")
         return
-    require_complete(options)
+    options.require_complete()
     result = _train(options, resume, ctx)
     if result is None:
         return
@@ -73,17 +73,6 @@ def effective_options(
     for section, name, value in [*typed, *map(parse_setting, settings)]:
         (changes.setdefault(section, {}) if section else changes)[name] = value
     return options.updated(changes)
-
-
-def require_complete(options: TrainingOptions) -> None:
-    """Raise ``InputError`` when the model, the images or the folder to write is not given."""
-    for value, what, fix in (
-        (options.model, "No model is given.", "condconv finetune MODEL --data FOLDER -o RUN"),
-        (options.data.folder, "No images are given.", "--data FOLDER"),
-        (options.output, "No folder to write is given.", "-o RUN"),
-    ):
-        if not value:
-            raise InputError(what, "finetune needs a model, a folder of images and a folder to write.", fix)
 
 
 def _train(options: TrainingOptions, resume: bool, ctx: typer.Context) -> TrainingResult | None:

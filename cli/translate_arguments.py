@@ -20,9 +20,11 @@ from condconv_surgery.errors import SurgeryError
 from condconv_surgery.recipe import TrainingOptions
 from condconv_surgery.recipe.option_rules import ALL_OPTIONS, all_rules
 from condconv_surgery.recipe.toml_text import parse_setting
+from condconv_surgery.recipe.training_options import FINETUNE_CALL
 
 CALLS = {
     re.escape(ALL_OPTIONS): "condconv finetune --print-recipe",
+    re.escape(FINETUNE_CALL): "condconv finetune MODEL --data FOLDER -o RUN",
     r"convert\(model, CondConv\(experts=4\)\)": "condconv convert MODEL -o FILE.safetensors",
     r'(?:condconv_surgery\.)?load_model\("([^"\s]+)"\)': r"condconv convert \1 -o FILE.safetensors",
 }

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import dataclass, field, fields
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 from condconv_surgery.errors import InputError, unknown_name
 
@@ -63,8 +63,10 @@ S = TypeVar("S", bound="Section")
 class Section:
     """Base of a group of options: checks each field against its rule when made.
 
-    Raises ``InputError`` for a value of another type or outside the limits.
+    Raises ``InputError`` for a value of another type or outside the limits. title: its name in a recipe file.
     """
+
+    title: ClassVar[str] = ""
 
     def __post_init__(self) -> None:
         for name, rule in rules(type(self)).items():
@@ -77,7 +79,7 @@ class Section:
                 value = tuple(float(v) if type(v) is int else v for v in value)
             object.__setattr__(self, name, value)
             if not _fits(value, rule):
-                path = f"{section_name(type(self))}.{name}" if section_name(type(self)) else name
+                path = f"{self.title}.{name}" if self.title else name
                 default = next(f.default for f in fields(self) if f.name == name)
                 raise InputError(
                     f"{path} is {value!r}.", f"It must be {_allowed(rule)}.", _example(path, rule, default)
@@ -88,9 +90,7 @@ class Section:
         """A section from plain values. Raises ``InputError`` for an unknown name, with the nearest known ones."""
         for name in data:
             if name not in rules(cls):
-                raise unknown_name(
-                    f"option in [{section_name(cls)}]", name, rules(cls), f"{ALL_OPTIONS} prints them all"
-                )
+                raise unknown_name(f"option in [{cls.title}]", name, rules(cls), f"{ALL_OPTIONS} prints them all")
         return cls(**data)
 
 
@@ -105,13 +105,8 @@ def all_rules(section: type[Section]) -> dict[str, Rule]:
     for field_ in fields(section):
         inner: object = field_.default_factory
         if isinstance(inner, type) and issubclass(inner, Section):
-            result |= {f"{section_name(inner)}.{name}": rule for name, rule in rules(inner).items()}
+            result |= {f"{inner.title}.{name}": rule for name, rule in rules(inner).items()}
     return result
-
-
-def section_name(section: type[Section]) -> str:
-    """The name of a section in a recipe file, ``""`` for the outermost options."""
-    return str(getattr(section, "title", ""))
 
 
 def _fits(value: object, rule: Rule) -> bool:

@@ -17,6 +17,9 @@ from condconv_surgery.recipe.training_sections import (
     ScheduleOptions,
 )
 
+FINETUNE_CALL = 'finetune("MODEL", data="FOLDER", output="RUN")'
+"""What an error message tells a user to call."""
+
 
 @dataclass(frozen=True)
 class TrainingOptions(Section):
@@ -54,6 +57,16 @@ class TrainingOptions(Section):
         """The sections by name, in the order of the file."""
         found = {f.name: getattr(self, f.name) for f in fields(self)}
         return {name: value for name, value in found.items() if isinstance(value, Section)}
+
+    def require_complete(self, *, model_is_given: bool = False) -> None:
+        """Raise ``InputError`` when the model, the images or the folder to write is not given."""
+        for value, what, fix in (
+            (self.model or model_is_given, "No model is given.", FINETUNE_CALL),
+            (self.data.folder, "No images are given.", 'data="FOLDER"'),
+            (self.output, "No output folder is given.", 'output="RUN"'),
+        ):
+            if not value:
+                raise InputError(what, "finetune needs a model, a folder of images and a folder to write.", fix)
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

@@ -1,6 +1,6 @@
 """Reports: measure a model (``measure``), then render it as text, plots and pages (``render``)."""
 
-from condconv_surgery.reporting.comparison import Comparison
+from condconv_surgery.reporting.comparison import Comparison, write_page
 from condconv_surgery.reporting.full_report import Report, report
 from condconv_surgery.reporting.measure.cost_table import CONVENTION, Layer, Macs, Profile
 from condconv_surgery.reporting.measure.expert_similarity import Experts
@@ -9,7 +9,6 @@ from condconv_surgery.reporting.measure.memory_and_latency import Cost, Peak
 from condconv_surgery.reporting.measure.profile import profile
 from condconv_surgery.reporting.measure.recorded_accuracy import recorded_accuracy
 from condconv_surgery.reporting.measure.routing_statistics import LayerRouting, Routing
-from condconv_surgery.reporting.write_page import write_page
 
 __all__ = [
     "CONVENTION",

@@ -1,4 +1,4 @@
-"""``Comparison``: the reports of several models in one table."""
+"""``Comparison``: the reports of several models in one table; and the page of a report or comparison as a file."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from condconv_surgery.models.artifact.atomic_write import replacing
 from condconv_surgery.reporting.full_report import Report
 from condconv_surgery.reporting.render import comparison_table
 from condconv_surgery.reporting.render.html_page import comparison_page
@@ -45,3 +46,10 @@ class Comparison:
         from condconv_surgery.reporting.render.plots import accuracy_against_cost
 
         return write_figures(Path(folder), {"comparison": accuracy_against_cost(self.reports)})
+
+
+def write_page(report: Report | Comparison, path: str | Path) -> None:
+    """Write ``report.to_html()`` to ``path``, atomically. Raises ``InputError`` if it cannot be written."""
+    page = report.to_html()
+    with replacing(Path(path)) as temporary:
+        temporary.write_text(page, encoding="utf-8")

@@ -15,7 +15,7 @@
 
 from condconv_surgery.data.image_dataset import Batch
 from condconv_surgery.training.batch_norm import recalibrate
-from condconv_surgery.training.batches.train_transforms import training_transform
+from condconv_surgery.training.batches.augmentation import training_transform
 from condconv_surgery.training.classifier_heads import fit_heads
 from condconv_surgery.training.distillation import distillation_loss, feature_loss
 from condconv_surgery.training.evaluation import evaluate

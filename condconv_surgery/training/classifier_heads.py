@@ -10,9 +10,8 @@ from torch import Tensor, nn
 
 from condconv_surgery.errors import InputError
 from condconv_surgery.layers import ConditionalConv2d, ConditionalLinear, conditional_like
-from condconv_surgery.models.artifact.save_load import attach_recipe, recipe_of
 from condconv_surgery.models.build_model import resized
-from condconv_surgery.recipe import InputSpec, Recipe
+from condconv_surgery.recipe import InputSpec, Recipe, attach_recipe, recipe_of
 from condconv_surgery.runtime.modes import in_mode
 from condconv_surgery.runtime.snapshot import preserving_state
 from condconv_surgery.training.logits import Logits, logits_of

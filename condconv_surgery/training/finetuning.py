@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,6 @@ import torch
 from torch import nn
 
 from condconv_surgery.data.find_data import require_data
-from condconv_surgery.errors import InputError
 from condconv_surgery.models.sources import load_model
 from condconv_surgery.recipe.training_options import TrainingOptions
 from condconv_surgery.training.distributed.world import open_world
@@ -18,7 +19,6 @@ from condconv_surgery.training.monitor.callback import Callback
 from condconv_surgery.training.monitor.explained_errors import explained_errors
 from condconv_surgery.training.monitor.tensorboard_events import make_callback
 from condconv_surgery.training.run import Run
-from condconv_surgery.training.state.determinism import deterministic
 from condconv_surgery.training.state.progress import TrainingResult
 from condconv_surgery.training.state.stop_signals import catch_signals
 
@@ -84,12 +84,7 @@ def complete_options(
     if output is not None:
         changes["output"] = str(output)
     options = options.updated(changes)
-    for value, what, fix in (
-        (options.data.folder, "No images are given.", 'data="FOLDER"'),
-        (options.output, "No output folder is given.", 'output="RUN"'),
-    ):
-        if not value:
-            raise InputError(what, "finetune needs a model, a folder of images and a folder to write.", fix)
+    options.require_complete(model_is_given=isinstance(model, nn.Module))
     require_data(options.data)  # before a model is loaded: a wrong path fails at once
     return options
 
@@ -98,3 +93,20 @@ def starting_model(options: TrainingOptions) -> nn.Module:
     """The model that ``options.model`` names, in float32: a file may hold half precision, too coarse for steps."""
     torch.manual_seed(options.seed)  # for weights that are initialised at random
     return load_model(options.model, arch=options.arch, weights=options.weights, trust=options.trust).float()
+
+
+@contextmanager
+def deterministic(wanted: bool) -> Iterator[None]:
+    """Inside the block torch uses deterministic algorithms only, and raises where there is none."""
+    if not wanted:
+        yield
+        return
+    before = torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0])
+        torch.backends.cudnn.benchmark = before[1]

@@ -12,12 +12,11 @@ from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn, get_ema_multi_a
 
 from condconv_surgery.data.image_dataset import Batch
 from condconv_surgery.errors import InputError, TrainingError
-from condconv_surgery.layers import set_temperature
 from condconv_surgery.recipe.training_options import TrainingOptions
 from condconv_surgery.recipe.training_sections import EngineOptions
 from condconv_surgery.runtime.seeding import seed_of
 from condconv_surgery.training.batch_norm import freeze_batch_norms
-from condconv_surgery.training.batches.mixup import batch_mix
+from condconv_surgery.training.batches.augmentation import batch_mix
 from condconv_surgery.training.distillation import Teacher, teacher_model
 from condconv_surgery.training.distributed.fsdp import UnshardedCopy, check_sharding, shard
 from condconv_surgery.training.distributed.world import World
@@ -27,7 +26,7 @@ from condconv_surgery.training.monitor.nonfinite import first_nonfinite, first_n
 from condconv_surgery.training.objective import Objective, balanced_weights
 from condconv_surgery.training.optimizers import make_optimizer
 from condconv_surgery.training.parameter_groups import freeze, routing_parameters
-from condconv_surgery.training.schedule import apply_schedule, temperature_at
+from condconv_surgery.training.schedule import apply_schedule, apply_temperature
 from condconv_surgery.training.state.run_state import (
     State,
     model_part,
@@ -117,7 +116,8 @@ class Learner:
             self.skipped = 0
             if self.average is not None:
                 self.average.update_parameters(self.model)
-                set_temperature_of(self.average.module, self.options, step, steps)
+                # that of the step, not a mean of temperatures
+                apply_temperature(self.average.module, step, steps, self.options.schedule)
         return outcome.tally
 
     def to_save(self) -> nn.Module | None:
@@ -214,13 +214,6 @@ def prepared(model: nn.Module, options: TrainingOptions, world: World) -> nn.Mod
     frozen = freeze(model, options.layers.freeze)
     freeze_batch_norms(model, None if options.layers.batch_norm == "freeze" else frozen)
     return model
-
-
-def set_temperature_of(model: nn.Module, options: TrainingOptions, step: int, steps: int) -> None:
-    """Set the temperature of an averaged model to that of the step, not to a mean of temperatures."""
-    temperature = temperature_at(step, steps, options.schedule)
-    if temperature is not None:
-        set_temperature(model, temperature)
 
 
 def averaged(model: nn.Module, engine: EngineOptions) -> AveragedModel | None:

@@ -12,9 +12,6 @@ from condconv_surgery.errors import InputError
 from condconv_surgery.layers import conditional_layers, routers
 from condconv_surgery.recipe.training_sections import LayerOptions, OptimizerOptions
 
-DECAYING = ("weight", "experts")
-"""Roles with weight decay: kernels and matrices. A norm or a bias at zero is not a simpler function."""
-
 
 def roles(model: nn.Module) -> dict[str, str]:
     """The role of each parameter by its first name: ``experts`` (kernels of a conditional layer), ``router``, ``norm``,
@@ -42,6 +39,7 @@ def parameter_groups(
     """
     depth = _depths(model) if options.layer_decay < 1 else {}
     rate = {"router": layers.router_lr, "experts": layers.expert_lr}
+    # Kernels and matrices decay by default; a norm or a bias at zero is not a simpler function.
     decay = {"router": layers.router_decay, "experts": layers.expert_decay, "weight": 1.0}
     groups: dict[tuple[str, float], dict[str, Any]] = {}
     role_of = roles(model)

@@ -12,8 +12,8 @@ from torch import nn
 
 from condconv_surgery.data.image_dataset import Batch
 from condconv_surgery.errors import InputError
-from condconv_surgery.models.artifact.save_load import recipe_of, save
-from condconv_surgery.recipe import Recipe
+from condconv_surgery.models.artifact.save_load import save
+from condconv_surgery.recipe import Recipe, recipe_of
 from condconv_surgery.recipe.toml_text import to_toml
 from condconv_surgery.recipe.training_options import TrainingOptions
 from condconv_surgery.runtime.seeding import seeded
@@ -90,18 +90,14 @@ class Run:
         if self.world.is_first:
             write_text(self.folder / RECIPE, to_toml(self.options))
             cut_metrics(self.folder, self.progress.epochs_done)
-        self.note_head()
-        for line in unused_options(self.learner.model, self.options):
-            self.callback.note(line)
-
-    def note_head(self) -> None:
-        """Report new heads, and a kept head whose classes have other names."""
         for name, width in self.heads.items():
             self.callback.note(f"New head {name}: {width} classes.")
         if self.renamed:
             self.callback.note(
                 f"The head is kept for the same number of classes; they were called {', '.join(self.renamed[:4])}, ..."
             )
+        for line in unused_options(self.learner.model, self.options):
+            self.callback.note(line)
 
     def close(self) -> None:
         """End the workers, the display and the hooks; each, even if another fails."""

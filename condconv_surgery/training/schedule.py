@@ -52,7 +52,12 @@ def apply_schedule(model: nn.Module, optimizer: Optimizer, step: int, steps: int
     factor = lr_factor(step, steps, options)
     for group in optimizer.param_groups:
         group["lr"] = group["base_lr"] * factor
+    apply_temperature(model, step, steps, options)
+    return factor
+
+
+def apply_temperature(model: nn.Module, step: int, steps: int, options: ScheduleOptions) -> None:
+    """Set the temperature of each router to that of the step; without annealing, nothing."""
     temperature = temperature_at(step, steps, options)
     if temperature is not None:
         set_temperature(model, temperature)
-    return factor

@@ -14,7 +14,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.optim import Optimizer
 
 from condconv_surgery.data.image_dataset import Batch
-from condconv_surgery.training.batches.mixup import Mix
+from condconv_surgery.training.batches.augmentation import Mix
 from condconv_surgery.training.distributed.fsdp import whole
 from condconv_surgery.training.distributed.world import World
 from condconv_surgery.training.logits import Logits, logits_of

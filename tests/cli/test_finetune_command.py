@@ -15,9 +15,8 @@ from condconv_surgery.cli.main import app
 from typer.testing import CliRunner
 
 import condconv_surgery as cs
-from condconv_surgery.models.artifact.save_load import recipe_of
 from condconv_surgery.models.sources import load_model
-from condconv_surgery.recipe import TrainingOptions
+from condconv_surgery.recipe import TrainingOptions, recipe_of
 from condconv_surgery.recipe.option_rules import all_rules
 from tests.conftest import Run
 from tests.images import write_images

@@ -7,8 +7,7 @@ from torch import nn
 
 from condconv_surgery.errors import InputError
 from condconv_surgery.layers import ConditionalLinear, conditional_like
-from condconv_surgery.models.artifact.save_load import recipe_of
-from condconv_surgery.recipe import CondConv, InputSpec
+from condconv_surgery.recipe import CondConv, InputSpec, recipe_of
 from condconv_surgery.training import fit_heads
 from condconv_surgery.training.classifier_heads import find_heads
 from condconv_surgery.training.monitor.nonfinite import first_nonfinite

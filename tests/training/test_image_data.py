@@ -20,8 +20,8 @@ from condconv_surgery.data.image_folders import find_evaluation_images, find_tra
 from condconv_surgery.errors import InputError
 from condconv_surgery.recipe import InputSpec
 from condconv_surgery.recipe.training_sections import AugmentOptions
+from condconv_surgery.training.batches.augmentation import training_transform
 from condconv_surgery.training.batches.samplers import EvaluationBatches, Steps, TrainingBatches
-from condconv_surgery.training.batches.train_transforms import training_transform
 from condconv_surgery.training.batches.unreadable_images import UnreadableImages
 from tests.images import write_images
 

@@ -15,7 +15,7 @@ import torchvision
 
 import condconv_surgery as cs
 from condconv_surgery.layers import routers
-from condconv_surgery.models.artifact.save_load import recipe_of
+from condconv_surgery.recipe import recipe_of
 from tests.images import write_images
 
 ROOT = Path(__file__).parents[2]

@@ -14,8 +14,7 @@ from condconv_surgery.data.image_dataset import Batch
 from condconv_surgery.errors import InputError, TrainingError
 from condconv_surgery.recipe import CondConv, InputSpec, TrainingOptions
 from condconv_surgery.recipe.training_sections import AugmentOptions, OptimizerOptions, ScheduleOptions
-from condconv_surgery.training.batches.mixup import batch_mix
-from condconv_surgery.training.batches.train_transforms import training_transform
+from condconv_surgery.training.batches.augmentation import batch_mix, training_transform
 from condconv_surgery.training.distillation import distillation_loss
 from condconv_surgery.training.distributed.world import World
 from condconv_surgery.training.gradient_checkpointing import checkpoint_blocks, uncheckpoint

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,10 +19,8 @@ from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import FlopCounterMode
 
 from condconv_surgery.errors import InputError
-from condconv_surgery.reporting.measure.forward_arguments import materialized
-from condconv_surgery.runtime.meta_device import META, meta_state, on_device
-from condconv_surgery.runtime.modes import device_of, in_mode, without_gradients
-from condconv_surgery.runtime.snapshot import preserving_state
+from condconv_surgery.reporting.measure.forward_arguments import run_without_values
+from condconv_surgery.runtime.meta_device import META
 
 
 @dataclass
@@ -52,22 +51,16 @@ def count(model: nn.Module, arguments: tuple[Any, ...]) -> Counts:
 
     Raises ``InputError`` when the model does not run on the arguments. Leaves the model unchanged.
     """
-    with in_mode(model, training=False), without_gradients(model), _without_fused_attention():
-        try:
-            with preserving_state(model), meta_state(model):
-                return _run(model, on_device(arguments, META))
-        except Exception:  # boxes, topk, .item(): code that needs values
-            pass
-        try:
-            with preserving_state(model):
-                return _run(model, materialized(arguments, device_of(model)))
-        except Exception as error:
-            shapes = [tuple(a.shape) if isinstance(a, Tensor) else type(a).__name__ for a in arguments]
-            raise InputError(
-                f"The model does not run on an input of {shapes}: {type(error).__name__}: {str(error)[:160]}",
-                "Its forward must accept the input that is counted.",
-                "inputs=, or input_size= when the model is loaded",
-            ) from error
+    try:
+        with _without_fused_attention():
+            return run_without_values(model, arguments, partial(_run, model))
+    except Exception as error:
+        shapes = [tuple(a.shape) if isinstance(a, Tensor) else type(a).__name__ for a in arguments]
+        raise InputError(
+            f"The model does not run on an input of {shapes}: {type(error).__name__}: {str(error)[:160]}",
+            "Its forward must accept the input that is counted.",
+            "inputs=, or input_size= when the model is loaded",
+        ) from error
 
 
 @contextmanager

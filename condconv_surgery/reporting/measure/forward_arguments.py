@@ -1,15 +1,20 @@
-"""The arguments of the forward pass that is counted and timed."""
+"""The forward pass that is counted and timed: its arguments, and running it on the meta device where possible."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from condconv_surgery.recipe import InputSpec
-from condconv_surgery.runtime.modes import input_spec_of
+from condconv_surgery.runtime.meta_device import META, meta_state, on_device
+from condconv_surgery.runtime.modes import device_of, in_mode, input_spec_of, without_gradients
+from condconv_surgery.runtime.snapshot import preserving_state
+
+R = TypeVar("R")
 
 
 def arguments_for(model: nn.Module, inputs: Any = None) -> tuple[Any, ...]:
@@ -38,6 +43,21 @@ def one_sample(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
 def repeated(arguments: tuple[Any, ...], batch: int) -> tuple[Any, ...]:
     """Repeat one sample's arguments to a batch of ``batch``."""
     return tuple(a.expand(batch, *a.shape[1:]).contiguous() if isinstance(a, Tensor) else a for a in arguments)
+
+
+def run_without_values(model: nn.Module, arguments: tuple[Any, ...], run: Callable[[tuple[Any, ...]], R]) -> R:
+    """``run(arguments)`` in eval mode without gradients, on the meta device where the model allows it.
+
+    Where its code needs values, ``run`` gets noise on the model's device. Leaves the model unchanged.
+    """
+    with in_mode(model, training=False), without_gradients(model):
+        try:
+            with preserving_state(model), meta_state(model):
+                return run(on_device(arguments, META))
+        except Exception:  # boxes, topk, .item(): code that needs values
+            pass
+        with preserving_state(model):
+            return run(materialized(arguments, device_of(model)))
 
 
 def materialized(arguments: tuple[Any, ...], device: torch.device) -> tuple[Any, ...]:

@@ -15,7 +15,7 @@ from torch import nn
 
 from condconv_surgery.reporting.measure.forward_arguments import materialized
 from condconv_surgery.reporting.measure.original_model import Original
-from condconv_surgery.runtime.modes import in_mode
+from condconv_surgery.runtime.modes import device_of, in_mode
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ def measure_latency(
     arguments: a batch of ``batch``; meta tensors become noise. seconds: about how long to measure in total, at least
     five passes each. warm_up: uncounted passes of each.
     """
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    device = device_of(model)
     inputs = materialized(arguments, device)
     with in_mode(model, training=False), torch.inference_mode():
         times, original = _alternating(model, inputs, device, seconds, warm_up)

@@ -11,10 +11,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from condconv_surgery.ops.implementations.blockwise import OPERATOR, forward_blockwise
-from condconv_surgery.reporting.measure.forward_arguments import materialized
-from condconv_surgery.runtime.meta_device import META, meta_state, on_device
-from condconv_surgery.runtime.modes import device_of, in_mode, without_gradients
-from condconv_surgery.runtime.snapshot import preserving_state
+from condconv_surgery.reporting.measure.forward_arguments import run_without_values
 
 
 def peak_activations(model: nn.Module, arguments: tuple[Any, ...]) -> int:
@@ -23,16 +20,13 @@ def peak_activations(model: nn.Module, arguments: tuple[Any, ...]) -> int:
     Includes mixed kernels, also the block of kernels that ``blockwise`` holds for a batch. Does not include what a
     library allocates inside an operator (im2col buffers, reordered weights).
     """
-    with in_mode(model, training=False), without_gradients(model):
-        try:
-            inputs = on_device(arguments, META)
-            with preserving_state(model), meta_state(model), _Lifetimes() as lifetimes:
-                model(*inputs)
-        except Exception:  # the model's code needs values
-            inputs = materialized(arguments, device_of(model))
-            with preserving_state(model), _Lifetimes() as lifetimes:
-                model(*inputs)
-    return int(lifetimes.peak)
+
+    def peak(inputs: tuple[Any, ...]) -> int:
+        with _Lifetimes() as lifetimes:
+            model(*inputs)
+        return int(lifetimes.peak)
+
+    return run_without_values(model, arguments, peak)
 
 
 class _Lifetimes(TorchDispatchMode):  # type: ignore[no-untyped-call]

@@ -28,11 +28,6 @@ class ReportImages:
         return self.images.classes
 
     @property
-    def labels(self) -> tuple[int, ...]:
-        """Index into ``classes`` of each image."""
-        return self.images.labels
-
-    @property
     def files(self) -> tuple[str, ...]:
         """Path of each image."""
         return tuple(self.images.name(i) for i in range(len(self.images)))
@@ -43,7 +38,7 @@ class ReportImages:
         for start in range(0, len(self.images), size):
             paths = [self.images.path(i) for i in range(start, min(start + size, len(self.images)))]
             images = torch.stack([transform(read_image(path, spec.channels)) for path in paths])
-            yield images, torch.tensor(self.labels[start : start + size])
+            yield images, torch.tensor(self.images.labels[start : start + size])
 
 
 def find_images(folder: str | Path, limit: int = 1000) -> ReportImages:

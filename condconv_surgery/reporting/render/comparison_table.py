@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Sequence
+from typing import Any
 
 from condconv_surgery.reporting.measure.measurements import Measurements
+from condconv_surgery.reporting.render.csv_markdown import csv_text
 from condconv_surgery.reporting.render.number_format import human, human_bytes
 
 HEADERS = ("model", "converted", "parameters", "MACs", "weights", "latency", "top-1")
@@ -14,7 +14,21 @@ HEADERS = ("model", "converted", "parameters", "MACs", "weights", "latency", "to
 
 def rows_of(models: Sequence[Measurements]) -> list[list[str]]:
     """The cells under ``HEADERS``, formatted; a dash where nothing was measured."""
-    return [_row(model) for model in models]
+    rows = []
+    for model in models:
+        profile, latency = model.profile, model.latency
+        rows.append(
+            [
+                model.title,
+                f"{profile.converted} layers" if profile.converted else "-",
+                human(profile.parameters),
+                human(profile.macs.total),
+                human_bytes(profile.weight_bytes),
+                f"{latency.median * 1e3:.1f} ms" if latency else "-",
+                "-" if model.accuracy is None else f"{model.accuracy:.1%}",
+            ]
+        )
+    return rows
 
 
 def sort_keys(model: Measurements) -> list[float]:
@@ -32,15 +46,13 @@ def measured_columns(rows: Sequence[Sequence[str]]) -> list[int]:
 
 def to_csv(models: Sequence[Measurements]) -> str:
     """One line per model, plain numbers; a value that was not measured is empty."""
-    out = io.StringIO()
-    writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(["model", "parameters", "macs", "weight_bytes", "latency_seconds", "accuracy"])
+    rows: list[list[Any]] = [["model", "parameters", "macs", "weight_bytes", "latency_seconds", "accuracy"]]
     for model in models:
         profile, latency = model.profile, model.latency
         sizes = [profile.parameters, profile.macs.total, profile.weight_bytes]
         accuracy = "" if model.accuracy is None else model.accuracy
-        writer.writerow([model.title, *sizes, latency.median if latency else "", accuracy])
-    return out.getvalue()
+        rows.append([model.title, *sizes, latency.median if latency else "", accuracy])
+    return csv_text(rows)
 
 
 def to_markdown(models: Sequence[Measurements]) -> str:
@@ -50,16 +62,3 @@ def to_markdown(models: Sequence[Measurements]) -> str:
     lines = [[row[i] for i in columns] for row in (HEADERS, *rows)]
     head, *body = ("| " + " | ".join(line) + " |" for line in lines)
     return "\n".join([head, "|---|" + "---:|" * (len(columns) - 1), *body]) + "\n"
-
-
-def _row(model: Measurements) -> list[str]:
-    profile, latency = model.profile, model.latency
-    return [
-        model.title,
-        f"{profile.converted} layers" if profile.converted else "-",
-        human(profile.parameters),
-        human(profile.macs.total),
-        human_bytes(profile.weight_bytes),
-        f"{latency.median * 1e3:.1f} ms" if latency else "-",
-        "-" if model.accuracy is None else f"{model.accuracy:.1%}",
-    ]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import io
+from collections.abc import Iterable
+from typing import Any
 
 from condconv_surgery.reporting.measure.cost_table import CONVENTION, Layer, Profile
 from condconv_surgery.reporting.measure.measurements import Measurements
@@ -32,16 +34,24 @@ COLUMNS = (
 
 def to_csv(profile: Profile) -> str:
     """One line per layer under a header, and a last line ``total``. Plain numbers."""
+    layers = [
+        [
+            layer.name,
+            layer.kind,
+            layer.geometry,
+            layer.experts,
+            layer.calls,
+            *_csv_values(layer, layer.macs.convolution),
+        ]
+        for layer in profile.layers
+    ]
+    return csv_text([COLUMNS, *layers, ["total", *[""] * 4, *_csv_values(profile, profile.macs_before)]])
+
+
+def csv_text(rows: Iterable[Iterable[Any]]) -> str:
+    """The rows as CSV."""
     out = io.StringIO()
-    writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(COLUMNS)
-    for layer in profile.layers:
-        writer.writerow(_csv_row(layer))
-    macs, blank = profile.macs, [""] * 4
-    before, after = profile.parameters_before, profile.parameters
-    parts = [macs.convolution, macs.mixing, macs.routing, macs.attention]
-    sizes = [profile.weight_bytes, profile.activation_bytes]
-    writer.writerow(["total", *blank, before, after, profile.macs_before, macs.total, *parts, *sizes])
+    csv.writer(out, lineterminator="\n").writerows(rows)
     return out.getvalue()
 
 
@@ -89,13 +99,11 @@ def _routing_lines(routing: Routing) -> list[str]:
     ]
 
 
-def _csv_row(layer: Layer) -> list[str | int]:
-    macs = layer.macs
-    parts = [macs.convolution, macs.mixing, macs.routing, macs.attention]
-    description: list[str | int] = [layer.name, layer.kind, layer.geometry, layer.experts, layer.calls]
-    before, after = layer.parameters_before, layer.parameters
-    sizes = [layer.weight_bytes, layer.activation_bytes]
-    return [*description, before, after, macs.convolution, macs.total, *parts, *sizes]
+def _csv_values(of: Layer | Profile, macs_before: int) -> list[int]:
+    """The numbers in the columns from ``parameters_before`` on."""
+    macs = of.macs
+    parts = [macs.total, macs.convolution, macs.mixing, macs.routing, macs.attention]
+    return [of.parameters_before, of.parameters, macs_before, *parts, of.weight_bytes, of.activation_bytes]
 
 
 def _markdown_row(layer: Layer) -> str:

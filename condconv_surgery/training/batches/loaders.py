@@ -13,23 +13,15 @@ from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from condconv_surgery.data.find_data import find_data, require_data
 from condconv_surgery.data.hub_streams import HubStream, StreamDataset, find_streams
-from condconv_surgery.data.image_dataset import (
-    Batch,
-    ImageDataset,
-    Sample,
-    Transform,
-    collate,
-    collate_whole,
-)
+from condconv_surgery.data.image_dataset import Batch, ImageDataset, Sample, Transform, collate, collate_whole
 from condconv_surgery.data.labelled_images import LabelledImages
 from condconv_surgery.errors import InputError
-from condconv_surgery.models.artifact.save_load import recipe_of
 from condconv_surgery.models.preprocess import evaluation_transform
-from condconv_surgery.recipe import InputSpec, Recipe
+from condconv_surgery.recipe import InputSpec, Recipe, recipe_of
 from condconv_surgery.recipe.training_options import TrainingOptions
+from condconv_surgery.training.batches.augmentation import training_transform
 from condconv_surgery.training.batches.samplers import EvaluationBatches, Steps, TrainingBatches
 from condconv_surgery.training.batches.stream_batches import StreamBatches, StreamEvaluation
-from condconv_surgery.training.batches.train_transforms import training_transform
 from condconv_surgery.training.distributed.world import World
 from condconv_surgery.training.monitor.explained_errors import reading
 from condconv_surgery.training.state.stop_signals import ignore_signals

@@ -1,15 +1,19 @@
-"""Random transforms of training images, with the normalisation of the model."""
+"""Augmentation: random transforms of each training image, and mixup and CutMix of a batch, by torchvision."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import cast
 
 import torch
+from torch import Tensor
 from torchvision.transforms import InterpolationMode, v2
 
 from condconv_surgery.data.image_dataset import Transform
 from condconv_surgery.recipe import InputSpec
 from condconv_surgery.recipe.training_sections import AugmentOptions
+
+Mix = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 def training_transform(spec: InputSpec, options: AugmentOptions) -> Transform:
@@ -32,3 +36,19 @@ def training_transform(spec: InputSpec, options: AugmentOptions) -> Transform:
     if options.erasing:
         steps.append(v2.RandomErasing(options.erasing))
     return cast(Transform, v2.Compose(steps))
+
+
+def batch_mix(options: AugmentOptions, classes: int) -> Mix | None:
+    """``images, labels [B] -> images, shares [B, K]``, random by torch's global generator; ``None`` when off.
+
+    With both, each batch uses one of them at random.
+    """
+    mixes: list[Mix] = []
+    if options.mixup:
+        mixes.append(v2.MixUp(alpha=options.mixup, num_classes=classes))
+    if options.cutmix:
+        mixes.append(v2.CutMix(alpha=options.cutmix, num_classes=classes))
+    if not mixes:
+        return None
+    chosen: Mix = v2.RandomChoice(mixes) if len(mixes) > 1 else mixes[0]
+    return chosen
