@@ -6,8 +6,6 @@ import json
 import sys
 from typing import Any
 
-from condconv_surgery.errors import SurgeryError
-
 
 def say(line: str = "") -> None:
     """Print a line on stderr."""
@@ -17,8 +15,3 @@ def say(line: str = "") -> None:
 def print_json(data: dict[str, Any]) -> None:
     """Print one JSON object on stdout."""
     print(json.dumps(data, indent=2, allow_nan=False))
-
-
-def print_error(error: SurgeryError) -> None:
-    """Print the three parts of an error on stderr."""
-    say(f"Error: {error}")

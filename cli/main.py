@@ -10,7 +10,7 @@ import typer
 from condconv_surgery import __version__
 from condconv_surgery.errors import SurgeryError
 
-from .console import print_error, say
+from .console import say
 from .convert import convert
 from .export_layout import export
 from .finetune import finetune
@@ -67,7 +67,7 @@ def run() -> None:
     try:
         app()
     except SurgeryError as error:
-        print_error(error)
+        say(f"Error: {error}")
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         say("Interrupted.")

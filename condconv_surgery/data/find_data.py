@@ -15,22 +15,22 @@ from condconv_surgery.recipe.training_sections import DataOptions
 
 def find_data(options: DataOptions, seed: int) -> tuple[LabelledImages, LabelledImages]:
     """The training and the validation images. Raises ``InputError`` for missing or unusable data."""
-    place, val = options.folder, options.val
-    kind, _, name = place.partition(":")
+    source, val = options.folder, options.val
+    kind, _, name = source.partition(":")
     if kind == "torchvision":
         return find_torchvision(name, Path(options.root), options.download, options.val_fraction, seed)
     if kind == "hf":
         return find_hub(options, seed)
-    if is_shards(place):
-        train = scan_shards(place)
+    if is_shards(source):
+        train = scan_shards(source)
         return (
             (train, with_classes_of(train, scan_shards(val), val)) if val else split(train, options.val_fraction, seed)
         )
     if not val:
-        return find_training_images(Path(place), options.val_fraction, seed)
-    require_folder(Path(place))
+        return find_training_images(Path(source), options.val_fraction, seed)
+    require_folder(Path(source))
     require_folder(Path(val))
-    folder = scan(Path(place))
+    folder = scan(Path(source))
     return folder, with_classes_of(folder, scan(Path(val), min_classes=1), val)
 
 
@@ -61,6 +61,6 @@ def require_data(options: DataOptions) -> None:
         require_folder(Path(options.folder))
 
 
-def is_shards(place: str) -> bool:
+def is_shards(source: str) -> bool:
     """A file or pattern of tar files, not a folder."""
-    return not Path(place).is_dir() and (".tar" in Path(place).name or "://" in place or place.startswith("pipe:"))
+    return not Path(source).is_dir() and (".tar" in Path(source).name or "://" in source or source.startswith("pipe:"))

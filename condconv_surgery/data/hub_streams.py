@@ -115,10 +115,6 @@ def _stream(rows: Any, name: str, options: DataOptions) -> HubStream:
             "data.streaming=False",
         )
     known = (rows.info.splits or {}).get(name)
-    count = known.num_examples if known is not None and known.num_examples else _counted(rows, label)
+    count = known.num_examples if known is not None else 0
+    count = count or sum(1 for _ in rows.select_columns([label]))  # reads the labels once
     return HubStream(title, undecoded(rows.select_columns([image, label]), image), image, label, tuple(names), count)
-
-
-def _counted(rows: Any, label: str) -> int:
-    """The number of rows, by reading the labels once."""
-    return sum(1 for _ in rows.select_columns([label]))

@@ -43,7 +43,6 @@ class LabelledImages(ABC):
         return len(self.labels)
 
     def counts(self) -> list[int]:
-        """Images per class."""
         counts = [0] * len(self.classes)
         for label in self.labels:
             counts[label] += 1

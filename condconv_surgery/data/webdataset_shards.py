@@ -38,7 +38,6 @@ class ShardEntry(NamedTuple):
     size: int
 
     def read(self) -> bytes:
-        """Its content."""
         with Path(self.shard).open("rb") as file:
             file.seek(self.offset)
             return file.read(self.size)

@@ -55,8 +55,8 @@ class TrainingOptions(Section):
 
     def sections(self) -> dict[str, Section]:
         """The sections by name, in the order of the file."""
-        found = {f.name: getattr(self, f.name) for f in fields(self)}
-        return {name: value for name, value in found.items() if isinstance(value, Section)}
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return {name: value for name, value in values.items() if isinstance(value, Section)}
 
     def require_complete(self, *, model_is_given: bool = False) -> None:
         """Raise ``InputError`` when the model, the images or the folder to write is not given."""

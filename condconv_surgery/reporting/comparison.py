@@ -24,11 +24,9 @@ class Comparison:
         return {"models": [report.to_dict() for report in self.reports]}
 
     def to_csv(self) -> str:
-        """One line per model, plain numbers; a value that was not measured is empty."""
         return comparison_table.to_csv(self.reports)
 
     def to_markdown(self) -> str:
-        """One table, without columns in which nothing was measured."""
         return comparison_table.to_markdown(self.reports)
 
     def to_html(self) -> str:
@@ -36,7 +34,6 @@ class Comparison:
         return comparison_page(self.reports)
 
     def print(self, width: int | None = None) -> None:
-        """Print the table on stdout."""
         console = make_console(width)
         console.print(render_comparison(self.reports, console.width))
 

@@ -40,15 +40,12 @@ class Report(Measurements):
         }
 
     def to_csv(self) -> str:
-        """One line per layer, and a total."""
         return csv_markdown.to_csv(self.profile)
 
     def to_markdown(self) -> str:
-        """Headings and tables."""
         return csv_markdown.to_markdown(self)
 
     def to_html(self) -> str:
-        """One self-contained page."""
         return report_page(self)
 
     def _repr_html_(self) -> str:

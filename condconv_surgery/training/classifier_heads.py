@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -42,22 +43,22 @@ def find_heads(model: nn.Module, spec: InputSpec) -> list[str]:
     Raises ``InputError`` when no layer has the width of the output.
     """
     produced: list[tuple[str, Tensor]] = []
-    hooks = [
-        module.register_forward_hook(_hook(name, produced))
-        for name, module in model.named_modules(remove_duplicate=True)
-        if isinstance(module, (nn.Linear, nn.Conv2d, ConditionalConv2d))
-    ]
     heads: list[str] = []
-    try:
+
+    def record(name: str, module: nn.Module, args: object, output: object) -> None:
+        if isinstance(output, Tensor):
+            produced.append((name, output))
+
+    with ExitStack() as hooks:
+        for name, module in model.named_modules():
+            if isinstance(module, (nn.Linear, nn.Conv2d, ConditionalConv2d)):
+                hooks.enter_context(module.register_forward_hook(partial(record, name)))
         for training in (False, True):
             produced.clear()
             logits = _run(model, spec, training)
             names = [_layer_of(produced, logits.main, or_by_width=True)]
             names += [_layer_of(produced, extra, or_by_width=False) for extra in logits.auxiliary]
             heads += [name for name in names if name and name not in heads]
-    finally:
-        for hook in hooks:
-            hook.remove()
     if not heads:
         raise InputError(
             f"No last layer found: no Linear or convolution of {type(model).__name__} has the width of its output.",
@@ -65,14 +66,6 @@ def find_heads(model: nn.Module, spec: InputSpec) -> list[str]:
             "give the model a head with the right number of classes, then finetune",
         )
     return heads
-
-
-def _hook(name: str, produced: list[tuple[str, Tensor]]) -> Callable[[nn.Module, object, object], None]:
-    def hook(module: nn.Module, args: object, output: object) -> None:
-        if isinstance(output, Tensor):
-            produced.append((name, output))
-
-    return hook
 
 
 @torch.no_grad()

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -37,24 +38,20 @@ class FeatureRecorder:
         for name in names:
             if name not in modules:
                 raise unknown_name("layer in distill.features", name, modules)
-        self.handles = [modules[name].register_forward_hook(self._hook(name)) for name in names]
+        self.handles = [modules[name].register_forward_hook(partial(self._record, name)) for name in names]
 
     def close(self) -> None:
-        """Remove the hooks."""
         for handle in self.handles:
             handle.remove()
 
-    def _hook(self, name: str) -> Callable[[nn.Module, object, object], None]:
-        def note(module: nn.Module, args: object, output: object) -> None:
-            if not isinstance(output, Tensor):
-                raise InputError(
-                    f"The layer {name} returns a {type(output).__name__}.",
-                    "distill.features compares tensors.",
-                    "name a layer that returns one",
-                )
-            self.outputs[name] = output
-
-        return note
+    def _record(self, name: str, module: nn.Module, args: object, output: object) -> None:
+        if not isinstance(output, Tensor):
+            raise InputError(
+                f"The layer {name} returns a {type(output).__name__}.",
+                "distill.features compares tensors.",
+                "name a layer that returns one",
+            )
+        self.outputs[name] = output
 
 
 class Teacher:
@@ -81,7 +78,6 @@ class Teacher:
         return on_logits, sum(maps) / len(maps) if maps else 0.0
 
     def close(self) -> None:
-        """Remove the hooks."""
         self.student_features.close()
         self.teacher_features.close()
 

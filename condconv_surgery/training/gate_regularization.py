@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -12,32 +12,41 @@ from condconv_surgery.layers import Mixture, routers
 from condconv_surgery.layers.gate_statistics import entropy, shares
 
 
-class GateRecorder:
+class RouterHooks:
+    """Base of a forward hook on each router of a model, until it is closed."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.handles = [
+            router.register_forward_hook(partial(self.routed, name)) for name, router in routers(model).items()
+        ]
+
+    def close(self) -> None:
+        for handle in self.handles:
+            handle.remove()
+
+    def routed(self, name: str, router: nn.Module, args: object, mixture: Mixture) -> Mixture | None:
+        """Called with each mixture of the router of a layer or block; the mixture to use instead, if any."""
+        raise NotImplementedError
+
+
+class GateRecorder(RouterHooks):
     """Records the gate [B, E] of every router with more than one expert, each time it runs."""
 
     def __init__(self, model: nn.Module) -> None:
         self.seen: dict[str, Tensor] = {}
-        self.handles = [router.register_forward_hook(self._hook(name)) for name, router in routers(model).items()]
+        super().__init__(model)
 
     def take(self) -> dict[str, Tensor]:
         """The gates since the last ``take``, by layer or block; of a router called twice, the last."""
         seen, self.seen = self.seen, {}
         return seen
 
-    def close(self) -> None:
-        """Remove the hooks."""
-        for handle in self.handles:
-            handle.remove()
-
-    def _hook(self, name: str) -> Callable[[nn.Module, object, Mixture], None]:
-        def hook(router: nn.Module, args: object, mixture: Mixture) -> None:
-            if mixture.gate is not None and mixture.gate.shape[1] > 1:
-                self.seen[name] = mixture.gate
-
-        return hook
+    def routed(self, name: str, router: nn.Module, args: object, mixture: Mixture) -> None:
+        if mixture.gate is not None and mixture.gate.shape[1] > 1:
+            self.seen[name] = mixture.gate
 
 
-class ExpertDropout:
+class ExpertDropout(RouterHooks):
     """In train mode, drops each expert of each image with probability ``p``.
 
     The remaining gates are scaled so that their sum stays the same; where all would be dropped, none is.
@@ -45,14 +54,9 @@ class ExpertDropout:
 
     def __init__(self, model: nn.Module, p: float) -> None:
         self.p = p
-        self.handles = [router.register_forward_hook(self._drop) for router in routers(model).values()]
+        super().__init__(model)
 
-    def close(self) -> None:
-        """Remove the hooks."""
-        for handle in self.handles:
-            handle.remove()
-
-    def _drop(self, router: nn.Module, args: object, mixture: Mixture) -> Mixture | None:
+    def routed(self, name: str, router: nn.Module, args: object, mixture: Mixture) -> Mixture | None:
         if not router.training or mixture.gate is None:
             return None
         gate = mixture.gate  # [B, E]

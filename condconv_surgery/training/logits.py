@@ -19,8 +19,8 @@ class Logits(NamedTuple):
 def logits_of(output: object) -> Logits:
     """The logits in a model's output. Raises ``InputError`` for an output that is not that of a classifier."""
     tensors: tuple[object, ...] = tuple(output) if isinstance(output, tuple) else (output,)
-    found = [t for t in tensors if isinstance(t, Tensor)]
-    if not found or any(t.dim() != 2 for t in found):
+    logits = [t for t in tensors if isinstance(t, Tensor)]
+    if not logits or any(t.dim() != 2 for t in logits):
         what = (
             f"a tensor of shape {tuple(output.shape)}" if isinstance(output, Tensor) else f"a {type(output).__name__}"
         )
@@ -29,4 +29,4 @@ def logits_of(output: object) -> Logits:
             "finetune trains classifiers with one label per image: logits [B, classes].",
             "your own loop with the functions of condconv_surgery.training",
         )
-    return Logits(found[0], tuple(found[1:]))
+    return Logits(logits[0], tuple(logits[1:]))

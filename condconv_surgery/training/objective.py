@@ -74,7 +74,6 @@ class Objective:
         return loss + self._on_gates() if self.gates is not None else loss
 
     def close(self) -> None:
-        """Remove the hooks."""
         if self.gates is not None:
             self.gates.close()
         if self.teacher is not None:

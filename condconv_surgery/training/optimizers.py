@@ -34,9 +34,9 @@ def make_optimizer(
     cls = OPTIMIZERS.get(options.name.lower())
     if cls is None:
         raise unknown_name("optimizer", options.name, OPTIMIZERS, 'optimizer.name="adamw"')
-    taken = inspect.signature(cls).parameters
-    offered: dict[str, Any] = {"momentum": options.momentum, "betas": options.betas}
+    accepted = inspect.signature(cls).parameters
+    optional: dict[str, Any] = {"momentum": options.momentum, "betas": options.betas}
     groups = parameter_groups(model, options, layers)
-    if "weight_decay" not in taken:  # Rprop
+    if "weight_decay" not in accepted:  # Rprop
         groups = [{name: value for name, value in group.items() if name != "weight_decay"} for group in groups]
-    return cls(groups, lr=options.lr, **{n: v for n, v in offered.items() if n in taken})  # type: ignore[call-arg]
+    return cls(groups, lr=options.lr, **{n: v for n, v in optional.items() if n in accepted})  # type: ignore[call-arg]

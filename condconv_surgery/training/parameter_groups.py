@@ -103,8 +103,8 @@ def _kind(module: nn.Module, parameter: nn.Parameter) -> str:
 def _depths(model: nn.Module) -> dict[str, float]:
     """The position of each parameter's layer in the order of definition, from 0 (first) to 1 (last)."""
     owners = list(dict.fromkeys(_owner(name) for name, _ in model.named_parameters()))
-    place = {owner: i / max(len(owners) - 1, 1) for i, owner in enumerate(owners)}
-    return {name: place[_owner(name)] for name, _ in model.named_parameters()}
+    depth = {owner: i / max(len(owners) - 1, 1) for i, owner in enumerate(owners)}
+    return {name: depth[_owner(name)] for name, _ in model.named_parameters()}
 
 
 def _owner(parameter: str) -> str:

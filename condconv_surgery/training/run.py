@@ -133,7 +133,6 @@ class Run:
         return bool(stops)
 
     def step(self, batches: Iterator[Batch]) -> None:
-        """One optimizer step."""
         progress, order = self.progress, self.data.order
         step_batches = list(islice(batches, order.accumulate))
         for batch in step_batches:
@@ -225,7 +224,6 @@ class Run:
         return self.result()
 
     def result(self) -> TrainingResult:
-        """The result so far."""
         rows = read_rows(self.folder / METRICS)
         last = rows[-1] if rows else {}
         return TrainingResult(

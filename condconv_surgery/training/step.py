@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 
 from condconv_surgery.data.image_dataset import Batch
 from condconv_surgery.training.batches.augmentation import Mix
-from condconv_surgery.training.distributed.fsdp import whole
+from condconv_surgery.training.distributed.fsdp import full_tensor
 from condconv_surgery.training.distributed.world import World
 from condconv_surgery.training.logits import Logits, logits_of
 from condconv_surgery.training.objective import classification_loss
@@ -105,7 +105,7 @@ def _update(
     if scaler is not None:
         scaler.unscale_(optimizer)  # after ``only``: an overflow in a parameter that is not trained does not count
     norm = nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None])
-    loss_sum, size = torch.stack([tally.sums[0], whole(norm).to(tally.sums)]).tolist()
+    loss_sum, size = torch.stack([tally.sums[0], full_tensor(norm).to(tally.sums)]).tolist()
     if scaler is None and not math.isfinite(loss_sum):
         raise NonFiniteError("loss")
     finite = math.isfinite(size)

@@ -165,6 +165,7 @@ def test_a_missing_model_a_corrupt_image_and_a_used_folder(condconv: Run, data: 
     assert "no.safetensors" in err
     code, _, err = condconv("finetune", "--data", data, "-o", tmp_path / "run")
     assert (code, "No model is given" in err) == (2, True)
+    assert "Try: condconv finetune MODEL --data FOLDER -o RUN\n" in err
     code, _, err = condconv("finetune", "-o", tmp_path / "run", "--resume")
     assert (code, "recipe.toml cannot be read" in err) == (2, True)
     bad = data / "class1/03.png"

@@ -105,11 +105,13 @@ def test_a_model_by_name_is_trained_with_a_mapping_of_options(folder: Path, tmp_
     assert (recipe.model, recipe.data.folder) == ("tests.small_networks:small_net", str(folder))
 
 
-def test_data_and_output_are_required(folder: Path) -> None:
+def test_model_data_and_output_are_required(folder: Path) -> None:
     with pytest.raises(InputError, match=r'No output folder is given.(.|\n)*output="RUN"'):
         finetune(small_net(), data=folder)
     with pytest.raises(InputError, match=r'No images are given.(.|\n)*data="FOLDER"'):
         finetune(small_net(), {"output": "run"})
+    with pytest.raises(InputError, match=r'No model is given.(.|\n)*finetune\("MODEL", data="FOLDER"'):
+        finetune("", data=folder, output="run")
 
 
 def test_the_saved_model_is_the_trained_one(folder: Path) -> None:

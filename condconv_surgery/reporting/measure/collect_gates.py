@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -49,7 +50,11 @@ def collect_gates(
     Raises ``InputError`` when a logit is not finite.
     """
     recorded: dict[str, list[Mixture]] = {}
-    with in_mode(model, training=False), torch.inference_mode(), _recording_mixtures(model, recorded):
+
+    def record(name: str, router: nn.Module, inputs: Any, mixture: Mixture) -> None:
+        recorded.setdefault(name, []).append(Mixture(*(None if t is None else t.float().cpu() for t in mixture)))
+
+    with in_mode(model, training=False), torch.inference_mode(), _router_hooks(model, record):
         labels, correct, num_logits = _predict(model, batches, logit_of)
     joined = {name: _joined(mixtures, len(labels)) for name, mixtures in recorded.items()}
     gates = {n: m.gate for n, m in joined.items() if m.gate is not None and m.gate.shape[1] > 1}
@@ -65,7 +70,14 @@ def correct_with_mean_gates(
     logit_of: Tensor | None = None,
 ) -> Tensor:
     """Which predictions are correct with every mixture replaced by its mean, [N]: the network without routing."""
-    with in_mode(model, training=False), torch.inference_mode(), _mean_mixtures(model, means):
+
+    def replace(name: str, router: nn.Module, inputs: Any, mixture: Mixture) -> Mixture | None:
+        if name not in means:
+            return None
+        pairs = zip(means[name], mixture, strict=True)
+        return Mixture(*(m if t is None or m is None else m.to(t).expand_as(t) for m, t in pairs))
+
+    with in_mode(model, training=False), torch.inference_mode(), _router_hooks(model, replace):
         return _predict(model, batches, logit_of)[1]
 
 
@@ -91,38 +103,12 @@ def _predict(
 
 
 @contextmanager
-def _recording_mixtures(model: nn.Module, recorded: dict[str, list[Mixture]]) -> Iterator[None]:
-    def recorder(name: str) -> Any:
-        def record(module: nn.Module, inputs: Any, output: Mixture) -> None:
-            recorded.setdefault(name, []).append(Mixture(*(None if t is None else t.float().cpu() for t in output)))
-
-        return record
-
-    with _hooked({router: recorder(name) for name, router in routers(model).items()}):
+def _router_hooks(model: nn.Module, hook: Callable[[str, nn.Module, Any, Mixture], Mixture | None]) -> Iterator[None]:
+    """Inside the block ``hook`` is called with the name, module, inputs and mixture of each router."""
+    with ExitStack() as hooks:
+        for name, router in routers(model).items():
+            hooks.enter_context(router.register_forward_hook(partial(hook, name)))
         yield
-
-
-@contextmanager
-def _mean_mixtures(model: nn.Module, means: dict[str, Mixture]) -> Iterator[None]:
-    def replacer(mean: Mixture) -> Any:
-        def replace(module: nn.Module, inputs: tuple[Tensor, ...], output: Mixture) -> Mixture:
-            fixed = (m if t is None or m is None else m.to(t).expand_as(t) for m, t in zip(mean, output, strict=True))
-            return Mixture(*fixed)
-
-        return replace
-
-    with _hooked({router: replacer(means[name]) for name, router in routers(model).items() if name in means}):
-        yield
-
-
-@contextmanager
-def _hooked(hook_of: dict[nn.Module, Any]) -> Iterator[None]:
-    hooks = [module.register_forward_hook(hook) for module, hook in hook_of.items()]
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def _joined(mixtures: list[Mixture], images: int) -> Mixture:

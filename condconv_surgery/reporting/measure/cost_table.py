@@ -25,7 +25,6 @@ class Macs:
 
     @property
     def total(self) -> int:
-        """The sum of the four parts."""
         return self.convolution + self.mixing + self.routing + self.attention
 
     def __add__(self, other: Macs) -> Macs:
@@ -85,17 +84,14 @@ class Profile:
 
     @property
     def parameters_before(self) -> int:
-        """Parameters before conversion."""
         return sum(layer.parameters_before for layer in self.layers)
 
     @property
     def macs(self) -> Macs:
-        """MACs of one image."""
         return sum((layer.macs for layer in self.layers), Macs())
 
     @property
     def macs_before(self) -> int:
-        """MACs of one image before conversion."""
         return self.macs.convolution
 
     @property
@@ -105,7 +101,6 @@ class Profile:
 
     @property
     def weight_bytes_before(self) -> int:
-        """Bytes of parameters and buffers before conversion."""
         return sum(layer.weight_bytes_before for layer in self.layers)
 
     @property
@@ -120,7 +115,6 @@ class Profile:
 
     @property
     def converted(self) -> int:
-        """Number of conditional layers."""
         return sum(layer.conditional for layer in self.layers)
 
     def to_dict(self) -> dict[str, Any]:

@@ -7,7 +7,7 @@ subtract the MACs of submodules, so every product belongs to exactly one module.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -89,14 +89,12 @@ def _run(model: nn.Module, arguments: tuple[Any, ...]) -> Counts:
         entered[-1][1] += flops
         _add(modules.setdefault(module, ModuleCount()), (flops - inside) // 2, output)
 
-    hooks = [m.register_forward_pre_hook(enter) for m in model.modules()]
-    hooks += [m.register_forward_hook(leave) for m in model.modules()]
-    try:
+    with ExitStack() as hooks:
+        for module in model.modules():
+            hooks.enter_context(module.register_forward_pre_hook(enter))
+            hooks.enter_context(module.register_forward_hook(leave))
         with meter:
             model(*arguments)
-    finally:
-        for hook in hooks:
-            hook.remove()
     return Counts(modules, (meter.get_total_flops() - entered[0][1]) // 2)
 
 

@@ -121,7 +121,8 @@ class Routing:
         text = f"{static} of {len(self.layers)} layers could be static." if self.layers else ""
         if self.accuracy is None or self.mean_gate_accuracy is None:
             return f"{text} The model's classes are not those of the folder, so accuracy is unknown.".strip()
-        return f"{text} {self._gain(self.accuracy, self.mean_gate_accuracy)}{self._warning}".strip()
+        warning = "" if self.held_out else " The folder has no val/: the model may have been trained on these images."
+        return f"{text} {self._gain(self.accuracy, self.mean_gate_accuracy)}{warning}".strip()
 
     def _gain(self, accuracy: float, mean_gate_accuracy: float) -> str:
         images = f"{self.images} images"
@@ -133,12 +134,6 @@ class Routing:
         gain = f"{100 * (accuracy - mean_gate_accuracy):+.1f} ± {100 * (self.gain_standard_error or 0.0):.1f} points"
         both = f"top-1 {accuracy:.1%} with routing, {mean_gate_accuracy:.1%} with mean gates"
         return f"Accuracy gain of routing: {gain} ({both}, {images})."
-
-    @property
-    def _warning(self) -> str:
-        if self.held_out:
-            return ""
-        return " The folder has no val/: the model may have been trained on these images."
 
     def to_dict(self) -> dict[str, Any]:
         return {

@@ -34,18 +34,11 @@ COLUMNS = (
 
 def to_csv(profile: Profile) -> str:
     """One line per layer under a header, and a last line ``total``. Plain numbers."""
-    layers = [
-        [
-            layer.name,
-            layer.kind,
-            layer.geometry,
-            layer.experts,
-            layer.calls,
-            *_csv_values(layer, layer.macs.convolution),
-        ]
-        for layer in profile.layers
+    rows = [
+        [row.name, row.kind, row.geometry, row.experts, row.calls, *_csv_values(row, row.macs.convolution)]
+        for row in profile.layers
     ]
-    return csv_text([COLUMNS, *layers, ["total", *[""] * 4, *_csv_values(profile, profile.macs_before)]])
+    return csv_text([COLUMNS, *rows, ["total", *[""] * 4, *_csv_values(profile, profile.macs_before)]])
 
 
 def csv_text(rows: Iterable[Iterable[Any]]) -> str:
@@ -100,7 +93,7 @@ def _routing_lines(routing: Routing) -> list[str]:
 
 
 def _csv_values(of: Layer | Profile, macs_before: int) -> list[int]:
-    """The numbers in the columns from ``parameters_before`` on."""
+    """The values in the columns from ``parameters_before`` on."""
     macs = of.macs
     parts = [macs.total, macs.convolution, macs.mixing, macs.routing, macs.attention]
     return [of.parameters_before, of.parameters, macs_before, *parts, of.weight_bytes, of.activation_bytes]

@@ -87,8 +87,8 @@ def accuracy_against_cost(models: Sequence[Measurements], costs: Sequence[str] =
         )
     labels = unique_short_names([model.title for model in known])
     figure = make_figure(4.6 * len(costs), 3.8)
-    for place, cost in enumerate(costs):
-        axes = figure.add_subplot(1, len(costs), place + 1)
+    for position, cost in enumerate(costs):
+        axes = figure.add_subplot(1, len(costs), position + 1)
         for (name, members), colour in zip(_series(known).items(), SERIES * len(known), strict=False):
             points = sorted((COSTS[cost](m), 100 * (m.accuracy or 0.0), labels[m.title]) for m in members)
             axes.plot([p[0] for p in points], [p[1] for p in points], "o-", color=colour, label=name, markersize=6)

@@ -47,12 +47,12 @@ def shard(model: nn.Module, world: World) -> None:
     fully_shard(model, mesh=mesh)
 
 
-def whole(tensor: Tensor) -> Tensor:
+def full_tensor(tensor: Tensor) -> Tensor:
     """The full tensor of a sharded one. Collective: every process must call it at the same time."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def like(target: Tensor, value: Tensor) -> Tensor:
+def sharded_like(target: Tensor, value: Tensor) -> Tensor:
     """``value``, known to every process, sharded like ``target``."""
     if not isinstance(target, DTensor) or value.shape != target.shape:
         return value
@@ -70,7 +70,7 @@ class UnshardedCopy:
         """The copy with the current weights of ``model``; ``None`` in every process but the first. Collective."""
         targets = {} if self.model is None else self.model.state_dict()
         for name, tensor in model.state_dict().items():
-            value = whole(tensor)  # in all processes
+            value = full_tensor(tensor)  # in all processes
             if name in targets:
                 targets[name].copy_(value)
         return self.model

@@ -26,7 +26,6 @@ class World:
 
     @property
     def is_first(self) -> bool:
-        """True for rank 0, which writes files and reports."""
         return self.rank == 0
 
     def sum(self, values: list[float]) -> list[float]:

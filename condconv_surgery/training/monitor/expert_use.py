@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from condconv_surgery.layers import Mixture, routers
+from condconv_surgery.layers import Mixture
 from condconv_surgery.layers.gate_statistics import entropy, shares
 from condconv_surgery.training.distributed.world import World
+from condconv_surgery.training.gate_regularization import RouterHooks
 
 
 @dataclass
@@ -41,13 +42,13 @@ class ExpertUse:
         return float(self.entropy_sum) / self.count / math.log(len(self.share_sum))
 
 
-class ExpertUseMeter:
+class ExpertUseMeter(RouterHooks):
     """Measures the use of experts by layer or block while the model runs, until closed."""
 
     def __init__(self, model: nn.Module) -> None:
         self.uses: dict[str, ExpertUse] = {}
         self.counting = True
-        self.handles = [router.register_forward_hook(self._hook(name)) for name, router in routers(model).items()]
+        super().__init__(model)
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -70,16 +71,8 @@ class ExpertUseMeter:
                 use.count += count
         return total
 
-    def close(self) -> None:
-        """Remove the hooks."""
-        for handle in self.handles:
-            handle.remove()
-
-    def _hook(self, name: str) -> Callable[[nn.Module, object, Mixture], None]:
-        def hook(router: nn.Module, args: object, mixture: Mixture) -> None:
-            if self.counting and mixture.gate is not None and mixture.gate.shape[1] > 1:
-                if name not in self.uses:
-                    self.uses[name] = ExpertUse(mixture.gate.new_zeros(mixture.gate.shape[1], dtype=torch.float32))
-                self.uses[name].add(mixture.gate)
-
-        return hook
+    def routed(self, name: str, router: nn.Module, args: object, mixture: Mixture) -> None:
+        if self.counting and mixture.gate is not None and mixture.gate.shape[1] > 1:
+            if name not in self.uses:
+                self.uses[name] = ExpertUse(mixture.gate.new_zeros(mixture.gate.shape[1], dtype=torch.float32))
+            self.uses[name].add(mixture.gate)

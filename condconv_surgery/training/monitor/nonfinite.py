@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from condconv_surgery.runtime.snapshot import preserving_state
-from condconv_surgery.training.distributed.fsdp import whole
+from condconv_surgery.training.distributed.fsdp import full_tensor
 
 
 def first_nonfinite(
@@ -28,26 +29,22 @@ def first_nonfinite(
     for name, parameter in model.named_parameters():
         if not _finite(parameter):
             return f"the weights {name}"
-    found: list[str] = []
+    nonfinite: list[str] = []
 
-    def check(name: str) -> Callable[[nn.Module, object, object], None]:
-        def hook(module: nn.Module, args: object, output: object) -> None:
-            if isinstance(output, Tensor) and not _finite(output):
-                found.append(f"the output of {name} ({type(module).__name__})")
+    def check(name: str, module: nn.Module, args: object, output: object) -> None:
+        if isinstance(output, Tensor) and not _finite(output):
+            nonfinite.append(f"the output of {name} ({type(module).__name__})")
 
-        return hook
-
-    # Hooks of inner modules run before those of outer ones, so the first found is the innermost.
-    handles = [module.register_forward_hook(check(name)) for name, module in model.named_modules() if name]
-    try:
+    with ExitStack() as hooks:
+        for name, module in model.named_modules():
+            if name:
+                hooks.enter_context(module.register_forward_hook(partial(check, name)))
         with preserving_state(model), torch.no_grad(), cast():
             torch.manual_seed(seed)
             for images in batches:
                 model(images)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return found[0] if found else None
+    # Hooks of inner modules run before those of outer ones, so the first is the innermost.
+    return nonfinite[0] if nonfinite else None
 
 
 def first_nonfinite_gradient(model: nn.Module) -> str:
@@ -59,4 +56,4 @@ def first_nonfinite_gradient(model: nn.Module) -> str:
 
 
 def _finite(tensor: Tensor) -> bool:
-    return not tensor.is_floating_point() or bool(torch.isfinite(whole(tensor)).all())
+    return not tensor.is_floating_point() or bool(torch.isfinite(full_tensor(tensor)).all())

@@ -22,11 +22,9 @@ class Meter:
         self.restart()
 
     def restart(self) -> None:
-        """Begin an epoch."""
         self.began, self.images, self.training_seconds = time.monotonic(), 0, 0.0
 
     def count(self, images: int) -> None:
-        """Count the images of a step."""
         self.images += images
         self.training_seconds = time.monotonic() - self.began
 

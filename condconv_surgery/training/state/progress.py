@@ -23,7 +23,6 @@ class Progress:
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Progress:
-        """The inverse of ``to_dict``."""
         return cls(**{**data, "tally": Tally.of(**data["tally"])})
 
 

@@ -20,7 +20,7 @@ from torch.optim import Optimizer
 from condconv_surgery.errors import DamagedFileError, TrainingError
 from condconv_surgery.models.artifact.atomic_write import replacing
 from condconv_surgery.runtime.tensor_hash import hash_tensors
-from condconv_surgery.training.distributed.fsdp import like, whole
+from condconv_surgery.training.distributed.fsdp import full_tensor, sharded_like
 from condconv_surgery.training.state.run_files import failing_resumably
 
 FORMAT = 1
@@ -80,10 +80,10 @@ def read_state(path: Path) -> State:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not a dict
         facts = metadata["facts"]
-        whole = metadata["sha256"] == hash_tensors(tensors, prefix=facts) and int(metadata["format"]) <= FORMAT
+        intact = metadata["sha256"] == hash_tensors(tensors, prefix=facts) and int(metadata["format"]) <= FORMAT
     except (OSError, SafetensorError, KeyError, ValueError) as error:
         raise DamagedFileError(f"{path} is damaged: {error}.", "A state is what finetune writes.") from error
-    if not whole:
+    if not intact:
         raise DamagedFileError(
             f"{path} is damaged: its content is not what was written.", "A state is what finetune writes."
         )
@@ -92,7 +92,7 @@ def read_state(path: Path) -> State:
 
 def model_part(model: nn.Module, part: str = "model") -> dict[str, Tensor]:
     """Parameters and persistent buffers, under ``part.``."""
-    return {f"{part}.{name}": whole(tensor) for name, tensor in model.state_dict().items()}
+    return {f"{part}.{name}": full_tensor(tensor) for name, tensor in model.state_dict().items()}
 
 
 @torch.no_grad()
@@ -107,7 +107,7 @@ def restore_model(model: nn.Module, tensors: dict[str, Tensor]) -> None:
             'a new run: another output="RUN"',
         )
     for name, tensor in tensors.items():
-        target[name].copy_(like(target[name], tensor))  # keeps device and memory format
+        target[name].copy_(sharded_like(target[name], tensor))  # keeps device and memory format
 
 
 def optimizer_part(optimizer: Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -117,7 +117,7 @@ def optimizer_part(optimizer: Optimizer) -> tuple[dict[str, Tensor], dict[str, A
     for index, values in optimizer.state_dict()["state"].items():
         for name, value in values.items():
             if isinstance(value, Tensor):
-                tensors[f"optimizer.{index}.{name}"] = whole(value)
+                tensors[f"optimizer.{index}.{name}"] = full_tensor(value)
             else:
                 plain[f"{index}.{name}"] = value
     return tensors, plain
@@ -130,7 +130,7 @@ def restore_optimizer(optimizer: Optimizer, tensors: dict[str, Tensor], plain: d
     for key, value in [*tensors.items(), *plain.items()]:
         index, _, name = key.partition(".")
         parameter = parameters[int(index)]
-        state.setdefault(int(index), {})[name] = like(parameter, value) if isinstance(value, Tensor) else value
+        state.setdefault(int(index), {})[name] = sharded_like(parameter, value) if isinstance(value, Tensor) else value
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 

@@ -21,7 +21,6 @@ class StopRequest:
         return self.signal != 0
 
     def receive(self, number: int, frame: FrameType | None) -> None:
-        """The signal handler."""
         if self and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.signal = self.signal or number
