@@ -16,12 +16,12 @@ BatchNorm = nn.modules.batchnorm._BatchNorm
 """Base class of every batch norm of torch, also of the synchronised one."""
 
 
-def freeze_batch_norms(model: nn.Module, below: Iterable[nn.Module] | None = None) -> int:
-    """Put batch norms, all or those below some modules, into eval mode; returns how many there are."""
-    norms = {m for top in ([model] if below is None else below) for m in top.modules() if isinstance(m, BatchNorm)}
-    for norm in norms:
-        norm.eval()
-    return len(norms)
+def freeze_batch_norms(model: nn.Module, below: Iterable[nn.Module] | None = None) -> None:
+    """Put batch norms, all or those below some modules, into eval mode."""
+    for top in [model] if below is None else below:
+        for module in top.modules():
+            if isinstance(module, BatchNorm):
+                module.eval()
 
 
 @torch.no_grad()

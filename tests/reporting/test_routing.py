@@ -180,7 +180,7 @@ def test_hooks_are_removed(tmp_path: Path) -> None:
 
 def test_equally_many_images_of_each_class(tmp_path: Path) -> None:
     folder = write_images(tmp_path, classes=3, each=5)
-    assert find_images(folder, limit=7).labels == (0, 0, 0, 1, 1, 2, 2)
+    assert find_images(folder, limit=7).images.labels == (0, 0, 0, 1, 1, 2, 2)
     (folder / "val").mkdir()
     write_images(folder / "val", classes=2, each=1)
     assert find_images(folder).classes == ("class0", "class1")
