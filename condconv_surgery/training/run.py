@@ -171,7 +171,7 @@ class Run:
         finished = self.learner.to_save()
         if self.world.is_first and finished is not None:
             last = self.folder / "last.safetensors"
-            with failing_resumably(last):
+            with failing_resumably():
                 save(finished, last)
             if best:
                 copy_file(last, self.folder / "best.safetensors")

@@ -25,5 +25,5 @@ def draw_curves(rows: list[dict[str, Any]], path: Path) -> None:
         axes.set_ylabel(label)
         axes.grid(alpha=0.3)
         axes.legend()
-    with failing_resumably(path), replacing(path) as temporary:
+    with failing_resumably(), replacing(path) as temporary:
         figure.savefig(temporary, format="png", dpi=120)

@@ -15,8 +15,8 @@ from condconv_surgery.models.artifact.atomic_write import replacing
 
 
 @contextmanager
-def failing_resumably(path: Path) -> Iterator[None]:
-    """Turn a failure to write ``path`` into ``TrainingError``: the run can be resumed."""
+def failing_resumably() -> Iterator[None]:
+    """Turn a failure to write a file into ``TrainingError``: the run can be resumed."""
     try:
         yield
     except InputError as error:
@@ -29,13 +29,13 @@ def failing_resumably(path: Path) -> Iterator[None]:
 
 def write_text(path: Path, text: str) -> None:
     """``text`` as a whole file."""
-    with failing_resumably(path), replacing(path) as temporary:
+    with failing_resumably(), replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
 def copy_file(source: Path, path: Path) -> None:
     """The content of ``source`` as a whole file."""
-    with failing_resumably(path), replacing(path) as temporary:
+    with failing_resumably(), replacing(path) as temporary:
         shutil.copyfile(source, temporary)
 
 

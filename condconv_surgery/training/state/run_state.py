@@ -47,7 +47,7 @@ def save_state(folder: Path, state: State) -> None:
     facts = json.dumps(state.facts)
     metadata = {"format": str(FORMAT), "facts": facts, "sha256": hash_tensors(tensors, prefix=facts)}
     last = folder / LAST
-    with failing_resumably(last), replacing(last) as temporary:
+    with failing_resumably(), replacing(last) as temporary:
         save_file(tensors, temporary, metadata)
         if last.exists():
             last.replace(folder / BEFORE)
