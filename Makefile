@@ -18,8 +18,6 @@ OLDEST_INSTALLED := $(OLDEST_VENV)/.installed
 OLDEST_PIP := $(OLDEST_VENV)/bin/pip --disable-pip-version-check
 # Python 3.10 from PATH or pyenv; else the Python at hand, so that at least the oldest torch is tested
 OLDEST_PYTHON ?= $(firstword $(shell command -v python3.10) $(wildcard $(HOME)/.pyenv/versions/3.10.*/bin/python3.10) $(PYTHON))
-# raised inside torch 2.10 (torch.fx.experimental) and Triton 3.6 (its interpreter, with NumPy 2)
-OLDEST_IGNORED := -W 'ignore:`torch.jit:DeprecationWarning' -W 'ignore:Conversion of an array with ndim:DeprecationWarning'
 
 .PHONY: demo test fast docs oldest clean
 
@@ -58,7 +56,7 @@ docs: $(DOCS_INSTALLED)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict --site-dir $(SITE)
 
 oldest: $(OLDEST_INSTALLED)
-	OMP_NUM_THREADS=1 $(OLDEST_VENV)/bin/python -m pytest -q --numprocesses 2 --dist worksteal -m "not slow" $(OLDEST_IGNORED)
+	OMP_NUM_THREADS=1 $(OLDEST_VENV)/bin/python -m pytest -q --numprocesses 2 --dist worksteal -m "not slow"
 
 clean:
 	rm -rf $(VENV) $(OLDEST_VENV) $(DEMO) $(SITE)

@@ -5,10 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+# torch.is_autocast_enabled raises for these; torch.compile of torch 2.10 cannot trace torch.amp.is_autocast_available
+WITHOUT_AUTOCAST = ("meta", "lazy", "vulkan")
+
 
 def is_autocast_on(x: Tensor) -> bool:
-    """Whether autocast is enabled where ``x`` is. (``torch.is_autocast_enabled`` raises for the meta device.)"""
-    return torch.amp.is_autocast_available(x.device.type) and torch.is_autocast_enabled(x.device.type)
+    """Whether autocast is enabled where ``x`` is."""
+    return x.device.type not in WITHOUT_AUTOCAST and torch.is_autocast_enabled(x.device.type)
 
 
 def autocast(x: Tensor) -> Tensor:

@@ -30,6 +30,12 @@ def is_intercepted() -> bool:
         return True
 
 
+def is_exporting() -> bool:
+    """Whether ``torch.export`` traces."""
+    # torch.compile of torch 2.10 takes torch.compiler.is_exporting() as true
+    return torch.compiler.is_exporting() and bool(getattr(torch.compiler, "_is_exporting_flag", True))
+
+
 def _is_intercepting(position: int) -> bool:
     """Whether a mode sees our operators. That of ``torch.set_default_device`` changes only calls that make tensors."""
     return not isinstance(torch._C._get_function_stack_at(position), torch.utils._device.DeviceContext)

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.autograd import forward_ad
 
-from condconv_surgery.ops.tracing_state import is_intercepted, linear_parts, norm_parts
+from condconv_surgery.ops.tracing_state import is_exporting, is_intercepted, linear_parts, norm_parts
 
 PRIVATE = [
     (torch._C, "_get_tracing_state"),
@@ -32,6 +32,24 @@ def test_a_torch_without_a_private_function_takes_the_ordinary_path(
 ) -> None:
     monkeypatch.delattr(owner, name)
     assert is_intercepted()
+
+
+class SaysExporting(nn.Module):
+    """Zeros, or ones while it is exported."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.ones_like(x) if is_exporting() else torch.zeros_like(x)
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_compiling_is_not_exporting(strict: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.zeros(2)
+    assert not torch.compile(SaysExporting(), backend="eager", fullgraph=True)(x).any()
+    assert torch.export.export(SaysExporting(), (x,), strict=strict).module()(x).all()
+    assert not is_exporting()
+    monkeypatch.delattr(torch.compiler, "_is_exporting_flag")
+    monkeypatch.setattr(torch.compiler, "is_exporting", lambda: True)
+    assert is_exporting()
 
 
 @pytest.mark.parametrize("missing", ["_get_function_stack_at", "DeviceContext"])

@@ -20,6 +20,7 @@ from condconv_surgery.ops.backends.triton import router_kernels as gates
 from condconv_surgery.ops.backends.triton.triton_routing import route
 from condconv_surgery.ops.router_forms import SigmoidGates
 from condconv_surgery.recipe import CondConv, DynamicConv, ODConv, Variant
+from tests.dynamic_batch import dynamic_batch
 from tests.ops.test_cpp_routing import LAYERS, VARIANTS, make
 from tests.ops.test_triton_backend import cuda
 
@@ -112,7 +113,7 @@ def test_a_program_without_gradients_takes_any_batch(variant: Variant, interpret
     layer = conditional_like(nn.Conv2d(3, 4, 3, padding=1), variant).eval()
     x = torch.randn(3, 3, 5, 7)
     with torch.no_grad():
-        program = torch.export.export(layer, (x,), dynamic_shapes=({0: torch.export.Dim("batch")},))
+        program = torch.export.export(layer, (x,), dynamic_shapes=({0: dynamic_batch()},))
         for batch in (2, 5):
             other = torch.randn(batch, 3, 5, 7)
             torch.testing.assert_close(program.module()(other), layer(other), rtol=4e-3, atol=4e-3)

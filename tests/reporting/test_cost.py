@@ -62,7 +62,8 @@ def test_mixed_kernels_are_in_the_peak_of_one_image() -> None:
 
 def allocated(model: nn.Module, x: torch.Tensor) -> int:
     """Peak bytes that torch's allocator handed out in a forward pass, by its own log."""
-    with torch.no_grad(), torch.profiler.profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+    cpu = [ProfilerActivity.CPU]  # acc_events: without it torch 2.10 warns that it clears the events of each cycle
+    with torch.no_grad(), torch.profiler.profile(activities=cpu, profile_memory=True, acc_events=True) as profiler:
         model(x)
     assert profiler.profiler is not None
     sizes = [event.nbytes() for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
