@@ -55,8 +55,8 @@ def convert(
     skip_pooled: Annotated[bool, typer.Option(help="Skip convolutions over 1x1 maps (squeeze-and-excite).")] = True,
     classifier: Annotated[bool, typer.Option("--classifier", help="Also convert the last Linear.")] = False,
     diversity: Annotated[
-        float, typer.Option(help="Noise that separates the experts, in standard deviations of the weight.")
-    ] = 0.1,
+        float | None, typer.Option(help="Noise that separates the experts, in standard deviations of the weight.")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Seed of that noise.")] = 0,
     arch: Annotated[str | None, typer.Option(help="Architecture of a file of weights that is not recognised.")] = None,
     weights: Annotated[str, typer.Option(help="For a name: default (pretrained), none or a file.")] = "default",
@@ -75,7 +75,7 @@ def convert(
     layer = make_variant(variant, trust=trusted, experts=experts, reduction=reduction, routing=routing)
     patterns, names = (tuple(include or ()), tuple(exclude or ())), (tuple(blocks or ()), tuple(subclasses or ()))
     selection = Selection(*patterns, min_channels, skip_stem, skip_pooled, classifier, *names)
-    upcycling = Upcycling(diversity, seed)
+    upcycling = Upcycling(diversity=diversity, seed=seed)
     _check_sizes(input_size, tolerance)
     path = None if dry_run else writable(output)
     from condconv_surgery.models.artifact.save_load import save

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from condconv_surgery.layers import routers
+from condconv_surgery.layers import conditional_layers, routers
 from condconv_surgery.recipe import VARIANTS, Variant
 
 EVERY_VARIANT: list[Variant] = [cls(experts=n) for cls in VARIANTS.values() for n in (1, 4)]
@@ -13,8 +13,11 @@ EVERY_VARIANT: list[Variant] = [cls(experts=n) for cls in VARIANTS.values() for 
 
 @torch.no_grad()
 def scramble(layer: nn.Module, seed: int = 0) -> None:
-    """Random routers and running statistics, as in the middle of training."""
+    """Random routers and running statistics, and experts that differ, as in the middle of training."""
     generator = torch.Generator().manual_seed(seed)
+    for inner in conditional_layers(layer).values():
+        if inner.experts > 1 and torch.equal(inner.weight[0], inner.weight[1]):
+            inner.weight.add_(torch.randn(inner.weight.shape, generator=generator).to(inner.weight) * 0.05)
     for router in routers(layer).values():
         for parameter in router.parameters():
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.5)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from condconv_surgery.layers.conditional import ConditionalConv2d
 from condconv_surgery.layers.router import Router, router_for, zero_linear_
+from condconv_surgery.layers.start_directions import Features, start_linear_
 from condconv_surgery.ops.geometry import ConvGeometry
 from condconv_surgery.ops.mixture import Mixture
 from condconv_surgery.ops.router_forms import SigmoidGates
@@ -24,6 +25,8 @@ from condconv_surgery.recipe import CondConv
 @router_for(CondConv)
 class CondConvRouter(Router):
     """``gate = (2/n) sigmoid(pooled R + b)``: [B, I] -> [B, E]."""
+
+    start = "antithetic"
 
     def __init__(
         self,
@@ -45,6 +48,18 @@ class CondConvRouter(Router):
     def zero_(self) -> CondConvRouter:
         zero_linear_(self.linear)
         return self
+
+    def start_(self, features: Features, spread: float, generator: torch.Generator) -> None:
+        """Logits in antithetic pairs, ``z[2k+1] = -z[2k]``: ``sigmoid(z) + sigmoid(-z) = 1``. An odd one is zero."""
+        self.zero_()
+        pairs = self.linear.out_features // 2
+        if not pairs:
+            return
+        rows = nn.Linear(self.linear.in_features, pairs, dtype=torch.float64)
+        start_linear_(rows, features, spread, generator)
+        for own, half in ((self.linear.weight, rows.weight), (self.linear.bias, rows.bias)):
+            own[0 : 2 * pairs : 2] = half.to(own)
+            own[1 : 2 * pairs : 2] = -half.to(own)
 
 
 class CondConv2d(ConditionalConv2d[CondConv]):

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from condconv_surgery.layers.conditional import ConditionalConv2d
 from condconv_surgery.layers.router import Router, router_for, temperature_buffer, zero_linear_
+from condconv_surgery.layers.start_directions import Features, outputs_of, standardise_outputs_, start_linear_
 from condconv_surgery.ops.geometry import ConvGeometry
 from condconv_surgery.ops.mixture import Mixture
 from condconv_surgery.ops.router_forms import Attention
@@ -24,6 +25,8 @@ from condconv_surgery.recipe import DynamicConv
 @router_for(DynamicConv)
 class DynamicConvRouter(Router):
     """``gate = softmax(FC(relu(FC(pooled))) / T)``: [B, I] -> [B, E]."""
+
+    start = "softmax"
 
     temperature: Tensor
 
@@ -50,6 +53,12 @@ class DynamicConvRouter(Router):
     def zero_(self) -> DynamicConvRouter:
         zero_linear_(self.linear)
         return self
+
+    def start_(self, features: Features, spread: float, generator: torch.Generator) -> None:
+        """Any logits: a softmax sums to 1. The hidden features are standardised first, so that each is used."""
+        standardise_outputs_(self.reduce, features)
+        hidden = F.relu(outputs_of(self.reduce, features))
+        start_linear_(self.linear, features._replace(values=hidden), spread, generator)
 
 
 class DynamicConv2d(ConditionalConv2d[DynamicConv]):

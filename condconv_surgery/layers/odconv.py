@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from condconv_surgery.layers.conditional import ConditionalConv2d
 from condconv_surgery.layers.router import Router, bare_linear_parts, router_for, temperature_buffer, zero_linear_
+from condconv_surgery.layers.start_directions import Features, outputs_of, standardise_outputs_, start_linear_
 from condconv_surgery.ops.geometry import ConvGeometry
 from condconv_surgery.ops.mixture import Mixture
 from condconv_surgery.ops.router_forms import Attention
@@ -33,6 +34,7 @@ class ODConvRouter(Router):
     In training a batch of one is normalised by the running statistics: a single vector has no batch statistics.
     """
 
+    start = "softmax"
     temperature: Tensor
 
     def __init__(
@@ -84,6 +86,26 @@ class ODConvRouter(Router):
             if part is not None:
                 zero_linear_(part)
         return self
+
+    def start_(self, features: Features, spread: float, generator: torch.Generator) -> None:
+        """Any logits of the experts: a softmax sums to 1. The scales stay 1: their gradients are not zero there.
+
+        Running statistics of the norm become those of the features, as which it normalises in training.
+        """
+        if self.kernel is None:
+            return
+        hidden = outputs_of(self.reduce, features)
+        if self.norm is None:
+            standardise_outputs_(self.reduce, features)
+            hidden = outputs_of(self.reduce, features)
+        else:
+            mean, variance = hidden.mean(0), hidden.var(0, correction=0)
+            for running, value in ((self.norm.running_mean, mean), (self.norm.running_var, variance)):
+                assert running is not None
+                running.copy_(value)
+            hidden = (hidden - mean) / (variance + self.norm.eps).sqrt()
+        hidden = F.relu(hidden) if self.activation == "relu" else hidden
+        start_linear_(self.kernel, features._replace(values=hidden), spread, generator)
 
     def _hidden(self, pooled: Tensor) -> Tensor:
         h = self.reduce(pooled)

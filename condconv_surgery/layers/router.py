@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeVar
+from typing import ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from condconv_surgery.errors import InputError
+from condconv_surgery.layers.start_directions import Features
 from condconv_surgery.ops.autocast import is_autocast_on
 from condconv_surgery.ops.dispatch import pool, route
 from condconv_surgery.ops.geometry import ConvGeometry
@@ -30,6 +31,9 @@ class Router(nn.Module):
 
     weight_factor: float = 1.0
     bias_factor: float = 1.0
+
+    start: ClassVar[str] = "noise"
+    """The best start of ``recipe.Upcycling`` that the router supports; ``start_`` computes it, if it is not noise."""
 
     def forward(self, x: Tensor) -> Mixture:
         """The mixture of each sample of ``x`` [B, I, H, W], or [I, H, W], or [B, I] if it is pooled already.
@@ -70,8 +74,15 @@ class Router(nn.Module):
         """Zero the last linear map or maps, in place."""
         raise NotImplementedError
 
+    def start_(self, features: Features, spread: float, generator: torch.Generator) -> None:
+        """Gates that vary over images and sum to 1 for any input, in place, for experts that are equal.
 
-ROUTERS: dict[type[Variant], Callable[..., Router]] = {}
+        spread: standard deviation of the logits over ``features``, before the temperature.
+        """
+        raise NotImplementedError
+
+
+ROUTERS: dict[type[Variant], type[Router]] = {}
 
 R = TypeVar("R", bound=type[Router])
 
@@ -96,10 +107,12 @@ def make_router(
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
 ) -> Router:
-    """The router of ``variant`` for a layer of this geometry, zeroed.
+    """The router of ``variant`` for a layer of this geometry, zeroed. Raises as ``router_class``."""
+    return router_class(variant)(geometry, variant, device=device, dtype=dtype).zero_()
 
-    Raises ``InputError`` for a variant without a name or without a router.
-    """
+
+def router_class(variant: Variant) -> type[Router]:
+    """The router class of ``variant``. Raises ``InputError`` for a variant without a name or without a router."""
     cls = type(variant)
     if VARIANTS.get(cls.kind) is not cls:
         raise InputError(
@@ -113,7 +126,7 @@ def make_router(
             f"Those with one: {', '.join(known.__name__ for known in ROUTERS)}.",
             f"@router_for({cls.__name__}) above a subclass of condconv_surgery.layers.Router with mix and zero_",
         )
-    return ROUTERS[cls](geometry, variant, device=device, dtype=dtype).zero_()
+    return ROUTERS[cls]
 
 
 def bare_linear_parts(module: nn.Module) -> tuple[Tensor, Tensor | None] | None:

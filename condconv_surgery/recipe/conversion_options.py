@@ -57,20 +57,34 @@ class Selection:
             )
 
 
+STARTS = ("auto", "antithetic", "softmax", "noise")
+
+
 @dataclass(frozen=True)
 class Upcycling:
-    """How the experts start: ``W + eps_e``, with ``eps`` of zero sum over the experts.
+    """How experts and routers start, such that the converted layer computes what the trained one computes.
 
-    diversity: standard deviation of ``eps`` as a fraction of the trained weight's own.
-    seed: of the noise; the same seed gives the same experts.
+    start: ``"antithetic"`` (CondConv): equal experts ``W``; logits of the router in pairs z and -z, whose sigmoids sum
+        to 1. ``"softmax"`` (DynamicConv, the experts of ODConv): equal experts; any logits, whose softmax sums to 1.
+        ``"noise"``: experts ``W + eps_e`` with ``eps`` of zero sum over the experts, and a router at zero. That is a
+        saddle: what separates the experts is proportional to how far the router has moved, and the reverse.
+        ``"auto"``: the first of these that the variant supports. Default: noise.
+    spread: standard deviation of the logits over images, before the temperature; not for noise.
+    diversity: for noise only, standard deviation of ``eps`` as a fraction of the trained weight's own (0.1).
+    seed: of the noise, and of random directions; the same seed gives the same experts.
     """
 
-    diversity: float = 0.1
+    start: str = "noise"
+    spread: float = 1.0
+    diversity: float | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if not isinstance(self.diversity, (int, float)) or not 0 <= self.diversity < math.inf:
-            raise InputError(f"diversity is {self.diversity!r}.", "It must be a number, 0 or more.", "diversity=0.1")
+        if self.start not in STARTS:
+            raise InputError(f"start is {self.start!r}.", f"It must be one of: {', '.join(STARTS)}.", 'start="auto"')
+        for name, value in (("spread", self.spread), ("diversity", self.diversity)):
+            if value is not None and (not isinstance(value, (int, float)) or not 0 <= value < math.inf):
+                raise InputError(f"{name} is {value!r}.", "It must be a number, 0 or more.", f"{name}=0.1")
         if isinstance(self.seed, bool) or not isinstance(self.seed, int) or not 0 <= self.seed < 2**64:
             raise InputError(
                 f"seed is {self.seed!r}.", "It must be a whole number, at least 0 and below 2 to the 64.", "seed=0"

@@ -59,7 +59,8 @@ def carry_out(planned: Plan, job: Job) -> Conversion:
         made = replace(made, notes=(*made.notes, *require_tensors(before)))
     recipe = _recipe_with_hash(model)
     target = job.target(model, made)
-    change = partial(swap, plan=made, variant=job.variant, upcycling=job.upcycling)
+    features = job.features(model, made)
+    change = partial(swap, plan=made, variant=job.variant, upcycling=job.upcycling, features=features)
     replaced = change(target)
     try:
         original = partial(original_of, target, made, replaced) if target is model else partial(copy_of, model)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, ParamSpec, TypeVar
 
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from condconv_surgery.errors import InputError
 from condconv_surgery.recipe import VARIANTS, LayerFilter, Selection, Upcycling, Variant, patterns_of
@@ -21,6 +21,7 @@ from condconv_surgery.surgery.conversion_plan import Plan, plan_text
 from condconv_surgery.surgery.fx_trace import Followers, trace_followers
 from condconv_surgery.surgery.lift_functional import undone_on_error
 from condconv_surgery.surgery.proof.assumed_subclasses import unchecked_notes
+from condconv_surgery.surgery.upcycle import start_of
 
 Patterns = str | LayerFilter | Sequence[str | LayerFilter] | None
 P = ParamSpec("P")
@@ -64,7 +65,10 @@ def plan(
     classifier: bool = False,
     blocks: Sequence[str] | None = None,
     subclasses: Sequence[str] | None = None,
-    diversity: float = 0.1,
+    start: str = "noise",
+    spread: float = 1.0,
+    calibration: Tensor | Iterable[Any] | None = None,
+    diversity: float | None = None,
     seed: int = 0,
     inplace: bool = False,
     prove: bool = True,
@@ -86,7 +90,9 @@ def plan(
         own input specification (3x224x224 when it has none).
     include, exclude: globs, ``re:`` and a regular expression, or functions ``(name, module) -> bool``.
     min_channels, skip_stem, skip_pooled, classifier, blocks, subclasses: see ``recipe.Selection``.
-    diversity, seed: see ``recipe.Upcycling``.
+    start, spread, diversity, seed: see ``recipe.Upcycling``.
+    calibration: 256 images or so that show the routers in which directions features vary, without labels: a tensor
+        [N, C, H, W], or batches, alone or first in a tuple (a ``DataLoader``). Without them directions are random.
     inplace: run and change ``model`` itself, which nothing else may use meanwhile. By default copies are run, which
         share its parameters, and a copy is converted.
     prove: run both models in both modes and compare; ``tolerance`` is absolute, in the output's units, 0 or more.
@@ -100,8 +106,9 @@ def plan(
     inner = accept(model, inplace=inplace, prove=prove)
     wrapper = "" if inner is model else type(model).__name__
     arguments = example_arguments(inner, example)
-    upcycling = Upcycling(diversity, seed)
-    job = Job(inner, wrapper, arguments, variant, selection, upcycling, inplace, prove, tolerance)
+    upcycling = Upcycling(start, spread, diversity, seed)
+    start_of(variant, upcycling)  # raises where the variant does not support it
+    job = Job(inner, wrapper, arguments, variant, selection, upcycling, calibration, inplace, prove, tolerance)
     with job.running():
         made = job.decide()
     notes = (*made.notes, *unchecked_notes(made.to_convert))
@@ -123,7 +130,8 @@ def _same_arguments_as(other: Callable[P, Any]) -> Callable[[Callable[..., R]], 
 def convert(*args: Any, **kwargs: Any) -> Conversion:
     """Replace the convolutions of a trained model by conditional ones that compute the same at the start.
 
-        W_b = sum_e gate[b,e] (W + eps_e),    sum_e eps_e = 0,    gate = 1/n at the start
+        W_b = sum_e gate[b,e] (W + eps_e),    sum_e gate[b,e] = 1    at the start, and
+        sum_e eps_e = 0, gate = 1/n (start="noise")   or   eps = 0, any such gates (start="auto"; ``recipe.Upcycling``)
 
     Takes the arguments of ``plan``, and is ``plan(...).apply()``.
 

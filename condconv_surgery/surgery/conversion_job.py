@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from condconv_surgery.errors import InputError
 from condconv_surgery.recipe import Selection, Upcycling, Variant, recipe_of
@@ -18,7 +18,9 @@ from condconv_surgery.surgery.conversion_plan import Plan, Skip
 from condconv_surgery.surgery.copy_model import copy_sharing_parameters, copy_to_change
 from condconv_surgery.surgery.lift_functional import lift_convolutions
 from condconv_surgery.surgery.observe.conv_sites import find_sites
+from condconv_surgery.surgery.observe.pooled_features import calibration_batches, pooled_features
 from condconv_surgery.surgery.select import select
+from condconv_surgery.surgery.upcycle import start_of
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,7 @@ class Job:
     variant: Variant
     selection: Selection
     upcycling: Upcycling
+    calibration: Tensor | Iterable[Any] | None
     inplace: bool
     prove: bool
     tolerance: float | None
@@ -84,6 +87,18 @@ class Job:
                 "another model, or classifier=True",
             )
         return not_lifted
+
+    def features(self, model: nn.Module, made: Plan) -> dict[str, Tensor]:
+        """The pooled features from which routers start, by layer or block. model: the working copy."""
+        zeroed = self.variant.experts == 1 or start_of(self.variant, self.upcycling) == "noise"
+        if zeroed or any(parameter.is_meta for parameter in model.parameters()):
+            return {}
+        shared = {name for router in made.routers for name in router.layers}
+        routed = {site.name: site.module for site in made.to_convert if site.name not in shared}
+        routed |= {router.block: model.get_submodule(router.block) for router in made.routers}
+        images = self.calibration
+        batches = [self.arguments] if images is None else calibration_batches(model, images)
+        return pooled_features(model, routed, batches, training=False not in made.modes)
 
     def target(self, model: nn.Module, made: Plan) -> nn.Module:
         """The module tree to convert. model: the working copy."""

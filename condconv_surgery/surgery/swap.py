@@ -2,26 +2,33 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Literal
 
-from torch import nn
+from torch import Tensor, nn
 
 from condconv_surgery.errors import InputError
-from condconv_surgery.layers.routed_block import RoutedBlock, remove_block_router
+from condconv_surgery.layers.routed_block import ROUTER, RoutedBlock, remove_block_router
+from condconv_surgery.layers.router import Router
 from condconv_surgery.recipe import Upcycling, Variant
 from condconv_surgery.surgery.block_graph import BlockError
 from condconv_surgery.surgery.block_routing import route_block
 from condconv_surgery.surgery.conversion_plan import Plan
 from condconv_surgery.surgery.copy_model import Places
-from condconv_surgery.surgery.upcycle import move_hooks, upcycle
+from condconv_surgery.surgery.upcycle import move_hooks, start_of, start_router, upcycle
 
 
-def swap(model: nn.Module, plan: Plan, variant: Variant, upcycling: Upcycling) -> Places:
+def swap(
+    model: nn.Module, plan: Plan, variant: Variant, upcycling: Upcycling, features: Mapping[str, Tensor] | None = None
+) -> Places:
     """Put a conditional layer at every name of each site, and the routers in their blocks; returns the old layers.
+
+    features: pooled features by the first name of the layer or block that has a router (``upcycle.start_router``).
 
     Raises ``InputError`` when a block cannot get its router; the model is then as it was.
     """
+    features = features or {}
     shared = {name for router in plan.routers for name in router.layers}
     layers: Places = []
     replaced: Places = []
@@ -29,13 +36,17 @@ def swap(model: nn.Module, plan: Plan, variant: Variant, upcycling: Upcycling) -
         module = model.get_submodule(site.name)
         assert isinstance(module, (nn.Conv2d, nn.Linear))
         routing: Literal["layer", "block"] = "block" if site.name in shared else "layer"
-        layer = upcycle(module, replace(variant, routing=routing), upcycling, site.name)
+        layer = upcycle(module, replace(variant, routing=routing), upcycling, site.name, features.get(site.name))
         layers += [(name, layer) for name in site.names]
         replaced += [(name, module) for name in site.names]
     _put(model, layers)
     for router in plan.routers:
         try:
             route_block(model, router)
+            if start_of(variant, upcycling) != "noise":
+                made = model.get_submodule(f"{router.block}.{ROUTER}")
+                assert isinstance(made, Router)
+                start_router(made, router.channels, upcycling, router.block, features.get(router.block))
         except BlockError as error:
             restore(model, plan, replaced)
             raise InputError(

@@ -59,7 +59,9 @@ def x() -> torch.Tensor:
 @pytest.mark.parametrize("kind", VARIANTS)
 @pytest.mark.parametrize("experts", [1, 2, 3, 8, 32])
 def test_the_function_is_preserved(net: nn.Module, x: torch.Tensor, kind: str, experts: int) -> None:
-    conversion = cs.convert(net, VARIANTS[kind](experts=experts), example=x, classifier=True, diversity=0.5)
+    conversion = cs.convert(
+        net, VARIANTS[kind](experts=experts), example=x, classifier=True, start="noise", diversity=0.5
+    )
     for temperature in (0.1, 1.0, 30.0):
         set_temperature(conversion.model, temperature)
         for training in (False, True):
@@ -133,7 +135,9 @@ def test_experts_separate_after_one_step_and_never_without_diversity(
     """Experts separate when their gradients differ; in float64, where rounding does not part them."""
 
     def gradient_spread(diversity: float, steps: int) -> float:
-        model = cs.convert(net, VARIANTS[kind](), example=x, exclude=["aux"], diversity=diversity).model.double()
+        model = cs.convert(
+            net, VARIANTS[kind](), example=x, exclude=["aux"], start="noise", diversity=diversity
+        ).model.double()
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         for _ in range(steps + 1):
             optimizer.step()
@@ -148,16 +152,16 @@ def test_experts_separate_after_one_step_and_never_without_diversity(
 
 
 def test_the_noise_of_a_layer_does_not_depend_on_the_others(net: nn.Module, x: torch.Tensor) -> None:
-    everything = cs.convert(net, cs.CondConv(), example=x, seed=3).model
-    one = cs.convert(net, cs.CondConv(), example=x, include=["block.2"], seed=3).model
-    other_seed = cs.convert(net, cs.CondConv(), example=x, seed=4).model
+    everything = cs.convert(net, cs.CondConv(), example=x, start="noise", seed=3).model
+    one = cs.convert(net, cs.CondConv(), example=x, include=["block.2"], start="noise", seed=3).model
+    other_seed = cs.convert(net, cs.CondConv(), example=x, start="noise", seed=4).model
     assert torch.equal(everything.block[2].weight, one.block[2].weight)
     assert not torch.equal(everything.block[2].weight, other_seed.block[2].weight)
 
 
 def test_a_zero_weight_still_gets_diverse_experts(net: nn.Module, x: torch.Tensor) -> None:
     nn.init.zeros_(net.block[2].weight)
-    layer = cs.convert(net, cs.CondConv(), example=x).model.block[2]
+    layer = cs.convert(net, cs.CondConv(), example=x, start="noise").model.block[2]
     assert float(layer.weight.detach().std(0).max()) > 0
 
 

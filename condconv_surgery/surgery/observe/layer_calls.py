@@ -58,7 +58,7 @@ def recording(layers: Mapping[str, nn.Module]) -> Iterator[dict[str, Calls]]:
         def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
             call = calls.setdefault(name, Calls(order=len(calls)))
             call.elsewhere |= module is not layer
-            tensor = _first_input(module, args, kwargs)
+            tensor = first_input(module, args, kwargs)
             if isinstance(tensor, Tensor):
                 call.inputs.append(tuple(tensor.shape))
 
@@ -72,7 +72,7 @@ def recording(layers: Mapping[str, nn.Module]) -> Iterator[dict[str, Calls]]:
             handle.remove()
 
 
-def _first_input(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def first_input(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """The first argument of the module's forward, by position or by keyword; ``None`` when it has none."""
     if args:
         return args[0]
