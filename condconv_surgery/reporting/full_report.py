@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,7 @@ class Report(Measurements):
             **self.profile.to_dict(),
             "other_counters": {"why": other_counters(self.profile), "macs": predicted(self.profile)},
             "cost": self.cost.to_dict() if self.cost else None,
-            "experts": [row.to_dict() for row in self.experts],
+            "experts": [asdict(row) for row in self.experts],
             "routing": self.routing.to_dict() if self.routing else None,
             "accuracy": self.accuracy,
         }

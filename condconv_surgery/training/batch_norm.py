@@ -10,7 +10,7 @@ from torch import nn
 
 from condconv_surgery.data.image_dataset import Batch
 from condconv_surgery.runtime.modes import in_mode
-from condconv_surgery.training.distributed.world import World
+from condconv_surgery.training.distributed.world import ONE_PROCESS, World
 
 BatchNorm = nn.modules.batchnorm._BatchNorm
 """Base class of every batch norm of torch, also of the synchronised one."""
@@ -29,7 +29,7 @@ def recalibrate(
     model: nn.Module,
     batches: Iterable[Batch],
     *,
-    world: World = World(),  # noqa: B008  # frozen
+    world: World = ONE_PROCESS,
     cast: Callable[[], AbstractContextManager[object]] = nullcontext,
 ) -> int:
     """Replace the running statistics of the batch norms that are in train mode by the mean over ``batches``.

@@ -15,7 +15,7 @@ from condconv_surgery.data.image_dataset import Batch
 from condconv_surgery.errors import TrainingError
 from condconv_surgery.runtime.modes import in_mode
 from condconv_surgery.training.batches.unreadable_images import UnreadableImages
-from condconv_surgery.training.distributed.world import World
+from condconv_surgery.training.distributed.world import ONE_PROCESS, World
 from condconv_surgery.training.learner import Learner
 from condconv_surgery.training.logits import logits_of
 from condconv_surgery.training.monitor.expert_use import ExpertUse, ExpertUseMeter
@@ -30,7 +30,7 @@ def evaluate(
     model: nn.Module,
     batches: Iterable[Batch],
     *,
-    world: World = World(),  # noqa: B008  # frozen
+    world: World = ONE_PROCESS,
     cast: Callable[[], AbstractContextManager[object]] = nullcontext,
     interrupted: Callable[[], bool] = lambda: False,
     unreadable: Callable[[tuple[str, ...]], object] = lambda names: None,

@@ -57,7 +57,9 @@ def finetune(
     """
     options = complete_options(model, options, data, output)
     if not isinstance(model, nn.Module):
-        model = starting_model(options)
+        torch.manual_seed(options.seed)  # for weights that are initialised at random
+        loaded = load_model(options.model, arch=options.arch, weights=options.weights, trust=options.trust)
+        model = loaded.float()  # a file may hold half precision, too coarse for steps
     with open_world() as world, catch_signals() as request, deterministic(options.engine.deterministic):
         with explained_errors():
             run = Run(model, options, world, request, make_callback(options, callback, world))
@@ -87,12 +89,6 @@ def complete_options(
     options.require_complete(model_is_given=isinstance(model, nn.Module))
     require_data(options.data)  # before a model is loaded: a wrong path fails at once
     return options
-
-
-def starting_model(options: TrainingOptions) -> nn.Module:
-    """The model that ``options.model`` names, in float32: a file may hold half precision, too coarse for steps."""
-    torch.manual_seed(options.seed)  # for weights that are initialised at random
-    return load_model(options.model, arch=options.arch, weights=options.weights, trust=options.trust).float()
 
 
 @contextmanager

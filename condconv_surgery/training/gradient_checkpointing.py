@@ -19,13 +19,12 @@ def checkpoint_blocks(model: nn.Module) -> list[nn.Module]:
     """
     blocks = [block for stack in _outermost(model) for block in stack if any(True for _ in block.parameters())]
     for block in blocks:
-        forward = partial(
+        block.forward = partial(
             checkpoint,
             block.forward,
             use_reentrant=False,
             context_fn=lambda block=block: (nullcontext(), _statistics_kept(block)),
         )
-        block.forward = forward
     return blocks
 
 

@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from condconv_surgery.data.image_dataset import Batch
 from condconv_surgery.training.batches.augmentation import Mix
 from condconv_surgery.training.distributed.fsdp import full_tensor
-from condconv_surgery.training.distributed.world import World
+from condconv_surgery.training.distributed.world import ONE_PROCESS, World
 from condconv_surgery.training.logits import Logits, logits_of
 from condconv_surgery.training.objective import classification_loss
 from condconv_surgery.training.tally import Tally
@@ -64,7 +64,7 @@ def train_step(
     scaler: GradScaler | None = None,
     clip_norm: float = 0.0,
     only: Collection[nn.Parameter] | None = None,
-    world: World = World(),  # noqa: B008  # frozen
+    world: World = ONE_PROCESS,
 ) -> Outcome:
     """Update the weights, or ``only`` some of them, once with the mean gradient over ``batches``.
 

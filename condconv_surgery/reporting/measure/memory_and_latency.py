@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from torch import nn
@@ -35,8 +35,8 @@ class Cost:
 
     def to_dict(self) -> dict[str, Any]:
         return {
-            "peak_activation_bytes": [{"batch": p.batch, "before": p.before, "after": p.after} for p in self.peaks],
-            "latency_seconds": [row.to_dict() for row in self.latency],
+            "peak_activation_bytes": [asdict(peak) for peak in self.peaks],
+            "latency_seconds": [asdict(row) for row in self.latency],
             "environment": dict(self.environment),
         }
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from condconv_surgery.errors import InputError
-from condconv_surgery.training.distributed.world import World
+from condconv_surgery.training.distributed.world import ONE_PROCESS, World
 
 
 class UnreadableImages:
@@ -18,7 +18,7 @@ class UnreadableImages:
         self,
         limit: int = 0,
         *,
-        world: World = World(),  # noqa: B008  # frozen
+        world: World = ONE_PROCESS,
         note: Callable[[str], object] = lambda line: None,
     ) -> None:
         self.limit, self.world, self.note = limit, world, note

@@ -68,6 +68,9 @@ class World:
             dist.barrier()
 
 
+ONE_PROCESS = World()
+
+
 @contextmanager
 def open_world() -> Iterator[World]:
     """The processes that ``torchrun`` describes in the environment, else this process alone.
