@@ -79,8 +79,12 @@ def convert(
     _check_sizes(input_size, tolerance)
     path = None if dry_run else writable(output)
     from condconv_surgery.models.artifact.save_load import save
+    from condconv_surgery.models.sources import load_model
 
-    original = _load(model, arch, weights, num_classes, input_size, trusted)
+    say(f"Loading {model} ...")
+    original = load_model(
+        model, arch=arch, weights=weights, num_classes=num_classes, input_size=input_size, trust=trusted
+    )
     if dry_run:
         _show_plan(original, selection, layer, ctx, as_json)
         return
@@ -115,15 +119,6 @@ def writable(output: Path | None) -> Path:
             f"-o {output} cannot be written.", f"{folder} must be a folder that exists and is writable.", "another -o"
         )
     return output
-
-
-def _load(
-    spec: str, arch: str | None, weights: str, num_classes: int | None, input_size: int | None, trust: tuple[str, ...]
-) -> nn.Module:
-    from condconv_surgery.models.sources import load_model
-
-    say(f"Loading {spec} ...")
-    return load_model(spec, arch=arch, weights=weights, num_classes=num_classes, input_size=input_size, trust=trust)
 
 
 def _convert(

@@ -48,7 +48,8 @@ def finetune(
         return
     if as_json:
         print_json(result.to_dict())
-    _say_result(result)
+    if result.best_top1 is not None:
+        say(f"Best top-1 {result.best_top1:.4f} in epoch {result.best_epoch}: {result.output}/best.safetensors")
     if result.stopped_by == 2:
         raise typer.Exit(130)
 
@@ -110,8 +111,3 @@ def _read(path: Path, fix: str) -> str:
             "It must be a recipe that finetune or --print-recipe wrote.",
             fix,
         ) from error
-
-
-def _say_result(result: TrainingResult) -> None:
-    if result.best_top1 is not None:
-        say(f"Best top-1 {result.best_top1:.4f} in epoch {result.best_epoch}: {result.output}/best.safetensors")

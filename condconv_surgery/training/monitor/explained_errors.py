@@ -67,14 +67,10 @@ def _explained(error: Exception, step: int) -> TrainingError | None:
             "the same run with resume=True; torchrun --max-restarts 3 does that by itself",
         )
     if UNUSED in text:
+        lines = [line.strip().rstrip(".") for line in str(error).splitlines() if UNUSED_NAMES in line]
         return TrainingError(
-            f"The model's output does not depend on some trained layers: {_line_with(str(error), UNUSED_NAMES)}.",
+            f"The model's output does not depend on some trained layers: {lines[0] if lines else 'torch lists none'}.",
             "Several processes exchange the gradient of every trained parameter.",
             'layers.freeze=["LAYER"] with each that the model never calls, in a new run; or one process',
         )
     return None
-
-
-def _line_with(text: str, phrase: str) -> str:
-    """The first line with ``phrase``, in which torch lists the parameters."""
-    return next((line.strip().rstrip(".") for line in text.splitlines() if phrase in line), "torch lists none")

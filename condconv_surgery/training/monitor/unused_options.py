@@ -13,15 +13,7 @@ from condconv_surgery.recipe.training_options import TrainingOptions
 from condconv_surgery.recipe.training_sections import DistillOptions, LayerOptions, ScheduleOptions
 from condconv_surgery.training.monitor.run_metrics import temperature_of
 
-CONDITIONAL_ONLY = (
-    "router_lr",
-    "expert_lr",
-    "router_decay",
-    "expert_decay",
-    "expert_dropout",
-    "balance",
-    "sharpness",
-)
+CONDITIONAL_ONLY = ("router_lr", "expert_lr", "router_decay", "expert_decay", "expert_dropout", "balance", "sharpness")
 """Options of ``[layers]`` that concern only conditional layers."""
 
 
