@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 import typer
 
 from condconv_surgery.errors import InputError, listed
-from condconv_surgery.recipe import VARIANTS, Selection, Upcycling, Variant, make_variant
+from condconv_surgery.recipe import STARTS, VARIANTS, Selection, Upcycling, Variant, make_variant
 
 from .console import print_json, say
 from .translate_arguments import to_flags
@@ -57,7 +57,17 @@ def convert(
     diversity: Annotated[
         float | None, typer.Option(help="Noise that separates the experts, in standard deviations of the weight.")
     ] = None,
-    seed: Annotated[int, typer.Option(help="Seed of that noise.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the noise and of random directions.")] = 0,
+    start: Annotated[
+        str,
+        typer.Option(
+            help=f"How experts get their own gradients: {', '.join(STARTS)}; auto is the best of the variant."
+        ),
+    ] = "noise",
+    calibration: Annotated[
+        Path | None,
+        typer.Option("--data", help="Folder of images, without labels, along which routers start (not for noise)."),
+    ] = None,
     arch: Annotated[str | None, typer.Option(help="Architecture of a file of weights that is not recognised.")] = None,
     weights: Annotated[str, typer.Option(help="For a name: default (pretrained), none or a file.")] = "default",
     num_classes: Annotated[int | None, typer.Option(help="Classes of the model, if not the library's own.")] = None,
@@ -75,7 +85,7 @@ def convert(
     layer = make_variant(variant, trust=trusted, experts=experts, reduction=reduction, routing=routing)
     patterns, names = (tuple(include or ()), tuple(exclude or ())), (tuple(blocks or ()), tuple(subclasses or ()))
     selection = Selection(*patterns, min_channels, skip_stem, skip_pooled, classifier, *names)
-    upcycling = Upcycling(diversity=diversity, seed=seed)
+    upcycling = Upcycling(start, diversity=diversity, seed=seed)
     _check_sizes(input_size, tolerance)
     path = None if dry_run else writable(output)
     from condconv_surgery.models.artifact.save_load import save
@@ -88,7 +98,7 @@ def convert(
     if dry_run:
         _show_plan(original, selection, layer, ctx, as_json)
         return
-    conversion = _convert(original, layer, selection, upcycling, tolerance, ctx)
+    conversion = _convert(original, layer, selection, upcycling, calibration, tolerance, ctx)
     assert path is not None
     summary = _summary(model, path, layer, conversion)  # before the file: an error here leaves none
     save(conversion.model, path)
@@ -126,15 +136,20 @@ def _convert(
     variant: Variant,
     selection: Selection,
     upcycling: Upcycling,
+    calibration: Path | None,
     tolerance: float | None,
     ctx: typer.Context,
 ) -> Conversion:
     from dataclasses import asdict, replace
 
+    from condconv_surgery.data.calibration_images import calibration_images
+    from condconv_surgery.runtime.modes import input_spec_of
     from condconv_surgery.surgery import convert as convert_model
 
     say("Converting, then running both models in eval and in train mode ...")
     options: dict[str, Any] = {**asdict(selection), **asdict(upcycling)}
+    if calibration is not None:
+        options["calibration"] = calibration_images(calibration, input_spec_of(model))
     conversion = convert_model(model, variant, inplace=True, tolerance=tolerance, **options)
     return replace(conversion, plan=_in_flags(conversion.plan, ctx))
 

@@ -81,6 +81,20 @@ def find_evaluation_images(folder: Path, limit: int | None = None) -> tuple[Imag
     return (images if limit is None else even_subset(images, limit)), val_root is not None
 
 
+def find_unlabelled_images(folder: Path, limit: int) -> list[Path]:
+    """Up to ``limit`` images at any depth of the training folder in ``folder``, else of ``folder``, evenly chosen.
+
+    Raises ``InputError`` for a folder without images.
+    """
+    require_folder(folder)
+    root = _first_folder(folder, TRAIN_NAMES) or folder
+    files = _images_below(root, "")
+    if not files:
+        raise InputError(f"{root} has no images.", "Images may be at any depth below it.", 'data="FOLDER"')
+    count = min(limit, len(files))
+    return [root / files[i * len(files) // count] for i in range(count)]
+
+
 def scan(root: Path, min_classes: int = 2) -> ImageFiles:
     """All images below ``root``; each folder directly in it is a class. Sorted, so the order is the same anywhere."""
     classes = sorted(entry.name for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith("."))

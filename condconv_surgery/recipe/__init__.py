@@ -1,6 +1,13 @@
 """Every decision as a frozen dataclass, checked when made, JSON in and out. Imports no torch."""
 
-from condconv_surgery.recipe.conversion_options import LayerFilter, Selection, Upcycling, as_argument, patterns_of
+from condconv_surgery.recipe.conversion_options import (
+    STARTS,
+    LayerFilter,
+    Selection,
+    Upcycling,
+    as_argument,
+    patterns_of,
+)
 from condconv_surgery.recipe.model_recipe import (
     FORMAT,
     ConvertedLayer,
@@ -26,6 +33,7 @@ from condconv_surgery.recipe.variants import (
 
 __all__ = [
     "FORMAT",
+    "STARTS",
     "VARIANTS",
     "CondConv",
     "ConvertedLayer",

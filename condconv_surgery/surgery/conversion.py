@@ -107,7 +107,12 @@ def plan(
     wrapper = "" if inner is model else type(model).__name__
     arguments = example_arguments(inner, example)
     upcycling = Upcycling(start, spread, diversity, seed)
-    start_of(variant, upcycling)  # raises where the variant does not support it
+    if start_of(variant, upcycling) == "noise" and calibration is not None:
+        raise InputError(
+            'calibration= with start="noise".',
+            "Images show routers that do not start at zero where to.",
+            'start="auto"',
+        )
     job = Job(inner, wrapper, arguments, variant, selection, upcycling, calibration, inplace, prove, tolerance)
     with job.running():
         made = job.decide()

@@ -13,11 +13,13 @@ import torch
 import torchvision
 import typer
 from condconv_surgery.cli import main as command_line
+from PIL import Image
 from torch import nn
 from typer.testing import CliRunner
 
 import condconv_surgery as cs
 from condconv_surgery.errors import InputError
+from condconv_surgery.layers import conditional_layers
 from condconv_surgery.recipe import VARIANTS
 from tests.conftest import Run
 
@@ -36,7 +38,6 @@ def mobilenet_file() -> Path:
 def photographs() -> torch.Tensor:
     """scikit-image's images, transformed as the model's own transform does."""
     data = pytest.importorskip("skimage.data")
-    from PIL import Image
 
     from condconv_surgery.models.preprocess import EvaluationTransform
     from condconv_surgery.recipe import InputSpec
@@ -280,3 +281,23 @@ def test_what_is_fetched_is_not_said_on_stdout(condconv: Run, tmp_path: Path, mo
     assert (code, out) == (2, "")
     assert 'Downloading: "https' in err
     assert "no route to host" in err
+
+
+def test_routers_start_along_images_of_a_folder(condconv: Run, tmp_path: Path) -> None:
+    folder = tmp_path / "images" / "any" / "depth"
+    folder.mkdir(parents=True)
+    for i in range(20):
+        Image.effect_noise((40, 40), 20.0 + 4 * i).convert("RGB").save(folder / f"{i}.png")
+    arguments = ["convert", *SMALL, "-o", tmp_path / "m.safetensors", "--data", tmp_path / "images"]
+    code, _, err = condconv(*arguments, "--start", "auto")
+    assert code == 0, err
+    model = cs.load(tmp_path / "m.safetensors")
+    layer = next(iter(conditional_layers(model).values()))
+    assert torch.equal(layer.weight[0], layer.weight[1])
+    assert layer.router.linear.weight.abs().max() > 0
+    code, _, err = condconv(*arguments)
+    assert code == 2
+    assert "--data with --start noise" in err
+    code, _, err = condconv(*arguments[:-1], tmp_path / "none", "--start", "auto")
+    assert code == 2
+    assert "There is no" in err

@@ -227,6 +227,7 @@ def test_half_precision(dtype: torch.dtype) -> None:
         ({"diversity": 0.1}, 'diversity=0.1 with the start "antithetic"'),
         ({"start": "zero"}, "start is 'zero'(.|\n)*auto, antithetic"),
         ({"spread": -1.0}, "spread is -1.0"),
+        ({"start": "noise", "calibration": images(20)}, 'calibration= with start="noise"'),
         ({"calibration": images(3)}, "calibration= has 3 images(.|\n)*16 at least"),
         ({"calibration": torch.zeros(20, 3)}, r"calibration= holds a Tensor of shape \(16, 3\)"),
         ({"calibration": ["a.png"]}, "calibration= holds a str"),
