@@ -21,7 +21,7 @@ def export(
     """Write the weights under the names and in the shapes of another implementation, exactly."""
     path = writable(output)
     from condconv_surgery.models.artifact.save_load import load
-    from condconv_surgery.models.layouts.write_layout import write_layout
+    from condconv_surgery.models.layouts.layout_registry import write_layout
 
     state = write_layout(load(artifact, trust=tuple(trust or ())), layout, path)
     if as_json:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from condconv_surgery.data.image_dataset import read_image
 from condconv_surgery.data.image_folders import find_unlabelled_images
-from condconv_surgery.models.preprocess import evaluation_transform
+from condconv_surgery.models.preprocess import EvaluationTransform
 from condconv_surgery.recipe import InputSpec
 
 CALIBRATION_IMAGES = 256
@@ -21,7 +21,7 @@ def calibration_images(folder: Path, spec: InputSpec, batch: int = 16) -> Iterat
 
     Raises ``InputError`` for a folder without images or a damaged file.
     """
-    transform = evaluation_transform(spec)
+    transform = EvaluationTransform(spec)
     paths = find_unlabelled_images(folder, CALIBRATION_IMAGES)
     for start in range(0, len(paths), batch):
         yield torch.stack([transform(read_image(path, spec.channels)) for path in paths[start : start + batch]])

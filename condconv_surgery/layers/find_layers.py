@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import nn
 
 from condconv_surgery.errors import InputError
@@ -13,6 +15,15 @@ from condconv_surgery.recipe import Variant
 def conditional_layers(model: nn.Module) -> dict[str, ConditionalConv2d[Variant]]:
     """Every conditional layer of a model by its first name, each once however often it is shared."""
     return {name: module for name, module in model.named_modules() if isinstance(module, ConditionalConv2d)}
+
+
+def named_layers(model: nn.Module, *kinds: type[nn.Module]) -> list[tuple[tuple[str, ...], Any]]:
+    """Every module of these classes once, with all its names."""
+    by_identity: dict[int, tuple[list[str], nn.Module]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, kinds):
+            by_identity.setdefault(id(module), ([], module))[0].append(name)
+    return [(tuple(names), module) for names, module in by_identity.values()]
 
 
 def routers(model: nn.Module) -> dict[str, Router]:

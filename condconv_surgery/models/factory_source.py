@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import importlib
+from dataclasses import replace
 
 import torchvision
 from torch import nn
 
 from condconv_surgery.errors import InputError, unknown_name
-from condconv_surgery.models.source_registry import LoadOptions, ModelSource, load_named, stem_input
+from condconv_surgery.models.source_registry import named_source
 from condconv_surgery.recipe import Source
 
 
@@ -41,13 +42,8 @@ def package_of(source: Source) -> str:
     return source.name.partition(":")[0].partition(".")[0]
 
 
-def _load(text: str, options: LoadOptions) -> nn.Module:
-    """Naming a factory is trusting its package: ``text`` is the user's own. What it returns has the weights it has."""
-    return load_named(named(text).name, options, _build, lambda name: None, stem_input)
-
-
 def _build(source: Source) -> nn.Module:
-    module, _, name = source.name.partition(":")
+    module, _, name = named(source.name).name.partition(":")
     try:
         factory = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError) as error:
@@ -60,4 +56,5 @@ def _build(source: Source) -> nn.Module:
     return model
 
 
-FACTORY = ModelSource("factory", lambda text: True, _load, _build)
+FACTORY = replace(named_source("factory", _build), matches=lambda text: True)
+"""Loading one needs no ``trust``: naming a factory is trusting its package. What it returns has the weights it has."""

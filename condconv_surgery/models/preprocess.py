@@ -16,7 +16,7 @@ from condconv_surgery.recipe import InputSpec
 
 @dataclass(frozen=True)
 class EvaluationTransform:
-    """PIL image of any size and mode -> normalised float32 tensor [C, H, W].
+    """PIL image of any size and mode -> normalised float32 tensor [C, H, W]; it can be pickled into loader processes.
 
     The image is resized until it just covers ``(height, width) / crop_fraction`` and cropped at its centre, values are
     scaled to [0, 1], then ``(value - mean) / std``. For a square input this is torchvision's ``ImageClassification``
@@ -44,11 +44,6 @@ class EvaluationTransform:
             return [tall]
         scale = max(tall / image.height, wide / image.width)
         return [max(tall, round(image.height * scale)), max(wide, round(image.width * scale))]
-
-
-def evaluation_transform(spec: InputSpec) -> EvaluationTransform:
-    """The transform of images for a model with this input; it can be pickled into loader processes."""
-    return EvaluationTransform(spec)
 
 
 def to_channels(image: Image.Image, channels: int = 3) -> Image.Image:

@@ -22,6 +22,7 @@ from condconv_surgery.errors import InputError, SurgeryError
 from condconv_surgery.models.artifact.strict_fill import fill_foreign, modern_names
 from condconv_surgery.models.checkpoints.read_checkpoint import read_tensors
 from condconv_surgery.recipe import InputSpec, Recipe, Source, attach_recipe
+from condconv_surgery.runtime.modes import input_of_stem
 
 
 @dataclass(frozen=True)
@@ -32,12 +33,6 @@ class LoadOptions:
     weights: str = "default"
     num_classes: int | None = None
     trust: tuple[str, ...] = ()
-
-
-def stem_input(model: nn.Module, source: Source) -> InputSpec:
-    """The input where nothing is known but the model: 224 pixels, as many channels as its first convolution takes."""
-    stem = next((module for module in model.modules() if isinstance(module, nn.Conv2d)), None)
-    return InputSpec(channels=stem.in_channels) if stem is not None else InputSpec()
 
 
 @dataclass(frozen=True)
@@ -55,7 +50,7 @@ class ModelSource:
     matches: Callable[[str], bool]
     load: Callable[[str, LoadOptions], nn.Module]
     build: Callable[[Source], nn.Module] | None = None
-    input_spec: Callable[[nn.Module, Source], InputSpec] = stem_input
+    input_spec: Callable[[nn.Module, Source], InputSpec] = lambda model, source: input_of_stem(model)
 
 
 SOURCES: list[ModelSource] = []
@@ -81,43 +76,30 @@ def named_source(
     build: Callable[[Source], nn.Module],
     *,
     pretrained: Callable[[str], nn.Module | None] = lambda name: None,
-    input_spec: Callable[[nn.Module, Source], InputSpec] = stem_input,
+    input_spec: Callable[[nn.Module, Source], InputSpec] = lambda model, source: input_of_stem(model),
 ) -> ModelSource:
-    """A source of ``PREFIX:NAME``.
+    """A source of ``PREFIX:NAME``, loaded with its published weights, random ones or those of a file.
 
     build: the model with random weights. pretrained: from NAME to the model with its published weights, ``None`` where
     it has none.
     """
 
     def load(text: str, options: LoadOptions) -> nn.Module:
-        return load_named(text, options, build, pretrained, input_spec)
+        if options.arch is not None:
+            allowed = "arch= names the architecture of a file of weights."
+            raise InputError(f'arch="{options.arch}" with {text}.', allowed, "leave it out")
+        source = with_classes(Source(text), options.num_classes)
+        wanted = options.weights == "default" and options.num_classes is None
+        model = _published(text, pretrained) if wanted else None
+        if model is None:
+            model = checked_model(lambda: build(source), source)
+        if options.weights not in ("none", "default"):
+            state = read_tensors(Path(options.weights), options.trust, model)
+            fill_foreign(model, modern_names(state), options.weights, source)
+        attach_recipe(model, Recipe(source=source, input=input_spec(model, source)))
+        return model
 
     return ModelSource(prefix, lambda text: text.startswith(f"{prefix}:"), load, build, input_spec)
-
-
-def load_named(
-    text: str,
-    options: LoadOptions,
-    build: Callable[[Source], nn.Module],
-    pretrained: Callable[[str], nn.Module | None],
-    input_spec: Callable[[nn.Module, Source], InputSpec],
-) -> nn.Module:
-    """The model of a name, with its published weights, random ones, or those of a file."""
-    if options.arch is not None:
-        raise InputError(
-            f'arch="{options.arch}" with {text}.', "arch= names the architecture of a file of weights.", "leave it out"
-        )
-    source = with_classes(Source(text), options.num_classes)
-    wanted = options.weights == "default" and options.num_classes is None
-    model = _published(text, pretrained) if wanted else None
-    if model is None:
-        model = checked_model(lambda: build(source), source)
-    if options.weights not in ("none", "default"):
-        fill_foreign(
-            model, modern_names(read_tensors(Path(options.weights), options.trust, model)), options.weights, source
-        )
-    attach_recipe(model, Recipe(source=source, input=input_spec(model, source)))
-    return model
 
 
 def with_classes(source: Source, num_classes: int | None) -> Source:

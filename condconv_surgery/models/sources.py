@@ -9,8 +9,9 @@ from pathlib import Path
 from torch import nn
 
 from condconv_surgery.errors import InputError
-from condconv_surgery.models.artifact import save_load as artifact
+from condconv_surgery.models.artifact.container import is_artifact
 from condconv_surgery.models.artifact.meta_init import build_on_meta
+from condconv_surgery.models.artifact.save_load import load
 from condconv_surgery.models.artifact.strict_fill import fill_foreign, modern_names
 from condconv_surgery.models.build_model import build
 from condconv_surgery.models.checkpoints.allowlist import trusted
@@ -97,7 +98,7 @@ def _load_artifact(text: str, options: LoadOptions) -> nn.Module:
         raise InputError(
             f'arch="{options.arch}" with {text}.', "An artifact names its own architecture.", "leave it out"
         )
-    return artifact.load(text, trust=options.trust)
+    return load(text, trust=options.trust)
 
 
 def _load_checkpoint(text: str, options: LoadOptions) -> nn.Module:
@@ -107,7 +108,9 @@ def _load_checkpoint(text: str, options: LoadOptions) -> nn.Module:
     content = read_checkpoint(path, options.trust)
     if isinstance(content, nn.Module) and options.arch is None:
         content.eval()  # returns None where a model's own train() does
-        return _with_recipe(content, recognise_module(content) or Source())
+        source = recognise_module(content) or Source()
+        attach_recipe(content, Recipe(source=source, input=_input_spec(content, source)))
+        return content
     own = modern_names(dict(content.state_dict()) if isinstance(content, nn.Module) else content)
     state = fitting_names(own)
     arch = None if options.arch is None else with_classes(named(options.arch), options.num_classes)
@@ -123,14 +126,8 @@ def _load_checkpoint(text: str, options: LoadOptions) -> nn.Module:
     if layout is PLAIN:
         state = fitting_names(own, model)
     fill_foreign(model, layout.read(model, state), text, plain)
-    model = _with_recipe(model, plain)
-    if plain != source:  # the input is that of the network that wrote the file
-        attach_recipe(model, Recipe(source=plain, input=_input_spec(build_on_meta(source), source)))
-    return model
-
-
-def _with_recipe(model: nn.Module, source: Source) -> nn.Module:
-    attach_recipe(model, Recipe(source=source, input=_input_spec(model, source)))
+    writer = model if plain == source else build_on_meta(source)  # the input is that of the network in the file
+    attach_recipe(model, Recipe(source=plain, input=_input_spec(writer, source)))
     return model
 
 
@@ -139,6 +136,4 @@ def _input_spec(model: nn.Module, source: Source) -> InputSpec:
 
 
 register_source(ModelSource("checkpoint", _is_file, _load_checkpoint))
-register_source(
-    ModelSource("artifact", lambda text: _is_file(text) and artifact.is_artifact(Path(text)), _load_artifact)
-)
+register_source(ModelSource("artifact", lambda text: _is_file(text) and is_artifact(Path(text)), _load_artifact))

@@ -20,8 +20,13 @@ def input_spec_of(model: nn.Module) -> InputSpec:
     size = (getattr(model, "pretrained_cfg", None) or {}).get("input_size")  # timm's models carry their own
     if size is not None:
         return InputSpec(*size)
+    return input_of_stem(model)
+
+
+def input_of_stem(model: nn.Module) -> InputSpec:
+    """224 pixels, and the channels that the first convolution takes."""
     stem = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
-    return InputSpec(channels=stem.in_channels if stem is not None else 3)
+    return InputSpec(channels=stem.in_channels) if stem is not None else InputSpec()
 
 
 def device_of(model: nn.Module) -> torch.device:

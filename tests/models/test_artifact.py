@@ -19,7 +19,7 @@ from torch import nn
 import condconv_surgery as cs
 from condconv_surgery.errors import DamagedFileError, InputError
 from condconv_surgery.layers import conditional_layers
-from condconv_surgery.models.artifact.save_load import read_recipe
+from condconv_surgery.models.artifact.container import read_recipe
 from condconv_surgery.models.checkpoints.recognise_architecture import recognise
 from condconv_surgery.models.sources import load_model
 from condconv_surgery.recipe import VARIANTS, CondConv, ODConv, Recipe, Source, attach_recipe, recipe_of

@@ -15,8 +15,7 @@ from condconv_surgery.errors import InputError
 from condconv_surgery.layers import conditional_layers
 from condconv_surgery.models import source_registry
 from condconv_surgery.models.artifact.container import read_recipe
-from condconv_surgery.models.layouts.layout_registry import LAYOUTS, Layout, register_layout
-from condconv_surgery.models.layouts.write_layout import write_layout
+from condconv_surgery.models.layouts.layout_registry import LAYOUTS, Layout, register_layout, write_layout
 from condconv_surgery.models.source_registry import ModelSource, named_source, register_source
 from condconv_surgery.models.sources import load_model
 from condconv_surgery.recipe import CondConv, ODConv, Source, recipe_of

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 import condconv_surgery as cs
 from condconv_surgery.errors import InputError
 from condconv_surgery.layers import conditional_layers, set_temperature
+from condconv_surgery.models.layouts.layout_registry import write_layout
 from condconv_surgery.models.layouts.odconv_layout import to_odconv_layout
-from condconv_surgery.models.layouts.write_layout import write_layout
 from condconv_surgery.models.sources import load_model
 from condconv_surgery.recipe import CondConv, ODConv, Source, recipe_of
 from tests.variant_cases import scramble

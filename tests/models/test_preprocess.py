@@ -12,7 +12,7 @@ from PIL import Image
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms._presets import ImageClassification
 
-from condconv_surgery.models.preprocess import evaluation_transform, to_channels
+from condconv_surgery.models.preprocess import EvaluationTransform, to_channels
 from condconv_surgery.recipe import InputSpec
 
 SIZES = [(300, 200), (200, 300), (64, 64), (97, 411)]
@@ -28,7 +28,7 @@ def image(size: tuple[int, int], mode: str = "RGB") -> Image.Image:
 def test_equals_torchvision(size: tuple[int, int], crop: int, resize: int) -> None:
     theirs = ImageClassification(crop_size=crop, resize_size=resize, interpolation=InterpolationMode.BICUBIC)
     spec = InputSpec(height=crop, width=crop, interpolation="bicubic", crop_fraction=crop / resize)
-    torch.testing.assert_close(evaluation_transform(spec)(image(size)), theirs(image(size)), rtol=0, atol=1e-6)
+    torch.testing.assert_close(EvaluationTransform(spec)(image(size)), theirs(image(size)), rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -37,14 +37,14 @@ def test_equals_timm(size: tuple[int, int], fraction: float) -> None:
     data = pytest.importorskip("timm.data")
     theirs = data.create_transform((3, 224, 224), interpolation="bilinear", crop_pct=fraction, is_training=False)
     spec = InputSpec(crop_fraction=fraction)
-    torch.testing.assert_close(evaluation_transform(spec)(image(size)), theirs(image(size)), rtol=0, atol=1e-6)
+    torch.testing.assert_close(EvaluationTransform(spec)(image(size)), theirs(image(size)), rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("size", SIZES)
 def test_a_wide_input_is_covered(size: tuple[int, int]) -> None:
     spec = InputSpec(height=48, width=96, mean=(0.0,) * 3, std=(1.0,) * 3)
     white = Image.new("RGB", size, (255, 255, 255))
-    out = evaluation_transform(spec)(white)
+    out = EvaluationTransform(spec)(white)
     assert out.shape == (3, 48, 96)
     assert bool((out == 1).all()), "no padding is visible"
 
@@ -53,7 +53,7 @@ def test_a_wide_input_is_covered(size: tuple[int, int]) -> None:
 @pytest.mark.parametrize("channels", [1, 3])
 def test_every_mode_has_the_channels_of_the_model(mode: str, channels: int) -> None:
     spec = InputSpec(channels, 32, 32, (0.5,) * channels, (0.5,) * channels)
-    assert evaluation_transform(spec)(image((40, 30), mode)).shape == (channels, 32, 32)
+    assert EvaluationTransform(spec)(image((40, 30), mode)).shape == (channels, 32, 32)
 
 
 def test_transparency_is_white() -> None:
@@ -65,5 +65,5 @@ def test_transparency_is_white() -> None:
 
 
 def test_survives_a_trip_to_a_loader_process() -> None:
-    transform = evaluation_transform(InputSpec(height=32, width=32))
+    transform = EvaluationTransform(InputSpec(height=32, width=32))
     assert torch.equal(pickle.loads(pickle.dumps(transform))(image((40, 30))), transform(image((40, 30))))

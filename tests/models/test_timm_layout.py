@@ -14,9 +14,9 @@ from torch import Tensor, nn
 import condconv_surgery as cs
 from condconv_surgery.errors import InputError
 from condconv_surgery.layers import conditional_layers, routed_blocks
+from condconv_surgery.models.layouts.layout_registry import write_layout
 from condconv_surgery.models.layouts.odconv_layout import to_odconv_layout
 from condconv_surgery.models.layouts.timm_layout import condconv_names, from_timm_layout, to_timm_layout
-from condconv_surgery.models.layouts.write_layout import write_layout
 from condconv_surgery.models.sources import load_model
 from condconv_surgery.recipe import CondConv, DynamicConv, ODConv, recipe_of
 from tests.variant_cases import scramble

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from condconv_surgery.errors import DamagedFileError, InputError
 from condconv_surgery.models.artifact.skeleton import Skeleton
-from condconv_surgery.models.checkpoints.file_type import SAFETENSORS, file_kind
+from condconv_surgery.models.checkpoints.file_type import SAFETENSORS, file_kind, require_file
 from condconv_surgery.recipe import Recipe
 from condconv_surgery.runtime.tensor_hash import hash_tensors
 
@@ -93,9 +93,7 @@ def unique_tensors(state: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, 
             first[key] = name
             tensors[name] = tensor.detach().contiguous()
     storages = {t.untyped_storage().data_ptr() for t in tensors.values()}
-    if len(storages) < sum(
-        t.numel() > 0 for t in tensors.values()
-    ):  # two views of one storage: safetensors refuses them
+    if len(storages) < sum(t.numel() > 0 for t in tensors.values()):  # safetensors refuses two views of one storage
         tensors = {name: tensor.clone() for name, tensor in tensors.items()}
     return tensors, aliases
 
@@ -106,10 +104,7 @@ def damaged(path: Path, what: str) -> DamagedFileError:
 
 
 def _opened(path: Path) -> Any:
-    if not path.exists():
-        raise InputError(f"{path} does not exist.", "A model file is needed.", "ls " + str(path.parent or "."))
-    if path.is_dir():
-        raise InputError(f"{path} is a folder.", "A model file is needed.", f"{path}/best.safetensors")
+    require_file(path)
     try:
         return safe_open(path, "pt")
     except (SafetensorError, OSError) as error:

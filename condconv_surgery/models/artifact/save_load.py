@@ -12,22 +12,20 @@ import json
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import save_file
 from torch import fx, nn
 
 from condconv_surgery.errors import DamagedFileError, InputError, nearest
-from condconv_surgery.layers import ConditionalConv2d, ConditionalLinear, routed_blocks
+from condconv_surgery.layers import ConditionalConv2d, ConditionalLinear, RoutedBlock, routed_blocks
+from condconv_surgery.layers.find_layers import named_layers
 from condconv_surgery.models.artifact.atomic_write import replacing, require_values
 from condconv_surgery.models.artifact.container import (
     MAGIC,
     Content,
     damaged,
-    is_artifact,
     read,
-    read_recipe,
     unique_tensors,
 )
 from condconv_surgery.models.artifact.json_values import UndescribableError
@@ -41,8 +39,6 @@ from condconv_surgery.models.source_registry import builder_for
 from condconv_surgery.recipe import ConvertedLayer, Recipe, SharedRouter, attach_recipe, recipe_of
 from condconv_surgery.runtime.tensor_hash import hash_tensors
 from condconv_surgery.surgery import BlockError, lift_convolutions, route_block
-
-__all__ = ["attach_recipe", "is_artifact", "load", "read_recipe", "recipe_of", "save"]
 
 UNCHECKED_WIDTH = 1024
 """Widths of a recipe up to this need no check: building them takes little memory."""
@@ -111,27 +107,17 @@ def _current_recipe(model: nn.Module) -> Recipe:
     if not recipe.source.name:
         recipe = replace(recipe, source=recognise_module(model) or recipe.source)
     versions = {name: version(name) for name in ("torch", "torchvision", "condconv-surgery")}
-    return replace(recipe, layers=_converted_layers(model), routers=_shared_routers(model), versions=versions)
-
-
-def _converted_layers(model: nn.Module) -> tuple[ConvertedLayer, ...]:
-    by_identity: dict[int, tuple[list[str], ConditionalConv2d[Any]]] = {}
-    for name, module in model.named_modules(remove_duplicate=False):
-        if isinstance(module, ConditionalConv2d):
-            by_identity.setdefault(id(module), ([], module))[0].append(name)
-    return tuple(
-        ConvertedLayer(tuple(names), layer.variant, isinstance(layer, ConditionalLinear))
-        for names, layer in by_identity.values()
+    layers = tuple(
+        ConvertedLayer(names, layer.variant, isinstance(layer, ConditionalLinear))
+        for names, layer in named_layers(model, ConditionalConv2d)
     )
+    routers = tuple(_shared_router(name, block) for name, block in routed_blocks(model).items())
+    return replace(recipe, layers=layers, routers=routers, versions=versions)
 
 
-def _shared_routers(model: nn.Module) -> tuple[SharedRouter, ...]:
-    return tuple(
-        SharedRouter(
-            name, block.block_routing.channels, tuple(f"{name}.{layer}" for layer in block.block_routing.layers)
-        )
-        for name, block in routed_blocks(model).items()
-    )
+def _shared_router(name: str, block: RoutedBlock) -> SharedRouter:
+    routing = block.block_routing
+    return SharedRouter(name, routing.channels, tuple(f"{name}.{layer}" for layer in routing.layers))
 
 
 def _description(model: nn.Module, recipe: Recipe) -> dict[str, str]:

@@ -82,13 +82,13 @@ def resolve(name: str, trust: tuple[str, ...] = ()) -> Any:
     module, _, leaf = name.rpartition(".")
     package = module.partition(".")[0]
     if package in trust and package not in DATA_NAMES and not _can_run_commands(package):
-        return _own(name, module, leaf, package)
+        return _from_trusted(name, module, leaf, package)
     if name in PLAIN_NAMES or (package in trust and name in DATA_NAMES.get(package, ())):
         return _imported(name, module, leaf)
     if any(_within(module, parent) for parent in (*LAYER_MODULES, *ARITHMETIC_MODULES)):
-        found = _imported(name, module, leaf)
-        if _is_harmless(found, module, leaf):
-            return found
+        value = _imported(name, module, leaf)
+        if _is_harmless(value, module, leaf):
+            return value
         raise _refused(name, "it is not a class of layers")
     if _can_run_commands(package) and name not in DATA_NAMES.get(package, ()):
         raise _refused(name, f"{package!r} holds commands, so it can't be trusted as a whole")
@@ -131,21 +131,21 @@ def _within(module: str, parent: str) -> bool:
     return module == parent or module.startswith(parent + ".")
 
 
-def _is_harmless(found: Any, module: str, leaf: str) -> bool:
-    if getattr(found, "__module__", None) != module or getattr(found, "__qualname__", None) != leaf:
+def _is_harmless(value: Any, module: str, leaf: str) -> bool:
+    if getattr(value, "__module__", None) != module or getattr(value, "__qualname__", None) != leaf:
         return False  # imported into this module from one that is not on the list
-    if inspect.isclass(found):
-        known = issubclass(found, (nn.Module, enum.Enum))
+    if inspect.isclass(value):
+        known = issubclass(value, (nn.Module, enum.Enum))
         return known or any(_within(module, parent) for parent in HELPER_MODULES)
-    return inspect.isfunction(found) and module in ARITHMETIC_MODULES
+    return inspect.isfunction(value) and module in ARITHMETIC_MODULES
 
 
-def _own(name: str, module: str, leaf: str, package: str) -> Any:
-    found = _imported(name, module, leaf)
-    home = str(getattr(found, "__module__", "")).partition(".")[0]
-    if home != package or not (inspect.isclass(found) or inspect.isfunction(found)):
+def _from_trusted(name: str, module: str, leaf: str, package: str) -> Any:
+    value = _imported(name, module, leaf)
+    home = str(getattr(value, "__module__", "")).partition(".")[0]
+    if home != package or not (inspect.isclass(value) or inspect.isfunction(value)):
         raise _refused(name, f"{package!r} only imports it from elsewhere")
-    return found
+    return value
 
 
 def _imported(name: str, module: str, leaf: str) -> Any:

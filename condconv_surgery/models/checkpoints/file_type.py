@@ -21,10 +21,7 @@ MAX_RATIO = 200
 
 def file_kind(path: Path) -> str:
     """The kind of the file: ``TORCH``, ``SAFETENSORS``, or one of the keys of ``REFUSALS``."""
-    if not path.exists():
-        raise InputError(f"{path} does not exist.", "A model file is needed.", f"ls {path.parent}")
-    if path.is_dir():
-        raise InputError(f"{path} is a folder.", "A model file is needed.", f"{path}/model.pt")
+    require_file(path)
     with path.open("rb") as file:
         head = file.read(1024)
     if not head:
@@ -49,6 +46,14 @@ def file_kind(path: Path) -> str:
     if path.suffix in (".pt", ".pth", ".bin", ".ckpt", ".tar"):
         return TORCH
     return "a file of unknown kind"
+
+
+def require_file(path: Path) -> None:
+    """Raise ``InputError`` when ``path`` does not exist or is a folder."""
+    if not path.exists():
+        raise InputError(f"{path} does not exist.", "A model file is needed.", f"ls {path.parent}")
+    if path.is_dir():
+        raise InputError(f"{path} is a folder.", "A model file is needed.", f"{path}/best.safetensors")
 
 
 def _zip_kind(path: Path) -> str:
@@ -92,10 +97,7 @@ _MAGIC = (
 _WANTED = "A state dict (.pt, .pth, .safetensors) of a torchvision, timm or your own model is needed."
 REFUSALS = {
     "an empty file": (_WANTED, "copy or download it again"),
-    AN_HTML_PAGE: (
-        _WANTED,
-        "download it again: less {path}",
-    ),
+    AN_HTML_PAGE: (_WANTED, "download it again: less {path}"),
     "a text file": (_WANTED, "torch.save(model.state_dict(), 'model.pt')"),
     "a TorchScript archive": (
         "A scripted or traced module has no layers left to replace. " + _WANTED,
@@ -116,10 +118,7 @@ REFUSALS = {
     "a bzip2 archive": (_WANTED, "unpack it first"),
     "a 7z archive": (_WANTED, "unpack it first"),
     "a NumPy array": (_WANTED, "torch.save(model.state_dict(), 'model.pt')"),
-    "an image": (
-        "Images are not a model: they go into data=. " + _WANTED,
-        'data="FOLDER"',
-    ),
+    "an image": ("Images are not a model: they go into data=. " + _WANTED, 'data="FOLDER"'),
     "a file of unknown kind": (_WANTED, "torch.save(model.state_dict(), 'model.pt')"),
 }
 

@@ -34,33 +34,20 @@ def without_attention(state: State) -> State:
     plain = {}
     for name, tensor in state.items():
         layer, _, leaf = name.rpartition(".")
-        if layer.partition(".attention")[0] in layers and leaf == "weight" and layer in layers:
+        if leaf == "weight" and layer in layers:
             plain[name] = tensor[0] if tensor.dim() == 5 else tensor
         elif layer.partition(".attention")[0] not in layers:
             plain[name] = tensor
     return plain
 
 
-def odconv_layers(state: State) -> tuple[ConvertedLayer, ...]:
-    """The layers of the state dict that are ODConv's, with their experts and hidden widths."""
-    rows = []
-    for name, fc in state.items():
-        if name.endswith(_MARK):
-            layer = name.removesuffix(_MARK)
-            weight = state.get(f"{layer}.weight")
-            if weight is None or weight.dim() != 5 or fc.dim() != 4:
-                raise InputError(
-                    f"{layer} has ODConv's attention but not its weight.",
-                    "The authors' layer has a weight [experts, O, I/G, k, k] and an attention of 1x1 convolutions.",
-                )
-            rows.append(ConvertedLayer((layer,), _variant(weight.shape[0], *fc.shape[:2])))
-    return tuple(rows)
-
-
 def read_odconv_layout(model: nn.Module, state: State) -> State:
-    """Put our layers where the file has ODConv's, in place, and return its tensors under our names."""
+    """Put our layers where the file has ODConv's, in place, and return its tensors under our names.
+
+    Equal outputs follow, up to the rounding of a multiplication by a power of two: none.
+    """
     try:
-        for row in odconv_layers(state):
+        for row in _odconv_layers(state):
             put_conditional(model, row)
     except AttributeError as error:
         raise InputError(
@@ -68,14 +55,6 @@ def read_odconv_layout(model: nn.Module, state: State) -> State:
             "Each must be a convolution of the model.",
             "another arch=",
         ) from error
-    return from_odconv_layout(model, state)
-
-
-def from_odconv_layout(model: nn.Module, state: State) -> State:
-    """The authors' state dict under our names; ``model`` has our layers in their places already.
-
-    Equal outputs follow, up to the rounding of a multiplication by a power of two: none.
-    """
     ours = dict(state)
     for name, layer in conditional_layers(model).items():
         ours[f"{name}.weight"] = state[f"{name}.weight"] / layer.weight_factor
@@ -111,6 +90,21 @@ def to_odconv_layout(model: nn.Module) -> State:
                     tensor = tensor[:, :, None, None] if tensor.dim() == 2 else tensor
                 theirs[f"{name}.attention.{their}.{key.removeprefix(start)}"] = tensor
     return theirs
+
+
+def _odconv_layers(state: State) -> tuple[ConvertedLayer, ...]:
+    rows = []
+    for name, fc in state.items():
+        if name.endswith(_MARK):
+            layer = name.removesuffix(_MARK)
+            weight = state.get(f"{layer}.weight")
+            if weight is None or weight.dim() != 5 or fc.dim() != 4:
+                raise InputError(
+                    f"{layer} has ODConv's attention but not its weight.",
+                    "The authors' layer has a weight [experts, O, I/G, k, k] and an attention of 1x1 convolutions.",
+                )
+            rows.append(ConvertedLayer((layer,), _variant(weight.shape[0], *fc.shape[:2])))
+    return tuple(rows)
 
 
 def _variant(experts: int, hidden: int, channels: int) -> ODConv:

@@ -56,10 +56,10 @@ def plain_counterpart(source: Source) -> Source:
     return Source(_NAME.sub(r"timm:tf_efficientnet_\1", source.name), source.options)
 
 
-def put_routed_blocks(model: nn.Module, state: State) -> None:
-    """Put our layers and routers where the state dict has timm's, in place, not filled.
+def read_timm_layout(model: nn.Module, state: State) -> State:
+    """Put our layers and routers into the plain ``model``, in place, and return the file's tensors under our names.
 
-    model: the plain network. Raises ``InputError`` where it has not the blocks and layers of the file.
+    Raises ``InputError`` where the model has not the blocks and layers of the file.
     """
     for key in [name for name in state if name.endswith(_MARK)]:
         name = key.removesuffix(_MARK)
@@ -76,11 +76,6 @@ def put_routed_blocks(model: nn.Module, state: State) -> None:
                 "The model must be the file's network with plain convolutions.",
                 "another arch=, or leave arch= out",
             ) from error
-
-
-def read_timm_layout(model: nn.Module, state: State) -> State:
-    """Put our layers and routers into the plain ``model``, in place, and return the file's tensors under our names."""
-    put_routed_blocks(model, state)
     return from_timm_layout(model, state)
 
 
@@ -159,8 +154,8 @@ def _departure(block: nn.Module) -> str:
 
 
 def _layers_of(name: str, block: RoutedBlock) -> dict[str, CondConv2d]:
-    found = {f"{name}.{inner}": block.get_submodule(inner) for inner in block.block_routing.layers}
-    return {inner: layer for inner, layer in found.items() if isinstance(layer, CondConv2d)}
+    layers = {f"{name}.{inner}": block.get_submodule(inner) for inner in block.block_routing.layers}
+    return {inner: layer for inner, layer in layers.items() if isinstance(layer, CondConv2d)}
 
 
 def _require_theirs(name: str, block: RoutedBlock) -> None:

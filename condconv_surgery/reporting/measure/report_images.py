@@ -11,7 +11,7 @@ from torch import Tensor
 
 from condconv_surgery.data.image_dataset import read_image
 from condconv_surgery.data.image_folders import ImageFiles, find_evaluation_images
-from condconv_surgery.models.preprocess import evaluation_transform
+from condconv_surgery.models.preprocess import EvaluationTransform
 from condconv_surgery.recipe import InputSpec
 
 
@@ -34,7 +34,7 @@ class ReportImages:
 
     def batches(self, spec: InputSpec, size: int) -> Iterator[tuple[Tensor, Tensor]]:
         """``images`` [B, C, H, W], preprocessed for the model, and ``labels`` [B]. Raises for a damaged file."""
-        transform = evaluation_transform(spec)
+        transform = EvaluationTransform(spec)
         for start in range(0, len(self.images), size):
             paths = [self.images.path(i) for i in range(start, min(start + size, len(self.images)))]
             images = torch.stack([transform(read_image(path, spec.channels)) for path in paths])

@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from condconv_surgery.errors import InputError, one_line
+from condconv_surgery.layers.find_layers import named_layers
 from condconv_surgery.surgery.observe.clone_and_run import NamedLayers, run_clones
 from condconv_surgery.surgery.observe.layer_calls import Calls, observe
 from condconv_surgery.surgery.observe.weight_reads import WeightReads, recording_reads
@@ -73,7 +74,7 @@ def find_sites(model: nn.Module, arguments: tuple[Any, ...]) -> Sites:
     arguments: of its forward. The model is run in both modes, and is as before afterwards; what else uses it at the
     same time is disturbed. Raises ``InputError`` when it runs in neither mode.
     """
-    names = _names_by_identity(model)
+    names = named_layers(model, nn.Conv2d, nn.Linear)
     layers = {first: module for (first, *_), module in names}
     reads = WeightReads()
     calls_by_mode, notes = _observe_both_modes(model, names, arguments, reads)
@@ -117,14 +118,6 @@ def _holders(model: nn.Module) -> dict[int, list[tuple[int, str]]]:
             if parameter is not None:
                 holders.setdefault(id(parameter), []).append((id(module), f"{path}.{name}" if path else name))
     return holders
-
-
-def _names_by_identity(model: nn.Module) -> NamedLayers:
-    by_identity: dict[int, tuple[list[str], nn.Module]] = {}
-    for name, module in model.named_modules(remove_duplicate=False):
-        if isinstance(module, (nn.Conv2d, nn.Linear)):
-            by_identity.setdefault(id(module), ([], module))[0].append(name)
-    return [(tuple(names), module) for names, module in by_identity.values()]
 
 
 def _observe_both_modes(

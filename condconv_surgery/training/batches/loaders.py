@@ -16,7 +16,7 @@ from condconv_surgery.data.hub_streams import HubStream, StreamDataset, find_str
 from condconv_surgery.data.image_dataset import Batch, ImageDataset, Sample, Transform, collate, collate_whole
 from condconv_surgery.data.labelled_images import LabelledImages
 from condconv_surgery.errors import InputError
-from condconv_surgery.models.preprocess import evaluation_transform
+from condconv_surgery.models.preprocess import EvaluationTransform
 from condconv_surgery.recipe import InputSpec, Recipe, recipe_of
 from condconv_surgery.recipe.training_options import TrainingOptions
 from condconv_surgery.training.batches.augmentation import training_transform
@@ -54,7 +54,7 @@ class Data:
 def open_data(options: TrainingOptions, spec: InputSpec, world: World) -> Data:
     """Find the images and make the loaders. Raises ``InputError`` for data that cannot be used."""
     require_data(options.data)
-    transforms = training_transform(spec, options.augment), evaluation_transform(spec)
+    transforms = training_transform(spec, options.augment), EvaluationTransform(spec)
     if options.data.streaming:
         return _streamed(options, spec, world, *transforms)
     train, val = find_data(options.data, options.seed)
