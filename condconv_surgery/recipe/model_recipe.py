@@ -26,7 +26,10 @@ class Source:
 
 @dataclass(frozen=True)
 class InputSpec:
-    """The image that a model takes: channels; height and width in pixels; mean and std of values in [0, 1]."""
+    """The image that a model takes: channels; height and width in pixels; mean and std of values in [0, 1].
+
+    For a grey image, three values of ``mean`` and ``std`` are replaced by their average.
+    """
 
     channels: int = 3
     height: int = 224
@@ -43,6 +46,10 @@ class InputSpec:
                 "Every side must be at least 1.",
                 "input_size=224",
             )
+        if self.channels == 1:
+            for name in ("mean", "std"):
+                values = getattr(self, name)
+                object.__setattr__(self, name, (sum(values) / len(values),))
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import nn
 
 from condconv_surgery.errors import DamagedFileError, InputError, TrainingError
 from condconv_surgery.layers import conditional_layers
@@ -15,6 +16,7 @@ from condconv_surgery.models.artifact.save_load import load
 from condconv_surgery.recipe import CondConv, DynamicConv, Variant
 from condconv_surgery.recipe.toml_text import from_toml
 from condconv_surgery.recipe.training_options import TrainingOptions
+from condconv_surgery.surgery import convert
 from condconv_surgery.training import TrainingResult, finetune
 from condconv_surgery.training.monitor.callback import Callback, EpochRow, StepView
 from condconv_surgery.training.state.run_state import BEFORE, LAST
@@ -103,6 +105,18 @@ def test_a_model_by_name_is_trained_with_a_mapping_of_options(folder: Path, tmp_
     assert_same(load_file(tmp_path / "one/last.safetensors"), load_file(tmp_path / "other/last.safetensors"))
     recipe = from_toml((tmp_path / "one/recipe.toml").read_text())
     assert (recipe.model, recipe.data.folder) == ("tests.small_networks:small_net", str(folder))
+
+
+@pytest.mark.parametrize("converted", [False, True])
+def test_a_model_of_grey_images(folder: Path, tmp_path: Path, converted: bool) -> None:
+    """Without a recipe the input has the channels of the first layer, and mean and std as many values."""
+    model: nn.Module = nn.Sequential(
+        nn.Conv2d(1, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 3)
+    )
+    if converted:
+        model = convert(model, CondConv(2), example=torch.randn(2, 1, 16, 16)).model
+    options = {"data": {"image_size": 16, "batch_size": 4, "workers": 0}, "schedule": {"epochs": 1}}
+    assert finetune(model, options, data=folder, output=tmp_path / "run").epochs == 1
 
 
 def test_model_data_and_output_are_required(folder: Path) -> None:

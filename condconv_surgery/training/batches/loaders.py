@@ -17,8 +17,9 @@ from condconv_surgery.data.image_dataset import Batch, ImageDataset, Sample, Tra
 from condconv_surgery.data.labelled_images import LabelledImages
 from condconv_surgery.errors import InputError
 from condconv_surgery.models.preprocess import EvaluationTransform
-from condconv_surgery.recipe import InputSpec, Recipe, recipe_of
+from condconv_surgery.recipe import InputSpec
 from condconv_surgery.recipe.training_options import TrainingOptions
+from condconv_surgery.runtime.modes import input_spec_of
 from condconv_surgery.training.batches.augmentation import training_transform
 from condconv_surgery.training.batches.samplers import EvaluationBatches, Steps, TrainingBatches
 from condconv_surgery.training.batches.stream_batches import StreamBatches, StreamEvaluation
@@ -125,6 +126,6 @@ def _loader(
 
 def input_spec(model: nn.Module, options: TrainingOptions) -> InputSpec:
     """The input of the model, with ``data.image_size`` where it is set."""
-    spec = (recipe_of(model) or Recipe()).input
+    spec = input_spec_of(model)
     side = options.data.image_size
     return spec if side is None else replace(spec, height=side, width=side)
