@@ -17,6 +17,7 @@ from torch.utils import _pytree as pytree
 _LEVELS = 3
 """Levels of lists, dicts, sets and plain objects that are followed from a module's attributes."""
 
+_LIBRARIES = {"builtins", "torch", "functools", "threading", "logging", "weakref"}
 _WRITES = {"__setitem__", "__iadd__", "__isub__", "__imul__", "__itruediv__", "__ifloordiv__", "__imod__", "__ipow__"}
 _NO_WRITES = {"requires_grad_", "detach_", "share_memory_", "rename_"}
 
@@ -98,7 +99,8 @@ class ModelState:
         """Put attributes, items, memory and kept values back."""
         for container, items in self._containers:
             if _differs(container, items):
-                _refill(container, items)
+                container.clear()
+                container.extend(items) if isinstance(container, (list, deque)) else container.update(items)
         for tensor, alias in self._aliases:
             if _memory(tensor) != _memory(alias) or tensor.shape != alias.shape or tensor.stride() != alias.stride():
                 tensor.data = alias
@@ -184,17 +186,15 @@ def _memory(tensor: Tensor) -> int:
 
 def _attributes_of(value: Any) -> dict[str, Any] | None:
     """The attributes of a module or of a plain object; ``None`` for classes, functions and torch's own objects."""
-    if isinstance(value, type) or (not isinstance(value, nn.Module) and _is_builtin(type(value))):
+    if isinstance(value, type):
+        return None
+    if not isinstance(value, nn.Module) and type(value).__module__.partition(".")[0] in _LIBRARIES:
         return None
     try:  # past a __getattribute__ of its class
         attributes = object.__getattribute__(value, "__dict__")
     except AttributeError:
         return None
     return attributes if isinstance(attributes, dict) else None
-
-
-def _is_builtin(kind: type) -> bool:
-    return kind.__module__.partition(".")[0] in ("builtins", "torch", "functools", "threading", "logging", "weakref")
 
 
 def _differs(container: Any, items: Any) -> bool:
@@ -206,8 +206,3 @@ def _differs(container: Any, items: Any) -> bool:
     if isinstance(container, set):
         return {id(item) for item in container} != {id(item) for item in items}
     return any(a is not b for a, b in zip(container, items, strict=True))
-
-
-def _refill(container: Any, items: Any) -> None:
-    container.clear()
-    container.extend(items) if isinstance(container, (list, deque)) else container.update(items)

@@ -101,11 +101,6 @@ def _consumer(node: fx.Node, modules: dict[str, nn.Module]) -> str:
     if node.op == "call_module":
         return type(modules[str(node.target)]).__name__
     if node.op == "call_function":
-        return _function_name(node.target)
+        is_add = node.target in (operator.add, operator.iadd, torch.add)
+        return "add" if is_add else getattr(node.target, "__name__", str(node.target))
     return "output" if node.op == "output" else str(node.target)
-
-
-def _function_name(target: Callable[..., Any] | str) -> str:
-    if target in (operator.add, operator.iadd, torch.add):
-        return "add"
-    return getattr(target, "__name__", str(target))

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from condconv_surgery.errors import DamagedFileError, InputError, SurgeryError
-from condconv_surgery.models.checkpoints.read_checkpoint import AVERAGED, read_tensors
+from condconv_surgery.models.checkpoints.read_checkpoint import AVERAGED, fitting_names, read_tensors
 from condconv_surgery.models.checkpoints.recognise_architecture import recognise
 from condconv_surgery.models.sources import load_model
 from condconv_surgery.recipe import Source, recipe_of
@@ -115,6 +115,11 @@ def test_averaged_weights_are_taken_and_named(tmp_path: Path, key: str, caplog: 
             for other in others
         ]
         assert [record.getMessage() for record in caplog.records] == expected
+
+
+def test_a_counter_alone_is_a_tensor_like_any_other() -> None:
+    state = {"n_averaged": torch.tensor(1)}
+    assert fitting_names(state) == state
 
 
 def test_an_averaged_model_is_read_without_its_counter(tmp_path: Path) -> None:

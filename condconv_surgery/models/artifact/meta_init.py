@@ -50,11 +50,8 @@ class UninitialisedOnMeta(TorchFunctionMode):
         if func in _ALLOCATIONS and "out" not in options:
             return func(*args, **{**options, "device": "meta"})
         first = args[0] if args else options.get("tensor")  # of torch.nn.init
-        if isinstance(first, Tensor) and first.is_meta and _initialises(func):
-            return first
+        if isinstance(first, Tensor) and first.is_meta:
+            name = getattr(func, "__name__", "")
+            if name in _INITIALISERS or (name.endswith("_") and getattr(func, "__module__", "") == "torch.nn.init"):
+                return first
         return func(*args, **options)
-
-
-def _initialises(func: Callable[..., Any]) -> bool:
-    name = getattr(func, "__name__", "")
-    return name in _INITIALISERS or (name.endswith("_") and getattr(func, "__module__", "") == "torch.nn.init")

@@ -45,7 +45,11 @@ def read_checkpoint(path: Path, trust: tuple[str, ...] = ()) -> dict[str, Tensor
         raise InputError(f"{path} is {kind}.", allowed, fix.format(path=path))
     content = _load_safetensors(path) if kind == SAFETENSORS else load_pickle(path, trust)
     weights = _find_weights(content, path)
-    return check_module(_unwrapped(weights), path) if isinstance(weights, nn.Module) else weights
+    if not isinstance(weights, nn.Module):
+        return weights
+    wrapped = isinstance(weights, (nn.DataParallel, nn.parallel.DistributedDataParallel))
+    inner = getattr(weights, "module", None) if wrapped else None
+    return check_module(inner if isinstance(inner, nn.Module) else weights, path)
 
 
 def read_tensors(path: Path, trust: tuple[str, ...] = (), model: nn.Module | None = None) -> dict[str, Tensor]:
@@ -60,7 +64,7 @@ def fitting_names(state: dict[str, Tensor], model: nn.Module | None = None) -> d
     Of the state dict of an ``AveragedModel`` the counter is left out.
     """
     names = [name for name in state if name != "n_averaged"]
-    if all(name.startswith("module.") for name in names):
+    if names and all(name.startswith("module.") for name in names):
         state = {name: state[name] for name in names}
     for prefix in PREFIXES * 2:
         if model is not None and state.keys() <= model.state_dict().keys():
@@ -114,11 +118,3 @@ def _described(content: Any) -> str:
     if not isinstance(content, dict):
         return f"a {type(content).__name__}"
     return f"keys {', '.join(map(str, list(content)[:6]))}" if content else "an empty dict"
-
-
-def _unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside DataParallel and its like."""
-    inner = getattr(model, "module", None)
-    if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)) and isinstance(inner, nn.Module):
-        return inner
-    return model

@@ -83,7 +83,6 @@ class _Recorder(TorchFunctionMode):
         return result
 
     def _parameters_by_name(self) -> tuple[list[tuple[str, Tensor]], list[tuple[str, Tensor]]]:
-        """The parameters of the model by their names, those of the layers by the names of the layers."""
         layers = self._layers.items()
         own: list[tuple[str, Tensor]] = [(name, p) for name, layer in layers for p in layer.parameters(recurse=False)]
         return list(self._model.named_parameters()), own

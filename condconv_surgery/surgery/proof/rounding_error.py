@@ -91,8 +91,6 @@ def _difference_in_float64(
 
 
 def _to_float64(nested: Any) -> Any:
-    """Every floating-point tensor of nested arguments as float64, complex ones as complex128."""
-
     def double(leaf: Any) -> Any:
         if isinstance(leaf, Tensor) and leaf.is_complex():
             return leaf.to(torch.complex128)
