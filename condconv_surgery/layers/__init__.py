@@ -9,7 +9,7 @@ from condconv_surgery.layers.equivalent_layers import conditional_like, plain_li
 from condconv_surgery.layers.find_layers import conditional_layers, routers, set_temperature
 from condconv_surgery.layers.odconv import ODConv2d
 from condconv_surgery.layers.routed_block import RoutedBlock, routed_blocks
-from condconv_surgery.layers.router import Router, router_for
+from condconv_surgery.layers.router_base import Router, router_for
 from condconv_surgery.ops.geometry import ConvGeometry
 from condconv_surgery.ops.mixture import Mixture
 

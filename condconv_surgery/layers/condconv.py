@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from condconv_surgery.layers.conditional import ConditionalConv2d
-from condconv_surgery.layers.router import Router, router_for, zero_linear_
+from condconv_surgery.layers.router_base import Router, router_for, zero_linear_
 from condconv_surgery.layers.start_directions import Features, start_linear_
 from condconv_surgery.ops.geometry import ConvGeometry
 from condconv_surgery.ops.mixture import Mixture

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from condconv_surgery.errors import InputError
-from condconv_surgery.layers.router import Router, make_router
+from condconv_surgery.layers.router_base import Router, make_router
 from condconv_surgery.layers.weight_standardisation import WeightStandardisation
 from condconv_surgery.ops.conditional_conv2d import conditional_conv2d
 from condconv_surgery.ops.geometry import ConvGeometry

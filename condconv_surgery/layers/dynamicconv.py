@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from condconv_surgery.layers.conditional import ConditionalConv2d
-from condconv_surgery.layers.router import Router, router_for, temperature_buffer, zero_linear_
+from condconv_surgery.layers.router_base import Router, router_for, temperature_buffer, zero_linear_
 from condconv_surgery.layers.start_directions import Features, outputs_of, standardise_outputs_, start_linear_
 from condconv_surgery.ops.geometry import ConvGeometry
 from condconv_surgery.ops.mixture import Mixture

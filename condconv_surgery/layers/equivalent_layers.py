@@ -12,7 +12,7 @@ from torch import nn
 from condconv_surgery.layers.conditional import LAYERS, ConditionalConv2d
 from condconv_surgery.layers.conditional_linear import ConditionalLinear
 from condconv_surgery.layers.conv2d_subclasses import geometry_of, layer_of_timm
-from condconv_surgery.layers.router import make_router
+from condconv_surgery.layers.router_base import make_router
 from condconv_surgery.layers.weight_standardisation import standardisation_of
 from condconv_surgery.ops.geometry import TF_SAME
 from condconv_surgery.recipe import Variant

@@ -8,7 +8,7 @@ from torch import nn
 
 from condconv_surgery.errors import InputError
 from condconv_surgery.layers.conditional import ConditionalConv2d
-from condconv_surgery.layers.router import Router
+from condconv_surgery.layers.router_base import Router
 from condconv_surgery.recipe import Variant
 
 

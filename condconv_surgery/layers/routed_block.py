@@ -17,7 +17,7 @@ from typing import Any, ClassVar, SupportsIndex
 from torch import nn
 
 from condconv_surgery.layers.graph_code import Forward, GraphCode
-from condconv_surgery.layers.router import Router
+from condconv_surgery.layers.router_base import Router
 
 ROUTER = "router"
 """The name of the router among the block's children."""

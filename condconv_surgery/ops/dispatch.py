@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from condconv_surgery.ops.backend import Backend
+from condconv_surgery.ops.backends.backend_protocol import Backend
 from condconv_surgery.ops.backends.cpp.cpp_backend import CppBackend
 from condconv_surgery.ops.backends.eager import EagerBackend
 from condconv_surgery.ops.backends.triton.triton_backend import TritonBackend

@@ -19,7 +19,7 @@ from condconv_surgery.errors import InputError, listed
 from condconv_surgery.layers import ConditionalConv2d, ConvGeometry
 from condconv_surgery.layers.graph_code import GraphCode
 from condconv_surgery.layers.routed_block import ROUTER, add_block_router
-from condconv_surgery.layers.router import make_router
+from condconv_surgery.layers.router_base import make_router
 from condconv_surgery.recipe import SharedRouter, as_argument
 from condconv_surgery.surgery.block_graph import (
     CONTAINERS,

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from condconv_surgery.errors import InputError
 from condconv_surgery.layers.routed_block import ROUTER, RoutedBlock, remove_block_router
-from condconv_surgery.layers.router import Router
+from condconv_surgery.layers.router_base import Router
 from condconv_surgery.recipe import Upcycling, Variant
 from condconv_surgery.surgery.block_graph import BlockError
 from condconv_surgery.surgery.block_routing import route_block

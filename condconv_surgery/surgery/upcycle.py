@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from condconv_surgery.errors import InputError
 from condconv_surgery.layers import ConditionalConv2d, Router, conditional_like
-from condconv_surgery.layers.router import router_class
+from condconv_surgery.layers.router_base import router_class
 from condconv_surgery.layers.start_directions import Features, assumed_features
 from condconv_surgery.recipe import Upcycling, Variant
 from condconv_surgery.surgery.observe.pooled_features import FEWEST_IMAGES

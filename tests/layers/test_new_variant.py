@@ -19,7 +19,7 @@ from torch import nn
 import condconv_surgery as cs
 from condconv_surgery.errors import InputError
 from condconv_surgery.layers import ConditionalConv2d, conditional_layers, conditional_like, routed_blocks
-from condconv_surgery.layers.router import ROUTERS
+from condconv_surgery.layers.router_base import ROUTERS
 from condconv_surgery.recipe import VARIANTS, CondConv, UnknownVariantError, Variant, make_variant, variant
 from tests.variant_cases import scramble
 

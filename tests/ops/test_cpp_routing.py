@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn.utils import parametrizations, parametrize
 
 from condconv_surgery.layers import ConvGeometry
-from condconv_surgery.layers.router import Router, make_router
+from condconv_surgery.layers.router_base import Router, make_router
 from condconv_surgery.ops.backends import cpp
 from condconv_surgery.ops.backends.cpp import compile as building
 from condconv_surgery.ops.backends.cpp.cpp_routing import pool

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from condconv_surgery.layers import Mixture, conditional_like
 from condconv_surgery.ops import dispatch
-from condconv_surgery.ops.backend import Backend
+from condconv_surgery.ops.backends.backend_protocol import Backend
 from condconv_surgery.ops.backends.eager import EagerBackend
 from condconv_surgery.ops.choose_implementation import choose
 from condconv_surgery.ops.geometry import ConvArguments, ConvGeometry

@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 pytest.importorskip("triton")
 
 from condconv_surgery.layers import conditional_like
-from condconv_surgery.layers.router import Router
+from condconv_surgery.layers.router_base import Router
 from condconv_surgery.ops.backends.triton import availability
 from condconv_surgery.ops.backends.triton import pooling_kernels as pooling
 from condconv_surgery.ops.backends.triton import router_kernels as gates

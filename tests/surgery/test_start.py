@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import condconv_surgery as cs
 from condconv_surgery.errors import InputError
 from condconv_surgery.layers import conditional_layers, routers, set_temperature
-from condconv_surgery.layers.router import ROUTERS
+from condconv_surgery.layers.router_base import ROUTERS
 from condconv_surgery.layers.start_directions import Features, directions
 from condconv_surgery.recipe import VARIANTS, CondConv, DynamicConv, ODConv, Upcycling, Variant
 from condconv_surgery.surgery.upcycle import start_of

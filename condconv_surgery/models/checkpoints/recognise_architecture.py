@@ -17,7 +17,7 @@ from torch import nn
 
 from condconv_surgery.errors import InputError
 from condconv_surgery.layers import ConditionalConv2d, ConditionalLinear
-from condconv_surgery.layers.router import Router
+from condconv_surgery.layers.router_base import Router
 from condconv_surgery.models.artifact.meta_init import build_on_meta
 from condconv_surgery.models.artifact.skeleton import describe
 from condconv_surgery.models.build_model import replace_heads

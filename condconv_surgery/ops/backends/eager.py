@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from condconv_surgery.ops.backend import Backend
+from condconv_surgery.ops.backends.backend_protocol import Backend
 from condconv_surgery.ops.geometry import ConvArguments, ConvGeometry
 from condconv_surgery.ops.large_pages import in_large_pages
 from condconv_surgery.ops.mixture import Mixture

@@ -10,7 +10,7 @@ from torch.nn.parameter import is_lazy
 
 from condconv_surgery.errors import InputError
 from condconv_surgery.layers import ConditionalConv2d, ConditionalLinear
-from condconv_surgery.layers.router import Router
+from condconv_surgery.layers.router_base import Router
 from condconv_surgery.ops.mixture import Mixture
 from condconv_surgery.reporting.measure.cost_table import Layer, Macs, Profile
 from condconv_surgery.reporting.measure.count_macs import Counts, ModuleCount, count

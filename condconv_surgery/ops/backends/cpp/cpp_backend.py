@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from condconv_surgery.ops.backend import Backend
+from condconv_surgery.ops.backends.backend_protocol import Backend
 from condconv_surgery.ops.backends.cpp import cpp_convolution, cpp_routing
 from condconv_surgery.ops.geometry import ConvArguments, ConvGeometry
 from condconv_surgery.ops.mixture import Mixture, same_kernel_for_all

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from condconv_surgery.ops.autocast import is_autocast_on
-from condconv_surgery.ops.backend import Backend
+from condconv_surgery.ops.backends.backend_protocol import Backend
 from condconv_surgery.ops.backends.triton import fast_path, triton_convolution, triton_routing
 from condconv_surgery.ops.geometry import ConvArguments, ConvGeometry
 from condconv_surgery.ops.mixture import Mixture

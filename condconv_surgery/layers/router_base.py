@@ -1,4 +1,4 @@
-"""Routers: from the features of a layer or block to the ``Mixture`` of each sample; one class for each variant."""
+"""What every router has (``Router``) and the registry; the router of a variant stands in the file of the variant."""
 
 from __future__ import annotations
 
