@@ -85,6 +85,7 @@ def registered(backend: Backend) -> Iterator[None]:
 
 @pytest.mark.parametrize("variant", [CondConv(experts=3), ODConv(experts=3), DynamicConv(experts=3)], ids=str)
 def test_a_fourth_backend_is_one_class_and_one_call(variant: Variant, fourth: FourthBackend) -> None:
+    torch.manual_seed(0)
     layer = conditional_like(nn.Conv2d(6, 10, 3, padding=1), variant).eval()
     scramble(layer)
     layer.implementation = "blockwise"
@@ -97,8 +98,8 @@ def test_a_fourth_backend_is_one_class_and_one_call(variant: Variant, fourth: Fo
     layer.float()
     dispatch.unregister_backend(fourth)
     expected = [layer(x), *torch.autograd.grad(layer(x).square().sum(), leaves)]
-    for a, e in zip(found, expected, strict=True):
-        torch.testing.assert_close(a, e, rtol=1e-4, atol=1e-5)
+    for a, e in zip(found, expected, strict=True):  # float32 sums round in proportion to their largest terms
+        torch.testing.assert_close(a, e, rtol=1e-4, atol=1e-5 * max(1.0, float(e.detach().abs().max())))
 
 
 class FastBackend(FourthBackend):
