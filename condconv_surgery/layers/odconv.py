@@ -64,15 +64,15 @@ class ODConvRouter(Router):
         self.weight_factor = 2.0 ** sum(part is not None for part in (self.channel, self.filter, self.spatial))
 
     def mix(self, pooled: Tensor) -> Mixture:
-        heads = [self.channel, self.filter, self.spatial, self.kernel]
+        heads = self._heads()
         z, widths = _outputs([head for head in heads if head is not None], self._hidden(pooled))
         z = z / self.temperature  # [B, I + O + kh*kw + E]
-        gate = None if self.kernel is None else torch.softmax(z[:, -widths[-1] :], dim=1)
+        gate = None if heads[-1] is None else torch.softmax(z[:, -widths[-1] :], dim=1)
         scales = list((2.0 * torch.sigmoid(z)).split_with_sizes(widths, 1))
         return self.mixture_of([*(None if head is None else scales.pop(0) for head in heads[:3]), gate])
 
     def fusable_form(self) -> Attention:
-        heads = [self.channel, self.filter, self.spatial, self.kernel]
+        heads = self._heads()
         return Attention(self.reduce, self.norm, self.activation == "relu", heads, self.temperature)
 
     def mixture_of(self, parts: list[Tensor | None]) -> Mixture:
@@ -107,6 +107,11 @@ class ODConvRouter(Router):
         hidden = F.relu(hidden) if self.activation == "relu" else hidden
         start_linear_(self.kernel, features._replace(values=hidden), spread, generator)
 
+    def _heads(self) -> list[nn.Module | None]:
+        """Of channels, filters, positions and experts; None where there is none."""
+        modules = self._modules  # an attribute lookup of a module takes ten times as long
+        return [modules.get("channel"), modules.get("filter"), modules.get("spatial"), modules.get("kernel")]
+
     def _hidden(self, pooled: Tensor) -> Tensor:
         h = self.reduce(pooled)
         if self.norm is not None:
@@ -123,7 +128,7 @@ class ODConv2d(ConditionalConv2d[ODConv]):
     variant_class = ODConv
 
 
-def _outputs(heads: list[nn.Linear], h: Tensor) -> tuple[Tensor, list[int]]:
+def _outputs(heads: list[nn.Module], h: Tensor) -> tuple[Tensor, list[int]]:
     """The outputs of all heads side by side, and their widths.
 
     Bare ones are one matrix product: at batch 1 a small operator costs more than the copy of its weights. Anything else
@@ -137,7 +142,7 @@ def _outputs(heads: list[nn.Linear], h: Tensor) -> tuple[Tensor, list[int]]:
             return torch.cat(outputs, dim=1), [output.shape[1] for output in outputs]
         weights.append(weight)
         biases.append(bias)
-    return F.linear(h, torch.cat(weights), torch.cat(biases)), [head.out_features for head in heads]
+    return F.linear(h, torch.cat(weights), torch.cat(biases)), [len(weight) for weight in weights]
 
 
 def _norm_any_batch(norm: nn.Module, h: Tensor) -> Tensor:
