@@ -102,6 +102,9 @@ def plan(
     patterns, names = (patterns_of(include), patterns_of(exclude)), (patterns_of(blocks), patterns_of(subclasses))
     selection = Selection(*patterns, min_channels, skip_stem, skip_pooled, classifier, *names)
     _require_variant(variant)
+    if selection.blocks and variant.routing != "block":
+        fix = 'routing="block"'
+        raise InputError(f"blocks= without {fix}.", "It names blocks that share a router.", fix)
     _require_tolerance(tolerance)
     inner = accept(model, inplace=inplace, prove=prove)
     wrapper = "" if inner is model else type(model).__name__

@@ -63,9 +63,6 @@ class Job:
         made = select(find_sites(model, self.arguments), selection, source, originals)
         if self.variant.routing == "block":
             made = share_routers(model, made, self.arguments, selection.blocks)
-        elif selection.blocks:
-            fix = 'routing="block"'
-            raise InputError(f"blocks= without {fix}.", "It names blocks that share a router.", fix)
         names = {skip.name for skip in not_lifted}
         return replace(made, skipped=(*(skip for skip in made.skipped if skip.name not in names), *not_lifted))
 

@@ -13,7 +13,7 @@ from condconv_surgery.ops.router_forms import RouterForm
 
 
 class Backend(Protocol):
-    """One way to compute conditional convolutions: eager torch, C++, Triton.
+    """A peer that computes conditional convolutions: eager torch, C++, Triton.
 
     Subclass it, define ``name``, ``supports``, ``convolve`` and ``backward``, and override of the rest what the backend
     has. ``ops.dispatch.register_backend`` adds it. No method may compare the batch with anything but 0 and 1, so that

@@ -12,7 +12,7 @@ from condconv_surgery.ops.mixture import Mixture
 
 
 class Implementation(Protocol):
-    """One way to compute a per-sample convolution. All are the same function (``Mixture``); they differ in cost.
+    """Computes a per-sample convolution. All implementations are the same function (``Mixture``); they differ in cost.
 
     exportable: made of torch's operators, for any batch, so that an exported program runs without this package.
     chosen_on_cpu, chosen_on_gpu: worth an estimate there (``ops.choose_implementation``). scales_kernels: it can take
