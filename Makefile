@@ -16,8 +16,11 @@ SITE := site
 OLDEST_VENV := .venv-oldest
 OLDEST_INSTALLED := $(OLDEST_VENV)/.installed
 OLDEST_PIP := $(OLDEST_VENV)/bin/pip --disable-pip-version-check
-# Python 3.10 from PATH or pyenv; else the Python at hand, so that at least the oldest torch is tested
-OLDEST_PYTHON ?= $(firstword $(shell command -v python3.10) $(wildcard $(HOME)/.pyenv/versions/3.10.*/bin/python3.10) $(PYTHON))
+# The first Python 3.10 of PATH or pyenv that starts (a shim of pyenv may not); else the Python at hand, so that at
+# least the oldest torch is tested
+OLDEST_CANDIDATES := python3.10 $(wildcard $(HOME)/.pyenv/versions/3.10.*/bin/python3.10) $(PYTHON)
+OLDEST_PYTHON ?= $(shell for python in $(OLDEST_CANDIDATES); do \
+	"$$python" -c 'import ensurepip' 2>/dev/null && echo "$$python" && break; done)
 
 .PHONY: demo test fast docs oldest clean
 
