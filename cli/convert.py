@@ -26,7 +26,9 @@ def convert(
     ctx: typer.Context,
     model: Annotated[
         str,
-        typer.Argument(help="torchvision:NAME, timm:NAME, a file (.pt, .safetensors) or pkg.mod:factory."),
+        typer.Argument(
+            help="torchvision:NAME, timm:NAME, condconv:mobilenet_v1, a file (.pt, .safetensors) or pkg.mod:factory."
+        ),
     ],
     output: Annotated[Path | None, typer.Option("-o", "--output", help="The artifact to write (.safetensors).")] = None,
     variant: Annotated[str, typer.Option(help=f"Conditional convolution: {', '.join(VARIANTS)}.")] = "condconv",

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from condconv_surgery import native
     from condconv_surgery.layers import set_temperature
     from condconv_surgery.models.artifact.save_load import load, save
+    from condconv_surgery.models.mobilenet_v1 import mobilenet_v1
     from condconv_surgery.models.sources import load_model
     from condconv_surgery.reporting import report
     from condconv_surgery.surgery import Conversion, Plan, convert, plan
@@ -37,6 +38,7 @@ _LAZY = {
     "finetune": "condconv_surgery.training",
     "load": "condconv_surgery.models.artifact.save_load",
     "load_model": "condconv_surgery.models.sources",
+    "mobilenet_v1": "condconv_surgery.models.mobilenet_v1",
     "plan": "condconv_surgery.surgery",
     "report": "condconv_surgery.reporting",
     "save": "condconv_surgery.models.artifact.save_load",
@@ -61,6 +63,7 @@ __all__ = [
     "finetune",
     "load",
     "load_model",
+    "mobilenet_v1",
     "native",
     "plan",
     "report",

@@ -6,6 +6,7 @@ from torch import nn
 
 from condconv_surgery.layers import conditional_like
 from condconv_surgery.layers.conv2d_subclasses import geometry_of
+from condconv_surgery.models.condconv_source import CONDCONV
 from condconv_surgery.models.factory_source import FACTORY, require_trusted
 from condconv_surgery.models.source_registry import builder_for, checked_model, register_source
 from condconv_surgery.models.timm_source import TIMM
@@ -13,7 +14,7 @@ from condconv_surgery.models.torchvision_source import TORCHVISION
 from condconv_surgery.recipe import ConvertedLayer, Source
 from condconv_surgery.surgery.upcycle import move_hooks
 
-for _source in (FACTORY, TIMM, TORCHVISION):
+for _source in (FACTORY, CONDCONV, TIMM, TORCHVISION):
     register_source(_source)
 
 

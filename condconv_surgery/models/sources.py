@@ -49,8 +49,8 @@ def load_model(
     >>> model.fc.out_features
     10
 
-    source: ``torchvision:NAME``, ``timm:NAME``, ``package.module:factory``, an artifact (``save``), a file with a state
-        dict or a pickled module, or what was added by ``register_source``.
+    source: ``torchvision:NAME``, ``timm:NAME``, ``condconv:NAME`` (``mobilenet_v1``), ``package.module:factory``, an
+        artifact (``save``), a file with a state dict or a pickled module, or what was added by ``register_source``.
     arch: the architecture of a state dict that is not recognised, as ``torchvision:NAME``, ``timm:NAME`` or
         ``package.module:factory``.
     weights: for a name: ``"default"`` (the library's pretrained ones), ``"none"`` (random) or a file.

@@ -1,4 +1,4 @@
-"""``python -m tests.sweep torchvision timm -o rows.jsonl --table docs/reference/models.md``.
+"""``python -m tests.sweep torchvision timm condconv -o rows.jsonl --table docs/reference/models.md``.
 
 Each model runs in a process of its own, one at a time; its row is appended to the file at once, and a model that has a
 row there is not run again.
@@ -15,10 +15,10 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from tests.sweep.markdown_table import to_markdown
-from tests.sweep.model_list import Case, timm_cases, torchvision_cases
+from tests.sweep.model_list import Case, condconv_cases, timm_cases, torchvision_cases
 from tests.sweep.run_trials import read_rows, run
 
-LIBRARIES = {"torchvision": torchvision_cases, "timm": timm_cases}
+LIBRARIES = {"torchvision": torchvision_cases, "timm": timm_cases, "condconv": condconv_cases}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

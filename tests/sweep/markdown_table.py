@@ -17,7 +17,8 @@ def to_markdown(rows: list[Row]) -> str:
     libraries: dict[str, list[Row]] = {}
     for row in rows:
         libraries.setdefault(row.source.partition(":")[0], []).append(row)
-    versions = ", ".join(f"{name} {version(name)}" for name in ("torch", *libraries))
+    packages = ["torch", *(name for name in libraries if name != "condconv")]
+    versions = ", ".join(f"{name} {version(name)}" for name in packages)
     parts = [
         "# Models tried\n",
         f"Written by `python -m tests.sweep {' '.join(libraries)} -o rows.jsonl --table docs/reference/models.md` with "

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from condconv_surgery.models.artifact.meta_init import build_on_meta
 from condconv_surgery.models.build_model import build
+from condconv_surgery.models.condconv_source import WIDTHS
 from condconv_surgery.models.sources import load_model
 from condconv_surgery.recipe import Recipe, Source, attach_recipe
 
@@ -33,7 +34,7 @@ ALL_BOXES = {"score_thresh": 0.0}
 
 @dataclass(frozen=True)
 class Case:
-    """One model. source: ``torchvision:NAME`` or ``timm:NAME``; options: of its factory; kind: what it is for."""
+    """One model. source: ``LIBRARY:NAME``; options: of its factory; kind: what it is for."""
 
     source: str
     kind: str = "classification"
@@ -67,6 +68,11 @@ def timm_cases() -> list[Case]:
     for name in timm.list_models():
         families.setdefault(timm.model_entrypoint(name).__module__, []).append(name)
     return [Case(f"timm:{_smallest(names)}", family.rpartition(".")[2]) for family, names in sorted(families.items())]
+
+
+def condconv_cases() -> list[Case]:
+    """The networks that this package defines."""
+    return [Case(f"condconv:{name}") for name in WIDTHS]
 
 
 def inputs_of(case: Case, model: nn.Module) -> Iterator[tuple[Any, ...]]:

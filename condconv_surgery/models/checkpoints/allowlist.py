@@ -30,6 +30,7 @@ LAYER_MODULES = (
     "torchvision.transforms",
     "timm.layers",
     "timm.models",
+    "condconv_surgery.models.mobilenet_v1",
 )
 """Modules and packages that define layer classes."""
 

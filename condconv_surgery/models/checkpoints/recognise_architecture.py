@@ -21,6 +21,7 @@ from condconv_surgery.layers.router_base import Router
 from condconv_surgery.models.artifact.meta_init import build_on_meta
 from condconv_surgery.models.artifact.skeleton import describe
 from condconv_surgery.models.build_model import replace_heads
+from condconv_surgery.models.condconv_source import WIDTHS
 from condconv_surgery.recipe import Source
 
 Shapes = dict[str, tuple[int, ...]]
@@ -30,7 +31,7 @@ VARIATIONS: tuple[dict[str, Any], ...] = ({}, {"aux_logits": False}, {"aux_loss"
 
 
 def recognise(shapes: Shapes, timm_names: list[str] | None = None) -> Source:
-    """The one torchvision model, else timm model, with these tensors; the head's shape gives the number of classes.
+    """The one torchvision, else own, else timm model with these tensors; the head's shape gives the number of classes.
 
     timm_names: the only candidates, where the layout of the file restricts them.
 
@@ -38,7 +39,11 @@ def recognise(shapes: Shapes, timm_names: list[str] | None = None) -> Source:
     """
     shapes = _comparable(shapes)
     if timm_names is None:
-        matches = _matches(shapes, "torchvision", _torchvision_families()) or _matches(shapes, "timm", _timm_families())
+        matches = (
+            _matches(shapes, "torchvision", _torchvision_families())
+            or _matches(shapes, "condconv", {"": list(WIDTHS)})
+            or _matches(shapes, "timm", _timm_families())
+        )
     else:
         matches = _matches(shapes, "timm", {"": timm_names})
     if len(matches) == 1:
