@@ -16,6 +16,7 @@ from condconv_surgery.ops.conditional_conv2d import conditional_conv2d
 from condconv_surgery.ops.geometry import ConvGeometry
 from condconv_surgery.ops.graph_node import as_node, is_traced
 from condconv_surgery.ops.mixture import Mixture
+from condconv_surgery.ops.tracing_state import is_jit_traced
 from condconv_surgery.recipe import Variant
 
 if TYPE_CHECKING:
@@ -152,7 +153,7 @@ class ConditionalConv2d(nn.Module, Generic[V]):
             return node
         if input.dim() == 3:
             return self.forward(input.unsqueeze(0), mixture).squeeze(0)
-        if input.dim() != 4 or input.shape[1] != self.geometry.in_channels:
+        if input.dim() != 4 or (not is_jit_traced() and input.shape[1] != self.geometry.in_channels):
             raise InputError(
                 f"{type(self).__name__} was given an input of shape {tuple(input.shape)}.",
                 f"It takes [B, {self.geometry.in_channels}, H, W] or [{self.geometry.in_channels}, H, W].",

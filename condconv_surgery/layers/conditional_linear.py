@@ -10,6 +10,7 @@ from condconv_surgery.layers.conditional import ConditionalConv2d
 from condconv_surgery.ops.conditional_conv2d import conditional_conv2d
 from condconv_surgery.ops.graph_node import as_node, is_traced
 from condconv_surgery.ops.mixture import Mixture
+from condconv_surgery.ops.tracing_state import is_jit_traced
 from condconv_surgery.recipe import Variant
 
 
@@ -39,14 +40,13 @@ class ConditionalLinear(ConditionalConv2d[Variant]):
             return node
         if input.dim() == 1:
             return self.forward(input.unsqueeze(0), mixture).squeeze(0)
-        if input.shape[-1] != self.in_features:
+        if not is_jit_traced() and input.shape[-1] != self.in_features:
             raise InputError(
                 f"{type(self).__name__} was given an input of shape {tuple(input.shape)}.",
                 f"Its last dimension must be {self.in_features}.",
             )
-        middle = input.shape[1:-1]
-        flat = input.reshape(input.shape[0], middle.numel(), self.in_features)
+        flat = input.unsqueeze(1) if input.dim() == 2 else input.flatten(1, -2)  # [B, N, I]
         tokens = flat.transpose(1, 2).unsqueeze(-1)  # [B, I, N, 1]
         mixture = self.route(tokens) if mixture is None else mixture
         y = conditional_conv2d(tokens, self.weight, self.bias, mixture, self.geometry, self.implementation)
-        return y.squeeze(-1).transpose(1, 2).reshape(input.shape[0], *middle, self.out_features)
+        return y.squeeze(-1).transpose(1, 2).reshape(*input.shape[:-1], self.out_features)

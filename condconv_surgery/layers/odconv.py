@@ -13,6 +13,8 @@ of a trained kernel.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -135,6 +137,7 @@ def _outputs(heads: list[nn.Module], h: Tensor) -> tuple[Tensor, list[int]]:
     (hooks, adapters, quantised or sharded weights) is called.
     """
     weights, biases = [], []
+    widths: list[Any] = []
     for head in heads:  # a loop, since a generator takes as long as a small operator
         weight, bias = bare_linear_parts(head) or (None, None)
         if weight is None or bias is None:
@@ -142,7 +145,8 @@ def _outputs(heads: list[nn.Module], h: Tensor) -> tuple[Tensor, list[int]]:
             return torch.cat(outputs, dim=1), [output.shape[1] for output in outputs]
         weights.append(weight)
         biases.append(bias)
-    return F.linear(h, torch.cat(weights), torch.cat(biases)), [len(weight) for weight in weights]
+        widths.append(head.out_features)  # torch.jit.trace would record the length of a weight
+    return F.linear(h, torch.cat(weights), torch.cat(biases)), widths
 
 
 def _norm_any_batch(norm: nn.Module, h: Tensor) -> Tensor:

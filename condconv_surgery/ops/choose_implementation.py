@@ -39,6 +39,17 @@ def choose(x: Tensor, experts: Tensor, mixture: Mixture, geometry: ConvGeometry)
     return _choices.get(key) or memoize(_choices, key, _cheapest(names, x, experts, mixture, geometry))
 
 
+def choose_for_jit_trace(implementation: str, mixture: Mixture, geometry: ConvGeometry) -> str:
+    """The name of an implementation that computes every batch, whatever the batch of the example.
+
+    implementation: that of the layer, which stays if it does. No estimate: it would compare sizes that are recorded.
+    """
+    legal = [name for name in legal_implementations(2, mixture, geometry) if IMPLEMENTATIONS[name].jit_traceable]
+    if implementation in legal:
+        return implementation
+    return next(name for name in ("static", "bmm", "unfold") if name in legal)
+
+
 def candidates(mixture: Mixture, geometry: ConvGeometry, exporting: bool, on_cpu: bool = True) -> list[str]:
     """The implementations among which ``choose`` chooses for a batch of two or more.
 

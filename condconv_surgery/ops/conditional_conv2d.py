@@ -6,12 +6,13 @@ from torch import Tensor
 
 from condconv_surgery.errors import InputError
 from condconv_surgery.ops.autocast import autocast
-from condconv_surgery.ops.choose_implementation import choose
+from condconv_surgery.ops.choose_implementation import choose, choose_for_jit_trace
 from condconv_surgery.ops.cost_model import scales_belong_in_the_kernel
 from condconv_surgery.ops.dispatch import applies_scales, fast_convolve
 from condconv_surgery.ops.geometry import ConvGeometry
 from condconv_surgery.ops.implementations import IMPLEMENTATIONS, legal_implementations, why_not
 from condconv_surgery.ops.mixture import Mixture
+from condconv_surgery.ops.tracing_state import is_jit_traced
 
 
 def conditional_conv2d(
@@ -33,7 +34,9 @@ def conditional_conv2d(
         if y is not None:
             return _with_bias(y, bias, mixture)
     x = autocast(x)  # autocast has no rule for our custom operator
-    if implementation == "auto":
+    if is_jit_traced():
+        implementation = choose_for_jit_trace(implementation, mixture, geometry)
+    elif implementation == "auto":
         implementation = choose(x, experts, mixture, geometry)
     else:
         implementation = _checked(implementation, x, mixture, geometry)

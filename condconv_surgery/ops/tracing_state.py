@@ -36,6 +36,12 @@ def is_exporting() -> bool:
     return torch.compiler.is_exporting() and bool(getattr(torch.compiler, "_is_exporting_flag", True))
 
 
+def is_jit_traced() -> bool:
+    """Whether ``torch.jit.trace`` records, or an exporter that is built on it: sizes become part of the program only
+    as arguments of operators, and what Python decides by them is decided for every later call."""
+    return not torch.compiler.is_compiling() and bool(torch._C._is_tracing())
+
+
 def _is_intercepting(position: int) -> bool:
     """Whether a mode sees our operators. That of ``torch.set_default_device`` changes only calls that make tensors."""
     return not isinstance(torch._C._get_function_stack_at(position), torch.utils._device.DeviceContext)

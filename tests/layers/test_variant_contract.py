@@ -247,3 +247,30 @@ def test_a_model_can_read_the_geometry_off_its_layer(variant: Variant) -> None:
         assert getattr(layer, name) == getattr(plain, name)
     with pytest.raises(AttributeError, match="no attribute 'no_such_name'"):
         _ = layer.no_such_name
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:FutureWarning", "ignore:`torch.jit:DeprecationWarning")
+@variants
+@pytest.mark.parametrize("name", GEOMETRIES)
+def test_a_jit_trace_of_one_image_computes_every_batch(variant: Variant, name: str) -> None:
+    """A ``TracerWarning`` would fail the test too: nothing is decided by a recorded size."""
+    layer = make(variant, name).double().eval()
+    x = torch.randn(4, layer.geometry.in_channels, 11, 9, dtype=torch.float64)
+    for implementation in ("auto", "plain"):
+        layer.implementation = implementation
+        with torch.no_grad():
+            traced = torch.jit.trace(layer, (x[:1],))
+        layer.implementation = "auto"
+        for batch in (1, 2, 4):
+            torch.testing.assert_close(traced(x[:batch]), layer(x[:batch]), rtol=0, atol=1e-11)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:FutureWarning", "ignore:`torch.jit:DeprecationWarning")
+@pytest.mark.parametrize("shape", [(8,), (3, 8), (2, 3, 8)], ids=str)
+def test_a_jit_trace_of_a_linear_layer_computes_every_batch(shape: tuple[int, ...]) -> None:
+    layer = conditional_like(nn.Linear(8, 5), CondConv(experts=4)).double().eval()
+    scramble(layer)
+    with torch.no_grad():
+        traced = torch.jit.trace(layer, (torch.randn(1, *shape, dtype=torch.float64),))
+    x = torch.randn(4, *shape, dtype=torch.float64)
+    torch.testing.assert_close(traced(x), layer(x), rtol=0, atol=1e-11)

@@ -19,6 +19,7 @@ from condconv_surgery.ops.per_sample.per_sample_conv import (
     format_of,
     is_stacked,
 )
+from condconv_surgery.ops.tracing_state import is_jit_traced
 
 
 class EagerBackend(Backend):
@@ -102,7 +103,7 @@ class EagerBackend(Backend):
 
         A sum of half-precision values can leave their range.
         """
-        if x.dtype in (torch.float16, torch.bfloat16):
+        if x.dtype in (torch.float16, torch.bfloat16) or is_jit_traced():  # 1 / (H * W) would be a float32 tensor
             return x.mean(dim=(2, 3))
         return x.sum(dim=(2, 3)) * (1.0 / (x.shape[2] * x.shape[3]))
 
