@@ -8,6 +8,7 @@ from torch import nn
 
 from condconv_surgery.errors import InputError
 from condconv_surgery.layers.conditional import ConditionalConv2d
+from condconv_surgery.layers.routed_block import RoutedBlock
 from condconv_surgery.layers.router_base import Router
 from condconv_surgery.recipe import Variant
 
@@ -30,6 +31,19 @@ def routers(model: nn.Module) -> dict[str, Router]:
     """Every router of a model once, by the first name of the conditional layer or block that holds it."""
     modules = model.named_modules()
     return {name.rpartition(".")[0]: module for name, module in modules if isinstance(module, Router)}
+
+
+def routed_layers(model: nn.Module) -> dict[str, list[ConditionalConv2d[Variant]]]:
+    """The conditional layers that use the mixture of each router, by the router's name as in ``routers``."""
+    layers = conditional_layers(model)
+    found: dict[str, list[ConditionalConv2d[Variant]]] = {}
+    for name in routers(model):
+        block = model.get_submodule(name)
+        names = (
+            [f"{name}.{inner}" for inner in block.block_routing.layers] if isinstance(block, RoutedBlock) else [name]
+        )
+        found[name] = [layers[own] for own in names if own in layers]
+    return found
 
 
 def set_temperature(model: nn.Module, value: float) -> int:

@@ -9,6 +9,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+CONSTANT_KERNEL = 0.01
+"""Mixed kernels that differ by less than this fraction between images are as good as one kernel."""
+
 
 def shares(gate: Tensor) -> Tensor:
     """``gate[b,e] / sum_e gate[b,e]``: [B, E] -> [B, E], in the dtype of ``gate``. Zeros where all gates are zero."""
@@ -30,3 +33,16 @@ def total_variation(gate: Tensor) -> Tensor:
     For gates that sum to 1 it is the mean distance in total variation from the mean gates, at most 1 - 1/E.
     """
     return 0.5 * (gate - gate.mean(0)).abs().sum(1).mean()
+
+
+def kernel_variation(covariance: Tensor, mean: Tensor, experts: Tensor) -> float:
+    """How much the mixed kernels ``W_b = sum_e gate[b,e] W_e`` differ between images, relative to their mean.
+
+        sqrt( mean_b |W_b - W|^2 / |W|^2 ),  W = mean_b W_b,  from the covariance [E, E] and the mean [E] of the gates
+
+    0 for constant gates, and for gates with a constant sum when all experts [E, ...] are equal.
+    """
+    kernels = experts.detach().flatten(1).to(covariance)
+    products = kernels @ kernels.T  # [E, E]
+    size = (mean @ products @ mean).clamp_min(torch.finfo(products.dtype).tiny)
+    return float(((covariance * products).sum().clamp_min(0.0) / size).sqrt())

@@ -25,6 +25,7 @@ from condconv_surgery.training.distributed.world import World
 from condconv_surgery.training.evaluation import score
 from condconv_surgery.training.learner import Learner
 from condconv_surgery.training.monitor.callback import Callback
+from condconv_surgery.training.monitor.expert_use import ExpertUse, without_effect
 from condconv_surgery.training.monitor.run_metrics import Meter, temperature_of
 from condconv_surgery.training.monitor.training_curves import draw_curves
 from condconv_surgery.training.monitor.unused_options import unused_options
@@ -64,6 +65,7 @@ class Run:
         self.black = torch.zeros(1, spec.channels, spec.height, spec.width, device=world.device)
         self.unreadable = UnreadableImages(options.data.max_bad, world=world, note=callback.note)
         self.progress = Progress()
+        self.uses: dict[str, ExpertUse] = {}
         self.meter = Meter(world.device, options.schedule.epochs, self.data.order.steps)
 
     def begin(self, resume: bool) -> None:
@@ -118,6 +120,8 @@ class Run:
             if scores is None:
                 return self.stopped()
             self.end_epoch(scores)
+        if note := without_effect(self.learner.scored, self.uses):
+            self.callback.note(note)
         if self.world.is_first:
             draw_curves(read_rows(self.folder / METRICS), self.folder / CURVES)
         return self.result()
@@ -187,8 +191,8 @@ class Run:
         )
         if scored is None:
             return None
-        scores, uses = scored
-        self.callback.gates(self.progress.epochs_done + 1, uses)
+        scores, self.uses = scored
+        self.callback.gates(self.progress.epochs_done + 1, self.uses)
         return scores
 
     def save(self) -> None:

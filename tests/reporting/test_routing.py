@@ -71,6 +71,22 @@ def test_verdicts(gates: torch.Tensor, verdict: str, advice: str, static: bool) 
     assert (found.verdict, found.advice, found.static) == (verdict, advice, static)
 
 
+def test_kernels_vary_only_where_gates_and_experts_do() -> None:
+    gates, labels = torch.rand(50, 3, generator=torch.Generator().manual_seed(0)) + 0.1, torch.arange(50) % 2
+    experts = torch.randn(3, 4, 2, 3, 3, generator=torch.Generator().manual_seed(1))
+    mixed = torch.einsum("be,e...->b...", gates, experts).flatten(1)
+    expected = ((mixed - mixed.mean(0)).square().sum(1).mean() / mixed.mean(0).square().sum()).sqrt()
+    found = layer_routing("l", gates, labels, 2, [experts, experts[:, :1]])
+    assert found.kernels is not None
+    assert found.kernels > expected * (1 - 1e-5)
+    assert layer_routing("l", gates, labels, 2, [experts]).kernels == pytest.approx(expected.item(), rel=1e-5)
+    assert not found.static
+    still = gates / gates.sum(1, keepdim=True)
+    equal = layer_routing("l", still, labels, 2, [experts[:1].expand(3, -1, -1, -1, -1)])
+    assert equal.kernels == pytest.approx(0.0, abs=1e-6)
+    assert (equal.static, equal.verdict) == (True, "experts hardly differ: static layer suffices")
+
+
 def test_dead_saturated_and_exciting() -> None:
     gates = torch.tensor([[0.97, 0.03, 0.0], [0.95, 0.04, 0.01], [0.99, 0.01, 0.0]])
     found = layer_routing("l", gates, torch.tensor([0, 0, 1]), 2)

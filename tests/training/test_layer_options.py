@@ -12,8 +12,9 @@ from torch import nn
 from condconv_surgery.data.image_dataset import Batch
 from condconv_surgery.errors import InputError
 from condconv_surgery.layers import conditional_layers
-from condconv_surgery.recipe import CondConv, DynamicConv, ODConv, TrainingOptions, Variant
+from condconv_surgery.recipe import CondConv, DynamicConv, ODConv, TrainingOptions, Upcycling, Variant
 from condconv_surgery.recipe.training_sections import LayerOptions, OptimizerOptions
+from condconv_surgery.surgery.upcycle import start_router
 from condconv_surgery.training.batch_norm import recalibrate
 from condconv_surgery.training.distributed.world import World
 from condconv_surgery.training.gate_regularization import (
@@ -23,7 +24,7 @@ from condconv_surgery.training.gate_regularization import (
     sharpness_loss,
 )
 from condconv_surgery.training.learner import Learner
-from condconv_surgery.training.monitor.expert_use import ExpertUse, ExpertUseMeter
+from condconv_surgery.training.monitor.expert_use import ExpertUse, ExpertUseMeter, without_effect
 from condconv_surgery.training.monitor.unused_options import unused_options
 from condconv_surgery.training.parameter_groups import parameter_groups
 from tests.small_networks import SmallNet, small_net
@@ -198,11 +199,14 @@ def test_the_use_of_experts_is_that_of_all_processes() -> None:
     class Three(World):
         def gather(self, value: object) -> list[object]:
             told = [m.together(World()) for m in (others, meter())]
-            return [value, *({n: (u.share_sum.tolist(), u.entropy_sum, u.count) for n, u in t.items()} for t in told)]
+            return [value, *told]
 
     others = meter(X[6:])
     (together,) = meter(X[:3], X[3:6]).together(Three()).values()
-    (alone,) = meter(X).together(World()).values()
+    ((name, alone),) = meter(X).together(World()).items()
+    experts = model.get_submodule(name).weight
+    assert isinstance(experts, torch.Tensor)
+    assert together.kernel_variation(experts) == pytest.approx(alone.kernel_variation(experts), rel=1e-4)
     assert together.count == alone.count == 8
     assert together.use == pytest.approx(alone.use)
     assert together.entropy == pytest.approx(alone.entropy)
@@ -250,3 +254,22 @@ def test_options_that_meet_nothing_are_reported(variant: Variant | None, words: 
 
 def test_layer_options_are_values() -> None:
     assert replace(LayerOptions(), balance=0.5).balance == 0.5
+
+
+def test_a_note_says_when_routing_has_no_effect() -> None:
+    model = small_net(DynamicConv(experts=4, reduction=1))
+    images = X * torch.linspace(0.1, 4.0, len(X)).view(-1, 1, 1, 1)
+
+    def note() -> str:
+        meter = ExpertUseMeter(model)
+        model.eval()(images)
+        meter.close()
+        return without_effect(model, meter.together(World()))
+
+    assert "the mixed kernels of 1 of 1 layers vary by less than 1%" in note()  # the gates are constant
+    ((name, layer),) = conditional_layers(model).items()
+    start_router(layer.router, layer.geometry.in_channels, Upcycling("softmax", spread=2.0), name, None)
+    layer.weight.data = layer.weight.data[:1].repeat(4, 1, 1, 1, 1)
+    assert "1 of 1 layers" in note()  # the experts are equal
+    layer.weight.data[0].neg_()
+    assert note() == ""

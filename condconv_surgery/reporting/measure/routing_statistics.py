@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -10,6 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from condconv_surgery.layers import gate_statistics
+from condconv_surgery.layers.find_layers import routed_layers
+from condconv_surgery.layers.gate_statistics import CONSTANT_KERNEL
 from condconv_surgery.recipe import InputSpec
 from condconv_surgery.reporting.measure.collect_gates import collect_gates, correct_with_mean_gates
 from condconv_surgery.reporting.measure.report_images import ReportImages
@@ -35,6 +38,8 @@ class LayerRouting:
     entropy: mean over images of H(shares). used: exp H(mean share), the effective number of experts, 1 to E.
     per_image: exp(entropy), the effective number of experts of one image.
     variation: mean distance of an image's gates from the mean, half of sum |g - mean|, 0 (static) to 1.
+    kernels: how much the mixed kernels differ between images (``gate_statistics.kernel_variation``), the largest of the
+        layers of a block; ``None`` where the kernels are unknown.
     information: mutual information of expert and class, H(mean share) minus its mean within classes.
     between: share of the gates' variance that lies between classes, 0 to 1; the rest is within them.
     dead, saturated: indices of experts. top: for each expert, indices of the images that give it the largest shares.
@@ -49,6 +54,7 @@ class LayerRouting:
     used: float
     per_image: float
     variation: float
+    kernels: float | None
     information: float
     between: float
     dead: tuple[int, ...]
@@ -63,6 +69,8 @@ class LayerRouting:
             return f"uses {self.used:.1f} of {n} experts: static layer suffices"
         if self.variation < 0.01:
             return "hardly varies: static layer suffices"
+        if self.kernels is not None and self.kernels < CONSTANT_KERNEL:
+            return "experts hardly differ: static layer suffices"
         if self.dead:
             return f"{len(self.dead)} of {n} experts never used: {n - len(self.dead)} suffice"
         if self.between > 0.5:
@@ -78,8 +86,9 @@ class LayerRouting:
 
     @property
     def static(self) -> bool:
-        """Whether the gates hardly depend on the image: a static layer suffices."""
-        return self.used < 1.2 or self.variation < 0.01
+        """Whether the gates or the mixed kernels hardly depend on the image: a static layer suffices."""
+        hardly_differ = self.kernels is not None and self.kernels < CONSTANT_KERNEL
+        return self.used < 1.2 or self.variation < 0.01 or hardly_differ
 
     def distinct_classes(self, most: int) -> tuple[int, ...]:
         """The ``most`` classes whose mean gates differ most from ``mean``, in class order."""
@@ -167,7 +176,11 @@ def measure_routing(
     logit_of = _logit_of_each_class(images.classes, classes)
     routed = collect_gates(model, images.batches(spec, batch), logit_of)
     comparable = logit_of is not None or (not classes and routed.num_logits == len(images.classes))
-    layers = tuple(layer_routing(n, gates, routed.labels, len(images.classes)) for n, gates in routed.gates.items())
+    weights = {name: [layer.weight for layer in layers] for name, layers in routed_layers(model).items()}
+    layers = tuple(
+        layer_routing(name, gates, routed.labels, len(images.classes), weights.get(name, ()))
+        for name, gates in routed.gates.items()
+    )
     accuracies: tuple[float | None, float | None, float | None] = (None, None, None)
     if comparable:
         static = correct_with_mean_gates(model, images.batches(spec, batch), routed.means, logit_of)
@@ -178,8 +191,10 @@ def measure_routing(
     return Routing(layers, images.classes, len(files), *accuracies, spreads, files, images.held_out)
 
 
-def layer_routing(name: str, gates: Tensor, labels: Tensor, classes: int) -> LayerRouting:
-    """The statistics of ``gates`` [N, E] of images with ``labels`` [N]."""
+def layer_routing(
+    name: str, gates: Tensor, labels: Tensor, classes: int, kernels: Sequence[Tensor] = ()
+) -> LayerRouting:
+    """The statistics of ``gates`` [N, E] of images with ``labels`` [N]. kernels: experts [E, ...] mixed by them."""
     gates = gates.double()
     shares = gate_statistics.shares(gates)
     entropy_of_mean = gate_statistics.entropy(shares.mean(dim=0))
@@ -197,12 +212,18 @@ def layer_routing(name: str, gates: Tensor, labels: Tensor, classes: int) -> Lay
         used=math.exp(float(entropy_of_mean)),
         per_image=math.exp(entropy),
         variation=float(gate_statistics.total_variation(gates)),
+        kernels=max((_kernel_variation(gates, experts_of) for experts_of in kernels), default=None),
         information=max(0.0, float(entropy_of_mean - (weights * gate_statistics.entropy(shares_by_class)).sum())),
         between=_between(gates, labels, weights),
         dead=tuple(i for i in range(experts) if float(shares[:, i].max()) < DEAD / experts),
         saturated=tuple(i for i in range(experts) if float((shares[:, i] > SATURATED).double().mean()) > SATURATED),
         top=tuple(tuple(shares[:, i].topk(min(TOP_IMAGES, len(shares))).indices.tolist()) for i in range(experts)),
     )
+
+
+def _kernel_variation(gates: Tensor, weight: Tensor) -> float:
+    centred = gates - gates.mean(0)
+    return gate_statistics.kernel_variation(centred.T @ centred / len(gates), gates.mean(0), weight.cpu())
 
 
 def _class_means(rows: Tensor, labels: Tensor, classes: int) -> Tensor:

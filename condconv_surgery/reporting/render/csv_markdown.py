@@ -76,14 +76,18 @@ def to_markdown(model: Measurements) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _or_empty(value: float | None) -> str:
+    return "" if value is None else f"{value:.3f}"
+
+
 def _routing_lines(routing: Routing) -> list[str]:
     return [
         "## Routing",
         "",
-        "| layer | used | variation | between classes | verdict |",
-        "|---|---:|---:|---:|---|",
+        "| layer | used | variation | of kernels | between classes | verdict |",
+        "|---|---:|---:|---:|---:|---|",
         *(
-            f"| `{r.name}` | {r.used:.2f} of {r.experts} | {r.variation:.3f} | {r.between:.0%} | {r.verdict} |"
+            f"| `{r.name}` | {r.used:.2f} of {r.experts} | {r.variation:.3f} | {_or_empty(r.kernels)} | {r.between:.0%} | {r.verdict} |"
             for r in routing.layers
         ),
         "",

@@ -42,7 +42,7 @@ def render_profile(profile: Profile, title: str, width: int = WIDTH, cost: Cost 
 def render_routing(routing: Routing, experts: Sequence[Experts] = (), width: int = WIDTH) -> RenderableType:
     """One line per layer: how many experts it uses, how much its gates vary, and the verdict."""
     cosines = {row.name: f"{row.cosine:.2f}" for row in experts}
-    numeric = [(name, True) for name in ("used", "vary", "class", "info", "cos")]
+    numeric = [(name, True) for name in ("used", "vary", "kernels", "class", "cos")]
     headers = [("layer", False), *numeric, ("verdict", False)]
     verdict = max([len(layer.advice) for layer in routing.layers], default=0)
     name = max(12, width - verdict - 32)
@@ -51,8 +51,8 @@ def render_routing(routing: Routing, experts: Sequence[Experts] = (), width: int
             shortened(layer.name, name),
             f"{layer.used:.1f}/{layer.experts}",
             f"{layer.variation:.3f}",
+            "" if layer.kernels is None else f"{layer.kernels:.3f}",
             f"{layer.between:.0%}",
-            f"{layer.information:.2f}",
             cosines.get(layer.name, ""),
             Text(layer.advice, style="dim" if layer.static else "green"),
         ]
@@ -60,7 +60,8 @@ def render_routing(routing: Routing, experts: Sequence[Experts] = (), width: int
     ]
     key = (
         "used: effective number of experts. vary: mean distance of an image's gates from the mean gates. "
-        "class: share of the variance that the class explains. info: mutual information of expert and class, nats. "
+        "kernels: difference of an image's mixed kernel from the mean kernel, relative to it. "
+        "class: share of the gates' variance that the class explains. "
         "cos: mean cosine between experts."
     )
     verdict_line = Text(routing.verdict, style="bold")
