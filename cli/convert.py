@@ -65,7 +65,7 @@ def convert(
         typer.Option(
             help=f"How experts get their own gradients: {', '.join(STARTS)}; auto is the best of the variant."
         ),
-    ] = "noise",
+    ] = "auto",
     calibration: Annotated[
         Path | None,
         typer.Option("--data", help="Folder of images, without labels, along which routers start (not for noise)."),
@@ -92,6 +92,7 @@ def convert(
     path = None if dry_run else writable(output)
     from condconv_surgery.models.artifact.save_load import save
     from condconv_surgery.models.sources import load_model
+    from condconv_surgery.surgery.upcycle import start_of
 
     say(f"Loading {model} ...")
     original = load_model(
@@ -103,6 +104,7 @@ def convert(
     conversion = _convert(original, layer, selection, upcycling, calibration, tolerance, ctx)
     assert path is not None
     summary = _summary(model, path, layer, conversion)  # before the file: an error here leaves none
+    summary["start"], summary["calibrated"] = start_of(layer, upcycling), calibration is not None
     save(conversion.model, path)
     if as_json:
         print_json(summary)
@@ -256,6 +258,9 @@ def _say_summary(summary: dict[str, Any], conversion: Conversion) -> None:
     say(f"Converted   {converted} of {converted + len(skipped)} layers {how}")
     if summary["routers"] < converted:
         say(f"Routers     {summary['routers']}, {len(conversion.plan.routers)} of them for a whole block")
+    if summary["start"] != "noise":
+        along = "in which the images differ most" if summary["calibrated"] else "drawn at random (--data finds better ones)"
+        say(f"Start       {summary['start']}: equal experts, routers along directions {along}")
     for reason in dict.fromkeys(row["reason"] for row in skipped):
         names = [row["name"] for row in skipped if row["reason"] == reason]
         say(f"Skipped     {listed(names)}: {reason}")

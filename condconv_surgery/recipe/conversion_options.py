@@ -68,13 +68,13 @@ class Upcycling:
         to 1. ``"softmax"`` (DynamicConv, the experts of ODConv): equal experts; any logits, whose softmax sums to 1.
         ``"noise"``: experts ``W + eps_e`` with ``eps`` of zero sum over the experts, and a router at zero. That is a
         saddle: what separates the experts is proportional to how far the router has moved, and the reverse.
-        ``"auto"``: the first of these that the variant supports. Default: noise.
+        ``"auto"``: the first of these that the variant supports.
     spread: standard deviation of the logits over images, before the temperature; not for noise.
     diversity: for noise only, standard deviation of ``eps`` as a fraction of the trained weight's own (0.1).
     seed: of the noise, and of random directions; the same seed gives the same experts.
     """
 
-    start: str = "noise"
+    start: str = "auto"
     spread: float = 1.0
     diversity: float | None = None
     seed: int = 0

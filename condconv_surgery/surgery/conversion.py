@@ -65,7 +65,7 @@ def plan(
     classifier: bool = False,
     blocks: Sequence[str] | None = None,
     subclasses: Sequence[str] | None = None,
-    start: str = "noise",
+    start: str = "auto",
     spread: float = 1.0,
     calibration: Tensor | Iterable[Any] | None = None,
     diversity: float | None = None,
