@@ -103,8 +103,8 @@ def convert(
         return
     conversion = _convert(original, layer, selection, upcycling, calibration, tolerance, ctx)
     assert path is not None
-    summary = _summary(model, path, layer, conversion)  # before the file: an error here leaves none
-    summary["start"], summary["calibrated"] = start_of(layer, upcycling), calibration is not None
+    start = start_of(layer, upcycling) if layer.experts > 1 else None
+    summary = _summary(model, path, layer, conversion, start, calibration is not None)  # an error here leaves no file
     save(conversion.model, path)
     if as_json:
         print_json(summary)
@@ -219,7 +219,9 @@ def _print_plan(plan: ModelPlan) -> None:
         say(f"Note: {note}")
 
 
-def _summary(source: str, path: Path, variant: Variant, conversion: Conversion) -> dict[str, Any]:
+def _summary(
+    source: str, path: Path, variant: Variant, conversion: Conversion, start: str | None, calibrated: bool
+) -> dict[str, Any]:
     from condconv_surgery.recipe import recipe_of
     from condconv_surgery.reporting import profile
 
@@ -231,6 +233,8 @@ def _summary(source: str, path: Path, variant: Variant, conversion: Conversion) 
         "source": recipe.source.name if recipe and recipe.source.name else source,
         "variant": variant.kind,
         "experts": variant.experts,
+        "start": start,
+        "calibrated": calibrated,
         "converted": len(conversion.plan.to_convert),
         "routers": len(conversion.plan.to_convert) - sum(len(router.layers) - 1 for router in conversion.plan.routers),
         "skipped": _skipped(conversion.plan),
@@ -258,8 +262,10 @@ def _say_summary(summary: dict[str, Any], conversion: Conversion) -> None:
     say(f"Converted   {converted} of {converted + len(skipped)} layers {how}")
     if summary["routers"] < converted:
         say(f"Routers     {summary['routers']}, {len(conversion.plan.routers)} of them for a whole block")
-    if summary["start"] != "noise":
-        along = "in which the images differ most" if summary["calibrated"] else "drawn at random (--data finds better ones)"
+    if summary["start"] not in (None, "noise"):
+        along = (
+            "in which the images differ most" if summary["calibrated"] else "drawn at random (--data finds better ones)"
+        )
         say(f"Start       {summary['start']}: equal experts, routers along directions {along}")
     for reason in dict.fromkeys(row["reason"] for row in skipped):
         names = [row["name"] for row in skipped if row["reason"] == reason]

@@ -17,7 +17,8 @@ def scramble(layer: nn.Module, seed: int = 0) -> None:
     generator = torch.Generator().manual_seed(seed)
     for inner in conditional_layers(layer).values():
         if inner.experts > 1 and torch.equal(inner.weight[0], inner.weight[1]):
-            inner.weight.add_(torch.randn(inner.weight.shape, generator=generator).to(inner.weight) * 0.05)
+            noise = torch.randn(inner.weight.shape, generator=generator).to(inner.weight) * 0.05
+            inner.weight.add_(noise - noise.mean(0))  # the mean stays that of the original
     for router in routers(layer).values():
         for parameter in router.parameters():
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.5)

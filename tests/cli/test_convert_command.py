@@ -61,6 +61,8 @@ def test_the_real_mobilenet(condconv, mobilenet_file, photographs, tmp_path, kin
             "source",
             "variant",
             "experts",
+            "start",
+            "calibrated",
             "converted",
             "routers",
             "skipped",
@@ -70,6 +72,8 @@ def test_the_real_mobilenet(condconv, mobilenet_file, photographs, tmp_path, kin
         )
     ]
     assert summary["source"] == "torchvision:mobilenet_v2"
+    start = "antithetic" if kind == "condconv" else "softmax"
+    assert (summary["start"], summary["calibrated"]) == (start if experts > 1 else None, False)
     assert (summary["converted"], len(summary["skipped"])) == (51, 1)
     assert summary["skipped"][0]["name"] == "features.0.0"
     assert "stem" in summary["skipped"][0]["reason"]
@@ -289,15 +293,16 @@ def test_routers_start_along_images_of_a_folder(condconv: Run, tmp_path: Path) -
     for i in range(20):
         Image.effect_noise((40, 40), 20.0 + 4 * i).convert("RGB").save(folder / f"{i}.png")
     arguments = ["convert", *SMALL, "-o", tmp_path / "m.safetensors", "--data", tmp_path / "images"]
-    code, _, err = condconv(*arguments, "--start", "auto")
+    code, _, err = condconv(*arguments)
     assert code == 0, err
+    assert "routers along directions in which the images differ most" in err
     model = cs.load(tmp_path / "m.safetensors")
     layer = next(iter(conditional_layers(model).values()))
     assert torch.equal(layer.weight[0], layer.weight[1])
     assert layer.router.linear.weight.abs().max() > 0
-    code, _, err = condconv(*arguments)
+    code, _, err = condconv(*arguments, "--start", "noise")
     assert code == 2
     assert "--data with --start noise" in err
-    code, _, err = condconv(*arguments[:-1], tmp_path / "none", "--start", "auto")
+    code, _, err = condconv(*arguments[:-1], tmp_path / "none")
     assert code == 2
     assert "There is no" in err

@@ -87,8 +87,8 @@ def _routing_lines(routing: Routing) -> list[str]:
         "| layer | used | variation | of kernels | between classes | verdict |",
         "|---|---:|---:|---:|---:|---|",
         *(
-            f"| `{r.name}` | {r.used:.2f} of {r.experts} | {r.variation:.3f} | {_or_empty(r.kernels)} | {r.between:.0%} "
-            f"| {r.verdict} |"
+            f"| `{r.name}` | {r.used:.2f} of {r.experts} | {r.variation:.3f} | {_or_empty(r.kernels)} "
+            f"| {r.between:.0%} | {r.verdict} |"
             for r in routing.layers
         ),
         "",
