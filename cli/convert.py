@@ -103,8 +103,8 @@ def convert(
         return
     conversion = _convert(original, layer, selection, upcycling, calibration, tolerance, ctx)
     assert path is not None
-    start = start_of(layer, upcycling) if layer.experts > 1 else None
-    summary = _summary(model, path, layer, conversion, start, calibration is not None)  # an error here leaves no file
+    used = start_of(layer, upcycling) if layer.experts > 1 else None
+    summary = _summary(model, path, layer, conversion, used, calibration is not None)  # an error here leaves no file
     save(conversion.model, path)
     if as_json:
         print_json(summary)
