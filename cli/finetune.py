@@ -81,12 +81,17 @@ def _train(options: TrainingOptions, resume: bool, ctx: typer.Context) -> Traini
     import os
 
     from condconv_surgery.training import finetune as train
-    from condconv_surgery.training.monitor.progress_display import console_display
 
     say(f"Loading {options.model}")
-    callback = cast("Callback", _InFlags(console_display(), ctx))
-    result = train(options.model, options, resume=resume, callback=callback)
+    result = train(options.model, options, resume=resume, callback=callback_in_flags(ctx))
     return result if os.environ.get("RANK", "0") == "0" else None
+
+
+def callback_in_flags(ctx: typer.Context) -> Callback:
+    """The display of progress, whose notes speak of flags."""
+    from condconv_surgery.training.monitor.progress_display import console_display
+
+    return cast("Callback", _InFlags(console_display(), ctx))
 
 
 class _InFlags:

@@ -10,6 +10,7 @@ import typer
 from condconv_surgery import __version__
 from condconv_surgery.errors import SurgeryError
 
+from .compare import compare
 from .console import say
 from .convert import convert
 from .export_layout import export
@@ -20,7 +21,7 @@ from .translate_arguments import TranslatingCommand
 
 app = typer.Typer(
     name="condconv",
-    help="Give a trained convolutional network conditional convolutions: convert, finetune, report, import, export.",
+    help="Give a trained convolutional network conditional convolutions, fine-tune it, and say whether that pays.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -28,6 +29,7 @@ app = typer.Typer(
 )
 app.command(cls=TranslatingCommand)(convert)
 app.command(cls=TranslatingCommand)(finetune)
+app.command(cls=TranslatingCommand)(compare)
 app.command(cls=TranslatingCommand)(report)
 app.command("import", cls=TranslatingCommand)(import_)
 app.command(cls=TranslatingCommand)(export)

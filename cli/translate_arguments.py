@@ -105,7 +105,8 @@ def flags_of(command: Any) -> dict[str, Flag]:
     return table
 
 
-_CALL_OR_ARGUMENT = re.compile(r"(?<=\w)\(|(?<![\w./?&=\"'-])(?P<name>[a-z_]\w*(?:\.[a-z_]\w*)?)=(?![=>])")
+# After a comma without a space it is a part of an arm's text: "condconv:4,layers.router_lr=2".
+_CALL_OR_ARGUMENT = re.compile(r"(?<=\w)\(|(?<![\w./?&=\"',-])(?P<name>[a-z_]\w*(?:\.[a-z_]\w*)?)=(?![=>])")
 _WORD = re.compile(r"-?\w(?:[\w:/.#*{}+-]*[\w/#*}])?(?![\w(\[]|[.:/-]\w)")
 _NO_VALUE, _NOT_A_VALUE = object(), object()
 

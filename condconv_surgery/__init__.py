@@ -5,8 +5,9 @@
     CondConv(experts=8, routing='layer')
 
 ``plan`` shows which layers ``convert`` replaces, ``save`` and ``load`` write and read the result as one file,
-``finetune`` trains it and ``report`` measures it. ``load_model`` builds a model from a name or a file,
-``set_temperature`` sets the temperature of all routers, ``native.enable()`` switches to compiled kernels.
+``finetune`` trains it, ``report`` measures it, and ``compare`` says whether conversion pays. ``load_model`` builds a
+model from a name or a file, ``set_temperature`` sets the temperature of all routers, ``native.enable()`` switches to
+compiled kernels.
 
 The names below are loaded when first used: importing the package does not import torch.
 """
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from condconv_surgery.models.mobilenet_v1 import mobilenet_v1
     from condconv_surgery.models.sources import load_model
     from condconv_surgery.reporting import report
+    from condconv_surgery.studies import compare
     from condconv_surgery.surgery import Conversion, Plan, convert, plan
     from condconv_surgery.training import finetune
 
@@ -34,6 +36,7 @@ __version__ = "0.1.0"
 _LAZY = {
     "Conversion": "condconv_surgery.surgery",
     "Plan": "condconv_surgery.surgery",
+    "compare": "condconv_surgery.studies",
     "convert": "condconv_surgery.surgery",
     "finetune": "condconv_surgery.training",
     "load": "condconv_surgery.models.artifact.save_load",
@@ -59,6 +62,7 @@ __all__ = [
     "TrainingError",
     "TrainingOptions",
     "__version__",
+    "compare",
     "convert",
     "finetune",
     "load",

@@ -47,6 +47,10 @@ class TrainingError(SurgeryError):
     """Training cannot continue: a non-finite loss, no memory, a state that does not fit the run."""
 
 
+class DivergedError(TrainingError):
+    """A loss or a gradient is not finite, usually because the learning rate is too large."""
+
+
 def one_line(error: BaseException) -> str:
     """The class of an error and the first line of its message."""
     text = str(error).strip().splitlines()

@@ -27,6 +27,7 @@ ROOMS = [
     "data",
     "training",
     "reporting",
+    "studies",
     "cli",
 ]
 PYTHON = ("condconv_surgery", "cli", "tests", "benchmarks", "examples")

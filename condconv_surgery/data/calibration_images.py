@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from condconv_surgery.data.image_dataset import read_image
+from condconv_surgery.data.image_dataset import UnreadableImageError, decode_image, read_image
 from condconv_surgery.data.image_folders import find_unlabelled_images
+from condconv_surgery.data.labelled_images import LabelledImages, even_subset
 from condconv_surgery.models.preprocess import EvaluationTransform
 from condconv_surgery.recipe import InputSpec
 
@@ -25,3 +27,13 @@ def calibration_images(folder: Path, spec: InputSpec, batch: int = 16) -> Iterat
     paths = find_unlabelled_images(folder, CALIBRATION_IMAGES)
     for start in range(0, len(paths), batch):
         yield torch.stack([transform(read_image(path, spec.channels)) for path in paths[start : start + batch]])
+
+
+def calibration_subset(images: LabelledImages, spec: InputSpec, batch: int = 16) -> list[Tensor]:
+    """Batches [B, C, H, W] of up to ``CALIBRATION_IMAGES`` images, evenly from all classes, without unreadable ones."""
+    transform, chosen = EvaluationTransform(spec), even_subset(images, CALIBRATION_IMAGES)
+    found = []
+    for index in range(len(chosen)):
+        with suppress(UnreadableImageError):
+            found.append(transform(decode_image(lambda index=index: chosen.open(index), spec.channels)))  # type: ignore[misc]
+    return [torch.stack(found[start : start + batch]) for start in range(0, len(found), batch)]

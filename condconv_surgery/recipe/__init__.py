@@ -18,6 +18,8 @@ from condconv_surgery.recipe.model_recipe import (
     attach_recipe,
     recipe_of,
 )
+from condconv_surgery.recipe.study_arms import Arm, parse_arm
+from condconv_surgery.recipe.study_record import ArmCost, ArmRecord, ScoredRun, SearchRun, StudyRecord
 from condconv_surgery.recipe.training_options import TrainingOptions
 from condconv_surgery.recipe.variants import (
     VARIANTS,
@@ -35,6 +37,9 @@ __all__ = [
     "FORMAT",
     "STARTS",
     "VARIANTS",
+    "Arm",
+    "ArmCost",
+    "ArmRecord",
     "CondConv",
     "ConvertedLayer",
     "DynamicConv",
@@ -42,9 +47,12 @@ __all__ = [
     "LayerFilter",
     "ODConv",
     "Recipe",
+    "ScoredRun",
+    "SearchRun",
     "Selection",
     "SharedRouter",
     "Source",
+    "StudyRecord",
     "TrainingOptions",
     "UnknownVariantError",
     "Upcycling",
@@ -52,6 +60,7 @@ __all__ = [
     "as_argument",
     "attach_recipe",
     "make_variant",
+    "parse_arm",
     "patterns_of",
     "recipe_of",
     "variant",

@@ -9,11 +9,16 @@ from condconv_surgery.reporting.measure.memory_and_latency import Cost, Peak
 from condconv_surgery.reporting.measure.profile import profile
 from condconv_surgery.reporting.measure.recorded_accuracy import recorded_accuracy
 from condconv_surgery.reporting.measure.routing_statistics import LayerRouting, Routing
+from condconv_surgery.reporting.study.paired_difference import Difference, paired_difference
+from condconv_surgery.reporting.study.study_results import ArmResult, StudyResults
+from condconv_surgery.reporting.study_report import StudyReport
 
 __all__ = [
     "CONVENTION",
+    "ArmResult",
     "Comparison",
     "Cost",
+    "Difference",
     "Experts",
     "Latency",
     "Layer",
@@ -23,6 +28,9 @@ __all__ = [
     "Profile",
     "Report",
     "Routing",
+    "StudyReport",
+    "StudyResults",
+    "paired_difference",
     "profile",
     "recorded_accuracy",
     "report",

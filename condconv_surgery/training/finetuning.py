@@ -14,13 +14,14 @@ from torch import nn
 from condconv_surgery.data.find_data import require_data
 from condconv_surgery.models.sources import load_model
 from condconv_surgery.recipe.training_options import TrainingOptions
-from condconv_surgery.training.distributed.world import open_world
+from condconv_surgery.training.batches.loaders import TrainAndVal
+from condconv_surgery.training.distributed.world import World, open_world
 from condconv_surgery.training.monitor.callback import Callback
 from condconv_surgery.training.monitor.explained_errors import explained_errors
 from condconv_surgery.training.monitor.tensorboard_events import make_callback
 from condconv_surgery.training.run import Run
 from condconv_surgery.training.state.progress import TrainingResult
-from condconv_surgery.training.state.stop_signals import catch_signals
+from condconv_surgery.training.state.stop_signals import StopRequest, catch_signals
 
 
 def finetune(
@@ -60,9 +61,27 @@ def finetune(
         torch.manual_seed(options.seed)  # for weights that are initialised at random
         loaded = load_model(options.model, arch=options.arch, weights=options.weights, trust=options.trust)
         model = loaded.float()  # a file may hold half precision, too coarse for steps
-    with open_world() as world, catch_signals() as request, deterministic(options.engine.deterministic):
+    with open_world() as world, catch_signals() as request:
+        return train_run(model, options, world, request, callback, resume=resume)
+
+
+def train_run(
+    model: nn.Module,
+    options: TrainingOptions,
+    world: World,
+    request: StopRequest,
+    callback: Callback | None = None,
+    *,
+    resume: bool = False,
+    images: TrainAndVal | None = None,
+) -> TrainingResult:
+    """One run of ``finetune`` inside processes and signal handlers that are already set up.
+
+    images: training and validation images, instead of those that ``options.data`` names.
+    """
+    with deterministic(options.engine.deterministic):
         with explained_errors():
-            run = Run(model, options, world, request, make_callback(options, callback, world))
+            run = Run(model, options, world, request, make_callback(options, callback, world), images)
         with explained_errors(lambda: run.progress.step):  # closing too: torch reports a dead worker at any moment
             try:
                 run.begin(resume)

@@ -11,7 +11,7 @@ from torch.amp.grad_scaler import GradScaler
 from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn, get_ema_multi_avg_fn
 
 from condconv_surgery.data.image_dataset import Batch
-from condconv_surgery.errors import InputError, TrainingError
+from condconv_surgery.errors import DivergedError, InputError
 from condconv_surgery.recipe.training_options import TrainingOptions
 from condconv_surgery.recipe.training_sections import EngineOptions
 from condconv_surgery.runtime.seeding import seed_of
@@ -86,7 +86,7 @@ class Learner:
     def step(self, batches: Sequence[Batch], step: int, steps: int) -> Tally:
         """Step number ``step`` of ``steps``; its random numbers are a function of step and process only.
 
-        Raises ``TrainingError`` when the loss or the gradient is not finite.
+        Raises ``DivergedError`` when the loss or the gradient is not finite.
         """
         torch.manual_seed(seed_of(self.options.seed, "step", step, self.world.rank))
         self.lr = self.options.optimizer.lr * apply_schedule(
@@ -162,22 +162,22 @@ class Learner:
             buffer.copy_(before)
         self.skipped += 1
         if self.skipped > SKIPS_ALLOWED:
-            raise TrainingError(
+            raise DivergedError(
                 f"Loss scaling skipped {self.skipped} steps in a row, to step {step + 1}.",
                 "The last saved state is kept.",
                 'engine.precision="bf16" or "fp32", or a smaller optimizer.lr=..., in a new run',
             )
 
-    def diverged(self, what: str, place: str | None, step: int) -> TrainingError:
+    def diverged(self, what: str, place: str | None, step: int) -> DivergedError:
         """The error for a ``what`` that is not finite after ``step`` steps, first in ``place``."""
-        return TrainingError(
+        return DivergedError(
             f"The {what} is not finite at step {step}; first in {place or FINITE}.",
             "The last saved state is kept.",
             f"a new run with optimizer.lr={self.options.optimizer.lr / 3:.2g}, a longer schedule.warmup=..., or "
             'engine.precision="fp32"',
         )
 
-    def _diverged(self, where: str, batches: Sequence[Batch], step: int) -> TrainingError:
+    def _diverged(self, where: str, batches: Sequence[Batch], step: int) -> DivergedError:
         if where != "loss":
             return self.diverged(where, first_nonfinite_gradient(self.model), step + 1)
         seed = seed_of(self.options.seed, "step", step, self.world.rank)

@@ -18,7 +18,7 @@ from condconv_surgery.recipe.toml_text import to_toml
 from condconv_surgery.recipe.training_options import TrainingOptions
 from condconv_surgery.runtime.seeding import seeded
 from condconv_surgery.training.batch_norm import recalibrate
-from condconv_surgery.training.batches.loaders import Data, input_spec, open_data
+from condconv_surgery.training.batches.loaders import Data, TrainAndVal, input_spec, open_data
 from condconv_surgery.training.batches.unreadable_images import UnreadableImages
 from condconv_surgery.training.classifier_heads import fit_heads
 from condconv_surgery.training.distributed.world import World
@@ -51,12 +51,18 @@ class Run:
     """One training run: data, learner, progress and files."""
 
     def __init__(
-        self, model: nn.Module, options: TrainingOptions, world: World, request: StopRequest, callback: Callback
+        self,
+        model: nn.Module,
+        options: TrainingOptions,
+        world: World,
+        request: StopRequest,
+        callback: Callback,
+        images: TrainAndVal | None = None,
     ) -> None:
         self.options, self.world, self.request, self.callback = options, world, request, callback
         self.folder = Path(options.output)
         spec = input_spec(model, options)
-        self.data: Data = open_data(options, spec, world)
+        self.data: Data = open_data(options, spec, world, images)
         before = (recipe_of(model) or Recipe()).classes
         with seeded(options.seed, "head"):
             self.heads = fit_heads(model, self.data.train.classes, spec)
@@ -166,9 +172,9 @@ class Run:
         """Record the scores of an epoch and save its model and state."""
         progress = self.progress
         progress.epochs_done += 1
-        best = scores.top1 > progress.best_top1
+        best = (scores.top1, -scores.loss) > (progress.best_top1, -progress.best_loss)
         if best:
-            progress.best_top1, progress.best_epoch = scores.top1, progress.epochs_done
+            progress.best_top1, progress.best_loss, progress.best_epoch = scores.top1, scores.loss, progress.epochs_done
         model = self.learner.scored
         row = self.meter.row(progress, self.learner.lr, temperature_of(model), scores, best)
         progress.tally = Tally()

@@ -37,13 +37,13 @@ def report_page(model: Measurements) -> str:
         figures["layers"] = to_svg(layer_costs(model.profile), "layers")
     if routing and routing.layers:
         figures["experts"] = to_svg(mean_gates(routing), "experts")
-    template = _environment().get_template("report.html.j2")
+    template = templates().get_template("report.html.j2")
     return template.render(_context(model), routing=routing, plots=figures, **_images_and_classes(routing))
 
 
 def report_fragment(model: Measurements) -> str:
     """The totals and the layers only, for a notebook cell."""
-    return _environment().get_template("fragment.html.j2").render(_context(model))
+    return templates().get_template("fragment.html.j2").render(_context(model))
 
 
 def comparison_page(models: Sequence[Measurements]) -> str:
@@ -53,7 +53,7 @@ def comparison_page(models: Sequence[Measurements]) -> str:
     figures = []
     if any(model.accuracy is not None for model in models):  # two plots, side by side on a wide screen
         figures = [{"cost": cost, "svg": to_svg(accuracy_against_cost(models, [cost]), cost)} for cost in COSTS]
-    template = _environment().get_template("comparison.html.j2")
+    template = templates().get_template("comparison.html.j2")
     return template.render(
         title="Comparison",
         headers=[HEADERS[i] for i in columns],
@@ -111,7 +111,8 @@ def _thumbnail(file: str) -> str:
 
 
 @cache
-def _environment() -> jinja2.Environment:
+def templates() -> jinja2.Environment:
+    """The pages' templates, with the filters that they use."""
     import jinja2
 
     environment = jinja2.Environment(

@@ -52,25 +52,32 @@ class Data:
                 loader._iterator = None
 
 
-def open_data(options: TrainingOptions, spec: InputSpec, world: World) -> Data:
-    """Find the images and make the loaders. Raises ``InputError`` for data that cannot be used."""
-    require_data(options.data)
+TrainAndVal = tuple[LabelledImages, LabelledImages]
+
+
+def open_data(options: TrainingOptions, spec: InputSpec, world: World, images: TrainAndVal | None = None) -> Data:
+    """Find the images and make the loaders. Raises ``InputError`` for data that cannot be used.
+
+    images: training and validation images, instead of those that ``options.data`` names.
+    """
+    if images is None:
+        require_data(options.data)
     transforms = training_transform(spec, options.augment), EvaluationTransform(spec)
-    if options.data.streaming:
+    if images is None and options.data.streaming:
         return _streamed(options, spec, world, *transforms)
-    train, val = find_data(options.data, options.seed)
+    train, val = images or find_data(options.data, options.seed)
     steps = _steps(options, len(train), world)
 
-    def images(which: LabelledImages, transform: Transform, replace: bool) -> ImageDataset:
+    def dataset(which: LabelledImages, transform: Transform, replace: bool) -> ImageDataset:
         return ImageDataset(which, transform, channels=spec.channels, seed=options.seed, replace=replace)
 
     return Data(
         train,
         val,
         steps,
-        _loader(images(train, transforms[0], True), TrainingBatches(steps, options.seed, world.rank), options, world),
+        _loader(dataset(train, transforms[0], True), TrainingBatches(steps, options.seed, world.rank), options, world),
         _loader(
-            images(val, transforms[1], False),
+            dataset(val, transforms[1], False),
             EvaluationBatches(len(val), steps.slice_size, rank=world.rank, world=world.size),
             options,
             world,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -10,11 +11,15 @@ from condconv_surgery.training.tally import Tally
 
 @dataclass
 class Progress:
-    """Optimizer steps and scored epochs that are done; ``tally`` is of the epoch that is running."""
+    """Optimizer steps and scored epochs that are done; ``tally`` is of the epoch that is running.
+
+    best_epoch: the one with the best validation top-1, of equal ones with the smallest loss.
+    """
 
     step: int = 0
     epochs_done: int = 0
     best_top1: float = -1.0
+    best_loss: float = math.inf
     best_epoch: int = 0
     tally: Tally = field(default_factory=Tally)
 

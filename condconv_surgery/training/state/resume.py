@@ -45,7 +45,7 @@ def require_same_run(state: State, options: TrainingOptions, fingerprint: str, p
             "Names, classes and split must be the same for an exact resume.",
             'restore the folder, or a new run: another output="RUN"',
         )
-    before, now = _flat(state.facts["options"]), _flat(options.to_dict())
+    before, now = flattened(state.facts["options"]), flattened(options.to_dict())
     changed = [name for name in now if name not in FREE and before.get(name) != now[name]]
     if changed:
         changes = ", ".join(f"{name} was {before.get(name)!r} and is {now[name]!r}" for name in changed)
@@ -64,11 +64,12 @@ def cut_metrics(folder: Path, epochs_done: int) -> None:
         write_rows(folder / METRICS, kept)
 
 
-def _flat(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def flattened(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested options by ``section.name``; tuples as lists."""
     flat: dict[str, Any] = {}
     for name, value in data.items():
         if isinstance(value, dict):
-            flat.update(_flat(value, f"{prefix}{name}."))
+            flat.update(flattened(value, f"{prefix}{name}."))
         else:
             flat[prefix + name] = list(value) if isinstance(value, tuple) else value
     return flat

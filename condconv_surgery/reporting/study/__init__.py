@@ -1,0 +1,1 @@
+"""The statistics of a study and its verdict, from its record alone."""

@@ -1,0 +1,129 @@
+"""``quick_check``: can conversion pay at all? Two runs of the static network answer before any study."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from condconv_surgery.data.labelled_images import even_subset
+from condconv_surgery.data.three_parts import find_three_parts
+from condconv_surgery.models.artifact.save_load import load
+from condconv_surgery.models.sources import load_model
+from condconv_surgery.recipe.study_arms import Arm
+from condconv_surgery.recipe.training_options import TrainingOptions
+from condconv_surgery.reporting.study.paired_difference import Difference, paired_difference
+from condconv_surgery.reporting.study.study_results import points
+from condconv_surgery.studies.arm_models import arm_options, require_unconverted
+from condconv_surgery.studies.image_scores import correct_images
+from condconv_surgery.training.distributed.world import open_world
+from condconv_surgery.training.finetuning import complete_options, train_run
+from condconv_surgery.training.monitor.callback import Callback
+from condconv_surgery.training.state.stop_signals import catch_signals
+
+FITS = 0.98
+"""From this top-1 on its training images on, a network fits them: more capacity has nothing left to fit."""
+
+GENERALISES = 2.0
+"""Where a network errs more than so many times as often on validation images, data limit it more than capacity."""
+
+MOST_IMAGES = 2000
+"""Training images that are scored, evenly from all classes."""
+
+
+@dataclass(frozen=True)
+class QuickCheck:
+    """Scores of the static network after the budget and after twice of it, top-1 as shares.
+
+    train_top1: on training images, without augmentation, in eval mode. val_top1: on validation images.
+    longer: validation top-1 of the longer run minus that of the shorter, with its interval over images (one seed).
+    """
+
+    epochs: tuple[int, int]
+    train_top1: tuple[float, float]
+    val_top1: tuple[float, float]
+    longer: Difference
+    origin: str = ""
+
+    @property
+    def improves(self) -> bool:
+        """Does the network gain from more training steps?"""
+        return self.longer.low > 0
+
+    @property
+    def limit(self) -> str:
+        """What limits the network: ``"data"`` (it fits its training images), ``"mostly data"`` or ``"capacity"``."""
+        train, val = max(zip(self.train_top1, self.val_top1, strict=True))
+        if train >= FITS:
+            return "data"
+        return "mostly data" if 1 - val > GENERALISES * (1 - train) else "capacity"
+
+    @property
+    def verdict(self) -> str:
+        """What to do, in one sentence."""
+        fit, steps = f"{100 * max(self.train_top1):.1f}%", f"{points(self.longer)} points with twice the steps"
+        if self.limit == "data":
+            return (
+                f"Conversion is unlikely to pay: the network fits its training images ({fit}), so capacity is not the "
+                "limit; more data or stronger augmentation is."
+            )
+        if self.improves:
+            return f"Train longer first: the static network still improves ({steps}); compare when it no longer does."
+        if self.limit == "mostly data":
+            return (
+                f"Conversion may pay little: the network is trained out ({steps}) and right on {fit} of its training "
+                "images, but errs much more often on others, so data limit it more than capacity."
+            )
+        return (
+            f"Conversion can pay: the network is trained out ({steps}) and does not fit its training images ({fit}): "
+            "capacity is the limit."
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        longer = {**asdict(self.longer), "low": self.longer.low, "high": self.longer.high}
+        found = {"improves": self.improves, "limit": self.limit, "verdict": self.verdict}
+        return {**asdict(self), "longer": longer, **found}
+
+
+def quick_check(
+    model: nn.Module | str | Path,
+    options: TrainingOptions | Mapping[str, Any] | None = None,
+    *,
+    data: str | Path | None = None,
+    output: str | Path | None = None,
+    display: Callable[[], Callback] = Callback,
+) -> QuickCheck | None:
+    """Train the unconverted network for the budget and for twice of it; say whether conversion can pay.
+
+    Takes the arguments of ``compare``. Both runs start from ``model``, each with a learning-rate schedule of its own
+    length; the last epoch of each is scored. ``None`` when a signal stopped it: the same call goes on.
+    Raises as ``compare`` does.
+    """
+    training = arm_options(Arm("static"), complete_options(model, options, data, output))
+    if not isinstance(model, nn.Module):
+        torch.manual_seed(training.seed)  # for weights that are initialised at random
+        model = load_model(training.model, arch=training.arch, weights=training.weights, trust=training.trust)
+    require_unconverted(model)
+    original = copy.deepcopy(model).float().cpu()
+    parts = find_three_parts(training.data, training.seed)
+    images, epochs = (parts.train, parts.val), (training.schedule.epochs, 2 * training.schedule.epochs)
+    train, val = [], []
+    with open_world() as world, catch_signals() as request:
+        for length in epochs:
+            run = training.updated({"output": f"{training.output}/quick/{length}", "schedule": {"epochs": length}})
+            trained = copy.deepcopy(original)
+            callback = display() if world.is_first else Callback()
+            result = train_run(trained, run, world, request, callback, resume=True, images=images)
+            if result.stopped_by:
+                return None
+            last = load(f"{run.output}/last.safetensors", model=copy.deepcopy(original), trust=run.trust)
+            train.append(correct_images(last, even_subset(parts.train, MOST_IMAGES), run, world))
+            val.append(correct_images(last, parts.val, run, world))
+    shares = [tuple(text.count("1") / len(text) for text in texts) for texts in (train, val)]
+    longer = paired_difference([val[1]], [val[0]])
+    return QuickCheck(epochs, (shares[0][0], shares[0][1]), (shares[1][0], shares[1][1]), longer, parts.origin)

@@ -1,0 +1,66 @@
+"""The folder of a study: its record, the folders of its runs, and whether it may be continued."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from condconv_surgery.errors import DamagedFileError, InputError
+from condconv_surgery.recipe.study_record import StudyRecord
+from condconv_surgery.training.state.resume import flattened
+from condconv_surgery.training.state.run_files import write_text
+from condconv_surgery.training.state.run_state import BEFORE, LAST
+
+RECORD = "study.json"
+SHOWN = 60
+"""Characters of a value in a message."""
+
+
+def read_record(folder: Path) -> StudyRecord | None:
+    """The record in the folder, if there is one. Raises ``DamagedFileError``."""
+    path = folder / RECORD
+    if not path.exists():
+        return None
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DamagedFileError(
+            f"{path} cannot be read: {error}.",
+            "It is the JSON that compare writes.",
+            'a new study: another output="STUDY"',
+        ) from error
+    return StudyRecord.from_dict(data["record"] if isinstance(data, dict) and "record" in data else data)
+
+
+def write_record(folder: Path, record: StudyRecord) -> None:
+    """Write the record, atomically."""
+    write_text(folder / RECORD, json.dumps({"record": record.to_dict()}, indent=1, allow_nan=False) + "\n")
+
+
+def require_same_study(before: StudyRecord, settings: dict[str, Any], folder: Path) -> None:
+    """Raise ``InputError`` when a study began with other settings. More seeds may be added."""
+    old, new = flattened(before.settings), flattened(settings)
+    changed = [name for name in sorted({*old, *new}) if old.get(name) != new.get(name)]
+    if isinstance(old.get("seeds"), int) and old["seeds"] <= new["seeds"]:
+        changed = [name for name in changed if name != "seeds"]
+    if "arms" in changed:  # of arms that one of the two lacks, the name says enough
+        changed = [name for name in changed if not name.startswith("arm.")]
+    if changed:
+        what = ", ".join(f"{name} was {_short(old.get(name))} and is {_short(new.get(name))}" for name in changed[:4])
+        raise InputError(
+            f"{folder} holds a study with other settings: {what}{', ...' if len(changed) > 4 else ''}.",
+            "A study is continued with the same model, images, arms and options; only seeds may be added.",
+            f'the same options, or a new study: another output="STUDY" (or: rm -r {folder})',
+        )
+
+
+def remove_states(run: Path) -> None:
+    """Remove what a completed run no longer needs: the states to resume from, and the weights that are not the best."""
+    for name in (LAST, BEFORE, "last.safetensors"):
+        (run / name).unlink(missing_ok=True)
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= SHOWN else text[:SHOWN] + "..."
