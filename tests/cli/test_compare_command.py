@@ -74,7 +74,7 @@ def test_quick_says_what_limits_the_network(condconv: Run, data: Path, tmp_path:
         (["--data", "{tmp}/nowhere"], "There is no"),
         (["--set", "data.streaming=true"], "are streamed"),
         (["--epochs", "0"], "schedule.epochs is 0"),
-        (["--arm", "condconv:2,include=layer9"], "Try: --arm condconv:2,include=inner*"),
+        (["--arm", "condconv:2,include=layer9"], 'Try: --arm "condconv:2,include=inner*"'),
         (["--arm", "condconv:2,include=layer9"], "The arm condconv:2,include=layer9: "),
     ],
 )
