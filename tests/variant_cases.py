@@ -6,9 +6,10 @@ import torch
 from torch import nn
 
 from condconv_surgery.layers import conditional_layers, routers
-from condconv_surgery.recipe import VARIANTS, Variant
+from condconv_surgery.recipe import VARIANTS, ODConv, Variant
 
 EVERY_VARIANT: list[Variant] = [cls(experts=n) for cls in VARIANTS.values() for n in (1, 4)]
+EVERY_VARIANT += [ODConv(experts=4, gates="sigmoid")]
 
 
 @torch.no_grad()

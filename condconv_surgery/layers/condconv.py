@@ -15,18 +15,16 @@ from torch import Tensor, nn
 
 from condconv_surgery.layers.conditional import ConditionalConv2d
 from condconv_surgery.layers.router_base import Router, router_for, zero_linear_
-from condconv_surgery.layers.start_directions import Features, start_linear_
+from condconv_surgery.layers.start_directions import Features, start_antithetic_
 from condconv_surgery.ops.geometry import ConvGeometry
 from condconv_surgery.ops.mixture import Mixture
 from condconv_surgery.ops.router_forms import SigmoidGates
-from condconv_surgery.recipe import CondConv
+from condconv_surgery.recipe import CondConv, Variant
 
 
 @router_for(CondConv)
 class CondConvRouter(Router):
     """``gate = (2/n) sigmoid(pooled R + b)``: [B, I] -> [B, E]."""
-
-    start = "antithetic"
 
     def __init__(
         self,
@@ -38,6 +36,10 @@ class CondConvRouter(Router):
         super().__init__()
         self.linear = nn.Linear(geometry.in_channels, variant.experts, device=device, dtype=dtype)
         self.weight_factor = self.bias_factor = 2.0 / variant.experts
+
+    @classmethod
+    def best_start(cls, variant: Variant) -> str:
+        return "antithetic"
 
     def mix(self, pooled: Tensor) -> Mixture:
         return Mixture(self.weight_factor * torch.sigmoid(self.linear(pooled)))
@@ -51,15 +53,7 @@ class CondConvRouter(Router):
 
     def start_(self, features: Features, spread: float, generator: torch.Generator) -> None:
         """Logits in antithetic pairs, ``z[2k+1] = -z[2k]``: ``sigmoid(z) + sigmoid(-z) = 1``. An odd one is zero."""
-        self.zero_()
-        pairs = self.linear.out_features // 2
-        if not pairs:
-            return
-        rows = nn.Linear(self.linear.in_features, pairs, dtype=torch.float64)
-        start_linear_(rows, features, spread, generator)
-        for own, half in ((self.linear.weight, rows.weight), (self.linear.bias, rows.bias)):
-            own[0 : 2 * pairs : 2] = half.to(own)
-            own[1 : 2 * pairs : 2] = -half.to(own)
+        start_antithetic_(self.linear, features, spread, generator)
 
 
 class CondConv2d(ConditionalConv2d[CondConv]):

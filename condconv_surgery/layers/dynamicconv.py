@@ -19,14 +19,13 @@ from condconv_surgery.layers.start_directions import Features, outputs_of, stand
 from condconv_surgery.ops.geometry import ConvGeometry
 from condconv_surgery.ops.mixture import Mixture
 from condconv_surgery.ops.router_forms import Attention
-from condconv_surgery.recipe import DynamicConv
+from condconv_surgery.recipe import DynamicConv, Variant
 
 
 @router_for(DynamicConv)
 class DynamicConvRouter(Router):
     """``gate = softmax(FC(relu(FC(pooled))) / T)``: [B, I] -> [B, E]."""
 
-    start = "softmax"
 
     temperature: Tensor
 
@@ -42,6 +41,10 @@ class DynamicConvRouter(Router):
         self.reduce = nn.Linear(geometry.in_channels, hidden, device=device, dtype=dtype)
         self.linear = nn.Linear(hidden, variant.experts, device=device, dtype=dtype)
         self.register_buffer("temperature", temperature_buffer(variant.temperature, device))
+
+    @classmethod
+    def best_start(cls, variant: Variant) -> str:
+        return "softmax"
 
     def mix(self, pooled: Tensor) -> Mixture:
         logits = self.linear(F.relu(self.reduce(pooled)))

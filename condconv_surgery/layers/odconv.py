@@ -9,6 +9,9 @@ channels, filters (sigmoids of a linear map of h, / T) and experts (softmax of o
 first three are shared by all experts; filters are absent for a depthwise layer, positions for a 1x1 kernel, experts
 when there is one. The three sigmoids are doubled here: the scales of a zeroed router are 1, and an expert has the scale
 of a trained kernel.
+
+With ``gates="sigmoid"`` the experts have CondConv's gates instead, from the pooled input itself: ``h`` is narrow, and
+what the scales need of it is not what the experts need.
 """
 
 from __future__ import annotations
@@ -21,22 +24,29 @@ from torch import Tensor, nn
 
 from condconv_surgery.layers.conditional import ConditionalConv2d
 from condconv_surgery.layers.router_base import Router, bare_linear_parts, router_for, temperature_buffer, zero_linear_
-from condconv_surgery.layers.start_directions import Features, outputs_of, standardise_outputs_, start_linear_
+from condconv_surgery.layers.start_directions import (
+    Features,
+    outputs_of,
+    standardise_outputs_,
+    start_antithetic_,
+    start_linear_,
+)
+from condconv_surgery.ops.dispatch import route
 from condconv_surgery.ops.geometry import ConvGeometry
 from condconv_surgery.ops.mixture import Mixture
 from condconv_surgery.ops.router_forms import Attention
 from condconv_surgery.ops.tracing_state import norm_parts
-from condconv_surgery.recipe import ODConv
+from condconv_surgery.recipe import ODConv, Variant
 
 
 @router_for(ODConv)
 class ODConvRouter(Router):
     """Four heads over one hidden vector: [B, I] -> in_scale [B, I], out_scale [B, O], spatial [B, kh, kw], gate [B, E].
 
+    With ``gates="sigmoid"`` the fourth is a linear map of the pooled input, and its gates are ``(2/E) sigmoid``.
     In training a batch of one is normalised by the running statistics: a single vector has no batch statistics.
     """
 
-    start = "softmax"
     temperature: Tensor
 
     def __init__(
@@ -61,9 +71,21 @@ class ODConvRouter(Router):
         self.channel = nn.Linear(hidden, geometry.in_channels, device=device, dtype=dtype)
         self.filter = head(geometry.out_channels, everything or not geometry.depthwise)
         self.spatial = head(self.kernel_size[0] * self.kernel_size[1], everything or not geometry.pointwise)
-        self.kernel = head(variant.experts, variant.experts > 1)
+        several, sigmoid = variant.experts > 1, variant.gates == "sigmoid"
+        self.kernel = head(variant.experts, several and not sigmoid)
+        self.linear = (
+            nn.Linear(geometry.in_channels, variant.experts, device=device, dtype=dtype)
+            if several and sigmoid
+            else None
+        )
         self.register_buffer("temperature", temperature_buffer(variant.temperature, device))
-        self.weight_factor = 2.0 ** sum(part is not None for part in (self.channel, self.filter, self.spatial))
+        self.bias_factor = 1.0 if self.linear is None else 2.0 / variant.experts
+        doubled = sum(part is not None for part in (self.channel, self.filter, self.spatial))
+        self.weight_factor = self.bias_factor * 2.0**doubled
+
+    @classmethod
+    def best_start(cls, variant: Variant) -> str:
+        return "antithetic" if isinstance(variant, ODConv) and variant.gates == "sigmoid" else "softmax"
 
     def mix(self, pooled: Tensor) -> Mixture:
         heads = self._heads()
@@ -71,7 +93,8 @@ class ODConvRouter(Router):
         z = z / self.temperature  # [B, I + O + kh*kw + E]
         gate = None if heads[-1] is None else torch.softmax(z[:, -widths[-1] :], dim=1)
         scales = list((2.0 * torch.sigmoid(z)).split_with_sizes(widths, 1))
-        return self.mixture_of([*(None if head is None else scales.pop(0) for head in heads[:3]), gate])
+        mixture = self.mixture_of([*(None if head is None else scales.pop(0) for head in heads[:3]), gate])
+        return self._with_sigmoid_gates(mixture, pooled)
 
     def fusable_form(self) -> Attention:
         heads = self._heads()
@@ -83,17 +106,31 @@ class ODConvRouter(Router):
         spatial = None if spatial is None else spatial.reshape(-1, *self.kernel_size)
         return Mixture(gate, spatial, in_scale, out_scale)
 
+    def _route(self, pooled: Tensor) -> Mixture:
+        parts = route(pooled, self.fusable_form())
+        return self.mix(pooled) if parts is None else self._with_sigmoid_gates(self.mixture_of(parts), pooled)
+
+    def _with_sigmoid_gates(self, mixture: Mixture, pooled: Tensor) -> Mixture:
+        linear = self._modules.get("linear")
+        if linear is None:
+            return mixture
+        gate: Tensor = linear(pooled)
+        return mixture._replace(gate=self.bias_factor * torch.sigmoid(gate))
+
     def zero_(self) -> ODConvRouter:
-        for part in (self.channel, self.filter, self.spatial, self.kernel):
+        for part in (self.channel, self.filter, self.spatial, self.kernel, self.linear):
             if part is not None:
                 zero_linear_(part)
         return self
 
     def start_(self, features: Features, spread: float, generator: torch.Generator) -> None:
-        """Any logits of the experts: a softmax sums to 1. The scales stay 1: their gradients are not zero there.
+        """Any logits of the experts: a softmax sums to 1; of sigmoids in antithetic pairs. The scales stay 1: their
+        gradients are not zero there.
 
         Running statistics of the norm become those of the features, as which it normalises in training.
         """
+        if self.linear is not None:
+            start_antithetic_(self.linear, features, spread, generator)
         if self.kernel is None:
             return
         hidden = outputs_of(self.reduce, features)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import ClassVar, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -31,9 +31,6 @@ class Router(nn.Module):
 
     weight_factor: float = 1.0
     bias_factor: float = 1.0
-
-    start: ClassVar[str] = "noise"
-    """The best start of ``recipe.Upcycling`` that the router supports; ``start_`` computes it, if it is not noise."""
 
     def forward(self, x: Tensor) -> Mixture:
         """The mixture of each sample of ``x`` [B, I, H, W], or [I, H, W], or [B, I] if it is pooled already.
@@ -69,6 +66,11 @@ class Router(nn.Module):
         form = self.fusable_form()
         parts = None if form is None else route(pooled, form)
         return self.mix(pooled) if parts is None else self.mixture_of(parts)
+
+    @classmethod
+    def best_start(cls, variant: Variant) -> str:
+        """The best start of ``recipe.Upcycling`` for a router of ``variant``, made by ``start_`` if it is not noise."""
+        return "noise"
 
     def zero_(self) -> Router:
         """Zero the last linear map or maps, in place."""

@@ -38,6 +38,20 @@ def start_linear_(linear: nn.Linear, features: Features, spread: float, generato
     linear.bias.copy_(-(rows @ features.values.mean(0)))
 
 
+def start_antithetic_(linear: nn.Linear, features: Features, spread: float, generator: torch.Generator) -> None:
+    """As ``start_linear_``, in pairs of outputs ``z[2k+1] = -z[2k]``, in place; an odd one is zero for every input."""
+    pairs = linear.out_features // 2
+    linear.weight.zero_()
+    linear.bias.zero_()
+    if not pairs:
+        return
+    rows = nn.Linear(linear.in_features, pairs, dtype=torch.float64)
+    start_linear_(rows, features, spread, generator)
+    for own, half in ((linear.weight, rows.weight), (linear.bias, rows.bias)):
+        own[0 : 2 * pairs : 2] = half.to(own)
+        own[1 : 2 * pairs : 2] = -half.to(own)
+
+
 def outputs_of(linear: nn.Linear, features: Features) -> Tensor:
     """``linear`` of the features, [N, width] in float64."""
     outputs = features.values @ linear.weight.double().cpu().T

@@ -107,6 +107,8 @@ class ODConv(Variant):
     norm, activation: between the hidden map and the heads; ``"batch"`` and ``"relu"`` are the authors'.
     heads: ``"paper"`` omits the heads that the authors omit (filters of a depthwise layer, positions of a 1x1 kernel,
         experts when there is one); ``"all"`` omits only the head of the experts when there is one.
+    gates: of the experts: ``"softmax"`` of a head like the others, as the authors have it; ``"sigmoid"`` of a linear
+        map of the pooled input, as in CondConv.
     """
 
     reduction: int = 16
@@ -115,6 +117,7 @@ class ODConv(Variant):
     norm: Literal["batch", "none"] = "batch"
     activation: Literal["relu", "none"] = "relu"
     heads: Literal["paper", "all"] = "paper"
+    gates: Literal["softmax", "sigmoid"] = "softmax"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -131,6 +134,7 @@ class ODConv(Variant):
         _require_one_of("norm", self.norm, ("batch", "none"))
         _require_one_of("activation", self.activation, ("relu", "none"))
         _require_one_of("heads", self.heads, ("paper", "all"))
+        _require_one_of("gates", self.gates, ("softmax", "sigmoid"))
 
 
 def make_variant(kind: str, *, trust: tuple[str, ...] = (), **options: Any) -> Variant:

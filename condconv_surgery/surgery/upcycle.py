@@ -73,7 +73,7 @@ def upcycle(
 
 def start_of(variant: Variant, upcycling: Upcycling) -> str:
     """The start of ``upcycling`` for a variant, ``"auto"`` resolved. Raises ``InputError`` for one not supported."""
-    own = router_class(variant).start
+    own = router_class(variant).best_start(variant)
     start = own if upcycling.start == "auto" else upcycling.start
     if start not in (own, "noise"):
         raise InputError(

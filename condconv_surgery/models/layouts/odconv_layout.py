@@ -138,8 +138,10 @@ def _require_theirs(name: str, layer: ConditionalConv2d[Variant]) -> None:
 
 
 def _departs(variant: Variant) -> bool:
-    return not isinstance(variant, ODConv) or (variant.norm, variant.activation, variant.heads) != (
+    """Whether the attention is not the authors'."""
+    return not isinstance(variant, ODConv) or (variant.norm, variant.activation, variant.heads, variant.gates) != (
         "batch",
         "relu",
         "paper",
+        "softmax",
     )
