@@ -36,6 +36,12 @@ def convert(
     reduction: Annotated[
         int | None, typer.Option(help="Hidden width of the router: channels / REDUCTION (odconv, dynamicconv).")
     ] = None,
+    min_hidden: Annotated[
+        int | None, typer.Option(help="Smallest hidden width of the router (odconv; default 16).")
+    ] = None,
+    gates: Annotated[
+        str | None, typer.Option(help="Gates of odconv's experts: softmax (default), or sigmoid as in condconv.")
+    ] = None,
     routing: Annotated[
         str, typer.Option(help="layer: a router for each layer; block: one for all layers of a block.")
     ] = "layer",
@@ -84,7 +90,8 @@ def convert(
 ) -> None:
     """Replace the convolutions of a trained MODEL by conditional ones; same function at the start."""
     trusted = tuple(trust or ())
-    layer = make_variant(variant, trust=trusted, experts=experts, reduction=reduction, routing=routing)
+    attention = {"reduction": reduction, "min_hidden": min_hidden, "gates": gates}
+    layer = make_variant(variant, trust=trusted, experts=experts, routing=routing, **attention)
     patterns, names = (tuple(include or ()), tuple(exclude or ())), (tuple(blocks or ()), tuple(subclasses or ()))
     selection = Selection(*patterns, min_channels, skip_stem, skip_pooled, classifier, *names)
     upcycling = Upcycling(start, diversity=diversity, seed=seed)

@@ -26,7 +26,6 @@ from condconv_surgery.recipe import DynamicConv, Variant
 class DynamicConvRouter(Router):
     """``gate = softmax(FC(relu(FC(pooled))) / T)``: [B, I] -> [B, E]."""
 
-
     temperature: Tensor
 
     def __init__(

@@ -131,6 +131,9 @@ def test_a_dry_run_writes_nothing(condconv, tmp_path: Path) -> None:
         ([*SMALL, "--include", "layer5.*"], '--include "layer5.*" matched 0 of 56'),
         ([*SMALL, "--include", "re:("], "not a regular expression"),
         ([*SMALL, "--reduction", "4"], "condconv has no option 'reduction'"),
+        ([*SMALL, "--gates", "sigmoid"], "condconv has no option 'gates'"),
+        ([*SMALL, "--variant", "odconv", "--gates", "linear"], "gates is 'linear'"),
+        ([*SMALL, "--variant", "odconv", "--min-hidden", "0"], "min_hidden is 0"),
         ([*SMALL, "--variant", "conv"], "Unknown variant 'conv'"),
         ([*SMALL, "--diversity", "-1"], "diversity is -1"),
         ([*SMALL, "--min-channels", "-1"], "min_channels is -1"),
@@ -306,3 +309,11 @@ def test_routers_start_along_images_of_a_folder(condconv: Run, tmp_path: Path) -
     code, _, err = condconv(*arguments[:-1], tmp_path / "none")
     assert code == 2
     assert "There is no" in err
+
+
+def test_the_options_of_odconv(condconv: Run, tmp_path: Path) -> None:
+    odconv = ["--variant", "odconv", "--gates", "sigmoid", "--min-hidden", "32"]
+    code, _, err = condconv("convert", *SMALL, *odconv, "-o", tmp_path / "m.safetensors")
+    assert code == 0, err
+    (variant,) = {layer.variant for layer in conditional_layers(cs.load(tmp_path / "m.safetensors")).values()}
+    assert variant == cs.ODConv(experts=4, gates="sigmoid", min_hidden=32)
