@@ -119,7 +119,7 @@ def _print_quick(found: QuickCheck) -> None:
 
     headers = [("static network", False), ("train top-1, %", True), ("validation top-1, %", True)]
     rows = [
-        [f"{epochs} epochs", f"{100 * train:.1f}", f"{100 * val:.1f}"]
+        [f"{epochs} epoch{'s' if epochs > 1 else ''}", f"{100 * train:.1f}", f"{100 * val:.1f}"]
         for epochs, train, val in zip(found.epochs, found.train_top1, found.val_top1, strict=True)
     ]
     console = make_console()

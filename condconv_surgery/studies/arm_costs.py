@@ -17,8 +17,11 @@ SECONDS = 2.0
 
 
 def with_costs(record: StudyRecord, trained: Callable[[ArmRecord], nn.Module]) -> StudyRecord:
-    """The record with the costs of each arm that has none. trained: gives the network of an arm on its device.
+    """The record with the costs of each arm that has none: of a study that another loop recorded, too.
 
+        record = with_costs(record, lambda arm: {"static": plain, "condconv:4": converted}[arm.name])
+
+    trained: gives the network of an arm, on the device on which its latency is to be measured.
     Latency is that of one image, measured alternately with the same network whose conditional layers are plain ones,
     which is what the baseline computes.
     """

@@ -39,8 +39,9 @@ class PlannedRun:
     search: bool = False
 
     def __str__(self) -> str:
+        length = f"{self.epochs} epoch{'s' if self.epochs > 1 else ''}"
         why = ", to choose the rate" if self.search else ""
-        return f"{self.arm.name}, learning rate {self.lr:g}, seed {self.seed}, {self.epochs} epochs{why}"
+        return f"{self.arm.name}, learning rate {self.lr:g}, seed {self.seed}, {length}{why}"
 
 
 class ArmRuns:
@@ -71,7 +72,7 @@ class ArmRuns:
             if not planned.search:
                 raise
             return replace(row, search=(*row.search, SearchRun(planned.lr)))
-        if not _is_over(result, options):
+        if not is_over(result, options):
             return None
         found = self._found(Path(options.output))
         if planned.search:
@@ -134,7 +135,7 @@ def best_rate(row: ArmRecord) -> float:
     return max(usable, key=lambda run: (run.val_top1 or 0.0, -(run.val_loss or 0.0))).lr
 
 
-def _is_over(result: TrainingResult, options: TrainingOptions) -> bool:
+def is_over(result: TrainingResult, options: TrainingOptions) -> bool:
     """Was the run completed, by its last epoch or by early stopping?"""
     patience = options.schedule.early_stop
     return result.epochs >= options.schedule.epochs or bool(patience and result.epochs - result.best_epoch >= patience)

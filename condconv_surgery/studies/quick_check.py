@@ -20,6 +20,7 @@ from condconv_surgery.recipe.training_options import TrainingOptions
 from condconv_surgery.reporting.study.paired_difference import Difference, paired_difference
 from condconv_surgery.reporting.study.study_results import points
 from condconv_surgery.studies.arm_models import arm_options, require_unconverted
+from condconv_surgery.studies.arm_runs import is_over
 from condconv_surgery.studies.image_scores import correct_images
 from condconv_surgery.training.distributed.world import open_world
 from condconv_surgery.training.finetuning import complete_options, train_run
@@ -119,7 +120,7 @@ def quick_check(
             trained = copy.deepcopy(original)
             callback = display() if world.is_first else Callback()
             result = train_run(trained, run, world, request, callback, resume=True, images=images)
-            if result.stopped_by:
+            if not is_over(result, run):
                 return None
             last = load(f"{run.output}/last.safetensors", model=copy.deepcopy(original), trust=run.trust)
             train.append(correct_images(last, even_subset(parts.train, MOST_IMAGES), run, world))

@@ -49,7 +49,8 @@ def protocol(
     if options.budget == "time":
         budget = f"Equal time by the measured time of a step, so epochs differ: {epochs}."
     else:
-        budget = f"Equal steps: {training.schedule.epochs} epochs for each arm."
+        count = training.schedule.epochs
+        budget = f"Equal steps: {count} epoch{'s' if count > 1 else ''} for each arm."
     rates = rates_around(training.optimizer.lr, options.rates)
     if len(rates) > 1:
         search = (

@@ -34,7 +34,7 @@ def test_a_study_from_the_command_line(condconv: Run, data: Path, tmp_path: Path
     arms = ("--arm", "static", "--arm", "condconv:2,layers.router_lr=2", "--seeds", 1, "--rates", 1)
     code, out, err = condconv(*command, *arms)
     assert code == 0, err
-    assert "Run 2 of 2: condconv:2,layers.router_lr=2, learning rate 0.01, seed 1, 1 epochs" in err
+    assert "Run 2 of 2: condconv:2,layers.router_lr=2, learning rate 0.01, seed 1, 1 epoch" in err
     assert "18 training, 6 validation and 6 test images" in err
     report = StudyReport.read(tmp_path / "study")
     assert report.verdict in " ".join(out.split())
@@ -54,7 +54,7 @@ def test_quick_says_what_limits_the_network(condconv: Run, data: Path, tmp_path:
     command = ("compare", MODEL, "--data", data, "-o", tmp_path / "study", *QUICK, "--quick")
     code, out, err = condconv(*command)
     assert code == 0, err
-    assert "1 epochs" in out
+    assert "1 epoch " in out
     assert "2 epochs" in out
     code, out, err = condconv(*command, "--json")
     assert code == 0, err

@@ -17,9 +17,19 @@ from condconv_surgery.data.three_parts import find_three_parts
 from condconv_surgery.errors import DamagedFileError, InputError, TrainingError
 from condconv_surgery.models.artifact.save_load import load
 from condconv_surgery.models.preprocess import EvaluationTransform
-from condconv_surgery.recipe import CondConv, TrainingOptions, recipe_of
+from condconv_surgery.recipe import (
+    ArmRecord,
+    CondConv,
+    InputSpec,
+    Recipe,
+    ScoredRun,
+    StudyRecord,
+    TrainingOptions,
+    attach_recipe,
+    recipe_of,
+)
 from condconv_surgery.reporting import StudyReport
-from condconv_surgery.studies import compare, run_study
+from condconv_surgery.studies import compare, run_study, with_costs
 from condconv_surgery.studies.image_scores import correct_images
 from condconv_surgery.studies.step_times import epochs_in_equal_time
 from condconv_surgery.training.distributed.world import World
@@ -266,3 +276,16 @@ def test_unreadable_test_images_end_a_study_or_are_left_out(tmp_path: Path) -> N
 
 def test_the_package_offers_it() -> None:
     assert cs.compare is compare
+
+
+def test_costs_are_added_to_the_record_of_another_loop() -> None:
+    runs = (ScoredRun(0, "0110"),)
+    record = StudyRecord("own", (ArmRecord("plain", runs), ArmRecord("wide", runs)))
+    spec = InputSpec(height=16, width=16)
+    networks = {"plain": small_net(), "wide": small_net(CondConv(4))}
+    for network in networks.values():
+        attach_recipe(network, Recipe(input=spec))
+    plain, wide = with_costs(record, lambda arm: networks[arm.name]).arms
+    assert plain.cost.parameters == sum(p.numel() for p in networks["plain"].parameters())
+    assert wide.cost.macs - plain.cost.macs == 4 * (8 * 8 * 9 + 8) + 8 * 4, "mixing weights and biases, and routing"
+    assert wide.cost.latency_ratio > 0

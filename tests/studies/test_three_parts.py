@@ -63,12 +63,6 @@ def test_a_second_folder_is_the_test_part(tmp_path: Path) -> None:
     assert len(parts.train) + len(parts.val) == 30
 
 
-def test_a_torchvision_set_is_split(tmp_path: Path) -> None:
-    parts = parts_of(Path("torchvision:fakedata"))
-    assert_apart(parts)
-    assert min(len(parts.train), len(parts.val), len(parts.test)) > 0
-
-
 def test_data_that_cannot_be_divided(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="has fewer than three images"):
         parts_of(write_images(tmp_path / "few", each=2))

@@ -1,0 +1,58 @@
+"""Can conversion pay at all? The four answers, and two runs that give one of them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from condconv_surgery.errors import InputError
+from condconv_surgery.recipe import CondConv
+from condconv_surgery.reporting import Difference
+from condconv_surgery.studies import QuickCheck, quick_check
+from tests.images import write_images
+from tests.small_networks import small_net
+from tests.small_study import study_options
+
+
+def found(train: float, val: float, gain: float, half: float = 0.01) -> QuickCheck:
+    return QuickCheck((10, 20), (train - 0.01, train), (val - gain, val), Difference(gain, half, 1, 500))
+
+
+def test_the_four_answers() -> None:
+    fits = found(0.995, 0.77, 0.0)
+    assert (fits.limit, fits.improves) == ("data", False)
+    assert fits.verdict.startswith("Conversion is unlikely to pay: the network fits its training images (99.5%)")
+    growing = found(0.70, 0.68, 0.05)
+    assert growing.improves
+    assert growing.verdict.startswith("Train longer first: the static network still improves (+5.0 ± 1.0 points")
+    overfits = found(0.92, 0.75, 0.002)
+    assert overfits.limit == "mostly data"
+    assert overfits.verdict.startswith("Conversion may pay little: the network is trained out (+0.2 ± 1.0 points")
+    limited = found(0.79, 0.76, 0.002)
+    assert limited.limit == "capacity"
+    assert limited.verdict.startswith("Conversion can pay: the network is trained out")
+    assert json.loads(json.dumps(limited.to_dict()))["verdict"] == limited.verdict
+
+
+def test_a_gain_within_its_interval_is_no_improvement() -> None:
+    assert not found(0.7, 0.68, 0.05, half=0.06).improves
+
+
+def test_an_easy_task_is_fitted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("condconv_surgery.training.run.draw_curves", lambda rows, path: None)
+    data = write_images(tmp_path / "data", each=30)
+    options = study_options(schedule={"epochs": 6}, optimizer={"lr": 0.05})
+    check = quick_check(small_net(dropout=0.0), options, data=data, output=tmp_path / "study")
+    assert check is not None
+    assert check.epochs == (6, 12)
+    assert check.limit == "data"
+    assert "57 training, 15 validation and 18 test images" in check.origin
+    rows = (tmp_path / "study/quick/12/metrics.jsonl").read_text().splitlines()
+    assert check.val_top1[1] == pytest.approx(json.loads(rows[-1])["val_top1"])
+    again = quick_check(small_net(dropout=0.0), options, data=data, output=tmp_path / "study")
+    assert again == check, "a repeated call trains nothing again"
+    assert len((tmp_path / "study/quick/12/metrics.jsonl").read_text().splitlines()) == len(rows)
+    with pytest.raises(InputError, match="converted already"):
+        quick_check(small_net(CondConv(2)), options, data=data, output=tmp_path / "other")
