@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -55,8 +55,20 @@ def in_mode(model: nn.Module, training: bool) -> Iterator[None]:
     try:
         yield
     finally:
-        for module, mode in before:
-            module.training = mode
+        restore_modes(before)
+
+
+def restore_modes(modes: Sequence[tuple[nn.Module, bool]]) -> None:
+    """Set each module to its mode, parents before children.
+
+    A class with a ``train`` of its own may switch more than the flag (the graph of torchvision's feature extractors),
+    so it is called where the mode changes; the flags are set last, since it may set those of other modules.
+    """
+    for module, mode in modes:
+        if module.training != mode and type(module).train is not nn.Module.train:
+            module.train(mode)
+    for module, mode in modes:
+        module.training = mode
 
 
 @contextmanager

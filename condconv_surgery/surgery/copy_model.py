@@ -9,6 +9,7 @@ from torch import nn
 
 from condconv_surgery.errors import InputError, one_line
 from condconv_surgery.layers.routed_block import remove_block_router
+from condconv_surgery.runtime.modes import restore_modes
 from condconv_surgery.runtime.snapshot import held_tensors
 from condconv_surgery.surgery.conversion_plan import Plan
 from condconv_surgery.surgery.upcycle import has_hooks, move_hooks
@@ -20,13 +21,18 @@ Places = list[tuple[str, nn.Module]]
 def copy_of(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
     """``copy.deepcopy``, also of a model that holds tensors computed from its parameters: those as plain tensors.
 
-    (A weight that ``torch.nn.utils.weight_norm`` or pruning computes before each call; losses in a list.)
+    (A weight that ``torch.nn.utils.weight_norm`` or pruning computes before each call; losses in a list.) Every module
+    is in the mode of its original: a ``__deepcopy__`` may build a new one, in train mode.
     """
     memo = {} if memo is None else memo
     for tensor in held_tensors(model):
         if not tensor.is_leaf:
             memo.setdefault(id(tensor), tensor.detach().clone())
-    return copy.deepcopy(model, memo)
+    modes = {name: module.training for name, module in model.named_modules()}
+    copied = copy.deepcopy(model, memo)
+    for tree in (model, copied):  # they may share layers, which are in ``memo``
+        restore_modes([(module, modes[name]) for name, module in tree.named_modules() if name in modes])
+    return copied
 
 
 def copy_sharing_parameters(model: nn.Module) -> nn.Module:

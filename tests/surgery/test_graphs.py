@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.fx.experimental.optimization import fuse
 from torch.fx.passes.shape_prop import ShapeProp
+from torchvision.models.feature_extraction import create_feature_extractor
 
 import condconv_surgery as cs
 from condconv_surgery.errors import InputError
@@ -240,3 +241,25 @@ def test_an_exported_program_is_refused_in_words(x: Tensor) -> None:
         cs.convert(program.module(), cs.CondConv(), example=x)
     with pytest.raises(InputError, match="was given a ExportedProgram"):
         cs.convert(program, cs.CondConv(), example=x)
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("training", [False, True])
+def test_the_mode_of_a_feature_extractor_is_kept(inplace: bool, training: bool) -> None:
+    """Its copies are made in train mode, and its own ``train`` switches between two graphs."""
+    torch.manual_seed(0)
+    block = nn.Sequential(nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8))
+    trained = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), block, nn.Conv2d(8, 4, 1))
+    x = torch.randn(4, 3, 9, 9)
+    with torch.no_grad():
+        for _ in range(5):
+            trained(2 * x + 1)  # running statistics that are not those of x
+    net = create_feature_extractor(trained.eval(), {"2": "features"}).train(training)
+    net.get_submodule("1").train(not training)
+    modes = {name: module.training for name, module in net.named_modules()}
+    with torch.no_grad():
+        expected = net(x)["features"]
+    converted = cs.convert(net, cs.CondConv(experts=4), example=x, inplace=inplace).model
+    assert {name: m.training for name, m in converted.named_modules() if name in modes} == modes
+    with torch.no_grad():
+        torch.testing.assert_close(converted(x)["features"], expected, rtol=1e-4, atol=1e-4)
