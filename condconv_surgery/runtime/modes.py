@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -10,6 +11,8 @@ import torch
 from torch import nn
 
 from condconv_surgery.recipe import InputSpec, recipe_of
+
+_FORWARD_HOOKS = ("_forward_pre_hooks", "_forward_hooks")
 
 
 def input_spec_of(model: nn.Module) -> InputSpec:
@@ -69,6 +72,32 @@ def restore_modes(modes: Sequence[tuple[nn.Module, bool]]) -> None:
             module.train(mode)
     for module, mode in modes:
         module.training = mode
+
+
+def has_foreign_hooks(model: nn.Module) -> bool:
+    """Whether forward hooks of somebody else than torch, or this package, see the calls of its modules."""
+    hooks = [hook for m in model.modules() for kind in _FORWARD_HOOKS for hook in getattr(m, kind).values()]
+    return any(_home_of(hook) not in ("torch", "condconv_surgery") for hook in hooks)
+
+
+@contextmanager
+def without_forward_hooks(model: nn.Module) -> Iterator[None]:
+    """Inside the block no forward hook of any module of ``model`` is called."""
+    kept = [(getattr(m, kind), dict(getattr(m, kind))) for m in model.modules() for kind in _FORWARD_HOOKS]
+    for hooks, _ in kept:
+        hooks.clear()
+    try:
+        yield
+    finally:
+        for hooks, before in kept:
+            hooks.update(before)
+
+
+def _home_of(hook: Any) -> str:
+    while isinstance(hook, functools.partial):
+        hook = hook.func
+    module = getattr(hook, "__module__", None) or type(hook).__module__
+    return str(module).partition(".")[0]
 
 
 @contextmanager

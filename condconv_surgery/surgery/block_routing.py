@@ -21,6 +21,7 @@ from condconv_surgery.layers.graph_code import GraphCode
 from condconv_surgery.layers.routed_block import ROUTER, add_block_router
 from condconv_surgery.layers.router_base import make_router
 from condconv_surgery.recipe import SharedRouter, as_argument
+from condconv_surgery.runtime.snapshot import preserving_state
 from condconv_surgery.surgery.block_graph import (
     CONTAINERS,
     BlockError,
@@ -47,11 +48,16 @@ def share_routers(model: nn.Module, plan: Plan, arguments: tuple[Any, ...], bloc
     calls_by_mode = _observe_members(model, plan, members, arguments)
     routers: list[SharedRouter] = []
     unshared: dict[str, list[str]] = defaultdict(list)
-    for block, sites in members.items():
-        try:
-            routers.append(_shared_router(model, block, sites, calls_by_mode))
-        except BlockError as error:
-            unshared[str(error)] += [site.name for site in sites]
+    with preserving_state(model) as state:  # a traced block may write to what its parents hold
+        for block, sites in members.items():
+            try:
+                routers.append(_shared_router(model, block, sites, calls_by_mode))
+                if state.attributes_changed():
+                    routers.pop()
+                    raise BlockError(f"{block} writes to what its parents hold")
+            except BlockError as error:
+                unshared[str(error)] += [site.name for site in sites]
+                state.restore()
     notes = tuple(f"a router of its own for {listed(names)}: {reason}" for reason, names in unshared.items())
     if not routers:
         raise InputError(

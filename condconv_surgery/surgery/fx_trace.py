@@ -16,6 +16,7 @@ import torch
 from torch import fx, nn
 
 from condconv_surgery.errors import listed, one_line
+from condconv_surgery.runtime.modes import without_forward_hooks
 from condconv_surgery.runtime.snapshot import preserving_state
 
 
@@ -67,9 +68,13 @@ class Followers:
 
 
 def trace_followers(model: nn.Module, layers: Collection[nn.Module]) -> Followers:
-    """Trace the whole model, else its children, down to ``layers`` themselves; ``model`` is unchanged afterwards."""
+    """Trace the whole model, else its children, down to ``layers`` themselves; ``model`` is unchanged afterwards.
+
+    Hooks are not called: they would see proxies.
+    """
     followers = Followers()
-    _trace_module(model, "", LayerTracer(model, layers), followers)
+    with preserving_state(model), without_forward_hooks(model):  # a child may write to what its parent holds
+        _trace_module(model, "", LayerTracer(model, layers), followers)
     return followers
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 import condconv_surgery as cs
-from condconv_surgery.errors import ProofError
+from condconv_surgery.errors import InputError, ProofError
 from condconv_surgery.layers import conditional_layers
 
 
@@ -140,3 +140,78 @@ def test_a_layer_with_hooks_on_its_state_dict_stays(register: Callable[[nn.Modul
     assert set(conditional_layers(conversion.model)) == {"3"}
     reason = {skip.name: skip.reason for skip in conversion.plan.skipped}["1"]
     assert reason.startswith("hooks on its state dict (register_state_dict_pre_hook and the like)")
+
+
+class Keeper(nn.Module):
+    """A hook keeps feature maps in a dict of the model, whose forward takes them; fx traces a part of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kept: dict[torch.device, Tensor] = {}
+        self.a = nn.Sequential(nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3)))
+        self.a[0].register_forward_hook(self.keep)
+
+    def keep(self, module: nn.Module, inputs: Any, output: Tensor) -> None:
+        SEEN.append((type(output), str(output.device)))
+        self.kept[output.device] = output
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.sum() > 1e9:
+            return x
+        self.a(x)
+        return self.kept.pop(x.device)
+
+
+SEEN: list[tuple[type, str]] = []
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_hooks_see_real_tensors_and_nothing_of_a_pass_is_left(inplace: bool, x: Tensor) -> None:
+    SEEN.clear()
+    model = Keeper().eval()
+    expected = model(x)
+    plan = cs.plan(model, cs.CondConv(experts=4), example=x, inplace=inplace)
+    assert "1 layers to convert" in str(plan)  # traced for the text
+    assert model.kept == {}
+    converted = plan.apply().model
+    torch.testing.assert_close(converted(x), expected, rtol=1e-4, atol=1e-5)
+    assert set(SEEN) == {(Tensor, "cpu")}
+
+
+class Reporting(nn.Module):
+    """A block that gives what it computes to a method of its parent."""
+
+    def __init__(self, report: Callable[[Tensor], None]) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 1)
+        self.report = report
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.b(self.a(x))
+        self.report(y)
+        return y
+
+
+class Parent(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.kept: list[Tensor] = []
+        self.stem, self.block = nn.Conv2d(3, 4, 1), Reporting(self.keep)
+
+    def keep(self, y: Tensor) -> None:
+        self.kept.append(y)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.kept.clear()
+        return self.block(self.stem(x)) + self.kept[0]
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_a_block_that_writes_to_its_parent_keeps_its_routers(inplace: bool, x: Tensor) -> None:
+    model = Parent().eval()
+    expected = model(x).detach()
+    model.kept.clear()
+    with pytest.raises(InputError, match="block writes to what its parents hold"):
+        cs.convert(model, cs.CondConv(experts=4, routing="block"), example=x, inplace=inplace)
+    assert model.kept == []
+    torch.testing.assert_close(model(x), expected)

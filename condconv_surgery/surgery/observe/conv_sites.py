@@ -170,7 +170,7 @@ def _pooled_at_twice_the_size(
     if not candidates or len(arguments) != 1 or not isinstance(arguments[0], Tensor) or arguments[0].dim() != 4:
         return candidates
     x = arguments[0]
-    larger = x.new_empty((*x.shape[:2], 2 * x.shape[2], 2 * x.shape[3]), device="meta")
+    larger = x.new_zeros((*x.shape[:2], 2 * x.shape[2], 2 * x.shape[3]))
     try:
         twice = observe(model, {name: layers[name] for name in candidates}, (larger,), training=False)
     except Exception:  # a model of one fixed size: its 1x1 maps are what they are

@@ -1,20 +1,21 @@
 """One forward pass with hooks: which layers are called, in which order, how often, with which shapes.
 
-The pass runs on the meta device where it can: the model's own code, no memory, no arithmetic.
+The pass runs on the meta device where it can: the model's own code, no memory, no arithmetic. A model with hooks of
+its user runs on real tensors: a hook may print, keep or change what it sees.
 """
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
 
 from condconv_surgery.runtime.meta_device import META, meta_state, on_device
-from condconv_surgery.runtime.modes import device_of, in_mode, without_gradients
+from condconv_surgery.runtime.modes import device_of, has_foreign_hooks, in_mode, without_gradients
 from condconv_surgery.runtime.snapshot import preserving_state
 
 
@@ -39,14 +40,14 @@ def observe(
     The model is as before afterwards. Raises what its forward raises.
     """
     with in_mode(model, training), without_gradients(model):
-        try:
-            with preserving_state(model), meta_state(model), recording(layers) as calls:
+        # Data-dependent code (boxes, topk, .item()) and tensors outside the state dict cannot run on meta.
+        if not has_foreign_hooks(model):
+            with suppress(Exception), preserving_state(model), meta_state(model), recording(layers) as calls:
                 model(*on_device(arguments, META))
-        except Exception:
-            # Data-dependent code (boxes, topk, .item()) and tensors outside the state dict cannot run on meta.
-            with preserving_state(model), recording(layers) as calls:
-                model(*on_device(arguments, device_of(model)))
-    return calls
+                return calls
+        with preserving_state(model), recording(layers) as calls:
+            model(*on_device(arguments, device_of(model)))
+        return calls
 
 
 @contextmanager
