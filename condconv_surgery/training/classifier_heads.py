@@ -15,7 +15,7 @@ from condconv_surgery.models.build_model import resized
 from condconv_surgery.recipe import InputSpec, Recipe, attach_recipe, recipe_of
 from condconv_surgery.runtime.modes import in_mode
 from condconv_surgery.runtime.snapshot import preserving_state
-from condconv_surgery.training.logits import Logits, logits_of
+from condconv_surgery.training.logits import are_probabilities, matrices_of
 
 
 def fit_heads(model: nn.Module, classes: tuple[str, ...], spec: InputSpec) -> dict[str, int]:
@@ -55,9 +55,9 @@ def find_heads(model: nn.Module, spec: InputSpec) -> list[str]:
                 hooks.enter_context(module.register_forward_hook(partial(record, name)))
         for training in (False, True):
             produced.clear()
-            logits = _run(model, spec, training)
-            names = [_layer_of(produced, logits.main, or_by_width=True)]
-            names += [_layer_of(produced, extra, or_by_width=False) for extra in logits.auxiliary]
+            main, *auxiliary = _run(model, spec, training)
+            names = [_layer_of(produced, main, or_by_width=True)]
+            names += [_layer_of(produced, extra, or_by_width=False) for extra in auxiliary]
             heads += [name for name in names if name and name not in heads]
     if not heads:
         raise InputError(
@@ -68,13 +68,36 @@ def find_heads(model: nn.Module, spec: InputSpec) -> list[str]:
     return heads
 
 
+def probability_notes(model: nn.Module, spec: InputSpec) -> list[str]:
+    """A note where outputs are not logits but probabilities, or a sigmoid of what the head returns.
+
+    Runs the model on zeros, and leaves it as it was.
+    """
+    head = model.get_submodule(find_heads(model, spec)[0])
+    raw: list[Tensor] = []
+    kinds: dict[str, list[str]] = {"probabilities": [], "a sigmoid of its logits": []}
+    with head.register_forward_hook(lambda module, args, output: raw.append(output)):
+        for mode in ("eval", "train"):
+            output = _run(model, spec, mode == "train")[0]
+            if are_probabilities(output):
+                kinds["probabilities"].append(mode)
+            elif raw[-1].shape == output.shape and torch.allclose(raw[-1].sigmoid(), output, rtol=1e-3, atol=1e-3):
+                kinds["a sigmoid of its logits"].append(mode)
+    effects = ("the loss takes their logarithms", "the loss takes it for the logits; top-1 is right")
+    return [
+        f"The model returns {kind} in {' and '.join(modes)} mode: {effect}."
+        for (kind, modes), effect in zip(kinds.items(), effects, strict=True)
+        if modes
+    ]
+
+
 @torch.no_grad()
-def _run(model: nn.Module, spec: InputSpec, training: bool) -> Logits:
-    """The logits on zeros; the model is left as it was: this pass must not change statistics of batch norms."""
+def _run(model: nn.Module, spec: InputSpec, training: bool) -> list[Tensor]:
+    """The outputs [B, K] on zeros; the model is left as it was: this pass must not change statistics of batch norms."""
     parameter = next(model.parameters())
     x = torch.zeros(2, spec.channels, spec.height, spec.width, device=parameter.device, dtype=parameter.dtype)
     with preserving_state(model), in_mode(model, training):
-        return logits_of(model(x))
+        return matrices_of(model(x))
 
 
 def _layer_of(produced: list[tuple[str, Tensor]], logits: Tensor, *, or_by_width: bool) -> str | None:

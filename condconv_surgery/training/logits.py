@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from condconv_surgery.errors import InputError
@@ -17,7 +19,18 @@ class Logits(NamedTuple):
 
 
 def logits_of(output: object) -> Logits:
-    """The logits in a model's output. Raises ``InputError`` for an output that is not that of a classifier."""
+    """The logits in a model's output, a tensor or a tuple of tensors of which the first one counts.
+
+    Where that one holds probabilities, another tensor of which they are the softmax is ``main``, else their logarithms:
+    their cross-entropy is that of the logits. Decided on the device, without a synchronisation.
+    Raises ``InputError`` for an output that is not that of a classifier.
+    """
+    first, *others = matrices_of(output)
+    return Logits(_as_logits(first, others), tuple(others))
+
+
+def matrices_of(output: object) -> list[Tensor]:
+    """The tensors [B, K] in a model's output, as they are. Raises as ``logits_of``."""
     tensors: tuple[object, ...] = tuple(output) if isinstance(output, tuple) else (output,)
     logits = [t for t in tensors if isinstance(t, Tensor)]
     if not logits or any(t.dim() != 2 for t in logits):
@@ -29,4 +42,24 @@ def logits_of(output: object) -> Logits:
             "finetune trains classifiers with one label per image: logits [B, classes].",
             "your own loop with the functions of condconv_surgery.training",
         )
-    return Logits(logits[0], tuple(logits[1:]))
+    return logits
+
+
+def are_probabilities(rows: Tensor) -> Tensor:
+    """Whether no value of ``rows`` [B, K] is negative and each row sums to 1, as a tensor of one bool."""
+    sums = rows.sum(1, dtype=torch.promote_types(rows.dtype, torch.float32))
+    return (rows >= 0).all() & ((sums - 1).abs() <= _rounding(rows)).all()
+
+
+def _as_logits(first: Tensor, others: Iterable[Tensor]) -> Tensor:
+    wide = torch.promote_types(first.dtype, torch.float32)
+    logits = first.to(wide).clamp_min(torch.finfo(wide).tiny).log()
+    for other in others:
+        if other.shape == first.shape:
+            softmax = torch.softmax(other.to(wide), dim=1)
+            logits = torch.where(((softmax - first).abs() <= _rounding(first)).all(), other.to(wide), logits)
+    return torch.where(are_probabilities(first), logits, first)
+
+
+def _rounding(rows: Tensor) -> float:
+    return 1e-2 if rows.dtype in (torch.float16, torch.bfloat16) else 1e-5

@@ -20,7 +20,7 @@ from condconv_surgery.runtime.seeding import seeded
 from condconv_surgery.training.batch_norm import recalibrate
 from condconv_surgery.training.batches.loaders import Data, TrainAndVal, input_spec, open_data
 from condconv_surgery.training.batches.unreadable_images import UnreadableImages
-from condconv_surgery.training.classifier_heads import fit_heads
+from condconv_surgery.training.classifier_heads import fit_heads, probability_notes
 from condconv_surgery.training.distributed.world import World
 from condconv_surgery.training.evaluation import score
 from condconv_surgery.training.learner import Learner
@@ -66,6 +66,7 @@ class Run:
         before = (recipe_of(model) or Recipe()).classes
         with seeded(options.seed, "head"):
             self.heads = fit_heads(model, self.data.train.classes, spec)
+        self.output_notes = probability_notes(model, spec)
         self.learner = Learner(model, options, world, self.data.train.counts(), self.heads)
         self.renamed = before if before and before != self.data.train.classes and not self.heads else ()
         self.black = torch.zeros(1, spec.channels, spec.height, spec.width, device=world.device)
@@ -104,7 +105,7 @@ class Run:
             self.callback.note(
                 f"The head is kept for the same number of classes; they were called {', '.join(self.renamed[:4])}, ..."
             )
-        for line in unused_options(self.learner.model, self.options):
+        for line in (*self.output_notes, *unused_options(self.learner.model, self.options)):
             self.callback.note(line)
 
     def close(self) -> None:
