@@ -26,6 +26,9 @@ CALLS = {
     re.escape(ALL_OPTIONS): "condconv finetune --print-recipe",
     re.escape(FINETUNE_CALL): "condconv finetune MODEL --data FOLDER -o RUN",
     r"convert\(model, CondConv\(experts=4\)\)": "condconv convert MODEL -o FILE.safetensors",
+    r'load_model\("package\.module:factory", weights="FILE"\), or .*': (
+        "condconv convert package.module:factory --weights FILE -o FILE.safetensors"
+    ),
     r'(?:condconv_surgery\.)?load_model\("([^"\s]+)"\)': r"condconv convert \1 -o FILE.safetensors",
 }
 """Calls that messages propose, and the commands for them."""

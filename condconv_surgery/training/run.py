@@ -12,7 +12,7 @@ from torch import nn
 
 from condconv_surgery.data.image_dataset import Batch
 from condconv_surgery.errors import InputError
-from condconv_surgery.models.artifact.save_load import save
+from condconv_surgery.models.artifact.save_load import save, why_not_alone
 from condconv_surgery.recipe import Recipe, recipe_of
 from condconv_surgery.recipe.toml_text import to_toml
 from condconv_surgery.recipe.training_options import TrainingOptions
@@ -66,7 +66,10 @@ class Run:
         before = (recipe_of(model) or Recipe()).classes
         with seeded(options.seed, "head"):
             self.heads = fit_heads(model, self.data.train.classes, spec)
-        self.output_notes = probability_notes(model, spec)
+        self.model_notes = probability_notes(model, spec)
+        reason = why_not_alone(model)
+        if reason:
+            self.model_notes.append(f"The files of this run need load(path, model=MyNet()): {reason}.")
         self.learner = Learner(model, options, world, self.data.train.counts(), self.heads)
         self.renamed = before if before and before != self.data.train.classes and not self.heads else ()
         self.black = torch.zeros(1, spec.channels, spec.height, spec.width, device=world.device)
@@ -105,7 +108,7 @@ class Run:
             self.callback.note(
                 f"The head is kept for the same number of classes; they were called {', '.join(self.renamed[:4])}, ..."
             )
-        for line in (*self.output_notes, *unused_options(self.learner.model, self.options)):
+        for line in (*self.model_notes, *unused_options(self.learner.model, self.options)):
             self.callback.note(line)
 
     def close(self) -> None:
@@ -183,7 +186,7 @@ class Run:
         if self.world.is_first and finished is not None:
             last = self.folder / "last.safetensors"
             with failing_resumably():
-                save(finished, last)
+                save(finished, last, alone=False)
             if best:
                 copy_file(last, self.folder / "best.safetensors")
             write_rows(self.folder / METRICS, [*read_rows(self.folder / METRICS), row.to_dict()])

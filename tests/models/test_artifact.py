@@ -97,9 +97,12 @@ def test_tied_parameters_are_stored_once(tmp_path: Path) -> None:
             self.a, self.b = nn.Conv2d(3, 3, 1), nn.Conv2d(3, 3, 1)
             self.b.weight = self.a.weight
 
-    cs.save(Tied(), tmp_path / "t.safetensors")
+    with pytest.raises(InputError, match=r"alone could not rebuild(.|\n)*Tied(.|\n)*alone=False"):
+        cs.save(Tied(), tmp_path / "t.safetensors")  # a local class has no name to be found by
+    assert not (tmp_path / "t.safetensors").exists()
+    cs.save(Tied(), tmp_path / "t.safetensors", alone=False)
     with pytest.raises(InputError, match=r"does not say how its model is built(.|\n)*model=MyNet"):
-        cs.load(tmp_path / "t.safetensors")  # a local class has no name to be found by
+        cs.load(tmp_path / "t.safetensors")
     loaded = cs.load(tmp_path / "t.safetensors", model=Tied())
     assert loaded.a.weight is loaded.b.weight
 
@@ -261,7 +264,9 @@ def test_a_hook_on_a_converted_layer_is_not_lost_unsaid(tmp_path: Path) -> None:
     torch.manual_seed(0)
     converted = cs.convert(hooked(), CondConv(experts=2), example=EXAMPLE).model.eval()
     scramble(converted)
-    cs.save(converted, tmp_path / "m.safetensors")
+    with pytest.raises(InputError, match="alone could not rebuild the model: a CondConv2d has hooks"):
+        cs.save(converted, tmp_path / "m.safetensors")
+    cs.save(converted, tmp_path / "m.safetensors", alone=False)
     with pytest.raises(InputError, match=r"a CondConv2d has hooks(.|\n)*model=MyNet"):
         cs.load(tmp_path / "m.safetensors")
     assert torch.equal(cs.load(tmp_path / "m.safetensors", model=hooked())(EXAMPLE), converted(EXAMPLE))

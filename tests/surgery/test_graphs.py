@@ -220,7 +220,7 @@ def test_hooks_are_not_traced_twice(x: Tensor) -> None:
 
 def test_a_graph_comes_back_from_its_file_into_its_graph(graph: fx.GraphModule, x: Tensor, tmp_path: Path) -> None:
     model = cs.convert(graph, cs.CondConv(experts=2), example=x).model.eval()
-    cs.save(model, tmp_path / "graph.safetensors")
+    cs.save(model, tmp_path / "graph.safetensors", alone=False)
     with pytest.raises(InputError, match="Give the unconverted model"):
         cs.load(tmp_path / "graph.safetensors")
     torch.manual_seed(1)
@@ -230,7 +230,7 @@ def test_a_graph_comes_back_from_its_file_into_its_graph(graph: fx.GraphModule, 
 
 
 def test_an_unconverted_graph_comes_back_too(graph: fx.GraphModule, x: Tensor, tmp_path: Path) -> None:
-    cs.save(graph.eval(), tmp_path / "graph.safetensors")
+    cs.save(graph.eval(), tmp_path / "graph.safetensors", alone=False)
     loaded = cs.load(tmp_path / "graph.safetensors", model=fx.symbolic_trace(Functional()))
     assert torch.equal(loaded(x), graph(x))
 

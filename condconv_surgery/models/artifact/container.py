@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from condconv_surgery.errors import DamagedFileError, InputError
+from condconv_surgery.models.artifact.json_values import STORED
 from condconv_surgery.models.artifact.skeleton import Skeleton
 from condconv_surgery.models.checkpoints.file_type import SAFETENSORS, file_kind, require_file
 from condconv_surgery.recipe import Recipe
@@ -26,7 +27,7 @@ class Content:
 
     tensors: each once. aliases: from each further name of a tensor to the name it is stored under.
     skeleton: the modules, where the recipe's source alone does not rebuild them. undescribed: the reason why such a
-        model has no skeleton.
+        model has no skeleton. attributes: the large tensors of plain attributes, which the skeleton names.
     """
 
     path: Path
@@ -35,6 +36,7 @@ class Content:
     aliases: dict[str, str]
     skeleton: Skeleton | None
     undescribed: str = ""
+    attributes: dict[str, Tensor] = field(default_factory=dict)
 
     def all_tensors(self) -> dict[str, Tensor]:
         """The tensors under all their names."""
@@ -57,7 +59,8 @@ def read(path: Path, trust: tuple[str, ...] = ()) -> Content:
         raise damaged(path, f"an alias points to {unknown[0]!r}, which is not there")
     if hash_tensors(tensors, headers=False) != metadata.get("tensors_sha256"):
         raise damaged(path, "its tensors are not the ones that were written")
-    return Content(path, recipe, tensors, aliases, skeleton, metadata.get("undescribed", ""))
+    stored = {name: tensors.pop(name) for name in list(tensors) if skeleton is not None and name.startswith(STORED)}
+    return Content(path, recipe, tensors, aliases, skeleton, metadata.get("undescribed", ""), stored)
 
 
 def read_recipe(path: str | Path) -> Recipe:

@@ -7,20 +7,25 @@ import functools
 import inspect
 import math
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from condconv_surgery.errors import InputError
+from condconv_surgery.models.artifact.plain_values import PLAIN_KINDS
 from condconv_surgery.models.checkpoints.allowlist import name_of, resolve
+from condconv_surgery.runtime.tensor_hash import hash_tensors
 
 MAX_DEPTH = 32
 """Limit of nested containers; more means that one contains itself."""
 
 MAX_ELEMENTS = 4096
-"""Limit of the elements of a tensor in a plain attribute: the anchors of a detector, not weights."""
+"""Limit of the elements of a tensor in JSON: the anchors of a detector. Larger ones stand among the file's tensors."""
+
+STORED = "attribute "
+"""Their names there begin so."""
 
 
 class UndescribableError(InputError):
@@ -32,10 +37,11 @@ class UndescribableError(InputError):
 
 
 class ValueWriter:
-    """From values to JSON. ``number`` returns the index of a module in the skeleton."""
+    """From values to JSON. ``number`` returns the index of a module in the skeleton; ``stored`` gets large tensors."""
 
-    def __init__(self, number: Callable[[nn.Module], int]) -> None:
+    def __init__(self, number: Callable[[nn.Module], int], stored: dict[str, Tensor]) -> None:
         self.number = number
+        self.stored = stored
 
     def write(self, value: Any, where: str, depth: int = 0) -> Any:
         """Numbers, strings and lists as they are, all else as an object of one key: ``{kind: content}``.
@@ -58,6 +64,11 @@ class ValueWriter:
             return {type(value).__name__: [each(pair) for pair in value.items()]}
         if type(value) is functools.partial:
             return {"partial": each((value.func, list(value.args), dict(value.keywords)))}
+        if isinstance(value, tuple) and hasattr(type(value), "_fields"):
+            return {"namedtuple": [name_in_file(type(value)), each(value)]}
+        for kind, plain in PLAIN_KINDS.items():
+            if plain.matches(value):
+                return {kind: self.write(plain.write(value), where, depth + 1)}
         return self._write_leaf(value, where, depth)
 
     def _write_leaf(self, value: Any, where: str, depth: int) -> Any:
@@ -73,29 +84,39 @@ class ValueWriter:
             return {"enum": [name_in_file(type(value)), value.name]}
         if inspect.ismethod(value) and isinstance(value.__self__, nn.Module):
             return {"method": [self.number(value.__self__), value.__name__]}
-        if inspect.isclass(value) or inspect.isfunction(value):
-            return {"name": name_in_file(value)}
-        if type(value) is Tensor and value.numel() <= MAX_ELEMENTS and not value.is_meta:
-            return {
-                "tensor": [
-                    str(value.dtype).removeprefix("torch."),
-                    list(value.shape),
-                    self.write(value.flatten().tolist(), where, depth),
-                ]
-            }
+        if inspect.isclass(value) or inspect.isfunction(value) or inspect.isbuiltin(value):
+            return {"name": name_in_file(value, where)}
+        if type(value) in (Tensor, nn.Parameter) and value.layout is torch.strided and not value.is_meta:
+            return self._write_tensor(value, where, depth)
         if isinstance(value, (Tensor, *_BUILT_IN)) or not hasattr(value, "__dict__"):
             raise UndescribableError(f"{where} is a {type(value).__name__}")
         name = name_in_file(type(value))  # a plain helper object: box coders, matchers
         state = {key: self.write(item, f"{where}.{key}", depth + 1) for key, item in value.__dict__.items()}
         return {"object": [name, state]}
 
+    def _write_tensor(self, value: Tensor, where: str, depth: int) -> Any:
+        """Nothing for a result of computation, which a forward pass left behind and the next one makes again."""
+        if not value.is_leaf:
+            return None
+        if isinstance(value, nn.Parameter):
+            return {"parameter": [self._write_tensor(value.detach(), where, depth), value.requires_grad]}
+        if value.numel() <= MAX_ELEMENTS:
+            dtype = str(value.dtype).removeprefix("torch.")
+            return {"tensor": [dtype, list(value.shape), self.write(value.flatten().tolist(), where, depth)]}
+        name = f"{STORED}{len(self.stored)}"
+        self.stored[name] = value.detach().clone(memory_format=torch.contiguous_format)
+        return {"stored": [name, hash_tensors({"": self.stored[name]})]}
+
 
 class ValueReader:
     """The inverse of ``ValueWriter``. Raises ``ValueError``, ``TypeError`` or ``KeyError`` for any other JSON."""
 
-    def __init__(self, modules: list[nn.Module], trust: tuple[str, ...] = ()) -> None:
+    def __init__(
+        self, modules: list[nn.Module], trust: tuple[str, ...] = (), stored: Mapping[str, Tensor] | None = None
+    ) -> None:
         self.modules = modules
         self.trust = trust
+        self.stored = stored or {}
 
     def read(self, data: Any) -> Any:
         if isinstance(data, list):
@@ -111,6 +132,8 @@ class ValueReader:
         if kind == "partial":
             function, args, keywords = self.read(content)
             return functools.partial(function, *args, **keywords)
+        if kind in PLAIN_KINDS:
+            return PLAIN_KINDS[kind].read(self.read(content))
         return self._readers()[kind](content)
 
     def module(self, number: int) -> nn.Module:
@@ -129,6 +152,9 @@ class ValueReader:
             "float": float,
             "dtype": self.dtype,
             "tensor": self._tensor,
+            "stored": lambda content: self.stored[content[0]].clone(),
+            "parameter": lambda content: nn.Parameter(self.read(content[0]), bool(content[1])),
+            "namedtuple": self._namedtuple,
             "device": torch.device,
             "module": self.module,
             "enum": self._enum,
@@ -140,6 +166,12 @@ class ValueReader:
     def _tensor(self, content: list[Any]) -> Tensor:
         kind, shape, values = content
         return torch.tensor(self.read(values), dtype=self.dtype(kind)).reshape(shape)
+
+    def _namedtuple(self, content: list[Any]) -> Any:
+        cls, items = resolve(content[0], self.trust), self.read(content[1])
+        if not (isinstance(cls, type) and issubclass(cls, tuple) and len(getattr(cls, "_fields", ())) == len(items)):
+            raise TypeError(f"{content[0]} is not a named tuple of {len(items)}")
+        return tuple.__new__(cls, items)
 
     def _enum(self, content: list[str]) -> enum.Enum:
         cls, member = resolve(content[0], self.trust), content[1]
@@ -175,10 +207,10 @@ _CONTAINERS: dict[str, Callable[[Any], Any]] = {
 }
 
 
-def name_in_file(value: Any) -> str:
+def name_in_file(value: Any, where: str = "") -> str:
     """The importable name of a class or function. Raises ``UndescribableError`` when it has none."""
     name = name_of(value)
     if name is None:
         home = f"{getattr(value, '__module__', '?')}.{getattr(value, '__qualname__', value)}"
-        raise UndescribableError(f"{home} cannot be imported by that name")
+        raise UndescribableError(f"{f'{where} is ' if where else ''}{home}, which cannot be imported by that name")
     return name

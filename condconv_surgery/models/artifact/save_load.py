@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from condconv_surgery.errors import DamagedFileError, InputError, nearest
 from condconv_surgery.layers import ConditionalConv2d, ConditionalLinear, RoutedBlock, routed_blocks
@@ -44,26 +44,42 @@ UNCHECKED_WIDTH = 1024
 """Widths of a recipe up to this need no check: building them takes little memory."""
 
 
-def save(model: nn.Module, path: str | Path) -> None:
+def save(model: nn.Module, path: str | Path, *, alone: bool = True) -> None:
     """Write ``model``, converted or not, so that ``load(path)`` gives it back with bit-identical outputs.
 
     The recipe is the model's own, updated from its modules. A model that differs from what its source builds, or has no
-    source, is described module by module; one that cannot be described either (hooks, local functions) needs
-    ``load(path, model=skeleton)``. Training flags, ``requires_grad`` and hooks are not saved.
+    source, is described module by module, with the values of its plain attributes. Training flags, ``requires_grad``
+    and hooks are not saved.
 
-    Raises ``InputError`` when the file cannot be written or a tensor has no values; an existing file is then unchanged.
+    alone: the file must be enough. Without it, a model that cannot be described (hooks, local functions) is written
+        too, for ``load(path, model=skeleton)``.
+
+    Raises ``InputError`` when the file cannot be written, would not be enough, or a tensor has no values; an existing
+    file is then unchanged.
     """
     path = Path(path)
     require_values(model.state_dict())
     tensors, aliases = unique_tensors(model.state_dict())
     recipe = _current_recipe(model)
     metadata = {"format": MAGIC, "recipe": json.dumps(recipe.to_dict()), "aliases": json.dumps(aliases)}
-    metadata |= _description(model, recipe)
+    stored: dict[str, Tensor] = {}
+    metadata |= _description(model, recipe, stored)
+    if alone and "undescribed" in metadata:
+        raise InputError(
+            f"{path} alone could not rebuild the model: {metadata['undescribed']}.",
+            "A model that a function of yours builds needs no description, only its weights.",
+            'load_model("package.module:factory", weights="FILE"), or alone=False and load(path, model=MyNet())',
+        )
     if "skeleton" in metadata:
-        tensors |= {name: tensor.detach().clone() for name, tensor in transient_tensors(model).items()}
+        tensors |= stored | {name: tensor.detach().clone() for name, tensor in transient_tensors(model).items()}
     metadata["tensors_sha256"] = hash_tensors(tensors, headers=False)
     with replacing(path) as temporary:
         save_file(tensors, temporary, metadata)
+
+
+def why_not_alone(model: nn.Module) -> str:
+    """Why the file of ``save`` would not be enough to rebuild ``model``; empty where it is."""
+    return _description(model, _current_recipe(model), {}).get("undescribed", "")
 
 
 def load(path: str | Path, *, model: nn.Module | None = None, trust: str | tuple[str, ...] = ()) -> nn.Module:
@@ -120,13 +136,16 @@ def _shared_router(name: str, block: RoutedBlock) -> SharedRouter:
     return SharedRouter(name, routing.channels, tuple(f"{name}.{layer}" for layer in routing.layers))
 
 
-def _description(model: nn.Module, recipe: Recipe) -> dict[str, str]:
-    """Metadata: the skeleton of a model that its source does not rebuild, or the reason why it cannot be described."""
+def _description(model: nn.Module, recipe: Recipe, stored: dict[str, Tensor]) -> dict[str, str]:
+    """Metadata: the skeleton of a model that its source does not rebuild, or the reason why it cannot be described.
+
+    stored: gets the large tensors of plain attributes.
+    """
     name = recipe.source.name
     if name and (builder_for(name) is FACTORY or same_modules(model, recipe.source, recipe.heads)):
         return {}  # a user's factory is not called again to compare
     try:
-        return {"skeleton": json.dumps(describe(model))}
+        return {"skeleton": json.dumps(describe(model, stored=stored))}
     except UndescribableError as error:
         return {"undescribed": error.what}
 
@@ -136,7 +155,7 @@ def _skeleton(content: Content, trust: tuple[str, ...]) -> nn.Module:
     _check_widths(content)
     elements = sum(tensor.numel() for tensor in content.tensors.values())
     if content.skeleton is not None:
-        return check_module(rebuild(content.skeleton, trust, max_elements=elements), path)
+        return check_module(rebuild(content.skeleton, trust, elements, content.attributes), path)
     if not source.name:
         raise InputError(
             f"{path} does not say how its model is built: {content.undescribed or 'it has no source'}.",

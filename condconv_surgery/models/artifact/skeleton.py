@@ -4,12 +4,13 @@ A module is described by the name of its class and the values of its attributes.
 ``allowlist``, makes an empty object of the class and sets the attributes: no constructor and nothing else in the file
 is called.
 
-Hooks, lambdas, local functions and large tensors in plain attributes cannot be described. A conditional layer is
+Hooks, lambdas, local functions and objects of compiled code cannot be described. A conditional layer is
 described as the plain layer that it replaced, a routed block as it was before.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -32,10 +33,10 @@ _CACHES_OF_FORWARD = ("corr_pyramid", "attention_bias_cache")
 """Attributes that a forward pass fills: in RAFT of torchvision; in LeViT, TinyViT and EfficientFormer of timm."""
 
 
-def describe(model: nn.Module, *, without_hooks: bool = False) -> Skeleton:
+def describe(model: nn.Module, *, without_hooks: bool = False, stored: dict[str, Tensor] | None = None) -> Skeleton:
     """The modules of ``model``, its root first; a shared module is described once and referred to by number.
 
-    without_hooks: leave out hooks instead of raising for them.
+    without_hooks: leave out hooks instead of raising for them. stored: gets the large tensors of plain attributes.
 
     Raises ``UndescribableError`` (an ``InputError``) with the first module and attribute that cannot be described.
     """
@@ -52,16 +53,23 @@ def describe(model: nn.Module, *, without_hooks: bool = False) -> Skeleton:
 
     number(model)
     tensors: dict[int, int] = {}
+    writer = ValueWriter(number, {} if stored is None else stored)
     rows: Skeleton = []
     while len(rows) < len(modules):  # describing a module adds its children to the list
-        rows.append(_row(modules[len(rows)], ValueWriter(number), tensors))
+        rows.append(_row(modules[len(rows)], writer, tensors))
     return rows
 
 
-def rebuild(rows: Skeleton, trust: tuple[str, ...] = (), max_elements: int | None = None) -> nn.Module:
-    """The model that ``describe`` described, with zeros in its tensors.
+def rebuild(
+    rows: Skeleton,
+    trust: tuple[str, ...] = (),
+    max_elements: int | None = None,
+    stored: Mapping[str, Tensor] | None = None,
+) -> nn.Module:
+    """The model that ``describe`` described, with zeros in its parameters and buffers.
 
     max_elements: of all tensors together, as many as the file holds; a skeleton with more would only take memory.
+    stored: the large tensors of plain attributes.
 
     Raises ``InputError`` for a class that is not allowed and ``DamagedFileError`` for anything that ``describe`` does
     not write.
@@ -71,7 +79,7 @@ def rebuild(rows: Skeleton, trust: tuple[str, ...] = (), max_elements: int | Non
         modules = [_empty(row["class"], trust) for row in rows]
         tensors: dict[int, Tensor] = {}
         for module, row in zip(modules, rows, strict=True):
-            _set(module, row, modules, tensors, trust)
+            _set(module, row, ValueReader(modules, trust, stored), tensors)
         return modules[0]
     except SurgeryError:
         raise
@@ -150,12 +158,9 @@ def _empty(name: str, trust: tuple[str, ...]) -> nn.Module:
 def _set(
     module: nn.Module,
     row: dict[str, Any],
-    modules: list[nn.Module],
+    reader: ValueReader,
     tensors: dict[int, Tensor],
-    trust: tuple[str, ...],
 ) -> None:
-    reader = ValueReader(modules, trust)
-
     def tensor(entry: list[Any] | None, parameter: bool) -> Any:
         if entry is None:
             return None

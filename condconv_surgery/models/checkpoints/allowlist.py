@@ -19,6 +19,8 @@ import sys
 from collections.abc import Iterable
 from typing import Any
 
+import torch
+import torch.nn.functional as F
 from torch import nn
 
 from condconv_surgery.errors import InputError
@@ -44,6 +46,23 @@ ARITHMETIC_MODULES = (
     "timm.layers.activations",
 )
 """Modules all of whose own functions compute on tensors and do nothing else."""
+
+TORCH_FUNCTIONS = tuple(
+    f"torch.{name}{suffix}"
+    for name, suffixes in (
+        (
+            "abs acos add addmm asin atan bmm cat celu clamp cos cosh cumsum div einsum erf exp exp2 expm1 flatten",
+            ("",),
+        ),
+        ("floor log log10 log1p log2 log_softmax logsumexp matmul max maximum mean min minimum mish mm mul neg", ("",)),
+        ("permute pow prod round rsqrt sign sin sinh softmax sqrt square stack std sub sum tan transpose var", ("",)),
+        ("relu sigmoid tanh selu silu rrelu prelu", ("", "_")),
+    )
+    for name in name.split()
+    for suffix in suffixes
+    if hasattr(torch, f"{name}{suffix}")
+)
+"""Functions of ``torch`` itself that models hold as activations. (Others read files: ``torch.from_file``.)"""
 
 PLAIN_NAMES = (
     "collections.OrderedDict",
@@ -84,7 +103,9 @@ def resolve(name: str, trust: tuple[str, ...] = ()) -> Any:
     package = module.partition(".")[0]
     if package in trust and package not in DATA_NAMES and not _can_run_commands(package):
         return _from_trusted(name, module, leaf, package)
-    if name in PLAIN_NAMES or (package in trust and name in DATA_NAMES.get(package, ())):
+    if name in PLAIN_NAMES or name in TORCH_FUNCTIONS or (package in trust and name in DATA_NAMES.get(package, ())):
+        return _imported(name, module, leaf)
+    if _is_functional(name):
         return _imported(name, module, leaf)
     if any(_within(module, parent) for parent in (*LAYER_MODULES, *ARITHMETIC_MODULES)):
         value = _imported(name, module, leaf)
@@ -115,12 +136,23 @@ def trusted(trust: str | Iterable[str]) -> tuple[str, ...]:
 def name_of(value: Any) -> str | None:
     """The name by which ``resolve`` finds a class or function again, if its package is trusted; else ``None``."""
     module, leaf = getattr(value, "__module__", None) or "", getattr(value, "__qualname__", "")
+    if inspect.isbuiltin(value):  # of compiled code: its module is not the one that it is imported from
+        homes = {f"torch.{value.__name__}": torch, f"torch.nn.functional.{value.__name__}": F}
+        found = (name for name, home in homes.items() if getattr(home, value.__name__, None) is value)
+        return next((name for name in found if name in TORCH_FUNCTIONS or _is_functional(name)), None)
     if not _can_run_commands(module.partition(".")[0]):
         return f"{module}.{leaf}" if getattr(sys.modules.get(module), leaf, None) is value else None
     try:
         return f"{module}.{leaf}" if resolve(f"{module}.{leaf}") is value else None
     except InputError:
         return None
+
+
+def _is_functional(name: str) -> bool:
+    """A compiled function of ``torch.nn.functional``: arithmetic, as are its Python functions."""
+    module, _, leaf = name.rpartition(".")
+    compiled = inspect.isbuiltin(vars(F).get(leaf))
+    return module == "torch.nn.functional" and compiled and not leaf.startswith("_")
 
 
 def _can_run_commands(package: str) -> bool:
