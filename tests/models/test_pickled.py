@@ -176,8 +176,9 @@ def allowed_sources() -> list[Path]:
             pytest.importorskip("timm")
         spec = importlib.util.find_spec(parent)
         assert spec is not None
-        assert spec.submodule_search_locations, parent
-        paths.update(Path(spec.submodule_search_locations[0]).rglob("*.py"))
+        assert spec.origin is not None
+        origin = Path(spec.origin)
+        paths.update(origin.parent.rglob("*.py") if spec.submodule_search_locations else [origin])
     return sorted(paths)
 
 

@@ -6,6 +6,7 @@ Reading one makes the value and calls nothing else, whatever the file says.
 from __future__ import annotations
 
 import argparse
+import importlib
 import logging
 import sys
 from collections import Counter, defaultdict, deque
@@ -49,7 +50,7 @@ def _numpy_array(content: Any) -> Any:
 
 
 def _numpy_dtype(name: str) -> Any:
-    import numpy
+    numpy = importlib.import_module("numpy")  # installed, where a file holds such values
 
     dtype = numpy.dtype(name)
     if dtype.kind not in _NUMERIC:
