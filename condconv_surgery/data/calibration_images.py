@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from condconv_surgery.data.image_dataset import UnreadableImageError, decode_image, read_image
+from condconv_surgery.data.decode_image import UnreadableImageError, decode_image, read_image
 from condconv_surgery.data.image_folders import find_unlabelled_images
 from condconv_surgery.data.labelled_images import LabelledImages, even_subset
 from condconv_surgery.models.preprocess import EvaluationTransform

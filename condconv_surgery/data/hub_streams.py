@@ -10,8 +10,9 @@ from typing import Any, NamedTuple
 
 from torch.utils.data import Dataset
 
+from condconv_surgery.data.decode_image import UnreadableImageError, decode_image
 from condconv_surgery.data.hub_datasets import columns, load_splits, open_cell, split_names, undecoded
-from condconv_surgery.data.image_dataset import Sample, Transform, UnreadableImageError, decode_image
+from condconv_surgery.data.image_dataset import Sample, Transform
 from condconv_surgery.errors import InputError, TrainingError
 from condconv_surgery.recipe.training_sections import DataOptions
 from condconv_surgery.runtime.seeding import seeded

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -12,9 +10,8 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from condconv_surgery.data.decode_image import UnreadableImageError, decode_image
 from condconv_surgery.data.labelled_images import LabelledImages
-from condconv_surgery.errors import InputError, one_line
-from condconv_surgery.models.preprocess import to_channels
 from condconv_surgery.runtime.seeding import seeded
 
 Transform = Callable[[Image.Image], Tensor]
@@ -80,31 +77,6 @@ class ImageDataset(Dataset[Sample]):
             with seeded(self.seed, "transform", draw.epoch, draw.image):
                 return Sample(self.transform(image), self.images.labels[index], tuple(unreadable))
         return Sample(None, -1, tuple(unreadable))
-
-
-class UnreadableImageError(InputError):
-    """A file that is named like an image and cannot be decoded."""
-
-
-def read_image(path: str | Path, channels: int = 3) -> Image.Image:
-    """The image in a file, in RGB (or grey for one channel). Raises ``UnreadableImageError``."""
-    return decode_image(lambda: Image.open(path), channels, str(path))
-
-
-def decode_image(open_image: Callable[[], Image.Image], channels: int = 3, name: str = "It") -> Image.Image:
-    """The image that ``open_image()`` opens, in RGB (or grey for one channel), with transparency laid on white.
-
-    Raises ``UnreadableImageError`` where PIL cannot open it, finds it truncated, or warns of a decompression bomb.
-    """
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            warnings.filterwarnings("ignore", category=UserWarning, module="PIL")
-            with open_image() as image:
-                return to_channels(image, channels)
-    except Exception as error:  # PIL's readers raise whatever the bytes lead them into
-        reason = one_line(error)
-        raise UnreadableImageError(f"{name} is not a readable image: {reason}", "", "remove it") from error
 
 
 def collate(samples: Sequence[Sample]) -> Batch:

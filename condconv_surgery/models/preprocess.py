@@ -11,6 +11,7 @@ from torch import Tensor
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as tv
 
+from condconv_surgery.models.eight_bits import to_eight_bits, upright
 from condconv_surgery.recipe import InputSpec
 
 
@@ -47,11 +48,12 @@ class EvaluationTransform:
 
 
 def to_channels(image: Image.Image, channels: int = 3) -> Image.Image:
-    """``image`` in RGB, or in grey for one channel, transparency composited on white.
+    """``image`` upright, in 8 bits, in RGB or in grey for one channel, transparency composited on white.
 
-    (The stored colour of a transparent pixel is arbitrary.)
+    (The stored colour of a transparent pixel is arbitrary.) Raises ``UnknownRangeError`` for floats without a range.
     """
     mode = "L" if channels == 1 else "RGB"
+    image = upright(to_eight_bits(image))
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         rgba = image.convert("RGBA")
         white = Image.new("RGBA", rgba.size, (255, 255, 255, 255))

@@ -7,15 +7,8 @@ import pytest
 import torch
 from PIL import Image
 
-from condconv_surgery.data.image_dataset import (
-    Draw,
-    ImageDataset,
-    Sample,
-    UnreadableImageError,
-    collate,
-    collate_whole,
-    read_image,
-)
+from condconv_surgery.data.decode_image import UnreadableImageError, read_image
+from condconv_surgery.data.image_dataset import Draw, ImageDataset, Sample, collate, collate_whole
 from condconv_surgery.data.image_folders import find_evaluation_images, find_training_images
 from condconv_surgery.errors import InputError
 from condconv_surgery.recipe import InputSpec

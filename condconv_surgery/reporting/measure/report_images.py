@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from condconv_surgery.data.image_dataset import read_image
+from condconv_surgery.data.decode_image import read_image
 from condconv_surgery.data.image_folders import ImageFiles, find_evaluation_images
 from condconv_surgery.models.preprocess import EvaluationTransform
 from condconv_surgery.recipe import InputSpec

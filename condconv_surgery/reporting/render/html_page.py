@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
-from condconv_surgery.data.image_dataset import read_image
+from condconv_surgery.data.decode_image import read_image
 from condconv_surgery.reporting.measure.cost_table import CONVENTION
 from condconv_surgery.reporting.measure.measurements import Measurements
 from condconv_surgery.reporting.measure.routing_statistics import Routing
