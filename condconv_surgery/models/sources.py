@@ -15,8 +15,9 @@ from condconv_surgery.models.artifact.save_load import load
 from condconv_surgery.models.artifact.strict_fill import fill_foreign, modern_names
 from condconv_surgery.models.build_model import build
 from condconv_surgery.models.checkpoints.allowlist import trusted
-from condconv_surgery.models.checkpoints.read_checkpoint import fitting_names, read_checkpoint
+from condconv_surgery.models.checkpoints.read_checkpoint import read_checkpoint
 from condconv_surgery.models.checkpoints.recognise_architecture import recognise_module
+from condconv_surgery.models.checkpoints.state_names import fitting_names
 from condconv_surgery.models.factory_source import named, package_of
 from condconv_surgery.models.layouts.layout_registry import PLAIN, layout_of
 from condconv_surgery.models.source_registry import (

@@ -14,8 +14,9 @@ from safetensors.torch import save_file
 from torch import nn
 
 from condconv_surgery.errors import DamagedFileError, InputError, SurgeryError
-from condconv_surgery.models.checkpoints.read_checkpoint import AVERAGED, fitting_names, read_tensors
+from condconv_surgery.models.checkpoints.read_checkpoint import AVERAGED, read_tensors
 from condconv_surgery.models.checkpoints.recognise_architecture import recognise
+from condconv_surgery.models.checkpoints.state_names import fitting_names
 from condconv_surgery.models.sources import load_model
 from condconv_surgery.recipe import Source, recipe_of
 
@@ -129,6 +130,58 @@ def test_an_averaged_model_is_read_without_its_counter(tmp_path: Path) -> None:
     torch.save({"model": None, "model_ema": averaged.state_dict()}, tmp_path / "m.pt")
     x = torch.randn(2, 3, 64, 64)
     assert torch.equal(load_model(tmp_path / "m.pt")(x), model(x))
+
+
+def under(prefix: str, state: dict[str, torch.Tensor], of: float = 1.0) -> dict[str, torch.Tensor]:
+    return {f"{prefix}{name}": tensor * of for name, tensor in state.items()}
+
+
+LAYOUTS = {
+    "lightning": lambda s: {"state_dict": {**under("net.", s), "criterion.weight": torch.ones(3)}},
+    "wrapper of any name": lambda s: under("my_classifier.", s),
+    "moco v1": lambda s: {
+        "state_dict": {
+            **under("module.encoder_k.", s, 2),
+            **under("module.encoder_q.", s),
+            "module.queue": torch.ones(9),
+        }
+    },
+    "moco v3": lambda s: {
+        "state_dict": {
+            **under("module.momentum_encoder.", s, 2),
+            **under("module.base_encoder.", s),
+            "module.predictor.0.weight": torch.ones(9),
+        }
+    },
+    "dino": lambda s: {"student": under("module.", s, 2), "teacher": s, "epoch": 3},
+    "mean teacher": lambda s: {**under("student.", s, 2), **under("teacher.", s)},
+}
+
+
+@pytest.mark.parametrize("arch", [SMALL, None])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_network_is_found_among_others(
+    tmp_path: Path, layout: str, arch: str | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    original = small()
+    torch.save(LAYOUTS[layout](original.state_dict()), tmp_path / "m.pt")
+    model = load_model(tmp_path / "m.pt", arch=arch)
+    assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in original.state_dict().items())
+    assert bool(caplog.records) == (layout != "wrapper of any name")  # what was left out is said
+
+
+def test_the_nearest_architecture_has_the_most_equal_tensors(tmp_path: Path) -> None:
+    model = torchvision.models.mobilenet_v2(weights=None)
+    model.classifier = nn.Linear(1280, 9)
+    torch.save(model.state_dict(), tmp_path / "m.pt")
+    with pytest.raises(InputError, match="Nearest: torchvision:mobilenet_v2"):
+        load_model(tmp_path / "m.pt")
+
+
+def test_layers_of_a_larger_network_are_not_left_out(tmp_path: Path) -> None:
+    torch.save(torchvision.models.resnet34(weights=None).state_dict(), tmp_path / "m.pt")
+    with pytest.raises(InputError, match="which the model lacks"):
+        load_model(tmp_path / "m.pt", arch="torchvision:resnet18")
 
 
 @pytest.mark.parametrize("suffix", ["pt", "safetensors"])

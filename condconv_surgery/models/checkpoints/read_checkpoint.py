@@ -1,6 +1,6 @@
 """The weights, or the whole module, in a checkpoint of another program.
 
-Training scripts nest the weights in dicts and put prefixes before their names; both are removed here.
+Training scripts nest the weights in dicts; prefixes before their names are for ``state_names``.
 """
 
 from __future__ import annotations
@@ -16,20 +16,29 @@ from torch import Tensor, nn
 from condconv_surgery.errors import DamagedFileError, InputError
 from condconv_surgery.models.checkpoints.file_type import REFUSALS, SAFETENSORS, file_kind
 from condconv_surgery.models.checkpoints.pickled_modules import check_module, load_pickle
+from condconv_surgery.models.checkpoints.state_names import fitting_names
 
-AVERAGED = ("state_dict_ema", "model_ema", "ema", "ema_state_dict", "params_ema")
-"""Keys under which training scripts store averaged weights."""
+AVERAGED = ("state_dict_ema", "model_ema", "ema", "ema_state_dict", "params_ema", "teacher")
+"""Keys under which training scripts store averaged weights (DINO's teacher averages the student's)."""
 
-NESTS = (*AVERAGED, "state_dict", "model_state_dict", "model_state", "model", "net", "weights", "params", "module")
+NESTS = (
+    *AVERAGED,
+    "state_dict",
+    "model_state_dict",
+    "model_state",
+    "model",
+    "net",
+    "weights",
+    "params",
+    "module",
+    "student",
+)
 """Keys under which training scripts store weights; the first that holds some is taken."""
 
 _LOG = logging.getLogger("condconv_surgery")
 
 MAX_DEPTH = 4
 """Limit of nested dicts; a pickled dict may contain itself."""
-
-PREFIXES = ("module.", "_orig_mod.", "model.")
-"""Prefixes that DataParallel, torch.compile and wrapper modules put before every name."""
 
 
 def read_checkpoint(path: Path, trust: tuple[str, ...] = ()) -> dict[str, Tensor] | nn.Module:
@@ -56,22 +65,6 @@ def read_tensors(path: Path, trust: tuple[str, ...] = (), model: nn.Module | Non
     """The state dict of ``read_checkpoint``; of a whole module, its own. Names as ``fitting_names`` gives them."""
     content = read_checkpoint(path, trust)
     return fitting_names(dict(content.state_dict()) if isinstance(content, nn.Module) else content, model)
-
-
-def fitting_names(state: dict[str, Tensor], model: nn.Module | None = None) -> dict[str, Tensor]:
-    """``state`` without the prefixes of wrappers; with those that the names of ``model`` have.
-
-    Of the state dict of an ``AveragedModel`` the counter is left out.
-    """
-    names = [name for name in state if name != "n_averaged"]
-    if names and all(name.startswith("module.") for name in names):
-        state = {name: state[name] for name in names}
-    for prefix in PREFIXES * 2:
-        if model is not None and state.keys() <= model.state_dict().keys():
-            break
-        if state and all(name.startswith(prefix) for name in state):
-            state = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
-    return state
 
 
 def _load_safetensors(path: Path) -> dict[str, Any]:

@@ -216,14 +216,13 @@ def _timm_families() -> dict[str, list[str]]:
 def _nearest(shapes: Shapes, count: int = 3) -> list[str]:
     """The torchvision models with the most equal tensors (name and shape), at least a tenth of them.
 
-    Only the two families with the most common top-level names are built.
+    Only the two families whose first member has the most common names are built.
     """
     families = _torchvision_families().values()
-    tops = _top_names(shapes)
 
     def common_names(names: list[str]) -> float:
-        others = _top_names(next(_variation_shapes("torchvision", names[0])))
-        return len(tops & others) / max(len(tops | others), 1)
+        others = next(_variation_shapes("torchvision", names[0])).keys()
+        return len(shapes.keys() & others) / max(len(shapes.keys() | others), 1)
 
     def equal_tensors(name: str) -> float:
         candidate = next(_variation_shapes("torchvision", name))

@@ -1,0 +1,97 @@
+"""The names in a state dict: which part of it is the network, and without which prefix.
+
+Wrappers put prefixes before every name, and self-supervised training stores several networks side by side (the query
+and the key encoder of MoCo, DINO's student and teacher) with heads, queues and weights of losses beside them.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Collection, Iterable
+
+from torch import Tensor, nn
+
+from condconv_surgery.errors import listed
+
+NETWORKS = ("teacher", "encoder_q", "base_encoder", "online_encoder", "encoder", "backbone", "student")
+"""Modules that hold the network where others stand beside it; the first one that fits as well as any is taken."""
+
+WRAPPERS = ("module", "_orig_mod", "model", "net", "network")
+"""Modules that hold the network of a wrapper, beside little else: a loss with weights."""
+
+OPTIONAL = ("num_batches_tracked",)
+
+_LOG = logging.getLogger("condconv_surgery")
+
+
+def fitting_names(state: dict[str, Tensor], model: nn.Module | None = None) -> dict[str, Tensor]:
+    """The part of ``state`` that is the network, without prefixes; with those that the names of ``model`` have.
+
+    With ``model``: the names as they are if all are its own, else after the prefix under which most of its tensors are
+    found. Tensors beside the network are left out if all of its own are there: under another prefix, or of modules at
+    the top that it does not have. Without: prefixes that all names have are removed, and networks among other modules
+    are taken. A log line says what was left out.
+    """
+    if model is None:
+        taken = _of_network(state)
+    else:
+        wanted = model.state_dict().keys()
+        if state.keys() <= wanted:
+            return state
+        taken = _of_model(state, wanted)
+    left = [name for name, tensor in state.items() if not any(tensor is t for t in taken.values())]
+    if model is not None and taken and any(not name.endswith("n_averaged") for name in left):
+        _LOG.warning("left out %s: the network has no such tensors", listed(left))
+    return taken
+
+
+def _of_model(state: dict[str, Tensor], wanted: Collection[str]) -> dict[str, Tensor]:
+    prefixes = ["", *_prefixes_of(state, minimum=max(len(wanted) // 2, 1))]
+    found = {prefix: sum(f"{prefix}{name}" in state for name in wanted) for prefix in prefixes}
+    most = max(found.values())
+    if not most:
+        return _of_network(state)
+    best = min((prefix for prefix, count in found.items() if count == most), key=_preference)
+    part = _under(state, best)
+    tops = {name.partition(".")[0] for name in wanted}
+    complete = all(name in part for name in wanted if not name.endswith(OPTIONAL))
+    return {name: t for name, t in part.items() if name.partition(".")[0] in tops} if complete else part
+
+
+def _of_network(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Without prefixes that all names have; of the networks that hold a quarter of the tensors, one alone."""
+    part = {name: tensor for name, tensor in state.items() if name != "n_averaged"} or state
+    while True:
+        tops = Counter(name.partition(".")[0] if "." in name else "" for name in part)
+        network = next((name for name in WRAPPERS if tops[name] >= 0.9 * len(part)), None)
+        network = network or next((name for name in NETWORKS if tops[name] * 4 >= len(part)), None)
+        if len(tops) == 1 and "" not in tops:
+            network = next(iter(tops))
+        if network is None or (len(tops) > 1 and _is_a_part(network, tops)):
+            return part
+        part = _under(part, f"{network}.")
+
+
+def _is_a_part(network: str, tops: Iterable[str]) -> bool:
+    """Whether ``network`` may be a part of an architecture: torchvision's ``backbone`` beside a ``head``."""
+    return network in ("backbone", "encoder") and any(top not in (network, "", "criterion") for top in tops)
+
+
+def _prefixes_of(names: Iterable[str], minimum: int) -> list[str]:
+    """Every beginning of a name up to a dot, of at most four parts, that so many names have."""
+    counts: Counter[str] = Counter()
+    for name in names:
+        parts = name.split(".")[:-1]
+        counts.update(".".join(parts[:depth]) + "." for depth in range(1, min(len(parts), 4) + 1))
+    return [prefix for prefix, count in counts.items() if count >= minimum]
+
+
+def _preference(prefix: str) -> tuple[int, int]:
+    parts = prefix.split(".")
+    rank = min((NETWORKS.index(part) for part in parts if part in NETWORKS), default=len(NETWORKS))
+    return (rank, len(parts))
+
+
+def _under(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
