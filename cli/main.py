@@ -15,6 +15,7 @@ from .console import say
 from .convert import convert
 from .export_layout import export
 from .finetune import finetune
+from .fold import fold
 from .import_layout import import_
 from .report import report
 from .translate_arguments import TranslatingCommand
@@ -31,6 +32,7 @@ app.command(cls=TranslatingCommand)(convert)
 app.command(cls=TranslatingCommand)(finetune)
 app.command(cls=TranslatingCommand)(compare)
 app.command(cls=TranslatingCommand)(report)
+app.command(cls=TranslatingCommand)(fold)
 app.command("import", cls=TranslatingCommand)(import_)
 app.command(cls=TranslatingCommand)(export)
 

@@ -22,6 +22,7 @@ from condconv_surgery.recipe import CondConv, DynamicConv, ODConv, TrainingOptio
 
 if TYPE_CHECKING:
     from condconv_surgery import native
+    from condconv_surgery.deploy import fold
     from condconv_surgery.layers import set_temperature
     from condconv_surgery.models.artifact.save_load import load, save
     from condconv_surgery.models.mobilenet_v1 import mobilenet_v1
@@ -39,6 +40,7 @@ _LAZY = {
     "compare": "condconv_surgery.studies",
     "convert": "condconv_surgery.surgery",
     "finetune": "condconv_surgery.training",
+    "fold": "condconv_surgery.deploy",
     "load": "condconv_surgery.models.artifact.save_load",
     "load_model": "condconv_surgery.models.sources",
     "mobilenet_v1": "condconv_surgery.models.mobilenet_v1",
@@ -65,6 +67,7 @@ __all__ = [
     "compare",
     "convert",
     "finetune",
+    "fold",
     "load",
     "load_model",
     "mobilenet_v1",

@@ -27,11 +27,19 @@ ROOMS = [
     "data",
     "training",
     "reporting",
+    "deploy",
     "studies",
     "cli",
 ]
 PYTHON = ("condconv_surgery", "cli", "tests", "benchmarks", "examples")
-FORBIDDEN = {("training", "surgery"), ("reporting", "surgery"), ("training", "reporting"), ("reporting", "training")}
+FORBIDDEN = {
+    ("training", "surgery"),
+    ("reporting", "surgery"),
+    ("training", "reporting"),
+    ("reporting", "training"),
+    ("deploy", "training"),
+    ("deploy", "reporting"),
+}
 
 
 def modules_of_the_package() -> dict[str, Path]:

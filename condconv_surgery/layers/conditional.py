@@ -49,6 +49,7 @@ class ConditionalConv2d(nn.Module, Generic[V]):
 
     variant: the configuration, ``CondConv(experts=4)`` and the like; in a subclass ``None`` means its own defaults.
     standardisation: an attribute: of the weight at each call (``layers.weight_standardisation``), or None.
+    ungated_bias: an attribute: [O], added for every sample, or None. ``cs.fold`` makes it from a batch norm.
     implementation: an attribute, ``"auto"`` or the name of one implementation (``ops.implementations``).
     """
 
@@ -64,6 +65,7 @@ class ConditionalConv2d(nn.Module, Generic[V]):
     padding_mode = _of_geometry("padding_mode")
 
     bias: nn.Parameter | None
+    ungated_bias: nn.Parameter | None
     router: Router | None
     standardisation: WeightStandardisation | None
 
@@ -101,6 +103,7 @@ class ConditionalConv2d(nn.Module, Generic[V]):
             self.bias = nn.Parameter(torch.empty(variant.experts, out_channels, device=device, dtype=dtype))
         else:
             self.register_parameter("bias", None)
+        self.register_parameter("ungated_bias", None)
         routed = variant.routing == "layer"
         router = make_router(self.geometry, variant, device=device if routed else "meta", dtype=dtype)
         self.weight_factor, self.bias_factor = router.weight_factor, router.bias_factor
@@ -162,7 +165,9 @@ class ConditionalConv2d(nn.Module, Generic[V]):
         experts: Tensor = self.weight
         if self.standardisation is not None:
             experts, mixture = self.standardisation(experts, mixture)
-        return conditional_conv2d(input, experts, self.bias, mixture, self.geometry, self.implementation)
+        y = conditional_conv2d(input, experts, self.bias, mixture, self.geometry, self.implementation)
+        ungated = self._parameters.get("ungated_bias")  # an attribute lookup of a module takes ten times as long
+        return y if ungated is None else y + ungated.to(y.dtype)[:, None, None]
 
     def paper_weights(self) -> tuple[Tensor, Tensor | None]:
         """Experts and bias as in the paper and in other implementations, whose routers have plain sigmoids.

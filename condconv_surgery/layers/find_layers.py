@@ -18,6 +18,11 @@ def conditional_layers(model: nn.Module) -> dict[str, ConditionalConv2d[Variant]
     return {name: module for name, module in model.named_modules() if isinstance(module, ConditionalConv2d)}
 
 
+def folded_layers(model: nn.Module) -> list[str]:
+    """The first names of the layers into which ``deploy.fold`` folded a batch norm."""
+    return [name for name, layer in conditional_layers(model).items() if layer.ungated_bias is not None]
+
+
 def named_layers(model: nn.Module, *kinds: type[nn.Module]) -> list[tuple[tuple[str, ...], Any]]:
     """Every module of these classes once, with all its names."""
     by_identity: dict[int, tuple[list[str], nn.Module]] = {}

@@ -52,6 +52,8 @@ def put_conditional(skeleton: nn.Module, row: ConvertedLayer) -> None:
     if plain.weight.shape[:2] != geometry_of(plain).weight_shape[:2]:
         raise AttributeError(f"{row.names[0]} has other channels than its weight")
     layer = conditional_like(plain, row.variant)
+    if row.ungated_bias:
+        layer.ungated_bias = nn.Parameter(plain.weight.new_zeros(layer.geometry.out_channels), requires_grad=False)
     move_hooks(plain, layer)
     for name in row.names:
         skeleton.set_submodule(name, layer, strict=True)

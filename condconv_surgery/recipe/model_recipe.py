@@ -56,12 +56,13 @@ class InputSpec:
 class ConvertedLayer:
     """One converted layer: every name it has in the module tree, and its variant.
 
-    linear: it replaced an ``nn.Linear``.
+    linear: it replaced an ``nn.Linear``. ungated_bias: it has one (``cs.fold``).
     """
 
     names: tuple[str, ...]
     variant: Variant
     linear: bool = False
+    ungated_bias: bool = False
 
 
 @dataclass(frozen=True)
@@ -108,7 +109,12 @@ class Recipe:
         data = asdict(self)
         data["format"] = FORMAT
         data["layers"] = [
-            {"names": list(layer.names), "variant": layer.variant.to_dict(), "linear": layer.linear}
+            {
+                "names": list(layer.names),
+                "variant": layer.variant.to_dict(),
+                "linear": layer.linear,
+                "ungated_bias": layer.ungated_bias,
+            }
             for layer in self.layers
         ]
         return data
@@ -130,7 +136,12 @@ class Recipe:
                     **{**data["input"], "mean": tuple(data["input"]["mean"]), "std": tuple(data["input"]["std"])}
                 ),
                 layers=tuple(
-                    ConvertedLayer(tuple(row["names"]), variant_from_dict(row["variant"], trust), bool(row["linear"]))
+                    ConvertedLayer(
+                        tuple(row["names"]),
+                        variant_from_dict(row["variant"], trust),
+                        bool(row["linear"]),
+                        bool(row.get("ungated_bias", False)),  # younger than the format
+                    )
                     for row in data["layers"]
                 ),
                 routers=tuple(

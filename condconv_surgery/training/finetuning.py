@@ -12,6 +12,8 @@ import torch
 from torch import nn
 
 from condconv_surgery.data.find_data import require_data
+from condconv_surgery.errors import InputError, listed
+from condconv_surgery.layers.find_layers import folded_layers
 from condconv_surgery.models.sources import load_model
 from condconv_surgery.recipe.training_options import TrainingOptions
 from condconv_surgery.training.batches.loaders import TrainAndVal
@@ -79,6 +81,7 @@ def train_run(
 
     images: training and validation images, instead of those that ``options.data`` names.
     """
+    _require_unfolded(model)
     with deterministic(options.engine.deterministic):
         with explained_errors():
             run = Run(model, options, world, request, make_callback(options, callback, world), images)
@@ -108,6 +111,15 @@ def complete_options(
     options.require_complete(model_is_given=isinstance(model, nn.Module))
     require_data(options.data)  # before a model is loaded: a wrong path fails at once
     return options
+
+
+def _require_unfolded(model: nn.Module) -> None:
+    if folded := folded_layers(model):
+        raise InputError(
+            f"The model is folded: {listed(folded)} took in the batch norm behind.",
+            "Folding is for inference; training needs the batch norms.",
+            "the artifact from before it was folded",
+        )
 
 
 @contextmanager

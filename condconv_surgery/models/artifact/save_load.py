@@ -124,7 +124,7 @@ def _current_recipe(model: nn.Module) -> Recipe:
         recipe = replace(recipe, source=recognise_module(model) or recipe.source)
     versions = {name: version(name) for name in ("torch", "torchvision", "condconv-surgery")}
     layers = tuple(
-        ConvertedLayer(names, layer.variant, isinstance(layer, ConditionalLinear))
+        ConvertedLayer(names, layer.variant, isinstance(layer, ConditionalLinear), layer.ungated_bias is not None)
         for names, layer in named_layers(model, ConditionalConv2d)
     )
     routers = tuple(_shared_router(name, block) for name, block in routed_blocks(model).items())
@@ -142,8 +142,10 @@ def _description(model: nn.Module, recipe: Recipe, stored: dict[str, Tensor]) ->
     stored: gets the large tensors of plain attributes.
     """
     name = recipe.source.name
-    if name and (builder_for(name) is FACTORY or same_modules(model, recipe.source, recipe.heads)):
-        return {}  # a user's factory is not called again to compare
+    folded = any(layer.ungated_bias for layer in recipe.layers)  # its norms are gone
+    is_factory = bool(name) and builder_for(name) is FACTORY  # a user's factory is not called again to compare
+    if name and not folded and (is_factory or same_modules(model, recipe.source, recipe.heads)):
+        return {}
     try:
         return {"skeleton": json.dumps(describe(model, stored=stored))}
     except UndescribableError as error:

@@ -12,8 +12,9 @@ from pathlib import Path
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from condconv_surgery.errors import InputError, unknown_name
+from condconv_surgery.errors import InputError, listed, unknown_name
 from condconv_surgery.layers import conditional_layers
+from condconv_surgery.layers.find_layers import folded_layers
 from condconv_surgery.models.artifact.atomic_write import replacing, require_values
 from condconv_surgery.models.checkpoints.recognise_architecture import recognise
 from condconv_surgery.models.layouts import odconv_layout, timm_layout
@@ -75,6 +76,12 @@ def write_layout(model: nn.Module, layout: str, path: str | Path) -> State:
             "The model has no conditional layer.",
             "Without one its own state dict is the file.",
             "convert(model, CondConv(experts=4))",
+        )
+    if folded := folded_layers(model):
+        raise InputError(
+            f"The model is folded: {listed(folded)} took in the batch norm behind.",
+            "A layout of another implementation has its batch norms.",
+            "the artifact from before it was folded",
         )
     require_values(model.state_dict())
     state = LAYOUTS[layout].write(model)

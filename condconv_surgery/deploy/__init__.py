@@ -1,0 +1,5 @@
+"""Deployment: a trained conditional network in the form in which it is served."""
+
+from condconv_surgery.deploy.fold_batch_norm import Folding, fold
+
+__all__ = ["Folding", "fold"]

@@ -1,0 +1,132 @@
+"""``fold``: the inference form of a conditional network, without the batch norms behind its conditional layers.
+
+For a batch norm with the running mean m and variance v behind a conditional convolution,
+
+    s = gamma / sqrt(v + eps)
+    s * (out_scale_b * conv(in_scale_b * x_b, W_b) + bias_b - m) + beta
+        = out_scale_b * conv(in_scale_b * x_b, s * W_b) + s * bias_b + (beta - s * m)
+
+so every expert and every expert's bias is scaled by s for each filter, and what is left is one bias that no gate
+weighs: sigmoid gates need not sum to 1. ODConv's filter attention (out_scale) multiplies as s does, in any order.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from condconv_surgery.deploy.batch_norm_pairs import ACTIVATED_NORM, Pair, batch_norm_pairs
+from condconv_surgery.errors import InputError, ProofError, listed
+from condconv_surgery.layers import ConditionalConv2d, conditional_layers
+from condconv_surgery.layers.conv2d_subclasses import full_name
+from condconv_surgery.layers.find_layers import folded_layers
+from condconv_surgery.runtime.modes import example_arguments
+from condconv_surgery.surgery.conversion_plan import Skip
+from condconv_surgery.surgery.copy_model import copy_of
+from condconv_surgery.surgery.proof.compare_outputs import Gap, allowed, compare, exceeds, run_both_modes
+
+
+@dataclass(frozen=True)
+class Folding:
+    """What ``fold`` did.
+
+    model: in eval mode, of the original's own class. folded: each layer and the batch norm that went into it.
+    skipped: the conditional layers that are as they were, and why.
+    difference: the proof that it computes the same; ``None`` with ``prove=False``.
+    """
+
+    model: nn.Module = field(repr=False)
+    folded: tuple[Pair, ...]
+    skipped: tuple[Skip, ...]
+    difference: Gap | None
+
+
+def fold(
+    model: nn.Module,
+    *,
+    example: Any = None,
+    inplace: bool = False,
+    prove: bool = True,
+    tolerance: float | None = None,
+) -> Folding:
+    """Fold the batch norm behind each conditional convolution into its experts and one bias, exactly.
+
+        folding = cs.fold(model)
+        cs.save(folding.model, "folded.safetensors")
+
+    The result is for inference: the outputs in eval mode are equal up to rounding, and ``finetune`` refuses it. A batch
+    norm that other outputs pass too, or that is not traced, stays, and ``skipped`` says why. Plain convolutions stay as
+    they are: every runtime folds those.
+
+    example: an input for the proof; by default two random images of the size that the model expects.
+    inplace: change ``model`` itself instead of a copy.
+    tolerance: the largest difference that the proof allows; by default 1e-4 of the outputs' magnitude.
+
+    Raises ``InputError`` for a model without conditional layers, or one that is folded already, and ``ProofError`` when
+    the outputs differ by more than the tolerance.
+    """
+    _require_foldable(model)
+    arguments = example_arguments(model, example)
+    before = run_both_modes(model, arguments, (False,)) if prove else None
+    folded = model if inplace else copy_of(model)
+    folded.eval()
+    pairs, skipped = batch_norm_pairs(folded)
+    for pair in pairs:
+        _fold_pair(folded, pair)
+    if before is None:
+        return Folding(folded, tuple(pairs), tuple(skipped), None)
+    difference = compare(before, run_both_modes(folded, arguments, (False,)))
+    if exceeds(difference, before, tolerance):
+        raise ProofError(
+            f"The folded model differs from the original by {difference.eval.absolute if difference.eval else 0:.3g}.",
+            f"At most {allowed(before.eval or [], tolerance, before.half):.3g} is allowed. Either tracing does not see "
+            "each use of a layer, or the model amplifies rounding.",
+            "serve the model as it is, or tolerance= if that is rounding",
+        )
+    return Folding(folded, tuple(pairs), tuple(skipped), difference.eval)
+
+
+def _require_foldable(model: nn.Module) -> None:
+    if not conditional_layers(model):
+        raise InputError(
+            "The model has no conditional layer.",
+            "Batch norms behind plain convolutions are folded by every runtime.",
+            "convert(model, CondConv(experts=4))",
+        )
+    if folded := folded_layers(model):
+        raise InputError(f"The model is folded already: {listed(folded)}.", "Once is enough.", "use it as it is")
+
+
+@torch.no_grad()
+def _fold_pair(model: nn.Module, pair: Pair) -> None:
+    layer = cast("ConditionalConv2d[Any]", model.get_submodule(pair.layer))
+    norm = model.get_submodule(pair.norm)
+    scale, shift = scale_and_shift(norm)
+    weight, bias = layer.weight, layer.bias
+    weight.copy_(weight.double() * scale[:, None, None, None])
+    if bias is not None:
+        bias.copy_(bias.double() * scale)
+    layer.ungated_bias = nn.Parameter(shift.to(weight.dtype), requires_grad=False)
+    for name in [name for name, module in model.named_modules(remove_duplicate=False) if module is norm]:
+        model.set_submodule(name, _rest_of(norm))
+
+
+def scale_and_shift(norm: nn.Module) -> tuple[Tensor, Tensor]:
+    """``gamma / sqrt(v + eps)`` and ``beta - m * gamma / sqrt(v + eps)`` of a batch norm in eval mode: [O], float64."""
+    values: Any = norm
+    mean, variance = values.running_mean.double(), values.running_var.double()
+    scale = (variance + values.eps).rsqrt()
+    scale = scale if values.weight is None else scale * values.weight.double()
+    shift = -mean * scale
+    return scale, shift if values.bias is None else shift + values.bias.double()
+
+
+def _rest_of(norm: nn.Module) -> nn.Module:
+    """What is left of a batch norm without its scale and shift."""
+    if full_name(type(norm)) != ACTIVATED_NORM:
+        return nn.Identity().eval()
+    rest = nn.Sequential(norm.get_submodule("drop"), norm.get_submodule("act"))
+    return rest.eval()
