@@ -10,6 +10,7 @@ import typer
 from condconv_surgery import __version__
 from condconv_surgery.errors import SurgeryError
 
+from .check import check
 from .compare import compare
 from .console import say
 from .convert import convert
@@ -29,6 +30,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command(cls=TranslatingCommand)(convert)
+app.command(cls=TranslatingCommand)(check)
 app.command(cls=TranslatingCommand)(finetune)
 app.command(cls=TranslatingCommand)(compare)
 app.command(cls=TranslatingCommand)(report)

@@ -25,7 +25,9 @@ def report(
         list[str],
         typer.Argument(help="A file, torchvision:NAME, timm:NAME, pkg.mod:factory. Several: side by side."),
     ],
-    data: Annotated[Path | None, typer.Option(help="Images, FOLDER/CLASS/*, for statistics of the gates.")] = None,
+    data: Annotated[
+        str | None, typer.Option(help="Images for statistics of the gates: what finetune reads as --data.")
+    ] = None,
     limit: Annotated[int, typer.Option(help="Largest number of images, equally many of each class.")] = 1000,
     latency: Annotated[
         bool, typer.Option("--latency", help="Also measure latency, alternating with the original.")
@@ -114,7 +116,7 @@ def _measure(
     models: list[str],
     load: Callable[[str], nn.Module],
     original: nn.Module | None,
-    data: Path | None,
+    data: str | None,
     limit: int,
     batch: int,
     latency: bool,

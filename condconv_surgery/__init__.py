@@ -5,7 +5,7 @@
     CondConv(experts=8, routing='layer')
 
 ``plan`` shows which layers ``convert`` replaces, ``save`` and ``load`` write and read the result as one file,
-``finetune`` trains it, ``report`` measures it, and ``compare`` says whether conversion pays. ``load_model`` builds a
+``check_data`` describes images, ``finetune`` trains it, ``report`` measures it, and ``compare`` says whether conversion pays. ``load_model`` builds a
 model from a name or a file, ``set_temperature`` sets the temperature of all routers, ``native.enable()`` switches to
 compiled kernels.
 
@@ -22,6 +22,7 @@ from condconv_surgery.recipe import CondConv, DynamicConv, ODConv, TrainingOptio
 
 if TYPE_CHECKING:
     from condconv_surgery import native
+    from condconv_surgery.data.data_check import check_data
     from condconv_surgery.deploy import fold
     from condconv_surgery.layers import set_temperature
     from condconv_surgery.models.artifact.save_load import load, save
@@ -37,6 +38,7 @@ __version__ = "0.1.0"
 _LAZY = {
     "Conversion": "condconv_surgery.surgery",
     "Plan": "condconv_surgery.surgery",
+    "check_data": "condconv_surgery.data.data_check",
     "compare": "condconv_surgery.studies",
     "convert": "condconv_surgery.surgery",
     "finetune": "condconv_surgery.training",
@@ -64,6 +66,7 @@ __all__ = [
     "TrainingError",
     "TrainingOptions",
     "__version__",
+    "check_data",
     "compare",
     "convert",
     "finetune",

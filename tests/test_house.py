@@ -177,7 +177,7 @@ def test_errors_and_recipe_need_no_torch() -> None:
     assert done.stdout == "False\n"
 
 
-DISTRIBUTIONS = {"PIL": "pillow"}
+DISTRIBUTIONS = {"PIL": "pillow", "pillow_heif": "pillow-heif"}
 """Of a module that is imported under another name."""
 
 STANDARD = sys.stdlib_module_names | {"tomllib"}  # since Python 3.11; on 3.10 it is tomli

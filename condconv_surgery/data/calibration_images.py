@@ -10,21 +10,29 @@ import torch
 from torch import Tensor
 
 from condconv_surgery.data.decode_image import UnreadableImageError, decode_image, read_image
+from condconv_surgery.data.find_data import find_parts, is_folder, require_data
 from condconv_surgery.data.image_folders import find_unlabelled_images
 from condconv_surgery.data.labelled_images import LabelledImages, even_subset
 from condconv_surgery.models.preprocess import EvaluationTransform
 from condconv_surgery.recipe import InputSpec
+from condconv_surgery.recipe.training_sections import DataOptions
 
 CALIBRATION_IMAGES = 256
 
 
-def calibration_images(folder: Path, spec: InputSpec, batch: int = 16) -> Iterator[Tensor]:
-    """Batches [B, C, H, W] of up to ``CALIBRATION_IMAGES`` of the folder's images, preprocessed for the model.
+def calibration_images(source: str | Path, spec: InputSpec, batch: int = 16) -> Iterator[Tensor]:
+    """Batches [B, C, H, W] of up to ``CALIBRATION_IMAGES`` training images, preprocessed for the model.
 
-    Raises ``InputError`` for a folder without images or a damaged file.
+    source: a folder, with or without classes, or another source that ``finetune`` reads as ``data``. Raises
+    ``InputError`` for a source without images or a damaged file.
     """
+    options = DataOptions(folder=str(source))
+    require_data(options)
+    if not is_folder(options):
+        yield from calibration_subset(find_parts(options).train, spec, batch)
+        return
     transform = EvaluationTransform(spec)
-    paths = find_unlabelled_images(folder, CALIBRATION_IMAGES)
+    paths = find_unlabelled_images(Path(source), CALIBRATION_IMAGES)
     for start in range(0, len(paths), batch):
         yield torch.stack([transform(read_image(path, spec.channels)) for path in paths[start : start + batch]])
 

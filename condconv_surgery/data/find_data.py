@@ -1,37 +1,125 @@
-"""Find the images that ``data`` names: a folder, shards, or a data set by name."""
+"""Find the images that ``data`` names: a folder, shards, or a data set by name; and divide them.
+
+Every command reads its images here: ``finetune`` and ``compare`` divide the parts, ``report`` measures one of them,
+``check`` describes them.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
+from condconv_surgery.data.duplicates import duplicate_groups
+from condconv_surgery.data.folder_layout import FolderParts, find_parts_of
 from condconv_surgery.data.hub_datasets import find_hub, require_datasets
-from condconv_surgery.data.image_folders import find_training_images, require_folder, scan
+from condconv_surgery.data.image_folders import require_folder, scan
 from condconv_surgery.data.labelled_images import LabelledImages, split, with_classes_of
-from condconv_surgery.data.torchvision_datasets import find_torchvision, require_known
+from condconv_surgery.data.torchvision_datasets import find_torchvision, require_known, second_part
 from condconv_surgery.data.webdataset_shards import find_shards, scan_shards
 from condconv_surgery.errors import InputError
 from condconv_surgery.recipe.training_sections import DataOptions
 
 
+@dataclass(frozen=True)
+class Part:
+    """One part of a data set: where it comes from, and its images, which are listed when they are asked for."""
+
+    where: str
+    find: Callable[[], LabelledImages]
+
+
+@dataclass(frozen=True)
+class DataParts:
+    """``train``, and ``val`` and ``test`` where the data have such parts. unread: folders beside them, not read."""
+
+    train: LabelledImages
+    where: str
+    val: Part | None = None
+    test: Part | None = None
+    unread: tuple[str, ...] = ()
+
+    def images(self, part: Part) -> LabelledImages:
+        """The images of a part, with the class numbers of ``train``. Raises ``InputError``."""
+        return with_classes_of(self.train, part.find(), part.where)
+
+
+@dataclass(frozen=True)
+class DividedData:
+    """``train`` and ``val`` of a run, and a sentence that says where the validation images come from."""
+
+    train: LabelledImages
+    val: LabelledImages
+    origin: str
+    unread: tuple[str, ...] = ()
+
+
 def find_data(options: DataOptions, seed: int) -> tuple[LabelledImages, LabelledImages]:
     """The training and the validation images. Raises ``InputError`` for missing or unusable data."""
+    divided = divide(find_parts(options), options, seed)
+    return divided.train, divided.val
+
+
+def divide(parts: DataParts, options: DataOptions, seed: int) -> DividedData:
+    """Training and validation images; validation images are split off where the data have none.
+
+    A part called test is never used to select: it is left alone, which ``origin`` says.
+    """
+    if parts.val is not None:
+        origin = f"{parts.val.where}."
+        train, val = parts.train, parts.images(parts.val)
+    else:
+        groups = duplicate_groups(parts.train) if options.group_duplicates else None
+        train, val = split(parts.train, options.val_fraction, seed, groups)
+        origin = f"{options.val_fraction:.0%} of each class of {parts.where}, chosen by the seed {seed}."
+    if parts.test is not None:
+        origin += f" {parts.test.where} is not used: test images do not select."
+    if parts.unread:
+        origin += f" Not read: {', '.join(parts.unread[:5])}."
+    return DividedData(train, val, origin, parts.unread)
+
+
+def find_evaluation_images(options: DataOptions) -> tuple[LabelledImages, bool]:
+    """The images to measure on: the validation part, else the test part, else all; and whether it is one of the two.
+
+    Raises ``InputError`` for data without labelled images.
+    """
+    parts = _folder_parts(options) if is_folder(options) and not options.val else None
+    if parts is not None:
+        root = parts.val or parts.test or parts.train or parts.root
+        return scan(root, min_classes=1), root in (parts.val, parts.test)
+    found = find_parts(options)
+    part = found.val or found.test
+    return (found.images(part), True) if part is not None else (found.train, False)
+
+
+def find_parts(options: DataOptions) -> DataParts:
+    """The parts of the data that ``options`` name. Raises ``InputError`` for missing or unusable data."""
     source, val = options.folder, options.val
     kind, _, name = source.partition(":")
-    if kind == "torchvision":
-        return find_torchvision(name, Path(options.root), options.download, options.val_fraction, seed)
-    if kind == "hf":
-        return find_hub(options, seed)
-    if is_shards(source):
-        train = scan_shards(source)
-        return (
-            (train, with_classes_of(train, scan_shards(val), val)) if val else split(train, options.val_fraction, seed)
+    if kind in ("torchvision", "hf"):
+        sets: Mapping[str, LabelledImages] = (
+            find_torchvision(name, Path(options.root), options.download) if kind == "torchvision" else find_hub(options)
         )
-    if not val:
-        return find_training_images(Path(source), options.val_fraction, seed)
-    require_folder(Path(source))
-    require_folder(Path(val))
-    folder = scan(Path(source))
-    return folder, with_classes_of(folder, scan(Path(val), min_classes=1), val)
+        if kind == "torchvision" and val:
+            sets = {"train": sets["train"], "val": sets[second_part(name)]}
+        given = {role: Part(_title(images, role), lambda images=images: images) for role, images in sets.items()}  # type: ignore[misc]
+        return DataParts(sets["train"], given["train"].where, given.get("val"), given.get("test"))
+    if is_shards(source):
+        return DataParts(scan_shards(source), source, Part(val, lambda: scan_shards(val)) if val else None)
+    parts = _folder_parts(options)
+    if parts.divided and parts.train is None:
+        only = parts.val or parts.test
+        raise InputError(
+            f"{source} has {only.name if only else 'no parts'} and no training images.",
+            "A run needs images to train on: FOLDER/train/CLASS/* or FOLDER/CLASS/*.",
+            f'rename a folder to train, or data="{only}" to train on that one',
+        )
+    root = parts.train or parts.root
+    if val:
+        second = _second_folder(Path(val), options.layout)
+        return DataParts(scan(root), str(root), _part(second), None, parts.unread)
+    return DataParts(scan(root), str(root), _part(parts.val), _part(parts.test), parts.unread)
 
 
 def require_data(options: DataOptions) -> None:
@@ -45,11 +133,11 @@ def require_data(options: DataOptions) -> None:
         )
     if kind == "torchvision":
         require_known(name)
-        if options.val:
+        if options.val and options.val != second_part(name):
             raise InputError(
                 f'data.val="{options.val}" with data="{options.folder}".',
-                "Data sets of torchvision have their own validation images, or are split.",
-                'data.val=""',
+                f"The set has its own parts: train and {second_part(name)}.",
+                f'data.val="", or data.val="{second_part(name)}"',
             )
     elif kind == "hf":
         require_datasets()
@@ -64,3 +152,29 @@ def require_data(options: DataOptions) -> None:
 def is_shards(source: str) -> bool:
     """A file or pattern of tar files, not a folder."""
     return not Path(source).is_dir() and (".tar" in Path(source).name or "://" in source or source.startswith("pipe:"))
+
+
+def is_folder(options: DataOptions) -> bool:
+    """Neither shards nor a data set by name."""
+    return options.folder.partition(":")[0] not in ("torchvision", "hf") and not is_shards(options.folder)
+
+
+def _folder_parts(options: DataOptions) -> FolderParts:
+    require_folder(Path(options.folder))
+    return find_parts_of(Path(options.folder), options.layout)
+
+
+def _second_folder(folder: Path, layout: str) -> Path:
+    """The folder of ``data.val``, or the part in it."""
+    require_folder(folder)
+    parts = find_parts_of(folder, layout)
+    return parts.val or parts.test or parts.train or folder
+
+
+def _part(root: Path | None) -> Part | None:
+    return None if root is None else Part(str(root), lambda: scan(root, min_classes=1))
+
+
+def _title(images: LabelledImages, role: str) -> str:
+    title = str(getattr(images, "title", ""))
+    return title if title.endswith(role) else f"{title} {role}"

@@ -9,12 +9,10 @@ from typing import Any
 
 from PIL import Image
 
-from condconv_surgery.data.labelled_images import Rows, split, with_classes_of
+from condconv_surgery.data.folder_layout import role_of
+from condconv_surgery.data.labelled_images import Rows
 from condconv_surgery.errors import InputError
 from condconv_surgery.recipe.training_sections import DataOptions
-
-TRAIN_SPLITS = ("train", "training")
-VAL_SPLITS = ("validation", "valid", "val", "dev", "test")
 
 
 @dataclass(frozen=True)
@@ -30,19 +28,16 @@ class HubImages(Rows):
         return open_cell(self.data[self.indices[index]][self.column])
 
 
-def find_hub(options: DataOptions, seed: int) -> tuple[HubImages, HubImages]:
-    """The training and the validation images of ``hf:PATH_OR_NAME``; without a second split, the first is split.
+def find_hub(options: DataOptions) -> dict[str, HubImages]:
+    """The images of ``hf:PATH_OR_NAME`` by part: ``train``, and ``val`` and ``test`` where it has such splits.
 
     Raises ``InputError`` for missing data and for columns that a classifier cannot be trained on.
     """
-    parts = load_splits(options, streaming=False)
+    rows = load_splits(options, streaming=False)
     title = options.folder.partition(":")[2]
-    train_name, val_name = split_names(list(parts), options)
-    train = _images(parts[train_name], f"{title} {train_name}", options)
-    if val_name is None:
-        return split(train, options.val_fraction, seed)
-    where = f"{title} {val_name}"
-    return train, with_classes_of(train, _images(parts[val_name], where, options), where)
+    return {
+        role: _images(rows[name], f"{title} {name}", options) for role, name in split_names(list(rows), options).items()
+    }
 
 
 def load_splits(options: DataOptions, streaming: bool) -> dict[str, Any]:
@@ -78,22 +73,34 @@ def require_datasets() -> Any:
     return datasets
 
 
-def split_names(names: list[str], options: DataOptions) -> tuple[str, str | None]:
-    """The names of the training and the validation split; ``None`` where there is only one split."""
-    train = next((name for name in TRAIN_SPLITS if name in names), names[0] if len(names) == 1 else None)
-    if train is None:
+def split_names(names: list[str], options: DataOptions) -> dict[str, str]:
+    """The name of the split of each part; a single split is the training part. Raises ``InputError``."""
+    if len(names) == 1 and not options.val:
+        return {"train": names[0]}
+    parts: dict[str, str] = {}
+    for name in names:
+        role = role_of(name)
+        if role in parts and not (role == "val" and options.val):
+            raise InputError(
+                f"{options.folder} has the splits {', '.join(names)}.",
+                f"{parts[role]} and {name} both mean {role}.",
+                f'data.val="{name}"' if role == "val" else "rename one",
+            )
+        if role:
+            parts[role] = name
+    if "train" not in parts:
         raise InputError(
             f"{options.folder} has the splits {', '.join(names)}.", "One must be named train.", "rename one"
         )
-    wanted = (options.val,) if options.val else VAL_SPLITS
-    val = next((name for name in wanted if name in names), None)
-    if options.val and val is None:
-        raise InputError(
-            f"{options.folder} has no split {options.val}.",
-            f"It has: {', '.join(names)}.",
-            f'data.val="{names[-1]}"',
-        )
-    return train, val
+    if options.val:
+        if options.val not in names:
+            raise InputError(
+                f"{options.folder} has no split {options.val}.",
+                f"It has: {', '.join(names)}.",
+                f'data.val="{names[-1]}"',
+            )
+        parts = {role: name for role, name in parts.items() if name != options.val} | {"val": options.val}
+    return parts
 
 
 def columns(features: Any, title: str, options: DataOptions) -> tuple[str, str]:

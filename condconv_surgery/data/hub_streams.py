@@ -88,13 +88,16 @@ def find_streams(options: DataOptions) -> tuple[HubStream, HubStream]:
     Raises ``InputError`` without a second split or without class names: both need the whole set.
     """
     parts = load_splits(options, streaming=True)
-    train_name, val_name = split_names(list(parts), options)
-    if val_name is None:
+    names = split_names(list(parts), options)
+    if "val" not in names:
         raise InputError(
-            f"{options.folder} has one split only: {train_name}.",
-            "A stream cannot be split before it is read.",
-            "data.streaming=False, or save a second split",
+            f"{options.folder} has one split only: {names['train']}."
+            if len(names) == 1
+            else f"{options.folder} has no validation split, only {' and '.join(names.values())}.",
+            "A stream cannot be split before it is read, and a test split selects nothing unless you say so.",
+            'data.val="test", or data.streaming=False' if "test" in names else "data.streaming=False",
         )
+    train_name, val_name = names["train"], names["val"]
     train, val = (_stream(parts[name], name, options) for name in (train_name, val_name))
     if train.classes != val.classes:
         raise InputError(

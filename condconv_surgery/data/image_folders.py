@@ -1,40 +1,40 @@
-"""Image folders: which images a folder holds, of which classes, and which of them are for validation.
+"""Image folders: which images a folder holds, and of which classes. ``folder_layout`` finds its parts.
 
-    train, val = find_training_images(folder, val_fraction=0.2, seed=0)      # to train on: ImageFiles, ImageFiles
-    images, held_out = find_evaluation_images(folder, limit=1000)            # to evaluate on: ImageFiles, bool
-    images.path(0), images.labels[0], images.classes                         # read one: image_dataset.read_image(path)
-
-Both read ``FOLDER/train/CLASS/*`` and ``FOLDER/val/CLASS/*`` by the names in ``TRAIN_NAMES`` and ``VAL_NAMES``, else
-``FOLDER/CLASS/*``. They differ where only one of the two exists: training uses ``val`` only beside a ``train``
-folder, evaluation uses it alone as well.
+images = scan(folder)                                        # FOLDER/CLASS/*: ImageFiles
+images.path(0), images.labels[0], images.classes             # read one: decode_image.read_image(path)
+images.skipped                                               # (("hidden", 2), ("not an image (.txt)", 1))
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from PIL import Image
-from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from condconv_surgery.data.labelled_images import LabelledImages, even_subset, split, with_classes_of
+from condconv_surgery.data.folder_layout import find_parts_of
+from condconv_surgery.data.labelled_images import LabelledImages
+from condconv_surgery.data.walk_images import images_below, is_hidden, visible_folders, why_no_image
 from condconv_surgery.errors import InputError
 
 LAYOUT = "An image folder holds FOLDER/CLASS/*.png, or FOLDER/train/CLASS/*.png and FOLDER/val/CLASS/*.png."
-TRAIN_NAMES = ("train", "training")
-VAL_NAMES = ("val", "valid", "validation", "test")
 
 
 @dataclass(frozen=True)
 class ImageFiles(LabelledImages):
-    """Labelled image files: ``files[i]``, relative to ``root``, belongs to ``classes[labels[i]]``."""
+    """Labelled image files: ``files[i]``, relative to ``root``, belongs to ``classes[labels[i]]``.
+
+    skipped: how many entries below ``root`` were not read, by reason.
+    """
 
     root: Path
     classes: tuple[str, ...]
     files: tuple[str, ...]
     labels: tuple[int, ...]
+    skipped: tuple[tuple[str, int], ...] = ()
 
     def name(self, index: int) -> str:
         return str(self.path(index))
@@ -53,42 +53,17 @@ class ImageFiles(LabelledImages):
         return self.files[index]  # without the root: a folder may move
 
 
-def find_training_images(folder: Path, val_fraction: float = 0.2, seed: int = 0) -> tuple[ImageFiles, ImageFiles]:
-    """The training and the validation images of a folder.
-
-    With subfolders ``train`` and ``val`` both are used as they are; otherwise each class is split by the seed. Raises
-    ``InputError`` for a folder that cannot be trained on.
-    """
-    require_folder(folder)
-    train_root = _first_folder(folder, TRAIN_NAMES)
-    val_root = _first_folder(folder, VAL_NAMES)
-    if train_root is None:
-        return split(scan(folder), val_fraction, seed)
-    train = scan(train_root)
-    if val_root is None:
-        return split(train, val_fraction, seed)
-    return train, with_classes_of(train, scan(val_root, min_classes=1), str(val_root))
-
-
-def find_evaluation_images(folder: Path, limit: int | None = None) -> tuple[ImageFiles, bool]:
-    """The images of the validation folder in ``folder``, else all of its images, and whether there is such a folder.
-
-    Of more than ``limit`` images, an ``even_subset``. Raises ``InputError`` for a folder without labelled images.
-    """
-    require_folder(folder)
-    val_root = _first_folder(folder, VAL_NAMES)
-    images = scan(val_root or folder, min_classes=1)
-    return (images if limit is None else even_subset(images, limit)), val_root is not None
-
-
 def find_unlabelled_images(folder: Path, limit: int) -> list[Path]:
     """Up to ``limit`` images at any depth of the training folder in ``folder``, else of ``folder``, evenly chosen.
 
     Raises ``InputError`` for a folder without images.
     """
     require_folder(folder)
-    root = _first_folder(folder, TRAIN_NAMES) or folder
-    files = _images_below(root, "")
+    parts = find_parts_of(folder)
+    root = parts.train or (folder if not parts.divided else next(p for p in (parts.val, parts.test) if p))
+    loose = [e.name for e in sorted(root.iterdir()) if not e.is_dir() and not is_hidden(e.name) and not why_no_image(e)]
+    below, _ = images_below(root, visible_folders(root))
+    files = loose + [file for name in below for file in below[name]]
     if not files:
         raise InputError(f"{root} has no images.", "Images may be at any depth below it.", 'data="FOLDER"')
     count = min(limit, len(files))
@@ -97,26 +72,50 @@ def find_unlabelled_images(folder: Path, limit: int) -> list[Path]:
 
 def scan(root: Path, min_classes: int = 2) -> ImageFiles:
     """All images below ``root``; each folder directly in it is a class. Sorted, so the order is the same anywhere."""
-    classes = sorted(entry.name for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith("."))
-    by_class = {name: _images_below(root, name) for name in classes}
+    require_folder(root)
+    by_class, skipped_of = images_below(root, visible_folders(root))
+    classes, skipped = tuple(by_class), sum(skipped_of.values(), Counter[str]())
     if not any(by_class.values()):
-        loose = sum(_is_image(entry.name) for entry in root.iterdir())
-        reason = f"{loose} images are directly in it, not in class folders" if loose else "no images in class folders"
-        raise InputError(f"{root} has no labelled images: {reason}.", LAYOUT, 'data="FOLDER"')
-    empty = [name for name, files in by_class.items() if not files]
-    if empty:
-        raise InputError(
-            f"{root} has class folders without images: {', '.join(empty[:5])}.", LAYOUT, "remove them, or fill them"
-        )
+        raise _nothing_labelled(root, skipped)
+    if not all(by_class.values()):
+        raise _empty_classes(root, {name: skipped_of[name] for name in classes if not by_class[name]})
     if len(classes) < min_classes:
+        inner = visible_folders(root / classes[0])
         raise InputError(
             f"{root} has one class only: {classes[0]}.",
             "A classifier needs at least two class folders.",
-            'data="FOLDER"',
+            f'data="{root / classes[0]}"' if len(inner) > 1 else 'data="FOLDER"',
         )
     files = tuple(file for name in classes for file in by_class[name])
     labels = tuple(label for label, name in enumerate(classes) for _ in by_class[name])
-    return ImageFiles(root, tuple(classes), files, labels)
+    return ImageFiles(root, classes, files, labels, tuple(sorted(skipped.items())))
+
+
+def _nothing_labelled(root: Path, skipped: Mapping[str, int]) -> InputError:
+    loose = sum(
+        not entry.is_dir() and not is_hidden(entry.name) and not why_no_image(entry) for entry in root.iterdir()
+    )
+    if loose:
+        reason = f"{loose} images are directly in it, not in class folders"
+    else:
+        reason = "no images in class folders" + (f" (skipped: {_counted(skipped)})" if skipped else "")
+    return InputError(f"{root} has no labelled images: {reason}.", LAYOUT, _fix(skipped, 'data="FOLDER"'))
+
+
+def _empty_classes(root: Path, empty: Mapping[str, Mapping[str, int]]) -> InputError:
+    """Class folders without readable files: says what is in them, so that nobody deletes data."""
+    shown = [f"{name} ({_counted(skipped)})" if skipped else name for name, skipped in list(empty.items())[:5]]
+    reasons = [why for skipped in empty.values() for why in skipped]
+    fix = "convert these files to PNG or JPEG, or move the folders away" if reasons else "remove them, or fill them"
+    return InputError(f"{root} has class folders without images: {', '.join(shown)}.", LAYOUT, _fix(reasons, fix))
+
+
+def _counted(skipped: Mapping[str, int]) -> str:
+    return ", ".join(f"{count} {why}" for why, count in sorted(skipped.items()))
+
+
+def _fix(skipped: Iterable[str], otherwise: str) -> str:
+    return "pip install pillow-heif" if any("pillow-heif" in why for why in skipped) else otherwise
 
 
 def require_folder(folder: Path) -> None:
@@ -127,18 +126,3 @@ def require_folder(folder: Path) -> None:
         raise InputError(f"{folder} is a file, not a folder.", LAYOUT, 'data="FOLDER"')
     if not os.access(folder, os.R_OK | os.X_OK):
         raise InputError(f"{folder} cannot be read.", "The folder must be readable.", f"chmod -R u+rX {folder}")
-
-
-def _first_folder(folder: Path, names: tuple[str, ...]) -> Path | None:
-    return next((folder / name for name in names if (folder / name).is_dir()), None)
-
-
-def _images_below(root: Path, name: str) -> list[str]:
-    files = []
-    for folder, _, names in os.walk(root / name, followlinks=True):
-        files += [str((Path(folder) / file).relative_to(root)) for file in names if _is_image(file)]
-    return sorted(files)
-
-
-def _is_image(name: str) -> bool:
-    return name.lower().endswith(IMG_EXTENSIONS) and not name.startswith(".")

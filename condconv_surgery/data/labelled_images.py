@@ -52,7 +52,7 @@ class LabelledImages(ABC):
         """SHA-256 of keys and labels: a run is resumed only with the images that it started with."""
         digest = hashlib.sha256()
         for index, label in enumerate(self.labels):
-            digest.update(f"{self.key(index)}\0{label}\n".encode())
+            digest.update(f"{self.key(index)}\0{label}\n".encode(errors="surrogateescape"))
         return digest.hexdigest()
 
 
@@ -75,29 +75,56 @@ class Rows(LabelledImages):
         )
 
 
-def split(images: L, val_fraction: float, seed: int) -> tuple[L, L]:
+def split(images: L, val_fraction: float, seed: int, groups: Sequence[int] | None = None) -> tuple[L, L]:
     """Training and validation images: of each class ``val_fraction``, at least one image, is for validation.
 
-    The seed and the class name choose them. Raises ``InputError`` for a class of fewer than two images.
+    The seed and the class name choose them. groups: a number for each image; images of one group stay together, whole
+    groups are chosen until a class has its share. Raises ``InputError`` for a class of fewer than two images or groups.
     """
     members: dict[int, list[int]] = {}
     for index, label in enumerate(images.labels):
         members.setdefault(label, []).append(index)
-    train: list[int] = []
+    held_out = set[int]()
     val: list[int] = []
     for label, name in enumerate(images.classes):
         indices = members.get(label, [])
+        if not indices:  # a set by name may declare classes that it has no images of
+            continue
         if len(indices) < 2:
             raise InputError(
-                f"The class {name} has {'one image only' if indices else 'no images'}.",
+                f"The class {name} has one image only.",
                 "A split needs two of each class: one to train on, one to validate on.",
                 "add images, or make the folders train and val yourself",
             )
         random.Random(f"{seed}/{name}").shuffle(indices)
         count = min(max(round(len(indices) * val_fraction), 1), len(indices) - 1)
-        val += indices[:count]
-        train += indices[count:]
-    return images.subset(sorted(train)), images.subset(sorted(val))
+        if groups is None:
+            val += indices[:count]
+        else:
+            _hold_out(indices, groups, count, held_out, name)
+    if groups is not None:
+        val = [index for index, group in enumerate(groups) if group in held_out]
+    chosen = set(val)
+    return images.subset([i for i in range(len(images)) if i not in chosen]), images.subset(sorted(val))
+
+
+def _hold_out(indices: Sequence[int], groups: Sequence[int], count: int, held_out: set[int], name: str) -> None:
+    """Add groups to ``held_out`` until it has ``count`` of the images ``indices``; one group at least is left over."""
+    own = list(dict.fromkeys(groups[index] for index in indices))
+    if len(own) < 2:
+        raise InputError(
+            f"All images of the class {name} are equal or nearly equal.",
+            "A split needs two different images of each class.",
+            "data.group_duplicates=False, or make the folders train and val yourself",
+        )
+    sizes = {group: sum(groups[index] == group for index in indices) for group in own}
+    for group in own:
+        taken = sum(sizes[g] for g in own if g in held_out)
+        spare = [g for g in own if g not in held_out]
+        if taken >= count or len(spare) < 2:
+            return
+        if group in spare and (taken + sizes[group] <= 1.5 * count or not taken):
+            held_out.add(group)
 
 
 def even_subset(images: L, limit: int) -> L:

@@ -5,14 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from condconv_surgery.data.find_data import find_data, is_shards
-from condconv_surgery.data.image_folders import TRAIN_NAMES, require_folder, scan
-from condconv_surgery.data.labelled_images import LabelledImages, split, with_classes_of
+from condconv_surgery.data.find_data import DataParts, find_parts
+from condconv_surgery.data.labelled_images import LabelledImages, split
 from condconv_surgery.errors import InputError
 from condconv_surgery.recipe.training_sections import DataOptions
-
-VALIDATION_NAMES = ("val", "valid", "validation")
-TEST_NAMES = ("test", "testing")
 
 
 @dataclass(frozen=True)
@@ -42,32 +38,21 @@ def find_three_parts(options: DataOptions, seed: int) -> ThreeParts:
             "Each test image is scored by name in every run, which a stream does not offer.",
             "data.streaming=False",
         )
-    kind = options.folder.partition(":")[0]
-    if kind in ("torchvision", "hf") or is_shards(options.folder) or options.val:
-        rest, test = find_data(options, seed)
-        return _split_off_validation(rest, test, options, seed, f"the validation images of {options.folder}")
-    return _of_folder(Path(options.folder), options, seed)
-
-
-def _of_folder(folder: Path, options: DataOptions, seed: int) -> ThreeParts:
-    require_folder(folder)
-    train_root, val_root, test_root = (
-        _subfolder(folder, names) for names in (TRAIN_NAMES, VALIDATION_NAMES, TEST_NAMES)
-    )
-    held_out = test_root or val_root
-    if train_root is None or held_out is None:
-        return _split_twice(train_root or folder, options, seed)
-    train = scan(train_root)
-    test = with_classes_of(train, scan(held_out, min_classes=1), str(held_out))
-    if test_root is None or val_root is None:
-        return _split_off_validation(train, test, options, seed, str(held_out))
-    val = with_classes_of(train, scan(val_root, min_classes=1), str(val_root))
-    origin = f"{_counted(train, val, test)}: the folders {train_root.name}, {val_root.name} and {test_root.name}."
+    parts = find_parts(options)
+    held_out = parts.test or parts.val
+    if held_out is None:
+        return _split_twice(parts, options, seed)
+    train, test = parts.train, parts.images(held_out)
+    if parts.test is None or parts.val is None:
+        return _split_off_validation(train, test, options, seed, held_out.where)
+    val = parts.images(parts.val)
+    names = [Path(where).name for where in (parts.where, parts.val.where, parts.test.where)]
+    origin = f"{_counted(train, val, test)}: the parts {names[0]}, {names[1]} and {names[2]}."
     return ThreeParts(train, val, test, origin)
 
 
-def _split_twice(root: Path, options: DataOptions, seed: int) -> ThreeParts:
-    images = scan(root)
+def _split_twice(parts: DataParts, options: DataOptions, seed: int) -> ThreeParts:
+    images = parts.train
     few = [name for name, count in zip(images.classes, images.counts(), strict=True) if count < 3]
     if few:
         raise InputError(
@@ -77,7 +62,7 @@ def _split_twice(root: Path, options: DataOptions, seed: int) -> ThreeParts:
         )
     rest, test = split(images, options.val_fraction, seed)
     train, val = split(rest, options.val_fraction, seed)
-    origin = f"{_counted(train, val, test)}: {root} was split in three, class by class, by the seed {seed}."
+    origin = f"{_counted(train, val, test)}: {parts.where} was split in three, class by class, by the seed {seed}."
     return ThreeParts(train, val, test, origin)
 
 
@@ -91,9 +76,3 @@ def _split_off_validation(
 
 def _counted(train: LabelledImages, val: LabelledImages, test: LabelledImages) -> str:
     return f"{len(train)} training, {len(val)} validation and {len(test)} test images"
-
-
-def _subfolder(folder: Path, names: tuple[str, ...]) -> Path | None:
-    """The subfolder with one of ``names`` in upper or lower case; earlier names first."""
-    found = {entry.name.lower(): entry for entry in sorted(folder.iterdir()) if entry.is_dir()}
-    return next((found[name] for name in names if name in found), None)

@@ -10,7 +10,7 @@ from typing import Any
 import torchvision
 from PIL import Image
 
-from condconv_surgery.data.labelled_images import Rows, split, with_classes_of
+from condconv_surgery.data.labelled_images import Rows
 from condconv_surgery.errors import InputError, unknown_name
 
 Part = dict[str, Any]
@@ -72,19 +72,21 @@ class TorchvisionImages(Rows):
         return image
 
 
-def find_torchvision(
-    name: str, root: Path, download: bool, val_fraction: float, seed: int
-) -> tuple[TorchvisionImages, TorchvisionImages]:
-    """The training and the validation images of ``torchvision:NAME``, stored in or downloaded to ``root``.
+def find_torchvision(name: str, root: Path, download: bool) -> dict[str, TorchvisionImages]:
+    """The images of ``torchvision:NAME`` by part: ``train``, and ``val`` or ``test`` where the set has one.
 
-    A set without parts is split. Raises ``InputError`` for an unknown name, a set of another task, and missing files.
+    Stored in or downloaded to ``root``. Raises ``InputError`` for an unknown name, another task, missing files.
     """
     require_known(name)
     title, parts = SETS[name.lower()]
     found = [_images(title, root, part, download) for part in parts]
-    if len(found) == 1:
-        return split(found[0], val_fraction, seed)
-    return found[0], with_classes_of(found[0], found[1], f"{title} {parts[1]}")
+    return {"train": found[0]} if len(found) == 1 else {"train": found[0], second_part(name): found[1]}
+
+
+def second_part(name: str) -> str:
+    """``val`` or ``test``: what the second part of a data set is called."""
+    parts = SETS[name.lower()][1]
+    return "val" if str(parts[-1].get("split", "")).startswith("val") else "test"
 
 
 def require_known(name: str) -> None:

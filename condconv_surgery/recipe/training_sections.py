@@ -21,6 +21,11 @@ class DataOptions(Section):
         flag="--data",
     )
     val: str = option("", "separate validation images: a folder, shards, or the split of a hf: data set")
+    layout: str = option(
+        "auto",
+        "auto: folders named train, val and test are parts; classes: each folder is a class, whatever its name",
+        choices=("auto", "classes"),
+    )
     root: str = option("data", "folder of torchvision's data sets")
     download: bool = option(False, "download missing data sets of torchvision")
     image: str = option("", "hf: column of the images; not set: the only such column")
@@ -32,6 +37,9 @@ class DataOptions(Section):
         "share of each class used for validation where there are no separate validation images",
         low=0.001,
         high=0.9,
+    )
+    group_duplicates: bool = option(
+        False, "keep equal and nearly equal images on one side of a split; decodes every image first"
     )
     image_size: int | None = option(
         None, "side of the input in pixels; not set: that of the model", kind=int, low=8, flag="--image-size"

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from condconv_surgery.data.data_check import BEFORE_A_RUN, describe
+from condconv_surgery.data.find_data import DividedData
 from condconv_surgery.data.three_parts import ThreeParts, find_three_parts
 from condconv_surgery.models.sources import load_model
 from condconv_surgery.recipe.study_arms import DEFAULT_ARMS, Arm, parse_arms
@@ -104,6 +106,10 @@ class Study:
     def run(self) -> StudyReport:
         """All runs that are missing, then the costs and the files."""
         total = len(self.options.arms) * (self.options.seeds + (self.options.rates if self.options.rates > 1 else 0))
+        if self.world.is_first:
+            found = describe(DividedData(self.parts.train, self.parts.val, self.parts.origin), BEFORE_A_RUN)
+            for line in found.lines():
+                self.note(line)
         for planned in self._missing():
             done = sum(len(arm.runs) + len(arm.search) for arm in self.record.arms)
             self.note(f"Run {done + 1} of {total}: {planned}")

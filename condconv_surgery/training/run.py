@@ -18,6 +18,7 @@ from condconv_surgery.recipe.toml_text import to_toml
 from condconv_surgery.recipe.training_options import TrainingOptions
 from condconv_surgery.runtime.seeding import seeded
 from condconv_surgery.training.batch_norm import recalibrate
+from condconv_surgery.training.batches.check_before_run import report_check
 from condconv_surgery.training.batches.loaders import Data, TrainAndVal, input_spec, open_data
 from condconv_surgery.training.batches.unreadable_images import UnreadableImages
 from condconv_surgery.training.classifier_heads import fit_heads, probability_notes
@@ -102,6 +103,8 @@ class Run:
         if self.world.is_first:
             write_text(self.folder / RECIPE, to_toml(self.options))
             cut_metrics(self.folder, self.progress.epochs_done)
+        if self.data.divided is not None:
+            report_check(self.data.divided, self.folder, self.unreadable, self.callback, self.world)
         for name, width in self.heads.items():
             self.callback.note(f"New head {name}: {width} classes.")
         if self.renamed:

@@ -53,7 +53,7 @@ def test_three_folders_are_used_as_they_are(tmp_path: Path) -> None:
         write_images(tmp_path / name, each=each)
     parts = parts_of(tmp_path)
     assert [len(part) for part in (parts.train, parts.val, parts.test)] == [15, 6, 9]
-    assert "the folders train, Val and test" in parts.origin
+    assert "the parts train, Val and test" in parts.origin
 
 
 def test_a_second_folder_is_the_test_part(tmp_path: Path) -> None:

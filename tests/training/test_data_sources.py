@@ -63,7 +63,9 @@ def write_mnist(root: Path, each: int = 6) -> np.ndarray:
 
 def test_a_torchvision_set_by_name(tmp_path: Path) -> None:
     images = write_mnist(tmp_path)
-    train, val = find_data(DataOptions(folder="torchvision:mnist", root=str(tmp_path)), 0)
+    held_in, held_out = find_data(DataOptions(folder="torchvision:mnist", root=str(tmp_path)), 0)
+    assert (len(held_in), len(held_out)) == (15, 3), "the test images do not select"
+    train, val = find_data(DataOptions(folder="torchvision:mnist", root=str(tmp_path), val="test"), 0)
     assert (len(train), len(val)) == (18, 18)
     assert train.classes[:2] == val.classes[:2] == ("0 - zero", "1 - one")
     assert train.labels[:4] == (0, 1, 2, 0)

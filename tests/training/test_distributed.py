@@ -17,14 +17,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from condconv_surgery.data.image_folders import find_training_images
 from condconv_surgery.models.artifact.save_load import load
 from condconv_surgery.recipe import TrainingOptions
 from condconv_surgery.training import evaluate
 from condconv_surgery.training.batches.loaders import input_spec, open_data
 from condconv_surgery.training.distributed.world import World
 from condconv_surgery.training.state.run_state import LAST, read_state
-from tests.images import write_images
+from tests.images import find_training_images, write_images
 from tests.small_networks import small_net
 from tests.small_run import run_and_exit
 

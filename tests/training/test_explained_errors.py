@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from condconv_surgery.data.image_folders import ImageFiles, find_training_images
+from condconv_surgery.data.image_folders import ImageFiles
 from condconv_surgery.errors import InputError, TrainingError
 from condconv_surgery.recipe import CondConv, TrainingOptions
 from condconv_surgery.training import finetune
@@ -21,7 +21,7 @@ from condconv_surgery.training.batches import loaders as loading_module
 from condconv_surgery.training.monitor.callback import Callback, StepView
 from condconv_surgery.training.state.run_files import read_rows
 from condconv_surgery.training.state.run_state import LAST, load_state, read_state
-from tests.images import write_images
+from tests.images import find_training_images, write_images
 from tests.small_networks import small_net
 from tests.training.test_training_run import StopAt, assert_same, weights
 
@@ -49,8 +49,8 @@ def test_a_killed_reader_ends_with_an_error_and_the_run_goes_on(folder: Path, mo
     countdown = [30]  # in the worker, which has a copy: in the 8th batch, when the 6th has been asked for
 
     def deadly(self: ImageFiles, index: int) -> Image.Image:
-        countdown[0] -= 1
-        if countdown[0] < 0 and torch.utils.data.get_worker_info() is not None:
+        countdown[0] -= torch.utils.data.get_worker_info() is not None
+        if countdown[0] < 0:
             os.kill(os.getpid(), signal.SIGKILL)
         return opened(self, index)
 

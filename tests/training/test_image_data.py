@@ -9,14 +9,13 @@ from PIL import Image
 
 from condconv_surgery.data.decode_image import UnreadableImageError, read_image
 from condconv_surgery.data.image_dataset import Draw, ImageDataset, Sample, collate, collate_whole
-from condconv_surgery.data.image_folders import find_evaluation_images, find_training_images
 from condconv_surgery.errors import InputError
 from condconv_surgery.recipe import InputSpec
 from condconv_surgery.recipe.training_sections import AugmentOptions
 from condconv_surgery.training.batches.augmentation import training_transform
 from condconv_surgery.training.batches.samplers import EvaluationBatches, Steps, TrainingBatches
 from condconv_surgery.training.batches.unreadable_images import UnreadableImages
-from tests.images import write_images
+from tests.images import find_training_images, write_images
 
 SPEC = InputSpec(height=16, width=16)
 
@@ -41,17 +40,6 @@ def test_train_and_val_folders_are_taken_as_they_are(tmp_path: Path) -> None:
     assert sorted(set(val.labels)) == [1, 2]  # by name, not by position
 
 
-def test_images_to_evaluate_on_are_the_validation_folder_or_all(tmp_path: Path) -> None:
-    write_images(tmp_path, classes=3, each=5)
-    images, held_out = find_evaluation_images(tmp_path, limit=7)
-    assert (images.labels, held_out) == ((0, 0, 0, 1, 1, 2, 2), False)
-    assert [path.stem for path in map(Path, images.files)] == ["00", "01", "02", "00", "01", "00", "01"]
-    assert len(find_evaluation_images(tmp_path)[0]) == 15
-    write_images(tmp_path / "val", classes=1, each=2)  # one class is enough, and no train folder is needed
-    images, held_out = find_evaluation_images(tmp_path, limit=7)
-    assert (images.root, images.labels, held_out) == (tmp_path / "val", (0, 0), True)
-
-
 @pytest.mark.parametrize(
     ("prepare", "message"),
     [
@@ -59,7 +47,7 @@ def test_images_to_evaluate_on_are_the_validation_folder_or_all(tmp_path: Path) 
         (lambda p: write_images(p, classes=1), "one class only: class0"),
         (lambda p: (write_images(p), (p / "hollow").mkdir()), "without images: hollow"),
         (lambda p: Image.new("RGB", (8, 8)).save(p / "a.png"), "directly in it"),
-        (lambda p: write_images(p, each=1), "one image only"),
+        (lambda p: write_images(p, each=1), "has one image only"),
         (lambda p: (write_images(p / "train"), write_images(p / "val", classes=4)), "do not have: class3"),
     ],
 )

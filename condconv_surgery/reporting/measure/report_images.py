@@ -3,47 +3,68 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from condconv_surgery.data.decode_image import read_image
-from condconv_surgery.data.image_folders import ImageFiles, find_evaluation_images
+from condconv_surgery.data.decode_image import UnreadableImageError, decode_image
+from condconv_surgery.data.find_data import find_evaluation_images, require_data
+from condconv_surgery.data.labelled_images import LabelledImages, even_subset
+from condconv_surgery.errors import InputError
 from condconv_surgery.models.preprocess import EvaluationTransform
 from condconv_surgery.recipe import InputSpec
+from condconv_surgery.recipe.training_sections import DataOptions
 
 
-@dataclass(frozen=True)
+@dataclass
 class ReportImages:
-    """Image files, and whether they come from a validation folder, apart from the training images."""
+    """Labelled images, and whether they come from a validation or test part, apart from the training images.
 
-    images: ImageFiles
+    unreadable: names of images that could not be decoded. A pass over ``batches`` takes them out of ``images``.
+    """
+
+    images: LabelledImages
     held_out: bool = True
+    unreadable: list[str] = field(default_factory=list)
 
     @property
     def classes(self) -> tuple[str, ...]:
-        """Class names of the folder."""
+        """Class names of the data."""
         return self.images.classes
 
     @property
     def files(self) -> tuple[str, ...]:
-        """Path of each image."""
+        """Path or name of each image."""
         return tuple(self.images.name(i) for i in range(len(self.images)))
 
     def batches(self, spec: InputSpec, size: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """``images`` [B, C, H, W], preprocessed for the model, and ``labels`` [B]. Raises for a damaged file."""
-        transform = EvaluationTransform(spec)
-        for start in range(0, len(self.images), size):
-            paths = [self.images.path(i) for i in range(start, min(start + size, len(self.images)))]
-            images = torch.stack([transform(read_image(path, spec.channels)) for path in paths])
-            yield images, torch.tensor(self.images.labels[start : start + size])
+        """``images`` [B, C, H, W], preprocessed for the model, and ``labels`` [B]. Raises when none can be read."""
+        transform, images, readable = EvaluationTransform(spec), self.images, list[int]()
+        for start in range(0, len(images), size):
+            read: list[Tensor] = []
+            for i in range(start, min(start + size, len(images))):
+                try:
+                    read.append(transform(decode_image(lambda i=i: images.open(i), spec.channels)))  # type: ignore[misc]
+                except UnreadableImageError as error:
+                    self.unreadable.append(f"{images.name(i)}: {error.reason}")
+                    continue
+                readable.append(i)
+            if read:
+                yield torch.stack(read), torch.tensor([images.labels[i] for i in readable[-len(read) :]])
+        if not readable:
+            raise InputError(f"No image can be read: {self.unreadable[0]}.", "", "other images")
+        if len(readable) < len(images):
+            self.images = images.subset(readable)
 
 
-def find_images(folder: str | Path, limit: int = 1000) -> ReportImages:
-    """The validation images of a folder, else all its images; of more than ``limit``, equally many of each class.
+def find_images(source: str | Path, limit: int = 1000) -> ReportImages:
+    """The validation images of what ``finetune`` reads as ``data``, else the test images, else all.
 
-    Raises ``InputError`` for a folder without labelled images.
+    Of more than ``limit``, equally many of each class. Raises ``InputError`` for data without labelled images.
     """
-    return ReportImages(*find_evaluation_images(Path(folder), limit))
+    options = DataOptions(folder=str(source))
+    require_data(options)
+    images, held_out = find_evaluation_images(options)
+    return ReportImages(even_subset(images, limit), held_out)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from condconv_surgery.data.labelled_images import LabelledImages
 from condconv_surgery.layers import gate_statistics
 from condconv_surgery.layers.find_layers import routed_layers
 from condconv_surgery.layers.gate_statistics import CONSTANT_KERNEL
@@ -110,7 +111,8 @@ class Routing:
         ``None`` when the classes of the folder are not those of the model.
     gain_standard_error: of the accuracy gain, from the images whose prediction changed.
     attention: for layers with attention, how much the scales differ between images (mean standard deviation).
-    held_out: whether the images come from a validation folder, apart from the training images.
+    held_out: whether the images come from a validation or test part, apart from the training images.
+    unreadable: images that were left out, with the reason. source: the others, for thumbnails.
     """
 
     layers: tuple[LayerRouting, ...]
@@ -122,6 +124,8 @@ class Routing:
     attention: tuple[tuple[str, float], ...]
     files: tuple[str, ...] = ()
     held_out: bool = True
+    unreadable: tuple[str, ...] = ()
+    source: LabelledImages | None = None
 
     @property
     def verdict(self) -> str:
@@ -130,7 +134,13 @@ class Routing:
         text = f"{static} of {len(self.layers)} layers could be static." if self.layers else ""
         if self.accuracy is None or self.mean_gate_accuracy is None:
             return f"{text} The model's classes are not those of the folder, so accuracy is unknown.".strip()
-        warning = "" if self.held_out else " The folder has no val/: the model may have been trained on these images."
+        warning = (
+            ""
+            if self.held_out
+            else " The data have no validation part: the model may have been trained on these images."
+        )
+        if self.unreadable:
+            warning += f" {len(self.unreadable)} unreadable images are left out, such as {self.unreadable[0]}."
         return f"{text} {self._gain(self.accuracy, self.mean_gate_accuracy)}{warning}".strip()
 
     def _gain(self, accuracy: float, mean_gate_accuracy: float) -> str:
@@ -152,6 +162,7 @@ class Routing:
             "mean_gate_accuracy": self.mean_gate_accuracy,
             "gain_standard_error": self.gain_standard_error,
             "held_out": self.held_out,
+            "unreadable": list(self.unreadable),
             "verdict": self.verdict,
             "files": list(self.files),
             "layers": [layer.to_dict() for layer in self.layers],
@@ -187,8 +198,10 @@ def measure_routing(
         gain = routed.correct.double() - static.double()  # +1, 0 or -1 per image
         error = float(gain.std(correction=0)) / math.sqrt(len(gain))
         accuracies = (routed.accuracy, float(static.double().mean()), error)
-    spreads, files = tuple(routed.spreads.items()), images.files
-    return Routing(layers, images.classes, len(files), *accuracies, spreads, files, images.held_out)
+    spreads, files, unreadable = tuple(routed.spreads.items()), images.files, tuple(images.unreadable)
+    return Routing(
+        layers, images.classes, len(files), *accuracies, spreads, files, images.held_out, unreadable, images.images
+    )
 
 
 def layer_routing(

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
-from condconv_surgery.data.decode_image import read_image
+from condconv_surgery.data.decode_image import decode_image, read_image
 from condconv_surgery.reporting.measure.cost_table import CONVENTION
 from condconv_surgery.reporting.measure.measurements import Measurements
 from condconv_surgery.reporting.measure.routing_statistics import Routing
@@ -95,15 +95,16 @@ def _images_and_classes(routing: Routing | None) -> dict[str, Any]:
             layers_with_images.append(layer.name)
     most = max(1, MAX_CELLS // max(1, sum(layer.experts for layer in routing.layers)))
     return {
-        "thumbnails": {i: _thumbnail(routing.files[i]) for i in sorted(indices)},
+        "thumbnails": {i: _thumbnail(routing, i) for i in sorted(indices)},
         "layers_with_images": tuple(layers_with_images),
         "classes_of": {layer.name: layer.distinct_classes(most) for layer in routing.layers},
     }
 
 
-def _thumbnail(file: str) -> str:
+def _thumbnail(routing: Routing, index: int) -> str:
     """A JPEG as a data URI."""
-    image = read_image(file)
+    source, file = routing.source, routing.files[index]
+    image = read_image(file) if source is None else decode_image(lambda: source.open(index), name=file)
     image.thumbnail((THUMBNAIL, THUMBNAIL))
     out = io.BytesIO()
     image.save(out, "JPEG", quality=80)

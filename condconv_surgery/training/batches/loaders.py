@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset, Sampler
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
-from condconv_surgery.data.find_data import find_data, require_data
+from condconv_surgery.data.find_data import DividedData, divide, find_parts, require_data
 from condconv_surgery.data.hub_streams import HubStream, StreamDataset, find_streams
 from condconv_surgery.data.image_dataset import Batch, ImageDataset, Sample, Transform, collate, collate_whole
 from condconv_surgery.data.labelled_images import LabelledImages
@@ -37,6 +37,8 @@ class Data:
     order: Steps
     train_loader: DataLoader[Batch]
     val_loader: DataLoader[Batch]
+    divided: DividedData | None = None
+    """Images that the options name, which a run checks before its first step."""
 
     def batches_from(self, step: int) -> Iterator[Batch]:
         """Training batches from a step of the run on. Only one iterator at a time."""
@@ -65,7 +67,8 @@ def open_data(options: TrainingOptions, spec: InputSpec, world: World, images: T
     transforms = training_transform(spec, options.augment), EvaluationTransform(spec)
     if images is None and options.data.streaming:
         return _streamed(options, spec, world, *transforms)
-    train, val = images or find_data(options.data, options.seed)
+    divided = divide(find_parts(options.data), options.data, options.seed) if images is None else None
+    train, val = images or (divided.train, divided.val)  # type: ignore[union-attr]
     steps = _steps(options, len(train), world)
 
     def dataset(which: LabelledImages, transform: Transform, replace: bool) -> ImageDataset:
@@ -82,6 +85,7 @@ def open_data(options: TrainingOptions, spec: InputSpec, world: World, images: T
             options,
             world,
         ),
+        divided,
     )
 
 

@@ -23,6 +23,7 @@ class UnreadableImages:
     ) -> None:
         self.limit, self.world, self.note = limit, world, note
         self.names: list[str] = []
+        self.reasons: dict[str, str] = {}
         self.waiting: list[str] = []
         """Found by this process, not yet exchanged with the others."""
 
@@ -43,7 +44,10 @@ class UnreadableImages:
         if new and len(self.names) > self.limit:
             raise InputError(
                 f"{len(self.names)} unreadable image{'s' if len(self.names) > 1 else ''}: "
-                f"{', '.join(self.names[-3:])}.",
-                f"At most {self.limit} may be damaged or of a format that does not match the name.",
-                f"remove it, or data.max_bad={max(10, 2 * len(self.names))} to skip such images",
+                f"{', '.join(map(self._explained, self.names[-3:]))}.",
+                f"At most {self.limit} may be unreadable.",
+                f"repair or replace it, or data.max_bad={max(10, 2 * len(self.names))} to skip such images",
             )
+
+    def _explained(self, name: str) -> str:
+        return f"{name} ({self.reasons[name]})" if name in self.reasons else name

@@ -46,9 +46,10 @@ def require_same_run(state: State, options: TrainingOptions, fingerprint: str, p
             'restore the folder, or a new run: another output="RUN"',
         )
     before, now = flattened(state.facts["options"]), flattened(options.to_dict())
-    changed = [name for name in now if name not in FREE and before.get(name) != now[name]]
+    missing = flattened(TrainingOptions().to_dict())  # an older state lacks newer options: they had their defaults
+    changed = [name for name in now if name not in FREE and before.get(name, missing[name]) != now[name]]
     if changed:
-        changes = ", ".join(f"{name} was {before.get(name)!r} and is {now[name]!r}" for name in changed)
+        changes = ", ".join(f"{name} was {before.get(name, missing[name])!r} and is {now[name]!r}" for name in changed)
         raise InputError(
             f"The run began with other options: {changes}.",
             f"On a resume only these may change: {', '.join(FREE)}.",
