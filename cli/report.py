@@ -34,7 +34,9 @@ def report(
     ] = False,
     batch: Annotated[int, typer.Option(help="Second batch size for memory and latency, beside 1.")] = 8,
     device: Annotated[str, typer.Option(help="Where to run: cpu, cuda, cuda:1.")] = "cpu",
-    dtype: Annotated[str, typer.Option(help=f"Of weights and input: {', '.join(DTYPES)}.")] = "float32",
+    dtype: Annotated[
+        str | None, typer.Option(help=f"Of weights and input: {', '.join(DTYPES)}. Default: that of the file.")
+    ] = None,
     original: Annotated[
         str | None, typer.Option(help="The model before conversion, for the distance that experts moved.")
     ] = None,
@@ -53,7 +55,7 @@ def report(
         raise InputError("Several of --json, --csv and --markdown.", "stdout has one form.", "one of them")
     if batch < 1 or limit < 1:
         raise InputError(f"--batch {batch}, --limit {limit}.", "Both must be at least 1.", "--batch 8 --limit 1000")
-    if dtype not in DTYPES:
+    if dtype is not None and dtype not in DTYPES:
         raise unknown_name("dtype", dtype, DTYPES, "--dtype bfloat16")
 
     _require_writable(html, plots)
@@ -95,7 +97,7 @@ def _load(
     input_size: int | None,
     trust: tuple[str, ...],
     device: str,
-    dtype: str,
+    dtype: str | None,
 ) -> nn.Module:
     import torch
 
@@ -106,7 +108,7 @@ def _load(
     say(f"Loading {spec}")
     model = load_model(spec, arch=arch, weights=weights, input_size=input_size, trust=trust)
     try:
-        return model.to(device=device, dtype=getattr(torch, dtype))
+        return model.to(device=device, dtype=getattr(torch, dtype) if dtype else None)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise InputError(f"--device {device}: {reason}", "A device that torch knows.", "--device cpu") from error

@@ -5,9 +5,9 @@
     CondConv(experts=8, routing='layer')
 
 ``plan`` shows which layers ``convert`` replaces, ``save`` and ``load`` write and read the result as one file,
-``check_data`` describes images, ``finetune`` trains it, ``report`` measures it, and ``compare`` says whether conversion pays. ``load_model`` builds a
-model from a name or a file, ``set_temperature`` sets the temperature of all routers, ``native.enable()`` switches to
-compiled kernels.
+``check_data`` describes images, ``finetune`` trains it, ``report`` measures it, and ``compare`` says whether
+conversion pays. ``load_model`` builds a model from a name or a file, ``set_temperature`` sets the temperature of all
+routers, ``native.enable()`` switches to compiled kernels.
 
 The names below are loaded when first used: importing the package does not import torch.
 """

@@ -30,7 +30,8 @@ class DataCheck:
     train, val, classes: numbers of images and the class names. counts: training images of each class.
     validation: where the validation images come from. checked: how many images were decoded; the facts below are about
     these. sizes: smallest, median and largest (width, height) by area. modes: converted modes, by name.
-    skipped: files that are not read, unreadable: images that cannot be decoded; both by reason. unreadable_images: the reason by name.
+    skipped: files that are not read, unreadable: images that cannot be decoded; both by reason.
+    unreadable_images: the reason by name.
     equal, near: validation images that are equal, or nearly equal, to a training image.
     duplicate_names: some of these.
     """

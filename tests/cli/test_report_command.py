@@ -39,6 +39,19 @@ def test_a_table_of_80_columns(condconv: Run, artifact: Path) -> None:
     assert "Loading" in err
 
 
+def test_a_half_precision_file_is_reported_as_it_is(condconv: Run, artifact: Path, tmp_path: Path) -> None:
+    half = tmp_path / "half.safetensors"
+    cs.save(cs.load(artifact).half(), half)
+    images = write_images(tmp_path / "images", classes=3, each=2)
+    sizes = []
+    for options in ((artifact,), (half, "--data", images)):
+        code, out, err = condconv("report", *options, "--json")
+        assert code == 0, err
+        sizes.append(sum(layer["weight_bytes"] for layer in json.loads(out)["layers"]))
+    assert abs(sizes[1] / sizes[0] - 0.5) < 0.01
+    assert json.loads(out)["routing"]["images"] == 6
+
+
 def test_json_is_what_other_software_leans_on(condconv: Run, artifact: Path) -> None:
     code, out, err = condconv("report", artifact, "--json")
     assert code == 0, err
