@@ -87,6 +87,7 @@ def test_a_run_learns_and_leaves_its_files(folder: Path, variant: Variant | None
         "metrics.jsonl",
         "recipe.toml",
         "curves.png",
+        "data.json",
         LAST,
         BEFORE,
     }
