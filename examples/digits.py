@@ -1,21 +1,32 @@
-"""Write scikit-learn's 1,797 handwritten digits as an image folder: DIGITS/0/0000.png ... DIGITS/9/1796.png."""
+"""Write scikit-learn's 1,797 handwritten digits as an image folder: DIGITS/0/0000.png ... DIGITS/9/1796.png.
 
-import sys
+With --parts the same images as DIGITS/train, DIGITS/val and DIGITS/test: half of them, a tenth and the rest.
+"""
+
+import argparse
+import random
 from pathlib import Path
 
 from PIL import Image
 from sklearn.datasets import load_digits
 
 
-def write_digits(folder: Path) -> int:
+def write_digits(folder: Path, parts: bool = False) -> int:
     digits = load_digits()
+    count = len(digits.images)
+    place = random.Random(0).sample(range(count), count)  # its place in a random order decides the part of an image
     for index, (pixels, label) in enumerate(zip(digits.images, digits.target, strict=True)):
-        path = folder / str(label) / f"{index:04d}.png"
+        part = "train" if place[index] < count // 2 else "val" if place[index] < 0.6 * count else "test"
+        path = (folder / part if parts else folder) / str(label) / f"{index:04d}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         image = Image.fromarray((pixels * (255 / 16)).astype("uint8")).convert("RGB")
         image.resize((64, 64), Image.Resampling.BICUBIC).save(path)
-    return len(digits.images)
+    return count
 
 
 if __name__ == "__main__":
-    print(f"Wrote {write_digits(Path(sys.argv[1]))} images to {sys.argv[1]}")
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", type=Path, metavar="DIGITS")
+    parser.add_argument("--parts", action="store_true")
+    given = parser.parse_args()
+    print(f"Wrote {write_digits(given.folder, given.parts)} images to {given.folder}")
