@@ -1,5 +1,6 @@
 #!/bin/sh
-# Convert ImageNet's MobileNetV2, fine-tune it on handwritten digits, report. Usage: demo.sh FOLDER
+# Convert ImageNet's MobileNetV2, fine-tune it on handwritten digits, report; then compare where capacity is the limit.
+# Usage: demo.sh FOLDER
 set -eu
 folder=${1:-.demo}
 rm -rf "$folder"
@@ -27,3 +28,9 @@ condconv finetune "$folder/mobilenet_v2.safetensors" --data "$folder/digits" -o 
 
 say "4. condconv report $folder/run/best.safetensors"
 condconv report "$folder/run/best.safetensors"
+
+say "5. condconv compare $here/trained_out.safetensors --data $folder/parts --arm static --arm odconv:1"
+echo "A network of 546 parameters that is trained out on these digits: does capacity limit it?"
+python "$here/digits.py" --parts "$folder/parts"
+condconv compare "$here/trained_out.safetensors" --data "$folder/parts" --arm static --arm odconv:1 -o "$folder/study" \
+  --seeds 3 --rates 1 --lr 4e-3 --epochs 20 --batch-size 64 --image-size 16 --workers 0

@@ -1,7 +1,7 @@
 """Train a network of 546 parameters on digits until it gains no more: the start of the demo's comparison.
 
-    python examples/digits.py --parts digits
-    python examples/trained_out.py digits examples/trained_out.safetensors     # some minutes
+python examples/digits.py --parts digits
+python examples/trained_out.py digits examples/trained_out.safetensors     # some minutes
 """
 
 import argparse

@@ -75,7 +75,7 @@ class Upcycling:
     """
 
     start: str = "auto"
-    spread: float = 1.0
+    spread: float = 2.0
     diversity: float | None = None
     seed: int = 0
 

@@ -66,7 +66,7 @@ def plan(
     blocks: Sequence[str] | None = None,
     subclasses: Sequence[str] | None = None,
     start: str = "auto",
-    spread: float = 1.0,
+    spread: float = 2.0,
     calibration: Tensor | Iterable[Any] | None = None,
     diversity: float | None = None,
     seed: int = 0,

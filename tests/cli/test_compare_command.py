@@ -35,6 +35,8 @@ def test_a_study_from_the_command_line(condconv: Run, data: Path, tmp_path: Path
     code, out, err = condconv(*command, *arms)
     assert code == 0, err
     assert "Run 2 of 2: condconv:2,layers.router_lr=2, learning rate 0.01, seed 1, 1 epoch" in err
+    assert err.count("best epoch 1: validation top-1 0.") == 2
+    assert "train loss" not in err  # the epochs of each run
     assert "18 training, 6 validation and 6 test images" in err
     report = StudyReport.read(tmp_path / "study")
     assert report.verdict in " ".join(out.split())

@@ -114,7 +114,7 @@ def test_the_router_has_a_gradient_after_one_step(kind: str) -> None:
         optimizer.step()
     for name, layer in conditional_layers(model).items():
         last = layer.router.kernel if kind == "odconv" else layer.router.linear
-        assert last.weight.grad.abs().max() > 1e-5, name
+        assert last.weight.grad.abs().max() > 1e-6, name  # before: 0 up to rounding, 1e-9
 
 
 @kinds
