@@ -29,8 +29,8 @@ condconv finetune "$folder/mobilenet_v2.safetensors" --data "$folder/digits" -o 
 say "4. condconv report $folder/run/best.safetensors"
 condconv report "$folder/run/best.safetensors"
 
-say "5. condconv compare $here/trained_out.safetensors --data $folder/parts --arm static --arm odconv:1"
-echo "A network of 546 parameters that is trained out on these digits: does capacity limit it?"
+say "5. condconv compare: does it pay where capacity is the limit?"
 python "$here/digits.py" --parts "$folder/parts"
-condconv compare "$here/trained_out.safetensors" --data "$folder/parts" --arm static --arm odconv:1 -o "$folder/study" \
-  --seeds 3 --rates 1 --lr 4e-3 --epochs 20 --batch-size 64 --image-size 16 --workers 0
+condconv compare "$here/trained_out.safetensors" --data "$folder/parts" -o "$folder/study" \
+  --arm static --arm odconv:4,gates=sigmoid,classifier=true,name=converted --seeds 3 --rates 1 --lr 4e-3 \
+  --epochs 20 --batch-size 32 --image-size 16 --workers 0

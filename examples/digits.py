@@ -1,6 +1,6 @@
 """Write scikit-learn's 1,797 handwritten digits as an image folder: DIGITS/0/0000.png ... DIGITS/9/1796.png.
 
-With --parts the same images as DIGITS/train, DIGITS/val and DIGITS/test: half of them, a tenth and the rest.
+With --parts the same images as DIGITS/train, DIGITS/val and DIGITS/test: half of them, and a quarter each.
 """
 
 import argparse
@@ -16,7 +16,7 @@ def write_digits(folder: Path, parts: bool = False) -> int:
     count = len(digits.images)
     place = random.Random(0).sample(range(count), count)  # its place in a random order decides the part of an image
     for index, (pixels, label) in enumerate(zip(digits.images, digits.target, strict=True)):
-        part = "train" if place[index] < count // 2 else "val" if place[index] < 0.6 * count else "test"
+        part = "train" if place[index] < count // 2 else "val" if place[index] < 0.75 * count else "test"
         path = (folder / part if parts else folder) / str(label) / f"{index:04d}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         image = Image.fromarray((pixels * (255 / 16)).astype("uint8")).convert("RGB")
