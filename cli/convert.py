@@ -73,8 +73,11 @@ def convert(
         ),
     ] = "auto",
     calibration: Annotated[
-        Path | None,
-        typer.Option("--data", help="Folder of images, without labels, along which routers start (not for noise)."),
+        str | None,
+        typer.Option(
+            "--data",
+            help="Images along which routers start (not for noise): a folder, without labels too, or what finetune reads.",
+        ),
     ] = None,
     arch: Annotated[str | None, typer.Option(help="Architecture of a file of weights that is not recognised.")] = None,
     weights: Annotated[str, typer.Option(help="For a name: default (pretrained), none or a file.")] = "default",
@@ -147,7 +150,7 @@ def _convert(
     variant: Variant,
     selection: Selection,
     upcycling: Upcycling,
-    calibration: Path | None,
+    calibration: str | None,
     tolerance: float | None,
     ctx: typer.Context,
 ) -> Conversion:

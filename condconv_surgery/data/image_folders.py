@@ -37,7 +37,7 @@ class ImageFiles(LabelledImages):
     skipped: tuple[tuple[str, int], ...] = ()
 
     def name(self, index: int) -> str:
-        return str(self.path(index))
+        return printable(str(self.path(index)))
 
     def path(self, index: int) -> Path:
         """The file of one image."""
@@ -88,7 +88,12 @@ def scan(root: Path, min_classes: int = 2) -> ImageFiles:
         )
     files = tuple(file for name in classes for file in by_class[name])
     labels = tuple(label for label, name in enumerate(classes) for _ in by_class[name])
-    return ImageFiles(root, classes, files, labels, tuple(sorted(skipped.items())))
+    return ImageFiles(root, tuple(map(printable, classes)), files, labels, tuple(sorted(skipped.items())))
+
+
+def printable(name: str) -> str:
+    """A file name in UTF-8: bytes of another encoding as ``\\xe9``, so that it can be printed and stored."""
+    return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
 def _nothing_labelled(root: Path, skipped: Mapping[str, int]) -> InputError:

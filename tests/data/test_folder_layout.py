@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -195,3 +196,19 @@ def test_a_class_of_files_that_are_not_read_is_not_to_be_removed(tmp_path: Path)
     with pytest.raises(InputError, match=r"phone \(1 \.heic needs pillow-heif\)") as caught:
         scan(tmp_path)
     assert caught.value.fix == "pip install pillow-heif"
+
+
+def test_names_in_another_encoding_can_be_printed_and_stored(tmp_path: Path) -> None:
+    fill(tmp_path, 3)
+    Path(os.fsdecode(os.fsencode(tmp_path / "cat") + b"/caf\xe9.png")).write_bytes(
+        (tmp_path / "cat/0.png").read_bytes()
+    )
+    (tmp_path / "dog").rename(os.fsdecode(os.fsencode(tmp_path) + b"/ch\xe4t"))
+    images = scan(tmp_path)
+    assert images.classes == ("cat", r"ch\xe4t")
+    index = next(i for i in range(len(images)) if "caf" in images.name(i))
+    assert images.name(index).endswith(r"caf\xe9.png")
+    assert images.name(index).encode()
+    with images.open(index) as image:
+        assert image.size == (4, 4)
+    assert len(images.fingerprint()) == 64

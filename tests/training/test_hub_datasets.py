@@ -9,7 +9,10 @@ import pytest
 import torch
 from PIL import Image
 
-from condconv_surgery.data.find_data import find_data, require_data
+from condconv_surgery.data.calibration_images import calibration_images
+from condconv_surgery.data.decode_image import decode_image
+from condconv_surgery.data.find_data import find_data, find_evaluation_images, require_data
+from condconv_surgery.data.hub_streams import find_streams
 from condconv_surgery.data.labelled_images import LabelledImages
 from condconv_surgery.errors import InputError, TrainingError
 from condconv_surgery.recipe import InputSpec, TrainingOptions
@@ -227,3 +230,27 @@ def test_an_unreadable_row_is_named_and_replaced(rows: Path) -> None:
     still = options_for(rows, "still", folder=f"hf:{rows / 'spoilt'}")
     with pytest.raises(InputError, match=r"unreadable image.*spoilt train\[5\]"):
         finetune(small_net(), still)
+
+
+def test_a_test_split_does_not_select_and_images_are_upright(tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    files = []
+    for i in range(12):
+        files.append(str(tmp_path / f"{i}.jpg"))
+        Image.new("RGB", (20, 8), (20 * i, 90, 0)).save(files[-1], exif=exif)
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["a", "b"])})
+    rows = datasets.Dataset.from_dict({"image": files, "label": [i % 2 for i in range(12)]}, features)
+    datasets.DatasetDict(Training=rows, test=rows.select(range(4))).save_to_disk(str(tmp_path / "set"))
+    options = DataOptions(folder=f"hf:{tmp_path / 'set'}")
+    train, val = find_data(options, 0)
+    assert (len(train), len(val)) == (10, 2)
+    assert decode_image(lambda: train.open(0)).size == (8, 20)
+    measured, held_out = find_evaluation_images(options)
+    assert (len(measured), held_out) == (4, True)
+    assert sum(len(batch) for batch in calibration_images(options.folder, InputSpec(height=8, width=8))) == 12
+    chosen = DataOptions(folder=options.folder, val="test")
+    assert [len(part) for part in find_data(chosen, 0)] == [12, 4]
+    with pytest.raises(InputError, match=r'no validation split, only Training and test(.|\n)*data\.val="test"'):
+        find_streams(DataOptions(folder=options.folder, streaming=True))
