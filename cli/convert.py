@@ -76,7 +76,7 @@ def convert(
         str | None,
         typer.Option(
             "--data",
-            help="Images along which routers start (not for noise): a folder, without labels too, or what finetune reads.",
+            help="Images along which routers start (not for noise): a folder, or what finetune reads.",
         ),
     ] = None,
     arch: Annotated[str | None, typer.Option(help="Architecture of a file of weights that is not recognised.")] = None,
