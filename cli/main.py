@@ -11,6 +11,7 @@ from condconv_surgery import __version__
 from condconv_surgery.errors import SurgeryError
 
 from .check import check
+from .collapse import collapse
 from .compare import compare
 from .console import say
 from .convert import convert
@@ -34,6 +35,7 @@ app.command(cls=TranslatingCommand)(check)
 app.command(cls=TranslatingCommand)(finetune)
 app.command(cls=TranslatingCommand)(compare)
 app.command(cls=TranslatingCommand)(report)
+app.command(cls=TranslatingCommand)(collapse)
 app.command(cls=TranslatingCommand)(fold)
 app.command("import", cls=TranslatingCommand)(import_)
 app.command(cls=TranslatingCommand)(export)

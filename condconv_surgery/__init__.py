@@ -23,7 +23,7 @@ from condconv_surgery.recipe import CondConv, DynamicConv, ODConv, TrainingOptio
 if TYPE_CHECKING:
     from condconv_surgery import native
     from condconv_surgery.data.data_check import check_data
-    from condconv_surgery.deploy import fold
+    from condconv_surgery.deploy import collapse, fold
     from condconv_surgery.layers import set_temperature
     from condconv_surgery.models.artifact.save_load import load, save
     from condconv_surgery.models.mobilenet_v1 import mobilenet_v1
@@ -39,6 +39,7 @@ _LAZY = {
     "Conversion": "condconv_surgery.surgery",
     "Plan": "condconv_surgery.surgery",
     "check_data": "condconv_surgery.data.data_check",
+    "collapse": "condconv_surgery.deploy",
     "compare": "condconv_surgery.studies",
     "convert": "condconv_surgery.surgery",
     "finetune": "condconv_surgery.training",
@@ -67,6 +68,7 @@ __all__ = [
     "TrainingOptions",
     "__version__",
     "check_data",
+    "collapse",
     "compare",
     "convert",
     "finetune",

@@ -9,7 +9,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
+import torch
 from PIL import Image
+from torch import Tensor
 
 from condconv_surgery.errors import InputError
 
@@ -149,3 +151,10 @@ def with_classes_of(train: LabelledImages, val: L, where: str) -> L:
     index = {name: i for i, name in enumerate(train.classes)}
     labels = tuple(index[val.classes[label]] for label in val.labels)
     return replace(val, classes=train.classes, labels=labels)  # type: ignore[type-var]
+
+
+def logit_of_each_class(folder: tuple[str, ...], model: tuple[str, ...]) -> Tensor | None:
+    """The index in the logits of each class of the folder, if the model has all their names."""
+    if not model or not set(folder) <= set(model):
+        return None
+    return torch.tensor([model.index(name) for name in folder])

@@ -1,5 +1,6 @@
 """Deployment: a trained conditional network in the form in which it is served."""
 
+from condconv_surgery.deploy.collapse_mixtures import Collapse, LayerPlan, collapse
 from condconv_surgery.deploy.fold_batch_norm import Folding, fold
 
-__all__ = ["Folding", "fold"]
+__all__ = ["Collapse", "Folding", "LayerPlan", "collapse", "fold"]

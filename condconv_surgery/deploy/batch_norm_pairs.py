@@ -11,6 +11,7 @@ from torch import fx, nn
 from condconv_surgery.errors import one_line
 from condconv_surgery.layers import ConditionalLinear, conditional_layers
 from condconv_surgery.layers.conv2d_subclasses import full_name
+from condconv_surgery.runtime.modes import without_forward_hooks
 from condconv_surgery.runtime.snapshot import preserving_state
 from condconv_surgery.surgery.conversion_plan import Skip
 from condconv_surgery.surgery.fx_trace import LayerTracer
@@ -56,7 +57,8 @@ def batch_norm_pairs(model: nn.Module) -> tuple[list[Pair], list[Skip]]:
     modules = {id(module): module for module in model.modules()}
     norms = [module for module in modules.values() if _is_norm(module)]
     uses = _Uses()
-    _trace(model, "", LayerTracer(model, [*layers.values(), *norms]), uses)
+    with preserving_state(model), without_forward_hooks(model):  # hooks would see proxies
+        _trace(model, "", LayerTracer(model, [*layers.values(), *norms]), uses)
     pairs, skips = [], []
     for name, layer in layers.items():
         reader = _only_reader(layer, uses)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from condconv_surgery.data.labelled_images import LabelledImages
+from condconv_surgery.data.labelled_images import LabelledImages, logit_of_each_class
 from condconv_surgery.layers import gate_statistics
 from condconv_surgery.layers.find_layers import routed_layers
 from condconv_surgery.layers.gate_statistics import CONSTANT_KERNEL
@@ -184,7 +184,7 @@ def measure_routing(
         used, if the number of classes is equal.
     """
     spec = spec or input_spec_of(model)
-    logit_of = _logit_of_each_class(images.classes, classes)
+    logit_of = logit_of_each_class(images.classes, classes)
     routed = collect_gates(model, images.batches(spec, batch), logit_of)
     comparable = logit_of is not None or (not classes and routed.num_logits == len(images.classes))
     weights = {name: [layer.weight for layer in layers] for name, layers in routed_layers(model).items()}
@@ -251,10 +251,3 @@ def _between(gates: Tensor, labels: Tensor, weights: Tensor) -> float:
     total = float(((gates - mean) ** 2).sum(dim=1).mean())
     between = float((weights[:, None] * (_class_means(gates, labels, len(weights)) - mean) ** 2).sum())
     return between / total if total > 1e-12 else 0.0
-
-
-def _logit_of_each_class(folder: tuple[str, ...], model: tuple[str, ...]) -> Tensor | None:
-    """The index in the logits of each class of the folder, if the model has all their names."""
-    if not model or not set(folder) <= set(model):
-        return None
-    return torch.tensor([model.index(name) for name in folder])

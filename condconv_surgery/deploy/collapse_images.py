@@ -1,0 +1,82 @@
+"""The images over which mixtures are averaged, and those on which accuracy is measured."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from condconv_surgery.data.calibration_images import calibration_images
+from condconv_surgery.data.decode_image import read_image
+from condconv_surgery.data.image_folders import ImageFiles, find_evaluation_images
+from condconv_surgery.data.labelled_images import logit_of_each_class
+from condconv_surgery.deploy.mean_mixtures import Labelled
+from condconv_surgery.errors import InputError
+from condconv_surgery.models.preprocess import EvaluationTransform
+from condconv_surgery.recipe import InputSpec, recipe_of
+from condconv_surgery.runtime.modes import device_of, in_mode, input_spec_of
+
+BATCH = 32
+
+
+class FolderBatches(Sequence[Labelled]):
+    """Image files as batches, read again in each pass. logits: the index of each class of the folder."""
+
+    def __init__(self, images: ImageFiles, spec: InputSpec, logits: Tensor) -> None:
+        self.images, self.spec, self.logits = images, spec, logits
+
+    def __len__(self) -> int:
+        return -(-len(self.images) // BATCH)
+
+    def __getitem__(self, index: Any) -> Any:
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        transform = EvaluationTransform(self.spec)
+        chosen = range(index * BATCH, min((index + 1) * BATCH, len(self.images)))
+        images = [transform(read_image(self.images.path(i), self.spec.channels)) for i in chosen]
+        return torch.stack(images), self.logits[torch.tensor([self.images.labels[i] for i in chosen])]
+
+
+def collapse_images(
+    model: nn.Module, data: str | Path | Tensor | Iterable[Any], limit: int
+) -> tuple[Sequence[Labelled], Sequence[Labelled]]:
+    """The images of the means, and the labelled ones, of which there may be none."""
+    if not isinstance(data, (str, Path)):
+        batches = [_batch(batch) for batch in (torch.split(data, BATCH) if isinstance(data, Tensor) else data)]
+        if not batches:
+            raise InputError("data= holds no images.", "The means need some; 256 are enough.", "more images")
+        return batches, batches
+    spec = input_spec_of(model)
+    calibration = [(images, None) for images in calibration_images(Path(data), spec, BATCH)]
+    try:
+        images, _ = find_evaluation_images(Path(data), limit)
+    except InputError:  # images without class folders
+        return calibration, []
+    logits = _logits(model, images.classes, calibration[0][0])
+    return calibration, [] if logits is None else FolderBatches(images, spec, logits)
+
+
+def _batch(batch: Any) -> Labelled:
+    x, *rest = batch if isinstance(batch, (tuple, list)) and batch else (batch,)
+    if not isinstance(x, Tensor) or x.dim() != 4:
+        raise InputError(
+            f"data= holds a {type(x).__name__} of shape {tuple(getattr(x, 'shape', ()))}.",
+            "It is a folder, a tensor of images [N, C, H, W], or batches of them, alone or with labels.",
+            "data=torch.utils.data.DataLoader(images, batch_size=32)",
+        )
+    labels = rest[0] if rest and isinstance(rest[0], Tensor) and rest[0].dim() == 1 else None
+    return x, labels
+
+
+def _logits(model: nn.Module, folder: tuple[str, ...], images: Tensor) -> Tensor | None:
+    """The index in the logits of each class of the folder; None where the model has other classes."""
+    classes = recipe_of(model).classes if recipe_of(model) else ()  # type: ignore[union-attr]
+    if classes:
+        return logit_of_each_class(folder, classes)
+    with in_mode(model, training=False), torch.no_grad():
+        output = model(images[:1].to(device_of(model), next(model.parameters()).dtype))
+    logits = output if isinstance(output, Tensor) else output[0]
+    return torch.arange(len(folder)) if logits.shape[1] == len(folder) else None
