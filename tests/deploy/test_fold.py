@@ -61,6 +61,7 @@ class Pairs(nn.Module):
 
 
 def pairs_of(arguments: dict[str, Any], variant: Variant) -> Pairs:
+    torch.manual_seed(0)
     first = conditional_like(nn.Conv2d(**arguments), variant)
     second = conditional_like(nn.Conv2d(arguments["out_channels"], 5, 3, padding=1, bias=False), variant)
     model = Pairs(first, second, arguments["out_channels"], 5)
@@ -110,6 +111,7 @@ def test_every_geometry_against_the_loop(name: str) -> None:
 )
 @torch.no_grad()
 def test_real_networks(build: Any, count: int) -> None:
+    torch.manual_seed(0)
     x = torch.randn(4, 3, 64, 64)
     model = cs.convert(build(), ODConv(experts=2), example=x, prove=False, inplace=True).model
     model = trained_like(model, x).double()  # a deep random network amplifies the rounding of float32
@@ -122,13 +124,15 @@ def test_real_networks(build: Any, count: int) -> None:
 
 @torch.no_grad()
 def test_a_block_that_routes_once(tmp_path: Path) -> None:
+    torch.manual_seed(0)
     x = torch.randn(2, 3, 64, 64)
     options: dict[str, Any] = {"include": ["layer[34].*"], "prove": False}
     variant = CondConv(experts=4, routing="block")
     model = lively(cs.convert(torchvision.models.resnet18(weights=None), variant, example=x, **options).model)
+    model, x = model.double(), x.double()  # random routers amplify the rounding of float32
     folding = cs.fold(model, example=x)
     assert len(folding.folded) == len(conditional_layers(model))
-    assert relative(folding.model(x), model(x)) < 1e-5
+    assert relative(folding.model(x), model(x)) < 1e-9
     cs.save(folding.model, tmp_path / "folded.safetensors")
     assert torch.equal(cs.load(tmp_path / "folded.safetensors")(x), folding.model(x))
 
@@ -222,6 +226,7 @@ def test_refusals(tmp_path: Path) -> None:
 
 
 def test_the_command(condconv: Run, tmp_path: Path) -> None:
+    torch.manual_seed(0)
     model = cs.load_model("torchvision:resnet18", weights="none", num_classes=3, input_size=32)
     converted = lively(cs.convert(model, CondConv(2), include=["layer4.*"], prove=False).model)
     before, after = tmp_path / "m.safetensors", tmp_path / "folded.safetensors"
