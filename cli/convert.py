@@ -129,14 +129,14 @@ def _check_sizes(input_size: int | None, tolerance: float | None) -> None:
         raise InputError(f"--tolerance is {tolerance}.", "It must be 0 or more.", "--tolerance 1e-4")
 
 
-def writable(output: Path | None) -> Path:
+def writable(output: Path | None, suffix: str = ".safetensors") -> Path:
     """The output path, checked before any work is done."""
     import os
 
     if output is None:
-        raise InputError("No output was named.", "-o names the artifact to write.", "-o model.condconv.safetensors")
-    if output.suffix != ".safetensors":
-        raise InputError(f"-o {output} does not end in .safetensors.", "It must.", f"-o {output}.safetensors")
+        raise InputError("No output was named.", "-o names the file to write.", f"-o model.condconv{suffix}")
+    if output.suffix != suffix:
+        raise InputError(f"-o {output} does not end in {suffix}.", "It must.", f"-o {output.with_suffix(suffix)}")
     folder = output.parent
     if output.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
         raise InputError(

@@ -23,7 +23,7 @@ from condconv_surgery.recipe import CondConv, DynamicConv, ODConv, TrainingOptio
 if TYPE_CHECKING:
     from condconv_surgery import native
     from condconv_surgery.data.data_check import check_data
-    from condconv_surgery.deploy import collapse, fold
+    from condconv_surgery.deploy import collapse, export_onnx, fold
     from condconv_surgery.layers import set_temperature
     from condconv_surgery.models.artifact.save_load import load, save
     from condconv_surgery.models.mobilenet_v1 import mobilenet_v1
@@ -42,6 +42,7 @@ _LAZY = {
     "collapse": "condconv_surgery.deploy",
     "compare": "condconv_surgery.studies",
     "convert": "condconv_surgery.surgery",
+    "export_onnx": "condconv_surgery.deploy",
     "finetune": "condconv_surgery.training",
     "fold": "condconv_surgery.deploy",
     "load": "condconv_surgery.models.artifact.save_load",
@@ -71,6 +72,7 @@ __all__ = [
     "collapse",
     "compare",
     "convert",
+    "export_onnx",
     "finetune",
     "fold",
     "load",

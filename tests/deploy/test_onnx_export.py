@@ -1,0 +1,150 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torchvision
+from torch import Tensor, nn
+
+import condconv_surgery as cs
+from condconv_surgery.deploy import onnx_export
+from condconv_surgery.deploy.graph_forms import choose_forms
+from condconv_surgery.layers import conditional_like
+from condconv_surgery.recipe import CondConv, DynamicConv, InputSpec, ODConv, Variant
+from condconv_surgery.training import fit_heads
+from tests.conftest import Run
+from tests.small_networks import small_net
+from tests.variant_cases import scramble
+
+onnx = pytest.importorskip("onnx")
+runtime = pytest.importorskip("onnxruntime")
+pytest.importorskip("onnxscript")
+
+
+class Mixed(nn.Module):
+    """Every kind of layer that has another form: k x k, 1x1, depthwise, strided, with and without a norm behind."""
+
+    def __init__(self, variant: Variant) -> None:
+        super().__init__()
+
+        def conditional(*shape: int, **options: Any) -> nn.Module:
+            return conditional_like(nn.Conv2d(*shape, **options), variant)
+
+        self.stem = nn.Conv2d(3, 8, 3, stride=2, padding=1)
+        self.expand = conditional(8, 16, 1, bias=False)
+        self.bn = nn.BatchNorm2d(16)
+        self.depthwise = conditional(16, 16, 3, padding=1, groups=16)
+        self.dense = conditional(16, 8, 3, stride=2, padding=1)
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.bn(self.expand(torch.relu(self.stem(x)))))
+        return self.head(torch.relu(self.dense(self.depthwise(x))).mean((2, 3)))
+
+
+def mixed(variant: Variant) -> nn.Module:
+    torch.manual_seed(0)
+    model = Mixed(variant).eval()
+    scramble(model)
+    return model
+
+
+def run(path: Path, images: Tensor) -> Tensor:
+    session = runtime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    return torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
+
+
+slow = pytest.mark.slow  # an export takes seconds
+VARIANTS = [
+    CondConv(4),
+    ODConv(4),
+    pytest.param(DynamicConv(4), marks=slow),
+    pytest.param(ODConv(1), marks=slow),
+    pytest.param(ODConv(4, gates="sigmoid"), marks=slow),
+]
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=str)
+@torch.no_grad()
+def test_equal_at_every_batch_and_size(variant: Variant, tmp_path: Path) -> None:
+    model, path = mixed(variant), tmp_path / "m.onnx"
+    result = onnx_export.export_onnx(model, path, dynamic_size=True, size=32)
+    assert result.difference < 1e-5
+    assert len(result.shapes) == 6
+    for shape in ((1, 3, 32, 32), (5, 3, 48, 80), (2, 3, 33, 47)):
+        images = torch.randn(shape)
+        torch.testing.assert_close(run(path, images), model(images), rtol=1e-4, atol=1e-5)
+    weights = sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
+    assert path.stat().st_size < weights * 1.05 + 30_000, "the graph itself, and the weights once"
+    assert b".py" not in path.read_bytes(), "no stack traces, which have paths"
+    onnx.checker.check_model(str(path))
+
+
+@pytest.mark.parametrize("form", ["sum", "matmul"])
+@torch.no_grad()
+def test_a_form_for_all_layers(form: str, tmp_path: Path) -> None:
+    model, path, images = mixed(CondConv(3)), tmp_path / "m.onnx", torch.randn(7, 3, 32, 32)
+    result = onnx_export.export_onnx(model, path, form=form, size=32)
+    assert set(result.forms.values()) == {form}
+    torch.testing.assert_close(run(path, images), model(images), rtol=1e-4, atol=1e-5)
+    if form == "matmul":
+        assert [node.op_type for node in onnx.load(path).graph.node].count("Conv") == 1, "the stem"
+
+
+def test_the_forms_that_are_chosen() -> None:
+    assert choose_forms(mixed(CondConv(2))) == {"expand": "matmul", "depthwise": "sum", "dense": "sum"}
+    assert choose_forms(mixed(ODConv(1))) == {"expand": "scale", "depthwise": "matmul", "dense": "matmul"}
+
+
+def test_what_cannot_be_exported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "m.onnx"
+    with pytest.raises(cs.InputError, match="Possible for it: matmul"):
+        onnx_export.export_onnx(mixed(ODConv(2)), path, form="sum", size=32)
+    with pytest.raises(cs.InputError, match="Unknown form 'grouped'"):
+        onnx_export.export_onnx(mixed(CondConv(2)), path, form="grouped", size=32)
+    path.write_bytes(b"before")
+    monkeypatch.setattr(onnx_export, "TOLERANCE", 0.0)
+    with pytest.raises(cs.ProofError, match="Nothing was written"):
+        onnx_export.export_onnx(mixed(CondConv(2)), path, size=32)
+    assert [file.name for file in tmp_path.iterdir()] == ["m.onnx"]
+    assert path.read_bytes() == b"before"
+
+
+def test_the_command(condconv: Run, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    plain = torchvision.models.mobilenet_v3_small(weights=None, num_classes=3).eval()
+    example = torch.randn(2, 3, 64, 64)
+    model = cs.convert(plain, CondConv(2), include=["features.1[01]*"], example=example, prove=False).model.eval()
+    scramble(model)
+    fit_heads(model, ("a", "b", "c"), InputSpec(height=64, width=64))
+    artifact, path = tmp_path / "m.safetensors", tmp_path / "m.onnx"
+    cs.save(model, artifact)
+    code, out, err = condconv("export", artifact, "--to", "onnx", "-o", path, "--json")
+    assert code == 0, err
+    summary = json.loads(out)
+    assert summary["difference"] < 1e-4
+    assert summary["opset"] == 18
+    with torch.no_grad():
+        torch.testing.assert_close(run(path, example), cs.load(artifact)(example), rtol=1e-4, atol=1e-4)
+    metadata = {entry.key: json.loads(entry.value) for entry in onnx.load(path).metadata_props}
+    assert metadata["classes"] == ["a", "b", "c"]
+    assert metadata["size"] == [3, 64, 64]
+    assert metadata["variant"]["kind"] == "condconv"
+    for arguments, words in (
+        (("--to", "tflite", "-o", path), "Known: onnx"),
+        (("-o", path), "--to onnx"),
+        (("--to", "onnx", "--layout", "timm", "-o", path), "--to onnx"),
+        (("--to", "onnx", "-o", tmp_path / "m.safetensors"), ".onnx"),
+        (("--to", "onnx", "--form", "scale", "-o", path), "--form auto"),
+    ):
+        code, _, err = condconv("export", artifact, *arguments)
+        assert code == 2, err
+        assert words in err
+
+
+def test_a_plain_network_is_exported_too(tmp_path: Path) -> None:
+    result = onnx_export.export_onnx(small_net(), tmp_path / "m.onnx", size=16)
+    assert result.forms == {}
