@@ -10,22 +10,23 @@ import torch
 from torch import Tensor, nn
 
 from condconv_surgery.data.calibration_images import calibration_images
-from condconv_surgery.data.decode_image import read_image
-from condconv_surgery.data.image_folders import ImageFiles, find_evaluation_images
-from condconv_surgery.data.labelled_images import logit_of_each_class
+from condconv_surgery.data.decode_image import decode_image
+from condconv_surgery.data.find_data import find_evaluation_images
+from condconv_surgery.data.labelled_images import LabelledImages, even_subset, logit_of_each_class
 from condconv_surgery.deploy.mean_mixtures import Labelled
 from condconv_surgery.errors import InputError
 from condconv_surgery.models.preprocess import EvaluationTransform
 from condconv_surgery.recipe import InputSpec, recipe_of
+from condconv_surgery.recipe.training_sections import DataOptions
 from condconv_surgery.runtime.modes import device_of, in_mode, input_spec_of
 
 BATCH = 32
 
 
 class FolderBatches(Sequence[Labelled]):
-    """Image files as batches, read again in each pass. logits: the index of each class of the folder."""
+    """Labelled images as batches, read again in each pass. logits: the index of each class of the data."""
 
-    def __init__(self, images: ImageFiles, spec: InputSpec, logits: Tensor) -> None:
+    def __init__(self, images: LabelledImages, spec: InputSpec, logits: Tensor) -> None:
         self.images, self.spec, self.logits = images, spec, logits
 
     def __len__(self) -> int:
@@ -36,7 +37,10 @@ class FolderBatches(Sequence[Labelled]):
             raise IndexError(index)
         transform = EvaluationTransform(self.spec)
         chosen = range(index * BATCH, min((index + 1) * BATCH, len(self.images)))
-        images = [transform(read_image(self.images.path(i), self.spec.channels)) for i in chosen]
+        images = [
+            transform(decode_image(lambda i=i: self.images.open(i), self.spec.channels, self.images.name(i)))  # type: ignore[misc]
+            for i in chosen
+        ]
         return torch.stack(images), self.logits[torch.tensor([self.images.labels[i] for i in chosen])]
 
 
@@ -52,9 +56,10 @@ def collapse_images(
     spec = input_spec_of(model)
     calibration = [(images, None) for images in calibration_images(Path(data), spec, BATCH)]
     try:
-        images, _ = find_evaluation_images(Path(data), limit)
+        images, _ = find_evaluation_images(DataOptions(folder=str(data)))
     except InputError:  # images without class folders
         return calibration, []
+    images = even_subset(images, limit)
     logits = _logits(model, images.classes, calibration[0][0])
     return calibration, [] if logits is None else FolderBatches(images, spec, logits)
 
