@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import endless_study
-from benchmarks.endless_study import Study, main
+from benchmarks.studies import endless_study
+from benchmarks.studies.endless_study import Study, main
 from condconv_surgery.reporting import StudyReport
 from examples.endless_emoji import read_emoji
 from tests.examples.emoji_packages import write_packages

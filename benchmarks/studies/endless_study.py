@@ -5,9 +5,9 @@ is its capacity. A depthwise-separable network of 30k parameters is trained unti
 trains on from it with the same images, order and number of steps.
 
     npm pack emoji-datasource-google@16.0.0 emoji-datasource-twitter@16.0.0
-    python -m benchmarks.endless_study search --packages *.tgz --out runs
-    python -m benchmarks.endless_study run --packages *.tgz --out runs --seeds 1 2 3 4 5
-    python -m benchmarks.endless_study collect --packages *.tgz --out runs
+    python -m benchmarks.studies.endless_study search --packages *.tgz --out runs
+    python -m benchmarks.studies.endless_study run --packages *.tgz --out runs --seeds 1 2 3 4 5
+    python -m benchmarks.studies.endless_study collect --packages *.tgz --out runs
 
 ``search`` tries each of ``RATES`` for each arm and scores validation images; ``run`` takes the best one of each arm and
 scores test images. Both may be started several times at once, and again after they were stopped: each run is claimed by
@@ -35,7 +35,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import condconv_surgery as cs
-from benchmarks.endless_arms import ARMS, Arm
+from benchmarks.studies.endless_arms import ARMS, Arm
 from condconv_surgery.layers import conditional_layers
 from condconv_surgery.layers.gate_statistics import total_variation
 from condconv_surgery.ops.backends import cpp
@@ -273,7 +273,7 @@ def _claimed(file: Path) -> Iterator[bool]:
 
 def main(arguments: list[str] | None = None) -> None:
     """Parse, then run or collect."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.endless_study", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.studies.endless_study", description=__doc__)
     parser.add_argument("what", choices=["search", "run", "collect"])
     parser.add_argument("--packages", nargs="+", required=True, help="archives of emoji-datasource-VENDOR")
     parser.add_argument("--out", type=Path, required=True, help="folder of the runs")

@@ -1,0 +1,1 @@
+"""Studies that take hours: does a converted network learn more than the static one?"""
