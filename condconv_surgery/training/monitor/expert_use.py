@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from condconv_surgery.layers import Mixture
 from condconv_surgery.layers.find_layers import routed_layers
 from condconv_surgery.layers.gate_statistics import CONSTANT_KERNEL, entropy, kernel_variation, shares
+from condconv_surgery.training.distributed.fsdp import full_tensor
 from condconv_surgery.training.distributed.world import World
 from condconv_surgery.training.gate_regularization import RouterHooks
 
@@ -89,9 +90,12 @@ class ExpertUseMeter(RouterHooks):
 
 
 def without_effect(model: nn.Module, uses: dict[str, ExpertUse]) -> str:
-    """A note when the mixed kernels of more than half of the layers hardly differ between images; else empty."""
+    """A note when the mixed kernels of more than half of the layers hardly differ between images; else empty.
+
+    All processes must call it together: experts may be sharded.
+    """
     layers = [(use, layer) for name, use in uses.items() for layer in routed_layers(model)[name]]
-    constant = sum(use.kernel_variation(layer.weight) < CONSTANT_KERNEL for use, layer in layers)
+    constant = sum(use.kernel_variation(full_tensor(layer.weight)) < CONSTANT_KERNEL for use, layer in layers)
     if 2 * constant <= len(layers):
         return ""
     return (
