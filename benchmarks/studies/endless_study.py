@@ -5,8 +5,8 @@ is its capacity. A depthwise-separable network of 30k parameters is trained unti
 trains on from it with the same images, order and number of steps.
 
     npm pack emoji-datasource-google@16.0.0 emoji-datasource-twitter@16.0.0
-    python -m benchmarks.studies.endless_study search --packages *.tgz --out runs
-    python -m benchmarks.studies.endless_study run --packages *.tgz --out runs --seeds 1 2 3 4 5
+    python -m benchmarks.studies.endless_study search --native --packages *.tgz --out runs
+    python -m benchmarks.studies.endless_study run --native --packages *.tgz --out runs --seeds 1 2 3 4 5
     python -m benchmarks.studies.endless_study collect --packages *.tgz --out runs
 
 ``search`` tries each of ``RATES`` for each arm and scores validation images; ``run`` takes the best one of each arm and
@@ -282,6 +282,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--rates", nargs="+", type=float, default=RATES, help="of the search")
     parser.add_argument("--steps", type=int, default=STEPS, help="of an arm")
     parser.add_argument("--base-steps", type=int, default=BASE_STEPS, help="of the network that all arms start from")
+    parser.add_argument("--native", action="store_true", help="use the C++ kernels")
     parser.add_argument("--classes", type=int, default=300, help="number of emoji")
     options = parser.parse_args(arguments)
     options.out.mkdir(parents=True, exist_ok=True)
@@ -290,7 +291,8 @@ def main(arguments: list[str] | None = None) -> None:
     if options.what == "collect":
         StudyReport(collect(study)).write(options.out)
         return
-    cpp.enable()
+    if options.native:
+        cpp.enable()
     if options.what == "search":
         for lr in options.rates:
             for name in options.arms:

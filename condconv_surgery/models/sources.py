@@ -113,10 +113,11 @@ def _load_checkpoint(text: str, options: LoadOptions) -> nn.Module:
         attach_recipe(content, Recipe(source=source, input=_input_spec(content, source)))
         return content
     own = modern_names(dict(content.state_dict()) if isinstance(content, nn.Module) else content)
-    as_it_is = layout_of(own)
-    state = own if as_it_is is not PLAIN else fitting_names(own)  # names are tried as they are first
+    state = fitting_names(own)
     arch = None if options.arch is None else with_classes(named(options.arch), options.num_classes)
-    layout = as_it_is if as_it_is is not PLAIN else layout_of(state)
+    layout = layout_of(state)
+    if layout is PLAIN and layout_of(own) is not PLAIN:  # its mark was a prefix of all names
+        state, layout = own, layout_of(own)
     published = published_weights(path) if arch is None and layout is PLAIN else None
     if published is not None:
         model = build_published(*published, state)
