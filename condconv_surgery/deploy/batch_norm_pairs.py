@@ -8,13 +8,10 @@ from typing import Any
 
 from torch import fx, nn
 
-from condconv_surgery.errors import one_line
 from condconv_surgery.layers import ConditionalLinear, conditional_layers
 from condconv_surgery.layers.conv2d_subclasses import full_name
-from condconv_surgery.runtime.modes import without_forward_hooks
-from condconv_surgery.runtime.snapshot import preserving_state
 from condconv_surgery.surgery.conversion_plan import Skip
-from condconv_surgery.surgery.fx_trace import LayerTracer
+from condconv_surgery.surgery.fx_trace import LayerTracer, traced_parts
 from condconv_surgery.surgery.upcycle import has_hooks
 
 PLAIN_NORMS = (
@@ -56,9 +53,9 @@ def batch_norm_pairs(model: nn.Module) -> tuple[list[Pair], list[Skip]]:
     layers, names = conditional_layers(model), {id(m): name for name, m in model.named_modules()}
     modules = {id(module): module for module in model.modules()}
     norms = [module for module in modules.values() if _is_norm(module)]
-    uses = _Uses()
-    with preserving_state(model), without_forward_hooks(model):  # hooks would see proxies
-        _trace(model, "", LayerTracer(model, [*layers.values(), *norms]), uses)
+    uses, tracer = _Uses(), LayerTracer(model, [*layers.values(), *norms])
+    for _, inside, graph in traced_parts(model, tracer, uses.untraced):
+        _read(graph, inside, tracer, uses)
     pairs, skips = [], []
     for name, layer in layers.items():
         reader = _only_reader(layer, uses)
@@ -100,23 +97,6 @@ def _reason_against(layer: Any, norm: nn.Module, uses: _Uses) -> str:
         ("its weight or that of the batch norm is read elsewhere", bool({id(layer), id(norm)} & uses.weights_read)),
     )
     return next((reason for reason, holds in checks if holds), "")
-
-
-def _trace(module: nn.Module, name: str, tracer: LayerTracer, uses: _Uses) -> None:
-    """Trace the module, else its children."""
-    if tracer.is_leaf_module(module):
-        return
-    if not isinstance(module, (nn.ModuleList, nn.ModuleDict)):  # they have no forward to trace
-        try:
-            with preserving_state(module):  # a forward may store what it computes: here, proxies
-                graph = tracer.trace(module)
-        except Exception as error:  # whatever a user's forward raises when run on proxies
-            uses.untraced[name] = one_line(error)
-        else:
-            _read(graph, dict(module.named_modules(remove_duplicate=False)), tracer, uses)
-            return
-    for child_name, child in module.named_children():
-        _trace(child, f"{name}.{child_name}" if name else child_name, tracer, uses)
 
 
 def _read(graph: fx.Graph, modules: dict[str, nn.Module], tracer: LayerTracer, uses: _Uses) -> None:

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from condconv_surgery.layers import Router, routers
-from condconv_surgery.layers.find_layers import routed_layers
+from condconv_surgery.layers.find_layers import routed_layers, router_hooks
 from condconv_surgery.layers.gate_statistics import kernel_variation
 from condconv_surgery.ops.mixture import Mixture
 from condconv_surgery.runtime.modes import device_of, in_mode
@@ -83,7 +81,7 @@ def mean_mixtures(model: nn.Module, batches: Iterable[Labelled]) -> dict[str, Me
         sums[name].add(mixture)
 
     with in_mode(model, training=False), torch.no_grad():
-        with _router_hooks(model, record):
+        with router_hooks(model, record):
             for images, _ in batches:
                 model(images.to(device_of(model), _dtype(model)))
         layers, found = routed_layers(model), {}
@@ -110,11 +108,10 @@ def top1(
     def replace(name: str, router: nn.Module, inputs: Any, mixture: Mixture) -> Mixture | None:
         if means is None or name not in frozen:
             return None
-        pairs = zip(means[name].mixture, mixture, strict=True)
-        return Mixture(*(m if t is None or m is None else m.to(t).expand_as(t) for m, t in pairs))
+        return means[name].mixture.for_images_of(mixture)
 
     correct, count = 0, 0
-    with in_mode(model, training=False), torch.no_grad(), _router_hooks(model, replace):
+    with in_mode(model, training=False), torch.no_grad(), router_hooks(model, replace):
         for images, labels in batches:
             if labels is None:
                 continue
@@ -123,14 +120,6 @@ def top1(
             correct += int((logits.argmax(1).cpu() == labels).sum())
             count += len(labels)
     return correct / count if count else None
-
-
-@contextmanager
-def _router_hooks(model: nn.Module, hook: Callable[[str, nn.Module, Any, Mixture], Mixture | None]) -> Iterator[None]:
-    with ExitStack() as hooks:
-        for name, router in routers(model).items():
-            hooks.enter_context(router.register_forward_hook(partial(hook, name)))
-        yield
 
 
 def mixture_of_zeros(router: Router) -> Mixture:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -10,7 +13,11 @@ from condconv_surgery.errors import InputError
 from condconv_surgery.layers.conditional import ConditionalConv2d
 from condconv_surgery.layers.routed_block import RoutedBlock
 from condconv_surgery.layers.router_base import Router
+from condconv_surgery.ops.mixture import Mixture
 from condconv_surgery.recipe import Variant
+
+RouterHook = Callable[[str, nn.Module, Any, Mixture], Mixture | None]
+"""Takes the name, the module, the inputs and the mixture of a router; returns the mixture to use instead, if any."""
 
 
 def conditional_layers(model: nn.Module) -> dict[str, ConditionalConv2d[Variant]]:
@@ -36,6 +43,15 @@ def routers(model: nn.Module) -> dict[str, Router]:
     """Every router of a model once, by the first name of the conditional layer or block that holds it."""
     modules = model.named_modules()
     return {name.rpartition(".")[0]: module for name, module in modules if isinstance(module, Router)}
+
+
+@contextmanager
+def router_hooks(model: nn.Module, hook: RouterHook) -> Iterator[None]:
+    """Inside the block ``hook`` is called each time a router of ``model`` has run."""
+    with ExitStack() as hooks:
+        for name, router in routers(model).items():
+            hooks.enter_context(router.register_forward_hook(partial(hook, name)))
+        yield
 
 
 def routed_layers(model: nn.Module) -> dict[str, list[ConditionalConv2d[Variant]]]:

@@ -24,6 +24,11 @@ class Mixture(NamedTuple):
     in_scale: Tensor | None = None  # [B, I]
     out_scale: Tensor | None = None  # [B, O]
 
+    def for_images_of(self, other: Mixture) -> Mixture:
+        """This mixture of one image for each image of ``other``, on its device and in its dtype."""
+        pairs = zip(self, other, strict=True)
+        return Mixture(*(own if own is None or part is None else own.to(part).expand_as(part) for own, part in pairs))
+
 
 def same_kernel_for_all(mixture: Mixture) -> bool:
     """Whether all samples share one kernel: what differs is at most scales, which can act on the activations."""

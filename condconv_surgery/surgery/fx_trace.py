@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import operator
 import threading
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -72,13 +72,30 @@ def trace_followers(model: nn.Module, layers: Collection[nn.Module]) -> Follower
 
     Hooks are not called: they would see proxies.
     """
-    followers = Followers()
-    with preserving_state(model), without_forward_hooks(model):  # a child may write to what its parent holds
-        _trace_module(model, "", LayerTracer(model, layers), followers)
+    followers, tracer = Followers(), LayerTracer(model, layers)
+    for prefix, modules, graph in traced_parts(model, tracer, followers.untraceable):
+        for node in graph.nodes:
+            if node.op == "call_module" and tracer.is_wanted(modules[str(node.target)]):
+                name = f"{prefix}.{node.target}" if prefix else str(node.target)
+                followers.by_layer.setdefault(name, tuple(_consumer(user, modules) for user in node.users))
     return followers
 
 
-def _trace_module(module: nn.Module, name: str, tracer: LayerTracer, followers: Followers) -> None:
+def traced_parts(
+    model: nn.Module, tracer: LayerTracer, untraceable: dict[str, str]
+) -> Iterator[tuple[str, dict[str, nn.Module], fx.Graph]]:
+    """The graph of the whole model, else those of its children, with the name of the part and its modules by name.
+
+    Hooks are not called, they would see proxies; ``model`` is unchanged after the last one. untraceable: gets the parts
+    that cannot be traced, and why.
+    """
+    with preserving_state(model), without_forward_hooks(model):  # a child may write to what its parent holds
+        yield from _parts(model, "", tracer, untraceable)
+
+
+def _parts(
+    module: nn.Module, name: str, tracer: LayerTracer, untraceable: dict[str, str]
+) -> Iterator[tuple[str, dict[str, nn.Module], fx.Graph]]:
     if tracer.is_leaf_module(module):
         return
     if not isinstance(module, (nn.ModuleList, nn.ModuleDict)):  # they have no forward to trace
@@ -86,20 +103,12 @@ def _trace_module(module: nn.Module, name: str, tracer: LayerTracer, followers: 
             with preserving_state(module):  # a forward may store what it computes: here, proxies
                 graph = tracer.trace(module)
         except Exception as error:  # whatever a user's forward raises when run on proxies
-            followers.untraceable[name] = one_line(error)
+            untraceable[name] = one_line(error)
         else:
-            _read_graph(graph, module, name, tracer, followers)
+            yield name, dict(module.named_modules(remove_duplicate=False)), graph
             return
     for child_name, child in module.named_children():
-        _trace_module(child, f"{name}.{child_name}" if name else child_name, tracer, followers)
-
-
-def _read_graph(graph: fx.Graph, root: nn.Module, prefix: str, tracer: LayerTracer, followers: Followers) -> None:
-    modules = dict(root.named_modules(remove_duplicate=False))
-    for node in graph.nodes:
-        if node.op == "call_module" and tracer.is_wanted(modules[str(node.target)]):
-            name = f"{prefix}.{node.target}" if prefix else str(node.target)
-            followers.by_layer.setdefault(name, tuple(_consumer(user, modules) for user in node.users))
+        yield from _parts(child, f"{name}.{child_name}" if name else child_name, tracer, untraceable)
 
 
 def _consumer(node: fx.Node, modules: dict[str, nn.Module]) -> str:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from functools import partial
+from contextlib import ExitStack
 
 import torch
 from torch import Tensor, nn
 
-from condconv_surgery.layers import Mixture, routers
+from condconv_surgery.layers import Mixture
+from condconv_surgery.layers.find_layers import router_hooks
 from condconv_surgery.layers.gate_statistics import entropy, shares
 
 
@@ -16,13 +17,11 @@ class RouterHooks:
     """Base of a forward hook on each router of a model, until it is closed."""
 
     def __init__(self, model: nn.Module) -> None:
-        self.handles = [
-            router.register_forward_hook(partial(self.routed, name)) for name, router in routers(model).items()
-        ]
+        self.hooks = ExitStack()
+        self.hooks.enter_context(router_hooks(model, self.routed))
 
     def close(self) -> None:
-        for handle in self.handles:
-            handle.remove()
+        self.hooks.close()
 
     def routed(self, name: str, router: nn.Module, args: object, mixture: Mixture) -> Mixture | None:
         """Called with each mixture of the router of a layer or block; the mixture to use instead, if any."""

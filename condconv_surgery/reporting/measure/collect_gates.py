@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from condconv_surgery.errors import InputError
-from condconv_surgery.layers import routers
+from condconv_surgery.layers.find_layers import router_hooks
 from condconv_surgery.ops.mixture import Mixture
 from condconv_surgery.runtime.modes import device_of, in_mode
 
@@ -54,7 +52,7 @@ def collect_gates(
     def record(name: str, router: nn.Module, inputs: Any, mixture: Mixture) -> None:
         recorded.setdefault(name, []).append(Mixture(*(None if t is None else t.float().cpu() for t in mixture)))
 
-    with in_mode(model, training=False), torch.inference_mode(), _router_hooks(model, record):
+    with in_mode(model, training=False), torch.inference_mode(), router_hooks(model, record):
         labels, correct, num_logits = _predict(model, batches, logit_of)
     joined = {name: _joined(mixtures, len(labels)) for name, mixtures in recorded.items()}
     gates = {n: m.gate for n, m in joined.items() if m.gate is not None and m.gate.shape[1] > 1}
@@ -72,12 +70,9 @@ def correct_with_mean_gates(
     """Which predictions are correct with every mixture replaced by its mean, [N]: the network without routing."""
 
     def replace(name: str, router: nn.Module, inputs: Any, mixture: Mixture) -> Mixture | None:
-        if name not in means:
-            return None
-        pairs = zip(means[name], mixture, strict=True)
-        return Mixture(*(m if t is None or m is None else m.to(t).expand_as(t) for m, t in pairs))
+        return means[name].for_images_of(mixture) if name in means else None
 
-    with in_mode(model, training=False), torch.inference_mode(), _router_hooks(model, replace):
+    with in_mode(model, training=False), torch.inference_mode(), router_hooks(model, replace):
         return _predict(model, batches, logit_of)[1]
 
 
@@ -100,15 +95,6 @@ def _predict(
         labels.append(targets)
         correct.append(logits.argmax(dim=1).cpu() == (targets if logit_of is None else logit_of[targets]))
     return torch.cat(labels), torch.cat(correct), num_logits
-
-
-@contextmanager
-def _router_hooks(model: nn.Module, hook: Callable[[str, nn.Module, Any, Mixture], Mixture | None]) -> Iterator[None]:
-    """Inside the block ``hook`` is called with the name, module, inputs and mixture of each router."""
-    with ExitStack() as hooks:
-        for name, router in routers(model).items():
-            hooks.enter_context(router.register_forward_hook(partial(hook, name)))
-        yield
 
 
 def _joined(mixtures: list[Mixture], images: int) -> Mixture:
