@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from condconv_surgery.layers import Router, routers
 from condconv_surgery.layers.find_layers import routed_layers, router_hooks
-from condconv_surgery.layers.gate_statistics import kernel_variation
+from condconv_surgery.layers.gate_statistics import GateMoments
 from condconv_surgery.ops.mixture import Mixture
 from condconv_surgery.runtime.modes import device_of, in_mode
 
@@ -22,12 +22,12 @@ Labelled = tuple[Tensor, Tensor | None]
 
 @dataclass
 class _Sums:
-    """Of the rows of one router's mixtures, in float64: their number, sums, sums of squares, of the gates' products."""
+    """Of the rows of one router's mixtures, in float64: number, sums and sums of squares; moments of the gates."""
 
     count: int = 0
     first: dict[int, Tensor] = field(default_factory=dict)
     second: dict[int, Tensor] = field(default_factory=dict)
-    products: Tensor | None = None
+    gates: GateMoments | None = None
 
     def add(self, mixture: Mixture) -> None:
         rows = {i: part.detach().double().cpu() for i, part in enumerate(mixture) if part is not None}
@@ -38,7 +38,8 @@ class _Sums:
             self.first[i] = self.first.get(i, torch.zeros(())) + part.sum(0)
             self.second[i] = self.second.get(i, torch.zeros(())) + part.square().sum(0)
         if 0 in rows:
-            self.products = (0.0 if self.products is None else self.products) + rows[0].T @ rows[0]
+            moments = GateMoments.of(rows[0])
+            self.gates = moments if self.gates is None else self.gates.with_those_of(moments)
 
     def mean(self) -> Mixture:
         return Mixture(*((self.first[i] / self.count)[None] if i in self.first else None for i in range(4)))
@@ -54,10 +55,8 @@ class _Sums:
                 mean = self.first[i] / self.count
                 variance = (self.second[i] / self.count - mean.square()).clamp_min(0.0)
                 squares += float(variance.mean() / mean.square().mean().clamp_min(1e-30))
-        if self.products is not None:
-            mean = self.first[0] / self.count
-            covariance = self.products / self.count - torch.outer(mean, mean)
-            squares += max(kernel_variation(covariance, mean, own.double().cpu()) for own in experts) ** 2
+        if self.gates is not None:
+            squares += max(self.gates.kernel_variation(own) for own in experts) ** 2
         return math.sqrt(squares)
 
 

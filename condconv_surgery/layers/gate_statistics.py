@@ -6,6 +6,8 @@ image, those of sigmoids need not, so what concerns the use of experts is comput
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -35,14 +37,36 @@ def total_variation(gate: Tensor) -> Tensor:
     return 0.5 * (gate - gate.mean(0)).abs().sum(1).mean()
 
 
-def kernel_variation(covariance: Tensor, mean: Tensor, experts: Tensor) -> float:
-    """How much the mixed kernels ``W_b = sum_e gate[b,e] W_e`` differ between images, relative to their mean.
+class GateMoments(NamedTuple):
+    """Sums over some images of gates [E] and of their products [E, E], in float64, on the device of the gates."""
 
-        sqrt( mean_b |W_b - W|^2 / |W|^2 ),  W = mean_b W_b,  from the covariance [E, E] and the mean [E] of the gates
+    images: int
+    sums: Tensor
+    products: Tensor
 
-    0 for constant gates, and for gates with a constant sum when all experts [E, ...] are equal.
-    """
-    kernels = experts.detach().flatten(1).to(covariance)
-    products = kernels @ kernels.T  # [E, E]
-    size = (mean @ products @ mean).clamp_min(torch.finfo(products.dtype).tiny)
-    return float(((covariance * products).sum().clamp_min(0.0) / size).sqrt())
+    @classmethod
+    def of(cls, gate: Tensor) -> GateMoments:
+        """The moments of some images' gates [B, E]."""
+        exact = gate.detach().double()
+        return cls(len(exact), exact.sum(0), exact.T @ exact)
+
+    def with_those_of(self, other: GateMoments) -> GateMoments:
+        """The moments over the images of both."""
+        return GateMoments(self.images + other.images, self.sums + other.sums, self.products + other.products)
+
+    def cpu(self) -> GateMoments:
+        return self._replace(sums=self.sums.cpu(), products=self.products.cpu())
+
+    def kernel_variation(self, experts: Tensor) -> float:
+        """How much the mixed kernels ``W_b = sum_e gate[b,e] W_e`` differ between images, relative to their mean.
+
+            sqrt( mean_b |W_b - W|^2 / |W|^2 ),   W = mean_b W_b
+
+        0 for constant gates, and for gates with a constant sum when all experts [E, ...] are equal.
+        """
+        mean = self.sums / self.images
+        covariance = self.products / self.images - torch.outer(mean, mean)
+        kernels = experts.detach().flatten(1).to(mean)
+        products = kernels @ kernels.T  # [E, E]
+        size = (mean @ products @ mean).clamp_min(torch.finfo(products.dtype).tiny)
+        return float(((covariance * products).sum().clamp_min(0.0) / size).sqrt())

@@ -39,7 +39,7 @@ class LayerRouting:
     entropy: mean over images of H(shares). used: exp H(mean share), the effective number of experts, 1 to E.
     per_image: exp(entropy), the effective number of experts of one image.
     variation: mean distance of an image's gates from the mean, half of sum |g - mean|, 0 (static) to 1.
-    kernels: how much the mixed kernels differ between images (``gate_statistics.kernel_variation``), the largest of the
+    kernels: how much the mixed kernels differ between images (``gate_statistics.GateMoments``), the largest of the
         layers of a block; ``None`` where the kernels are unknown.
     information: mutual information of expert and class, H(mean share) minus its mean within classes.
     between: share of the gates' variance that lies between classes, 0 to 1; the rest is within them.
@@ -214,7 +214,7 @@ def layer_routing(
     shares_by_class = _class_means(shares, labels, classes)  # [C, E]
     weights = torch.bincount(labels, minlength=classes).double() / len(labels)
     entropy = float(gate_statistics.entropy(shares).mean())
-    experts = gates.shape[1]
+    experts, moments = gates.shape[1], gate_statistics.GateMoments.of(gates)
     return LayerRouting(
         name=name,
         experts=experts,
@@ -225,18 +225,13 @@ def layer_routing(
         used=math.exp(float(entropy_of_mean)),
         per_image=math.exp(entropy),
         variation=float(gate_statistics.total_variation(gates)),
-        kernels=max((_kernel_variation(gates, experts_of) for experts_of in kernels), default=None),
+        kernels=max(map(moments.kernel_variation, kernels), default=None),
         information=max(0.0, float(entropy_of_mean - (weights * gate_statistics.entropy(shares_by_class)).sum())),
         between=_between(gates, labels, weights),
         dead=tuple(i for i in range(experts) if float(shares[:, i].max()) < DEAD / experts),
         saturated=tuple(i for i in range(experts) if float((shares[:, i] > SATURATED).double().mean()) > SATURATED),
         top=tuple(tuple(shares[:, i].topk(min(TOP_IMAGES, len(shares))).indices.tolist()) for i in range(experts)),
     )
-
-
-def _kernel_variation(gates: Tensor, weight: Tensor) -> float:
-    centred = gates - gates.mean(0)
-    return gate_statistics.kernel_variation(centred.T @ centred / len(gates), gates.mean(0), weight.cpu())
 
 
 def _class_means(rows: Tensor, labels: Tensor, classes: int) -> Tensor:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from condconv_surgery.layers import Mixture
 from condconv_surgery.layers.find_layers import routed_layers
-from condconv_surgery.layers.gate_statistics import CONSTANT_KERNEL, entropy, kernel_variation, shares
+from condconv_surgery.layers.gate_statistics import CONSTANT_KERNEL, GateMoments, entropy, shares
 from condconv_surgery.training.distributed.fsdp import full_tensor
 from condconv_surgery.training.distributed.world import World
 from condconv_surgery.training.gate_regularization import RouterHooks
@@ -20,24 +20,27 @@ from condconv_surgery.training.gate_regularization import RouterHooks
 
 @dataclass
 class ExpertUse:
-    """Use of the experts of a layer: sums over images of the gate shares, of their entropy, of the gates and of their
-    products. They stay on the device until they are read."""
+    """Use of the experts of a layer: sums over images of the gate shares and of their entropy; moments of the gates.
+
+    They stay on the device until they are read.
+    """
 
     share_sum: Tensor  # [E]
     entropy_sum: Tensor | float = 0.0
-    count: int = 0
-    gate_sum: Tensor | float = 0.0  # [E]
-    product_sum: Tensor | float = 0.0  # [E, E]
+    moments: GateMoments | None = None
 
     def add(self, gate: Tensor) -> None:
         """Add the gates [B, E] of some images."""
         p = shares(gate.detach().float())
         self.share_sum = self.share_sum + p.sum(0)
         self.entropy_sum = self.entropy_sum + entropy(p).sum().double()
-        self.count += len(p)
-        exact = gate.detach().double()
-        self.gate_sum = self.gate_sum + exact.sum(0)
-        self.product_sum = self.product_sum + exact.T @ exact
+        moments = GateMoments.of(gate)
+        self.moments = moments if self.moments is None else self.moments.with_those_of(moments)
+
+    @property
+    def count(self) -> int:
+        """Number of images."""
+        return 0 if self.moments is None else self.moments.images
 
     @property
     def use(self) -> list[float]:
@@ -50,10 +53,20 @@ class ExpertUse:
         return float(self.entropy_sum) / self.count / math.log(len(self.share_sum))
 
     def kernel_variation(self, experts: Tensor) -> float:
-        """How much the kernels mixed of ``experts`` differ between the images (``gate_statistics``)."""
-        mean = torch.as_tensor(self.gate_sum) / self.count
-        covariance = torch.as_tensor(self.product_sum) / self.count - torch.outer(mean, mean)
-        return kernel_variation(covariance, mean, experts.to(mean.device))
+        """How much the kernels mixed of ``experts`` differ between the images (``GateMoments``)."""
+        return 0.0 if self.moments is None else self.moments.kernel_variation(experts)
+
+    def cpu(self) -> ExpertUse:
+        """The same on the CPU, in float64."""
+        moments = None if self.moments is None else self.moments.cpu()
+        return ExpertUse(self.share_sum.double().cpu(), float(self.entropy_sum), moments)
+
+    def with_that_of(self, other: ExpertUse) -> ExpertUse:
+        """The use over the images of both, each of which has some."""
+        assert self.moments is not None
+        assert other.moments is not None
+        moments = self.moments.with_those_of(other.moments)
+        return ExpertUse(self.share_sum + other.share_sum, self.entropy_sum + other.entropy_sum, moments)
 
 
 class ExpertUseMeter(RouterHooks):
@@ -75,11 +88,11 @@ class ExpertUseMeter(RouterHooks):
 
     def together(self, world: World) -> dict[str, ExpertUse]:
         """The use of experts over the images of all processes, which must call it together."""
-        own = {name: _on_cpu(use) for name, use in self.uses.items()}
+        own = {name: use.cpu() for name, use in self.uses.items()}
         total: dict[str, ExpertUse] = {}
         for uses in world.gather(own):
             for name, use in uses.items():
-                total[name] = _sum(total[name], use) if name in total else use
+                total[name] = total[name].with_that_of(use) if name in total else use
         return total
 
     def routed(self, name: str, router: nn.Module, args: object, mixture: Mixture) -> None:
@@ -102,13 +115,3 @@ def without_effect(model: nn.Module, uses: dict[str, ExpertUse]) -> str:
         f"Routing has hardly any effect: the mixed kernels of {constant} of {len(layers)} layers vary by less than "
         f"{CONSTANT_KERNEL:.0%} between images. The unconverted model, trained with the same options, may do as well."
     )
-
-
-def _on_cpu(use: ExpertUse) -> ExpertUse:
-    tensors = (torch.as_tensor(part).double().cpu() for part in (use.share_sum, use.gate_sum, use.product_sum))
-    share_sum, gate_sum, product_sum = tensors
-    return ExpertUse(share_sum, float(use.entropy_sum), use.count, gate_sum, product_sum)
-
-
-def _sum(one: ExpertUse, other: ExpertUse) -> ExpertUse:
-    return ExpertUse(*(getattr(one, f.name) + getattr(other, f.name) for f in fields(ExpertUse)))
