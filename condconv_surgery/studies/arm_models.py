@@ -12,8 +12,7 @@ from torch import Tensor, nn
 
 from condconv_surgery.data.calibration_images import calibration_subset
 from condconv_surgery.data.labelled_images import LabelledImages
-from condconv_surgery.errors import InputError, SurgeryError
-from condconv_surgery.layers import conditional_layers
+from condconv_surgery.errors import SurgeryError
 from condconv_surgery.recipe import InputSpec, Selection
 from condconv_surgery.recipe.study_arms import Arm
 from condconv_surgery.recipe.training_options import TrainingOptions
@@ -22,17 +21,6 @@ from condconv_surgery.surgery import convert
 from condconv_surgery.surgery.observe.pooled_features import FEWEST_IMAGES
 from condconv_surgery.surgery.upcycle import start_of
 from condconv_surgery.training.monitor.unused_options import CONDITIONAL_ONLY
-
-
-def require_unconverted(model: nn.Module) -> None:
-    """Raise ``InputError`` for a model that has conditional layers."""
-    layers = list(conditional_layers(model))
-    if layers:
-        raise InputError(
-            f"The model is converted already: {layers[0]} is conditional.",
-            "A comparison starts from the unconverted network and converts it itself, once for each arm.",
-            "the model that was given to convert",
-        )
 
 
 class ArmModels:

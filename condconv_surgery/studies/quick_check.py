@@ -8,22 +8,20 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from condconv_surgery.data.labelled_images import even_subset
-from condconv_surgery.data.three_parts import find_three_parts
 from condconv_surgery.models.artifact.save_load import load
-from condconv_surgery.models.sources import load_model
 from condconv_surgery.recipe.study_arms import Arm
 from condconv_surgery.recipe.training_options import TrainingOptions
 from condconv_surgery.reporting.study.paired_difference import Difference, paired_difference
 from condconv_surgery.reporting.study.study_results import points
-from condconv_surgery.studies.arm_models import arm_options, require_unconverted
+from condconv_surgery.studies.arm_models import arm_options
 from condconv_surgery.studies.arm_runs import is_over
 from condconv_surgery.studies.image_scores import correct_images
+from condconv_surgery.studies.study_inputs import study_inputs
 from condconv_surgery.training.distributed.world import open_world
-from condconv_surgery.training.finetuning import complete_options, train_run
+from condconv_surgery.training.finetuning import train_run
 from condconv_surgery.training.monitor.callback import Callback
 from condconv_surgery.training.state.stop_signals import catch_signals
 
@@ -105,13 +103,8 @@ def quick_check(
     length; the last epoch of each is scored. ``None`` when a signal stopped it: the same call goes on.
     Raises as ``compare`` does.
     """
-    training = arm_options(Arm("static"), complete_options(model, options, data, output))
-    if not isinstance(model, nn.Module):
-        torch.manual_seed(training.seed)  # for weights that are initialised at random
-        model = load_model(training.model, arch=training.arch, weights=training.weights, trust=training.trust)
-    require_unconverted(model)
-    original = copy.deepcopy(model).float().cpu()
-    parts = find_three_parts(training.data, training.seed)
+    given = study_inputs(model, options, data, output)
+    original, training, parts = given.original, arm_options(Arm("static"), given.training), given.parts
     images, epochs = (parts.train, parts.val), (training.schedule.epochs, 2 * training.schedule.epochs)
     train, val = [], []
     with open_world() as world, catch_signals() as request:

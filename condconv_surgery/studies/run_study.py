@@ -2,33 +2,29 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from condconv_surgery.data.data_check import BEFORE_A_RUN, describe
 from condconv_surgery.data.find_data import DividedData
-from condconv_surgery.data.three_parts import ThreeParts, find_three_parts
-from condconv_surgery.models.sources import load_model
 from condconv_surgery.recipe.study_arms import DEFAULT_ARMS, Arm, parse_arms
 from condconv_surgery.recipe.study_options import StudyOptions, rates_around
 from condconv_surgery.recipe.study_record import ArmCost, ArmRecord, StudyRecord
 from condconv_surgery.recipe.training_options import TrainingOptions
 from condconv_surgery.reporting.study_report import StudyReport
 from condconv_surgery.studies.arm_costs import with_costs
-from condconv_surgery.studies.arm_models import ArmModels, arm_options, require_unconverted
+from condconv_surgery.studies.arm_models import ArmModels, arm_options
 from condconv_surgery.studies.arm_runs import ArmRuns, PlannedRun, best_rate
 from condconv_surgery.studies.step_times import epochs_in_equal_time, measure_step_seconds
 from condconv_surgery.studies.study_folder import read_record, require_same_study, write_record
+from condconv_surgery.studies.study_inputs import StudyInputs, study_inputs
 from condconv_surgery.studies.study_settings import environment, protocol, settings_of
 from condconv_surgery.training.batches.loaders import input_spec
 from condconv_surgery.training.distributed.world import World, open_world
-from condconv_surgery.training.finetuning import complete_options
 from condconv_surgery.training.monitor.callback import Callback
 from condconv_surgery.training.state.run_files import make_folder
 from condconv_surgery.training.state.stop_signals import StopRequest, catch_signals
@@ -72,15 +68,9 @@ def compare(
     ``convert`` raise.
     """
     study_options = StudyOptions(parse_arms(arms), seeds, budget, rates)
-    training = complete_options(model, options, data, output)
-    if not isinstance(model, nn.Module):
-        torch.manual_seed(training.seed)  # for weights that are initialised at random
-        model = load_model(training.model, arch=training.arch, weights=training.weights, trust=training.trust)
-    require_unconverted(model)
-    original = copy.deepcopy(model).float().cpu()
-    parts = find_three_parts(training.data, training.seed)
+    given = study_inputs(model, options, data, output)
     with open_world() as world, catch_signals() as request:
-        return Study(original, study_options, training, parts, world, request, display).run()
+        return Study(given, study_options, world, request, display).run()
 
 
 class Study:
@@ -88,15 +78,14 @@ class Study:
 
     def __init__(
         self,
-        original: nn.Module,
+        given: StudyInputs,
         options: StudyOptions,
-        training: TrainingOptions,
-        parts: ThreeParts,
         world: World,
         request: StopRequest,
         display: Display,
     ) -> None:
-        self.options, self.training, self.parts, self.world = options, training, parts, world
+        self.options, self.training, self.parts, self.world = options, given.training, given.parts, world
+        original, training, parts = given.original, given.training, given.parts
         self.folder, self.note = Path(training.output), display().note if world.is_first else Callback().note
         self.models = ArmModels(original, parts.train, input_spec(original, training))
         self.runs = ArmRuns(self.models, parts, training, world, request, display)

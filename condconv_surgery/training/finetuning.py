@@ -59,12 +59,17 @@ def finetune(
     continue, ``DamagedFileError`` when all saved states are damaged.
     """
     options = complete_options(model, options, data, output)
-    if not isinstance(model, nn.Module):
-        torch.manual_seed(options.seed)  # for weights that are initialised at random
-        loaded = load_model(options.model, arch=options.arch, weights=options.weights, trust=options.trust)
-        model = loaded.float()  # a file may hold half precision, too coarse for steps
+    model = model_of(model, options)
     with open_world() as world, catch_signals() as request:
         return train_run(model, options, world, request, callback, resume=resume)
+
+
+def model_of(model: nn.Module | str | Path, options: TrainingOptions) -> nn.Module:
+    """``model``, or the one that the options name, in float32: a file may hold half precision, too coarse for steps."""
+    if isinstance(model, nn.Module):
+        return model
+    torch.manual_seed(options.seed)  # for weights that are initialised at random
+    return load_model(options.model, arch=options.arch, weights=options.weights, trust=options.trust).float()
 
 
 def train_run(
