@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from condconv_surgery.errors import InputError, listed
+from condconv_surgery.errors import InputError
 
-from .console import print_json, say
+from .console import print_json, say, say_by_reason
 from .convert import writable
 
 if TYPE_CHECKING:
@@ -88,8 +88,7 @@ def _say_result(result: Collapse, path: Path | None) -> None:
         Console().print(table)
     kept = [layer.name for layer in result.layers if layer.kept]
     say(f"Collapsed   {len(result.layers) - len(kept)} of {len(result.layers)} conditional layers")
-    for reason in dict.fromkeys(layer.kept for layer in result.layers if layer.kept):
-        say(f"Kept        {listed([layer.name for layer in result.layers if layer.kept == reason])}: {reason}")
+    say_by_reason("Kept", ((layer.name, layer.kept) for layer in result.layers if layer.kept))
     if result.before is None or result.after is None:
         say("Top-1       unknown: the folder's classes are not those of the model")
     else:

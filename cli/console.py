@@ -4,12 +4,24 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterable
 from typing import Any
+
+from condconv_surgery.errors import listed
 
 
 def say(line: str = "") -> None:
     """Print a line on stderr."""
     print(line, file=sys.stderr, flush=True)
+
+
+def say_by_reason(title: str, reasons: Iterable[tuple[str, str]]) -> None:
+    """A line for each reason, with the names of all that have it. reasons: (name, reason)."""
+    names: dict[str, list[str]] = {}
+    for name, reason in reasons:
+        names.setdefault(reason, []).append(name)
+    for reason, own in names.items():
+        say(f"{title:<12}{listed(own)}: {reason}")
 
 
 def print_json(data: dict[str, Any]) -> None:

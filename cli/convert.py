@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
-from condconv_surgery.errors import InputError, listed
+from condconv_surgery.errors import InputError
 from condconv_surgery.recipe import STARTS, VARIANTS, Selection, Upcycling, Variant, make_variant
 
-from .console import print_json, say
+from .console import print_json, say, say_by_reason
 from .translate_arguments import to_flags
 
 if TYPE_CHECKING:
@@ -277,9 +277,7 @@ def _say_summary(summary: dict[str, Any], conversion: Conversion) -> None:
             "in which the images differ most" if summary["calibrated"] else "drawn at random (--data finds better ones)"
         )
         say(f"Start       {summary['start']}: equal experts, routers along directions {along}")
-    for reason in dict.fromkeys(row["reason"] for row in skipped):
-        names = [row["name"] for row in skipped if row["reason"] == reason]
-        say(f"Skipped     {listed(names)}: {reason}")
+    say_by_reason("Skipped", ((row["name"], row["reason"]) for row in skipped))
     for note in conversion.plan.notes:
         say(f"Note        {note}")
     say(f"Parameters  {change('parameters', 1e6, 'M')}")

@@ -7,9 +7,7 @@ from typing import Annotated
 
 import typer
 
-from condconv_surgery.errors import listed
-
-from .console import print_json, say
+from .console import print_json, say, say_by_reason
 from .convert import writable
 
 
@@ -36,7 +34,6 @@ def fold(
         print_json({"output": f"{path}", "folded": len(folding.folded), "skipped": skipped, "difference": difference})
         return
     say(f"Folded      {len(folding.folded)} of {len(folding.folded) + len(folding.skipped)} conditional layers")
-    for reason in dict.fromkeys(skip.reason for skip in folding.skipped):
-        say(f"Skipped     {listed([skip.name for skip in folding.skipped if skip.reason == reason])}: {reason}")
+    say_by_reason("Skipped", ((skip.name, skip.reason) for skip in folding.skipped))
     say(f"Difference  eval: {folding.difference.absolute:.2g} at most between original and folded")
     say(f"Wrote       {path}")

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from condconv_surgery.data.decode_image import UnreadableImageError, decode_image, read_image
+from condconv_surgery.data.decode_image import UnreadableImageError, read_image
 from condconv_surgery.data.find_data import find_parts, is_folder, require_data
 from condconv_surgery.data.image_folders import find_unlabelled_images
 from condconv_surgery.data.labelled_images import LabelledImages, even_subset
@@ -43,5 +43,5 @@ def calibration_subset(images: LabelledImages, spec: InputSpec, batch: int = 16)
     found = []
     for index in range(len(chosen)):
         with suppress(UnreadableImageError):
-            found.append(transform(decode_image(lambda index=index: chosen.open(index), spec.channels)))  # type: ignore[misc]
+            found.append(transform(chosen.decode(index, spec.channels)))
     return [torch.stack(found[start : start + batch]) for start in range(0, len(found), batch)]

@@ -105,8 +105,8 @@ def describe(divided: DividedData, limit: int | None = None) -> DataCheck:
     read = [fact for fact in facts if fact.looks is not None]
     areas = sorted((fact.size for fact in read), key=lambda size: size[0] * size[1])
     bad = [fact for fact in facts if fact.reason]
-    train_looks, val_read = _looks(found[0]), [fact for fact in found[1] if fact.looks is not None]
-    equal, near = duplicates(train_looks, _looks(found[1]))
+    val_read = [fact for fact in found[1] if fact.looks is not None]
+    equal, near = duplicates(_looks(found[0]), _looks(found[1]))
     return DataCheck(
         len(train),
         len(val),
@@ -149,7 +149,7 @@ def _looker(images: LabelledImages) -> Callable[[int], _Fact]:
 
 
 def _mode(image: Image.Image) -> str:
-    """What is converted, in words; empty for RGB and grey."""
+    """What is converted to 8-bit RGB or grey; empty for an image that is either already."""
     if is_deep(image):
         return "16-bit grey" if image.mode.startswith("I") else "float"
     names = {"P": "palette", "1": "black and white", "RGBA": "transparent", "LA": "transparent", "PA": "transparent"}

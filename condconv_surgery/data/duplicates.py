@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from condconv_surgery.data.decode_image import UnreadableImageError, decode_image
+from condconv_surgery.data.decode_image import UnreadableImageError
 from condconv_surgery.data.labelled_images import LabelledImages
 
 SIDE = 16
@@ -73,7 +73,7 @@ def duplicate_groups(images: LabelledImages) -> list[int]:
     group, first_with, unique, where = list(range(len(images))), dict[bytes, int](), list[Looks](), list[int]()
     for index in range(len(images)):
         try:
-            looks = looks_of(decode_image(lambda index=index: images.open(index)))  # type: ignore[misc]
+            looks = looks_of(images.decode(index))
         except UnreadableImageError:
             continue
         group[index] = first_with.setdefault(looks.digest, index)

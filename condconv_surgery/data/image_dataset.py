@@ -10,7 +10,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from condconv_surgery.data.decode_image import UnreadableImageError, decode_image
+from condconv_surgery.data.decode_image import UnreadableImageError
 from condconv_surgery.data.labelled_images import LabelledImages
 from condconv_surgery.runtime.seeding import seeded
 
@@ -70,7 +70,7 @@ class ImageDataset(Dataset[Sample]):
         for step in range(len(self) if self.replace else 1):
             index = (draw.image + step) % len(self)
             try:
-                image = decode_image(lambda index=index: self.images.open(index), self.channels)  # type: ignore[misc]
+                image = self.images.decode(index, self.channels)
             except UnreadableImageError:
                 unreadable.append(self.images.name(index))
                 continue

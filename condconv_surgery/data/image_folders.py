@@ -17,7 +17,7 @@ from PIL import Image
 
 from condconv_surgery.data.folder_layout import find_parts_of
 from condconv_surgery.data.labelled_images import LabelledImages
-from condconv_surgery.data.walk_images import images_below, is_hidden, visible_folders, why_no_image
+from condconv_surgery.data.walk_images import images_below, loose_images, visible_folders
 from condconv_surgery.errors import InputError
 
 LAYOUT = "An image folder holds FOLDER/CLASS/*.png, or FOLDER/train/CLASS/*.png and FOLDER/val/CLASS/*.png."
@@ -61,9 +61,8 @@ def find_unlabelled_images(folder: Path, limit: int) -> list[Path]:
     require_folder(folder)
     parts = find_parts_of(folder)
     root = parts.train or (folder if not parts.divided else next(p for p in (parts.val, parts.test) if p))
-    loose = [e.name for e in sorted(root.iterdir()) if not e.is_dir() and not is_hidden(e.name) and not why_no_image(e)]
     below, _ = images_below(root, visible_folders(root))
-    files = loose + [file for name in below for file in below[name]]
+    files = loose_images(root) + [file for name in below for file in below[name]]
     if not files:
         raise InputError(f"{root} has no images.", "Images may be at any depth below it.", 'data="FOLDER"')
     count = min(limit, len(files))
@@ -97,9 +96,7 @@ def printable(name: str) -> str:
 
 
 def _nothing_labelled(root: Path, skipped: Mapping[str, int]) -> InputError:
-    loose = sum(
-        not entry.is_dir() and not is_hidden(entry.name) and not why_no_image(entry) for entry in root.iterdir()
-    )
+    loose = len(loose_images(root))
     if loose:
         reason = f"{loose} images are directly in it, not in class folders"
     else:

@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from condconv_surgery.data.decode_image import decode_image
 from condconv_surgery.errors import InputError
 
 L = TypeVar("L", bound="LabelledImages")
@@ -40,6 +41,10 @@ class LabelledImages(ABC):
     def key(self, index: int) -> str:
         """Identifies an image, wherever the data set is stored."""
         return self.name(index)
+
+    def decode(self, index: int, channels: int = 3) -> Image.Image:
+        """One image as ``decode_image`` makes it. Raises ``UnreadableImageError``."""
+        return decode_image(lambda: self.open(index), channels, self.name(index))
 
     def __len__(self) -> int:
         return len(self.labels)

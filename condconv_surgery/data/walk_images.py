@@ -57,6 +57,12 @@ def images_below(root: Path, names: Iterable[str]) -> tuple[dict[str, list[str]]
     return {name: sorted(walk.files(name, skipped[name])) if name in entered else [] for name in skipped}, skipped
 
 
+def loose_images(root: Path) -> list[str]:
+    """Names of the images directly in ``root``, sorted."""
+    files = [entry.name for entry in entries_of(root) if not is_hidden(entry.name) and not entry.is_dir()]
+    return sorted(name for name in files if why_no_image(root / name) is None)
+
+
 def why_no_image(path: Path) -> str | None:
     """``None`` for an image, else the reason to skip the file."""
     suffix = path.suffix.lower()

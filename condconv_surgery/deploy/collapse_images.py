@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from condconv_surgery.data.calibration_images import calibration_images
-from condconv_surgery.data.decode_image import decode_image
 from condconv_surgery.data.find_data import find_evaluation_images
 from condconv_surgery.data.labelled_images import LabelledImages, even_subset, logit_of_each_class
 from condconv_surgery.deploy.mean_mixtures import Labelled
@@ -18,7 +17,7 @@ from condconv_surgery.errors import InputError
 from condconv_surgery.models.preprocess import EvaluationTransform
 from condconv_surgery.recipe import InputSpec, recipe_of
 from condconv_surgery.recipe.training_sections import DataOptions
-from condconv_surgery.runtime.modes import device_of, in_mode, input_spec_of
+from condconv_surgery.runtime.modes import device_of, dtype_of, in_mode, input_spec_of
 
 BATCH = 32
 
@@ -37,10 +36,7 @@ class FolderBatches(Sequence[Labelled]):
             raise IndexError(index)
         transform = EvaluationTransform(self.spec)
         chosen = range(index * BATCH, min((index + 1) * BATCH, len(self.images)))
-        images = [
-            transform(decode_image(lambda i=i: self.images.open(i), self.spec.channels, self.images.name(i)))  # type: ignore[misc]
-            for i in chosen
-        ]
+        images = [transform(self.images.decode(i, self.spec.channels)) for i in chosen]
         return torch.stack(images), self.logits[torch.tensor([self.images.labels[i] for i in chosen])]
 
 
@@ -82,6 +78,6 @@ def _logits(model: nn.Module, folder: tuple[str, ...], images: Tensor) -> Tensor
     if classes:
         return logit_of_each_class(folder, classes)
     with in_mode(model, training=False), torch.no_grad():
-        output = model(images[:1].to(device_of(model), next(model.parameters()).dtype))
+        output = model(images[:1].to(device_of(model), dtype_of(model)))
     logits = output if isinstance(output, Tensor) else output[0]
     return torch.arange(len(folder)) if logits.shape[1] == len(folder) else None

@@ -14,7 +14,7 @@ from condconv_surgery.layers import Router, routers
 from condconv_surgery.layers.find_layers import routed_layers, router_hooks
 from condconv_surgery.layers.gate_statistics import GateMoments
 from condconv_surgery.ops.mixture import Mixture
-from condconv_surgery.runtime.modes import device_of, in_mode
+from condconv_surgery.runtime.modes import device_of, dtype_of, in_mode
 
 Labelled = tuple[Tensor, Tensor | None]
 """Images [B, C, H, W] and their logits' indices [B], where they are known."""
@@ -82,7 +82,7 @@ def mean_mixtures(model: nn.Module, batches: Iterable[Labelled]) -> dict[str, Me
     with in_mode(model, training=False), torch.no_grad():
         with router_hooks(model, record):
             for images, _ in batches:
-                model(images.to(device_of(model), _dtype(model)))
+                model(images.to(device_of(model), dtype_of(model)))
         layers, found = routed_layers(model), {}
         for name, router in routers(model).items():
             if not sums[name].count:
@@ -114,7 +114,7 @@ def top1(
         for images, labels in batches:
             if labels is None:
                 continue
-            output = model(images.to(device_of(model), _dtype(model)))
+            output = model(images.to(device_of(model), dtype_of(model)))
             logits = output if isinstance(output, Tensor) else output[0]
             correct += int((logits.argmax(1).cpu() == labels).sum())
             count += len(labels)
@@ -127,7 +127,3 @@ def mixture_of_zeros(router: Router) -> Mixture:
     example = next(router.parameters())
     mixture: Mixture = router(example.new_zeros(1, width))
     return Mixture(*(None if part is None else part.double().cpu() for part in mixture))
-
-
-def _dtype(model: nn.Module) -> torch.dtype:
-    return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)

@@ -35,7 +35,7 @@ class Arm:
     name: str
     variant: Variant | None = None
     selection: Selection = field(default_factory=Selection)
-    upcycling: Upcycling = field(default_factory=lambda: Upcycling("auto"))
+    upcycling: Upcycling = field(default_factory=Upcycling)
     training: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     @property
@@ -113,9 +113,7 @@ def _converted(name: str, kind: str, experts: str, options: dict[str, Any], trai
     if "diversity" in chosen["upcycling"]:
         chosen["upcycling"].setdefault("start", "noise")  # the only start that has it
     variant = make_variant(kind, experts=int(experts) if experts else None, **chosen["variant"])
-    return Arm(
-        name, variant, Selection(**chosen["selection"]), Upcycling(**{"start": "auto", **chosen["upcycling"]}), training
-    )
+    return Arm(name, variant, Selection(**chosen["selection"]), Upcycling(**chosen["upcycling"]), training)
 
 
 def _require_static(text: str, experts: str, options: dict[str, Any]) -> None:

@@ -39,15 +39,19 @@ def device_of(model: nn.Module) -> torch.device:
     return torch.device("cpu")
 
 
+def dtype_of(model: nn.Module) -> torch.dtype:
+    """The dtype of the model's first parameter of floating point; float32 where it has none."""
+    return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+
+
 def example_arguments(model: nn.Module, example: Any = None) -> tuple[Any, ...]:
     """The arguments of a forward pass: the example's, or two random images of the size that the model expects."""
     if example is not None:
         return example if isinstance(example, tuple) else (example,)
     spec = input_spec_of(model)
-    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(2, spec.channels, spec.height, spec.width, generator=generator)
-    return (x.to(device_of(model), dtype),)
+    return (x.to(device_of(model), dtype_of(model)),)
 
 
 @contextmanager

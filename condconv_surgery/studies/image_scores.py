@@ -6,11 +6,11 @@ import torch
 from torch import nn
 
 from condconv_surgery.data.labelled_images import LabelledImages
-from condconv_surgery.errors import InputError
 from condconv_surgery.recipe.training_options import TrainingOptions
 from condconv_surgery.runtime.modes import in_mode
 from condconv_surgery.training.batches.loaders import input_spec, open_data
 from condconv_surgery.training.batches.samplers import EvaluationBatches
+from condconv_surgery.training.batches.unreadable_images import UnreadableImages
 from condconv_surgery.training.distributed.world import World
 from condconv_surgery.training.logits import logits_of
 from condconv_surgery.training.monitor.explained_errors import reading
@@ -25,12 +25,13 @@ def correct_images(model: nn.Module, images: LabelledImages, options: TrainingOp
     data = open_data(options, input_spec(model, options), world, (images, images))
     batches = data.val_loader.batch_sampler
     assert isinstance(batches, EvaluationBatches)
-    cast, right, unreadable = autocast(world.device, options.engine.precision), dict[int, bool](), list[str]()
+    cast, right = autocast(world.device, options.engine.precision), dict[int, bool]()
+    unreadable = UnreadableImages(options.data.max_bad, world=world)
     model.to(world.device)
     try:
         with torch.inference_mode(), in_mode(model, training=False):
             for draws, batch in zip(batches, reading(data.val_loader), strict=True):
-                unreadable += batch.unreadable
+                unreadable.add(batch.unreadable)
                 if not len(batch.labels):
                     continue
                 on_device = batch.to(world.device)
@@ -41,15 +42,6 @@ def correct_images(model: nn.Module, images: LabelledImages, options: TrainingOp
                 right |= dict(zip(read, found, strict=True))
     finally:
         data.close()
-    _limit(sorted({name for names in world.gather(unreadable) for name in names}), options.data.max_bad)
+    unreadable.share()
     together = {index: found for part in world.gather(right) for index, found in part.items()}
     return "".join("1" if together[index] else "0" for index in sorted(together))
-
-
-def _limit(unreadable: list[str], limit: int) -> None:
-    if len(unreadable) > limit:
-        raise InputError(
-            f"{len(unreadable)} unreadable image{'s' if len(unreadable) > 1 else ''}: {', '.join(unreadable[:3])}.",
-            f"At most {limit} may be damaged or of a format that does not match the name.",
-            f"remove it, or data.max_bad={max(10, 2 * len(unreadable))} to skip such images",
-        )

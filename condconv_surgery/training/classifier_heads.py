@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
@@ -42,23 +43,11 @@ def find_heads(model: nn.Module, spec: InputSpec) -> list[str]:
     Runs the model once in each mode on zeros, and leaves it as it was.
     Raises ``InputError`` when no layer has the width of the output.
     """
-    produced: list[tuple[str, Tensor]] = []
     heads: list[str] = []
-
-    def record(name: str, module: nn.Module, args: object, output: object) -> None:
-        if isinstance(output, Tensor):
-            produced.append((name, output))
-
-    with ExitStack() as hooks:
-        for name, module in model.named_modules():
-            if isinstance(module, (nn.Linear, nn.Conv2d, ConditionalConv2d)):
-                hooks.enter_context(module.register_forward_hook(partial(record, name)))
-        for training in (False, True):
-            produced.clear()
-            main, *auxiliary = _run(model, spec, training)
-            names = [_layer_of(produced, main, or_by_width=True)]
-            names += [_layer_of(produced, extra, or_by_width=False) for extra in auxiliary]
-            heads += [name for name in names if name and name not in heads]
+    for _, produced, (main, *auxiliary) in _passes(model, spec):
+        names = [_layer_of(produced, main, or_by_width=True)]
+        names += [_layer_of(produced, extra, or_by_width=False) for extra in auxiliary]
+        heads += [name for name in names if name and name not in heads]
     if not heads:
         raise InputError(
             f"No last layer found: no Linear or convolution of {type(model).__name__} has the width of its output.",
@@ -71,24 +60,46 @@ def find_heads(model: nn.Module, spec: InputSpec) -> list[str]:
 def probability_notes(model: nn.Module, spec: InputSpec) -> list[str]:
     """A note where outputs are not logits but probabilities, or a sigmoid of what the head returns.
 
-    Runs the model on zeros, and leaves it as it was.
+    Runs the model once in each mode on zeros, and leaves it as it was.
     """
-    head = model.get_submodule(find_heads(model, spec)[0])
-    raw: list[Tensor] = []
     kinds: dict[str, list[str]] = {"probabilities": [], "a sigmoid of its logits": []}
-    with head.register_forward_hook(lambda module, args, output: raw.append(output)):
-        for mode in ("eval", "train"):
-            output = _run(model, spec, mode == "train")[0]
-            if are_probabilities(output):
-                kinds["probabilities"].append(mode)
-            elif raw[-1].shape == output.shape and torch.allclose(raw[-1].sigmoid(), output, rtol=1e-3, atol=1e-3):
-                kinds["a sigmoid of its logits"].append(mode)
+    for mode, produced, (output, *_) in _passes(model, spec):
+        raw = dict(produced).get(_layer_of(produced, output, or_by_width=True) or "")
+        if are_probabilities(output):
+            kinds["probabilities"].append(mode)
+        elif raw is not None and raw.shape == output.shape and _is_close(raw.sigmoid(), output):
+            kinds["a sigmoid of its logits"].append(mode)
     effects = ("the loss takes their logarithms", "the loss takes it for the logits; top-1 is right")
     return [
         f"The model returns {kind} in {' and '.join(modes)} mode: {effect}."
         for (kind, modes), effect in zip(kinds.items(), effects, strict=True)
         if modes
     ]
+
+
+Produced = list[tuple[str, Tensor]]
+"""Outputs of linear layers and convolutions by name, in the order of their calls."""
+
+
+def _passes(model: nn.Module, spec: InputSpec) -> Iterator[tuple[str, Produced, list[Tensor]]]:
+    """A pass on zeros in each mode: its name, what the layers produced, and the outputs [B, K]."""
+    produced: Produced = []
+
+    def record(name: str, module: nn.Module, args: object, output: object) -> None:
+        if isinstance(output, Tensor):
+            produced.append((name, output))
+
+    with ExitStack() as hooks:
+        for name, module in model.named_modules():
+            if isinstance(module, (nn.Linear, nn.Conv2d, ConditionalConv2d)):
+                hooks.enter_context(module.register_forward_hook(partial(record, name)))
+        for mode in ("eval", "train"):
+            produced.clear()
+            yield mode, produced, _run(model, spec, mode == "train")
+
+
+def _is_close(one: Tensor, other: Tensor) -> bool:
+    return torch.allclose(one, other, rtol=1e-3, atol=1e-3)
 
 
 @torch.no_grad()
@@ -100,7 +111,7 @@ def _run(model: nn.Module, spec: InputSpec, training: bool) -> list[Tensor]:
         return matrices_of(model(x))
 
 
-def _layer_of(produced: list[tuple[str, Tensor]], logits: Tensor, *, or_by_width: bool) -> str | None:
+def _layer_of(produced: Produced, logits: Tensor, *, or_by_width: bool) -> str | None:
     """The layer whose output tensor is ``logits``; else, if ``or_by_width``, the last one of that width."""
     for name, output in reversed(produced):
         if output.data_ptr() == logits.data_ptr():

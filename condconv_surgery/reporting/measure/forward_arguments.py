@@ -11,7 +11,7 @@ from torch.utils import _pytree as pytree
 
 from condconv_surgery.recipe import InputSpec
 from condconv_surgery.runtime.meta_device import META, meta_state, on_device
-from condconv_surgery.runtime.modes import device_of, in_mode, input_spec_of, without_gradients
+from condconv_surgery.runtime.modes import device_of, dtype_of, in_mode, input_spec_of, without_gradients
 from condconv_surgery.runtime.snapshot import preserving_state
 
 R = TypeVar("R")
@@ -26,8 +26,8 @@ def arguments_for(model: nn.Module, inputs: Any = None) -> tuple[Any, ...]:
     if inputs is None:
         inputs = input_spec_of(model)
     if isinstance(inputs, InputSpec):
-        dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
-        return (torch.empty(1, inputs.channels, inputs.height, inputs.width, dtype=dtype, device="meta"),)
+        size = (1, inputs.channels, inputs.height, inputs.width)
+        return (torch.empty(size, dtype=dtype_of(model), device="meta"),)
     return inputs if isinstance(inputs, tuple) else (inputs,)
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from condconv_surgery.data.decode_image import UnreadableImageError, decode_image
+from condconv_surgery.data.decode_image import UnreadableImageError
 from condconv_surgery.data.find_data import find_evaluation_images, require_data
 from condconv_surgery.data.labelled_images import LabelledImages, even_subset
 from condconv_surgery.errors import InputError
@@ -46,7 +46,7 @@ class ReportImages:
             read: list[Tensor] = []
             for i in range(start, min(start + size, len(images))):
                 try:
-                    read.append(transform(decode_image(lambda i=i: images.open(i), spec.channels)))  # type: ignore[misc]
+                    read.append(transform(images.decode(i, spec.channels)))
                 except UnreadableImageError as error:
                     self.unreadable.append(f"{images.name(i)}: {error.reason}")
                     continue

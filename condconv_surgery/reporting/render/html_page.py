@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
-from condconv_surgery.data.decode_image import decode_image, read_image
+from condconv_surgery.data.decode_image import read_image
 from condconv_surgery.reporting.measure.cost_table import CONVENTION
 from condconv_surgery.reporting.measure.measurements import Measurements
 from condconv_surgery.reporting.measure.routing_statistics import Routing
@@ -104,7 +104,7 @@ def _images_and_classes(routing: Routing | None) -> dict[str, Any]:
 def _thumbnail(routing: Routing, index: int) -> str:
     """A JPEG as a data URI."""
     source, file = routing.source, routing.files[index]
-    image = read_image(file) if source is None else decode_image(lambda: source.open(index), name=file)
+    image = read_image(file) if source is None else source.decode(index)
     image.thumbnail((THUMBNAIL, THUMBNAIL))
     out = io.BytesIO()
     image.save(out, "JPEG", quality=80)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from condconv_surgery.errors import InputError
 from condconv_surgery.runtime.meta_device import on_device
-from condconv_surgery.runtime.modes import device_of, in_mode, without_gradients
+from condconv_surgery.runtime.modes import device_of, dtype_of, in_mode, without_gradients
 from condconv_surgery.runtime.snapshot import preserving_state
 from condconv_surgery.surgery.observe.layer_calls import first_input
 
@@ -60,7 +60,7 @@ def calibration_batches(model: nn.Module, images: Tensor | Iterable[Any]) -> Ite
 
     Raises ``InputError`` for anything else.
     """
-    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+    dtype = dtype_of(model)
     count = 0
     for batch in torch.split(images, BATCH) if isinstance(images, Tensor) else images:
         x = batch[0] if isinstance(batch, (tuple, list)) and batch else batch
