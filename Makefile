@@ -3,6 +3,7 @@
 # make fast     the tests that take seconds
 # make docs     build the documentation into site/; a warning is an error
 # make oldest   the fast tests with the oldest Python and torch that pyproject.toml allows
+# make integrations   the tests with other people's trainers and runtimes, in an environment of their own
 
 PYTHON ?= python3
 VENV := .venv
@@ -13,6 +14,11 @@ DOCS_INSTALLED := $(VENV)/.installed-docs
 DEMO := .demo
 SITE := site
 
+INTEGRATIONS_VENV := .venv-integrations
+INTEGRATIONS_INSTALLED := $(INTEGRATIONS_VENV)/.installed
+INTEGRATIONS_PIP := $(INTEGRATIONS_VENV)/bin/pip --disable-pip-version-check
+INTEGRATIONS_EXTRAS := ultralytics
+
 OLDEST_VENV := .venv-oldest
 OLDEST_INSTALLED := $(OLDEST_VENV)/.installed
 OLDEST_PIP := $(OLDEST_VENV)/bin/pip --disable-pip-version-check
@@ -22,7 +28,7 @@ OLDEST_CANDIDATES := python3.10 $(wildcard $(HOME)/.pyenv/versions/3.10.*/bin/py
 OLDEST_PYTHON ?= $(shell for python in $(OLDEST_CANDIDATES); do \
 	"$$python" -c 'import ensurepip' 2>/dev/null && echo "$$python" && break; done)
 
-.PHONY: demo test fast docs oldest clean
+.PHONY: demo test fast docs oldest integrations clean
 
 $(INSTALLED): pyproject.toml constraints.txt
 	@echo "Installing into $(VENV) (torch is large: minutes on a slow line) ..."
@@ -43,6 +49,16 @@ $(OLDEST_INSTALLED): pyproject.toml constraints-oldest.txt
 	$(OLDEST_PIP) install --quiet --constraint constraints-oldest.txt --editable ".[dev,timm]"
 	@touch $@
 
+# On top of .venv, whose packages it sees: a second torch would take 8 GB. What it installs comes first.
+$(INTEGRATIONS_INSTALLED): $(INSTALLED) constraints-integrations.txt
+	@echo "Installing $(INTEGRATIONS_EXTRAS) into $(INTEGRATIONS_VENV) ..."
+	$(BIN)/python -m venv $(INTEGRATIONS_VENV)
+	$(BIN)/python -c 'import sysconfig; print("import site; site.addsitedir(%r)" % sysconfig.get_path("purelib"))' \
+		> $$($(INTEGRATIONS_VENV)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/venv.pth
+	$(INTEGRATIONS_PIP) install --quiet --constraint constraints.txt --constraint constraints-integrations.txt \
+		--editable ".[$(INTEGRATIONS_EXTRAS)]"
+	@touch $@
+
 demo: $(INSTALLED)
 	PATH="$(CURDIR)/$(BIN):$$PATH" sh examples/demo.sh $(DEMO)
 
@@ -61,5 +77,9 @@ docs: $(DOCS_INSTALLED)
 oldest: $(OLDEST_INSTALLED)
 	OMP_NUM_THREADS=1 $(OLDEST_VENV)/bin/python -m pytest -q --numprocesses 2 --dist worksteal -m "not slow"
 
+integrations: $(INTEGRATIONS_INSTALLED)
+	OMP_NUM_THREADS=1 $(INTEGRATIONS_VENV)/bin/python -m pytest -q --numprocesses 2 --dist loadfile -W default -m integrations \
+		tests/integrations --durations 10
+
 clean:
-	rm -rf $(VENV) $(OLDEST_VENV) $(DEMO) $(SITE)
+	rm -rf $(VENV) $(OLDEST_VENV) $(INTEGRATIONS_VENV) $(DEMO) $(SITE)

@@ -3,6 +3,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -17,7 +18,19 @@ if not torch.cuda.is_available():  # before Triton is imported: its kernels are 
 collect_ignore = ["layers/outside_variant.py"]
 """Importing it, as the search for doctests does, would register its variant for all tests."""
 
+INTEGRATIONS = Path(__file__).parent / "integrations"
+
 Run = Callable[..., tuple[int, str, str]]
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """A test file of ``integrations/`` imports packages that only ``make integrations`` installs."""
+    return True if collection_path == INTEGRATIONS and "integrations" not in config.option.markexpr else None
+
+
+def pytest_itemcollected(item: pytest.Item) -> None:
+    if INTEGRATIONS in item.path.parents:
+        item.add_marker(pytest.mark.integrations)
 
 
 @pytest.fixture
