@@ -214,7 +214,7 @@ def test_a_built_wheel_works_from_another_folder(tmp_path: Path) -> None:
     site = next((tmp_path / "env" / "lib").glob("python*/site-packages"))
     assert not (site / "cli").exists()
     assert (site / "condconv_surgery" / "cli" / "main.py").exists()
-    (site / "dependencies.pth").write_text(next(p for p in sys.path if p.endswith("site-packages")) + "\n")
+    (site / "dependencies.pth").write_text("\n".join(p for p in sys.path if p.endswith("site-packages")))
     for command in ([str(tmp_path / "env" / "bin" / "condconv")], [str(python), "-m", "condconv_surgery"]):
         done = subprocess.run([*command, "--help"], cwd=tmp_path, capture_output=True, text=True, check=True)
         assert all(name in done.stdout for name in ("convert", "finetune", "report"))
