@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.studies import endless_study
-from benchmarks.studies.endless_study import Study, main
+from benchmarks.studies import endless_runs
+from benchmarks.studies.endless_runs import Study
+from benchmarks.studies.endless_study import main
 from condconv_surgery.reporting import StudyReport
 from examples.endless_emoji import read_emoji
 from tests.examples.emoji_packages import write_packages
@@ -19,7 +20,7 @@ ARMS = ["static", "condconv:4", "condconv:4, noise"]
 
 @pytest.fixture
 def arguments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    monkeypatch.setattr(endless_study, "TEST_BATCHES", 2)
+    monkeypatch.setattr(endless_runs, "TEST_BATCHES", 2)
     packages = [str(path) for path in write_packages(tmp_path)]
     sizes = ["--classes", "5", "--steps", "2", "--base-steps", "2", "--seeds", "1", "2"]
     return ["--packages", *packages, "--out", str(tmp_path / "out"), *sizes]
@@ -44,10 +45,10 @@ def test_a_study_goes_on_where_it_was_and_is_collected(arguments: list[str], tmp
     assert [(arm.name, [run.seed for run in arm.runs]) for arm in record.arms] == [(name, [1, 2]) for name in ARMS]
     assert record.baseline == "static"
     for arm in record.arms:
-        assert [run.lr for run in arm.search] == list(endless_study.RATES)
+        assert [run.lr for run in arm.search] == list(endless_runs.RATES)
         assert arm.lr == max(arm.search, key=lambda run: run.val_top1).lr
         assert arm.cost.parameters == json.loads(first["static-1.json"])["parameters"] or arm.name != "static"
-        assert all(len(run.correct) == 2 * endless_study.TEST_SIZE for run in arm.runs)
+        assert all(len(run.correct) == 2 * endless_runs.TEST_SIZE for run in arm.runs)
 
 
 def test_arms_share_their_base_and_their_images(arguments: list[str], tmp_path: Path) -> None:
