@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, cast
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -18,7 +18,6 @@ from .rule_options import flags_that_are_set, with_rule_options
 
 if TYPE_CHECKING:
     from condconv_surgery.studies import QuickCheck
-    from condconv_surgery.training.monitor.callback import Callback, EpochRow
 
 ARMS = " ".join(f"--arm {arm}" for arm in DEFAULT_ARMS)
 
@@ -80,6 +79,7 @@ def _require_complete(options: TrainingOptions) -> None:
 
 def _study(study: StudyOptions, options: TrainingOptions, ctx: typer.Context, as_json: bool) -> None:
     from condconv_surgery.studies import compare as run
+    from condconv_surgery.training.monitor.progress_display import BestEpoch
 
     report = run(
         options.model,
@@ -88,7 +88,7 @@ def _study(study: StudyOptions, options: TrainingOptions, ctx: typer.Context, as
         seeds=study.seeds,
         budget=study.budget,
         rates=study.rates,
-        display=lambda: cast("Callback", _OneLine(callback_in_flags(ctx))),
+        display=lambda: BestEpoch(callback_in_flags(ctx)),
     )
     if not _is_first():
         return
@@ -99,25 +99,6 @@ def _study(study: StudyOptions, options: TrainingOptions, ctx: typer.Context, as
     else:
         report.print()
     say(f"Wrote {options.output}/study.json, study.md, study.png and study.html")
-
-
-class _OneLine:
-    """A display of a run that prints its best epoch alone, at the end: a study has many runs."""
-
-    def __init__(self, callback: Callback) -> None:
-        self.callback, self.best = callback, ""
-
-    def epoch(self, row: EpochRow) -> None:
-        if row.best:
-            self.best = f"  best epoch {row.epoch}: validation top-1 {row.val_top1:.4f}"
-
-    def close(self) -> None:
-        if self.best:
-            self.callback.note(self.best)
-        self.callback.close()
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.callback, name)
 
 
 def _quick(options: TrainingOptions, ctx: typer.Context, as_json: bool) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
@@ -48,8 +49,6 @@ def finetune(
         return
     if as_json:
         print_json(result.to_dict())
-    if result.best_top1 is not None:
-        say(f"Best top-1 {result.best_top1:.4f} in epoch {result.best_epoch}: {result.output}/best.safetensors")
     if result.stopped_by == 2:
         raise typer.Exit(130)
 
@@ -83,25 +82,34 @@ def _train(options: TrainingOptions, resume: bool, ctx: typer.Context) -> Traini
     from condconv_surgery.training import finetune as train
 
     say(f"Loading {options.model}")
-    result = train(options.model, options, resume=resume, callback=callback_in_flags(ctx))
+    result = train(options.model, options, resume=resume, callback=callback_in_flags(ctx, options.trust))
     return result if os.environ.get("RANK", "0") == "0" else None
 
 
-def callback_in_flags(ctx: typer.Context) -> Callback:
-    """The display of progress, whose notes speak of flags."""
+def callback_in_flags(ctx: typer.Context, trust: tuple[str, ...] = ()) -> Callback:
+    """The display of progress, whose notes speak of flags. trust: of the command that it proposes next."""
     from condconv_surgery.training.monitor.progress_display import console_display
 
-    return cast("Callback", _InFlags(console_display(), ctx))
+    return cast("Callback", _InFlags(console_display(), ctx, trust))
 
 
 class _InFlags:
     """A callback whose notes speak of flags."""
 
-    def __init__(self, callback: Callback, ctx: typer.Context) -> None:
-        self.callback, self.command = callback, ctx.command
+    def __init__(self, callback: Callback, ctx: typer.Context, trust: tuple[str, ...]) -> None:
+        self.callback, self.command, self.trust = callback, ctx.command, trust
 
     def note(self, line: str) -> None:
         self.callback.note(to_flags(line, self.command))
+
+    def end(self, result: TrainingResult, next_call: str) -> None:
+        from condconv_surgery.training.monitor.run_summary import best_line
+
+        self.note(best_line(result))
+        if next_call:
+            words = ["condconv", "report", f"{result.output}/best.safetensors", "--data", result.output]
+            trusted = [word for package in self.trust for word in ("--trust", package)]
+            self.callback.note(f"Next: {shlex.join([*words, *trusted])}")
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.callback, name)

@@ -79,20 +79,6 @@ def divide(parts: DataParts, options: DataOptions, seed: int) -> DividedData:
     return DividedData(train, val, origin, parts.unread)
 
 
-def find_evaluation_images(options: DataOptions) -> tuple[LabelledImages, bool]:
-    """The images to measure on: the validation part, else the test part, else all; and whether it is one of the two.
-
-    Raises ``InputError`` for data without labelled images.
-    """
-    parts = _folder_parts(options) if is_folder(options) and not options.val else None
-    if parts is not None:
-        root = parts.val or parts.test or parts.train or parts.root
-        return scan(root, min_classes=1), root in (parts.val, parts.test)
-    found = find_parts(options)
-    part = found.val or found.test
-    return (found.images(part), True) if part is not None else (found.train, False)
-
-
 def find_parts(options: DataOptions) -> DataParts:
     """The parts of the data that ``options`` name. Raises ``InputError`` for missing or unusable data."""
     source, val = options.folder, options.val
@@ -107,7 +93,7 @@ def find_parts(options: DataOptions) -> DataParts:
         return DataParts(sets["train"], given["train"].where, given.get("val"), given.get("test"))
     if is_shards(source):
         return DataParts(scan_shards(source), source, Part(val, lambda: scan_shards(val)) if val else None)
-    parts = _folder_parts(options)
+    parts = folder_parts(options)
     if parts.divided and parts.train is None:
         only = parts.val or parts.test
         raise InputError(
@@ -159,7 +145,8 @@ def is_folder(options: DataOptions) -> bool:
     return options.folder.partition(":")[0] not in ("torchvision", "hf") and not is_shards(options.folder)
 
 
-def _folder_parts(options: DataOptions) -> FolderParts:
+def folder_parts(options: DataOptions) -> FolderParts:
+    """The parts of a folder of images. Raises ``InputError`` for a layout that can be read in two ways."""
     require_folder(Path(options.folder))
     return find_parts_of(Path(options.folder), options.layout)
 

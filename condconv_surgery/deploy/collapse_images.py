@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from condconv_surgery.data.calibration_images import calibration_images
-from condconv_surgery.data.find_data import find_evaluation_images
+from condconv_surgery.data.evaluation_images import find_evaluation_images
 from condconv_surgery.data.labelled_images import LabelledImages, even_subset, logit_of_each_class
 from condconv_surgery.deploy.mean_mixtures import Labelled
 from condconv_surgery.errors import InputError
@@ -52,7 +52,7 @@ def collapse_images(
     spec = input_spec_of(model)
     calibration = [(images, None) for images in calibration_images(Path(data), spec, BATCH)]
     try:
-        images, _ = find_evaluation_images(DataOptions(folder=str(data)))
+        images = find_evaluation_images(DataOptions(folder=str(data))).images
     except InputError:  # images without class folders
         return calibration, []
     images = even_subset(images, limit)

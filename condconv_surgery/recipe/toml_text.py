@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from dataclasses import fields
 from typing import Any
@@ -50,6 +51,8 @@ def parse_setting(setting: str) -> tuple[str, str, Any]:
     ('optimizer', 'name', 'sgd')
     >>> parse_setting("seed=3")
     ('', 'seed', 3)
+    >>> parse_setting("augment.mixup=.2")
+    ('augment', 'mixup', 0.2)
     """
     path, equals, text = setting.partition("=")
     section, _, name = path.strip().rpartition(".")
@@ -59,6 +62,8 @@ def parse_setting(setting: str) -> tuple[str, str, Any]:
         value = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
         value = text.strip()
+        if re.fullmatch(r"[+-]?(\d+\.|\.\d+)(e[+-]?\d+)?", value, re.IGNORECASE):
+            value = float(value)  # ".5" and "5." are numbers to everybody but TOML
     return section, name, value
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
-from condconv_surgery.errors import InputError, unknown_name
+from condconv_surgery.errors import InputError, nearest, unknown_name
 from condconv_surgery.recipe.option_rules import ALL_OPTIONS, Section, option, rules
 from condconv_surgery.recipe.training_sections import (
     AugmentOptions,
@@ -82,12 +82,38 @@ class TrainingOptions(Section):
         values: dict[str, Any] = {}
         for name, value in changes.items():
             if name not in known:
-                raise unknown_name("option or section of the recipe", name, known, f"{ALL_OPTIONS} prints them all")
+                raise self._unknown(name, value)
             section = self.sections().get(name)
             if section is None:
                 values[name] = value
             elif isinstance(value, dict):
+                for key in value.keys() - rules(type(section)).keys():
+                    if error := self._in_a_section(key, value[key]):
+                        raise error
                 values[name] = type(section).from_dict({**asdict(section), **value})
             else:
                 raise InputError(f"{name} is {value!r}.", "It is a section: a mapping of options.", f"[{name}]")
         return replace(self, **values)
+
+    def _unknown(self, name: str, value: object) -> InputError:
+        """The error for a name that is neither an option of the run nor a section."""
+        if not isinstance(value, dict) and (error := self._in_a_section(name, value, or_nearly=True)):
+            return error
+        known = {**self.sections(), **rules(type(self))}
+        return unknown_name("option or section of the recipe", name, known, f"{ALL_OPTIONS} prints them all")
+
+    def _in_a_section(self, name: str, value: object, *, or_nearly: bool = False) -> InputError | None:
+        """The error for an option that (another) section has by this name; ``None`` where no section has it."""
+        paths: dict[str, list[str]] = {}
+        for title, section in self.sections().items():
+            for option_name in rules(type(section)):
+                paths.setdefault(option_name, []).append(f"{title}.{option_name}")
+        close = [name] if name in paths or not or_nearly else nearest(name, paths, 1)
+        found = paths.get(close[0], []) if close else []
+        if not found:
+            return None
+        return InputError(
+            f"Unknown option or section of the recipe {name!r}.",
+            f"{'It is' if close[0] == name else 'Nearest:'} {' or '.join(found)}.",
+            f"{found[0]}={value!r}",
+        )

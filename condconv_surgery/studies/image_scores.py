@@ -6,13 +6,13 @@ import torch
 from torch import nn
 
 from condconv_surgery.data.labelled_images import LabelledImages
+from condconv_surgery.models.classifier_logits import logits_of
 from condconv_surgery.recipe.training_options import TrainingOptions
 from condconv_surgery.runtime.modes import in_mode
 from condconv_surgery.training.batches.loaders import input_spec, open_data
 from condconv_surgery.training.batches.samplers import EvaluationBatches
 from condconv_surgery.training.batches.unreadable_images import UnreadableImages
 from condconv_surgery.training.distributed.world import World
-from condconv_surgery.training.logits import logits_of
 from condconv_surgery.training.monitor.explained_errors import reading
 from condconv_surgery.training.step import autocast
 

@@ -23,6 +23,7 @@ from condconv_surgery.studies.study_inputs import study_inputs
 from condconv_surgery.training.distributed.world import open_world
 from condconv_surgery.training.finetuning import train_run
 from condconv_surgery.training.monitor.callback import Callback
+from condconv_surgery.training.monitor.progress_display import console_display
 from condconv_surgery.training.state.stop_signals import catch_signals
 
 FITS = 0.98
@@ -95,7 +96,8 @@ def quick_check(
     *,
     data: str | Path | None = None,
     output: str | Path | None = None,
-    display: Callable[[], Callback] = Callback,
+    display: Callable[[], Callback] | None = None,
+    progress: bool = True,
 ) -> QuickCheck | None:
     """Train the unconverted network for the budget and for twice of it; say whether conversion can pay.
 
@@ -104,6 +106,7 @@ def quick_check(
     Raises as ``compare`` does.
     """
     given = study_inputs(model, options, data, output)
+    display = display or (console_display if progress else Callback)
     original, training, parts = given.original, arm_options(Arm("static"), given.training), given.parts
     images, epochs = (parts.train, parts.val), (training.schedule.epochs, 2 * training.schedule.epochs)
     train, val = [], []

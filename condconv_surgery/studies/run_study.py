@@ -26,6 +26,7 @@ from condconv_surgery.studies.study_settings import environment, protocol, setti
 from condconv_surgery.training.batches.loaders import input_spec
 from condconv_surgery.training.distributed.world import World, open_world
 from condconv_surgery.training.monitor.callback import Callback
+from condconv_surgery.training.monitor.progress_display import BestEpoch, console_display
 from condconv_surgery.training.state.run_files import make_folder
 from condconv_surgery.training.state.stop_signals import StopRequest, catch_signals
 
@@ -42,7 +43,8 @@ def compare(
     seeds: int = 3,
     budget: str = "steps",
     rates: int = 3,
-    display: Display = Callback,
+    display: Display | None = None,
+    progress: bool = True,
 ) -> StudyReport:
     """Does conversion pay? Train every arm alike, and return differences with 95% intervals, costs and a verdict.
 
@@ -59,7 +61,7 @@ def compare(
     output: the study's folder: ``study.json``, ``study.md``, ``study.png``, ``study.html`` and ``runs/``.
     seeds: scored runs of each arm, at the rate that was best for it in a search with a seed of its own.
     budget: ``"steps"`` or ``"time"`` (``StudyOptions``). rates: learning rates tried for each arm.
-    display: makes the callback of each run, for instance ``console_display``.
+    display: makes the callback of each run. Default: with ``progress`` a bar or lines on stderr, else none.
 
     The same call continues a study that was interrupted, and gives the same record. On a signal it returns early; the
     report is then not ``complete``.
@@ -70,7 +72,12 @@ def compare(
     study_options = StudyOptions(parse_arms(arms), seeds, budget, rates)
     given = study_inputs(model, options, data, output)
     with open_world() as world, catch_signals() as request:
-        return Study(given, study_options, world, request, display).run()
+        return Study(given, study_options, world, request, display or display_of_runs(progress)).run()
+
+
+def display_of_runs(progress: bool) -> Display:
+    """What shows each run of a study; nothing without ``progress``."""
+    return (lambda: BestEpoch(console_display())) if progress else Callback
 
 
 class Study:

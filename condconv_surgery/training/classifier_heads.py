@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from condconv_surgery.errors import InputError
 from condconv_surgery.layers import ConditionalConv2d, ConditionalLinear, conditional_like
 from condconv_surgery.models.build_model import resized
+from condconv_surgery.models.classifier_logits import are_probabilities, matrices_of
 from condconv_surgery.recipe import InputSpec, Recipe, attach_recipe, recipe_of
 from condconv_surgery.runtime.modes import in_mode
 from condconv_surgery.runtime.snapshot import preserving_state
-from condconv_surgery.training.logits import are_probabilities, matrices_of
 
 
 def fit_heads(model: nn.Module, classes: tuple[str, ...], spec: InputSpec) -> dict[str, int]:

@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from condconv_surgery.errors import InputError, unknown_name
+from condconv_surgery.models.classifier_logits import logits_of
 from condconv_surgery.models.sources import load_model
 from condconv_surgery.recipe.training_sections import DistillOptions
-from condconv_surgery.training.logits import logits_of
 
 
 def distillation_loss(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:

@@ -13,11 +13,11 @@ from torch import Tensor, nn
 
 from condconv_surgery.data.image_dataset import Batch
 from condconv_surgery.errors import TrainingError
+from condconv_surgery.models.classifier_logits import logits_of
 from condconv_surgery.runtime.modes import in_mode
 from condconv_surgery.training.batches.unreadable_images import UnreadableImages
 from condconv_surgery.training.distributed.world import ONE_PROCESS, World
 from condconv_surgery.training.learner import Learner
-from condconv_surgery.training.logits import logits_of
 from condconv_surgery.training.monitor.expert_use import ExpertUse, ExpertUseMeter
 from condconv_surgery.training.monitor.explained_errors import reading
 from condconv_surgery.training.monitor.nonfinite import first_nonfinite

@@ -14,12 +14,15 @@ from torch import nn
 from condconv_surgery.data.find_data import require_data
 from condconv_surgery.errors import InputError, listed
 from condconv_surgery.layers.find_layers import folded_layers
+from condconv_surgery.models.artifact.save_load import why_not_alone
 from condconv_surgery.models.sources import load_model
 from condconv_surgery.recipe.training_options import TrainingOptions
 from condconv_surgery.training.batches.loaders import TrainAndVal
 from condconv_surgery.training.distributed.world import World, open_world
 from condconv_surgery.training.monitor.callback import Callback
 from condconv_surgery.training.monitor.explained_errors import explained_errors
+from condconv_surgery.training.monitor.progress_display import displayed
+from condconv_surgery.training.monitor.run_summary import next_call
 from condconv_surgery.training.monitor.tensorboard_events import make_callback
 from condconv_surgery.training.run import Run
 from condconv_surgery.training.state.progress import TrainingResult
@@ -34,6 +37,7 @@ def finetune(
     output: str | Path | None = None,
     resume: bool = False,
     callback: Callback | None = None,
+    progress: bool | None = None,
 ) -> TrainingResult:
     """Train a converted or plain classifier with labelled images and write the run into a folder.
 
@@ -50,7 +54,8 @@ def finetune(
         at the end ``curves.png``.
     resume: continue from the state in the folder; the final weights are those of an uninterrupted run. ``model`` is
         then the model that the run began with.
-    callback: called after steps and epochs, for instance ``console_display()``.
+    callback: called before the first step, after steps and epochs, and at the end.
+    progress: show the run on stderr, as a bar on a terminal, else as lines. Default: unless ``callback`` is given.
 
     SIGTERM or Ctrl-C save the state and return early (``stopped_by``). Seeds torch's global generators. With
     ``engine.shard`` the model in memory stays sharded, which torch cannot undo: load ``last.safetensors``.
@@ -60,8 +65,12 @@ def finetune(
     """
     options = complete_options(model, options, data, output)
     model = model_of(model, options)
+    shown = displayed(callback, callback is None if progress is None else progress)
     with open_world() as world, catch_signals() as request:
-        return train_run(model, options, world, request, callback, resume=resume)
+        result = train_run(model, options, world, request, shown, resume=resume)
+        if world.is_first:
+            shown.end(result, next_call(result, bool(why_not_alone(model))))
+    return result
 
 
 def model_of(model: nn.Module | str | Path, options: TrainingOptions) -> nn.Module:

@@ -8,11 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from condconv_surgery.models.classifier_logits import Logits
 from condconv_surgery.recipe.training_options import TrainingOptions
 from condconv_surgery.training.distillation import Teacher
 from condconv_surgery.training.distributed.world import World
 from condconv_surgery.training.gate_regularization import GateRecorder, balance_loss, sharpness_loss
-from condconv_surgery.training.logits import Logits
 
 AUXILIARY_WEIGHT = 0.3
 """Weight of the loss of each auxiliary head, as in the training of GoogLeNet."""

@@ -28,6 +28,7 @@ from condconv_surgery.training.learner import Learner
 from condconv_surgery.training.monitor.callback import Callback
 from condconv_surgery.training.monitor.expert_use import ExpertUse, without_effect
 from condconv_surgery.training.monitor.run_metrics import Meter, temperature_of
+from condconv_surgery.training.monitor.run_summary import start_lines
 from condconv_surgery.training.monitor.training_curves import draw_curves
 from condconv_surgery.training.monitor.unused_options import unused_options
 from condconv_surgery.training.state.progress import Progress, TrainingResult
@@ -62,7 +63,7 @@ class Run:
     ) -> None:
         self.options, self.world, self.request, self.callback = options, world, request, callback
         self.folder = Path(options.output)
-        spec = input_spec(model, options)
+        self.spec = spec = input_spec(model, options)
         self.data: Data = open_data(options, spec, world, images)
         before = (recipe_of(model) or Recipe()).classes
         with seeded(options.seed, "head"):
@@ -113,6 +114,7 @@ class Run:
             )
         for line in (*self.model_notes, *unused_options(self.learner.model, self.options)):
             self.callback.note(line)
+        self.callback.begin(start_lines(self.learner.model, self.options, self.spec, self.data.order, self.world))
 
     def close(self) -> None:
         """End the workers, the display and the hooks; each, even if another fails."""
@@ -133,6 +135,10 @@ class Run:
             if scores is None:
                 return self.stopped()
             self.end_epoch(scores)
+        if progress.epochs_done < self.options.schedule.epochs:
+            self.callback.note(
+                f"Stopped early after epoch {progress.epochs_done}: no better top-1 since epoch {progress.best_epoch}."
+            )
         if note := without_effect(self.learner.scored, self.uses):
             self.callback.note(note)
         if self.world.is_first:

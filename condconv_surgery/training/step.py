@@ -14,10 +14,10 @@ from torch.distributed.fsdp import FSDPModule
 from torch.optim import Optimizer
 
 from condconv_surgery.data.image_dataset import Batch
+from condconv_surgery.models.classifier_logits import Logits, logits_of
 from condconv_surgery.training.batches.augmentation import Mix
 from condconv_surgery.training.distributed.fsdp import full_tensor
 from condconv_surgery.training.distributed.world import ONE_PROCESS, World
-from condconv_surgery.training.logits import Logits, logits_of
 from condconv_surgery.training.objective import classification_loss
 from condconv_surgery.training.tally import Tally
 

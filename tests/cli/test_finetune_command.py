@@ -41,6 +41,8 @@ def test_a_plain_model_is_trained(condconv: Run, data: Path, tmp_path: Path) -> 
     assert result["heads"] == {"classifier.3": 3}
     assert {"last.safetensors", "best.safetensors", "metrics.jsonl", "recipe.toml"} <= {p.name for p in run.iterdir()}
     assert "epoch   2  train loss" in err
+    assert "Model: torchvision:mobilenet_v3_small, 1,520,931 parameters; fp32 on cpu." in err
+    assert err.splitlines()[-1] == f"Next: condconv report {run}/best.safetensors --data {run}"
     model = cs.load(run / "best.safetensors")
     recipe = recipe_of(model)
     assert recipe is not None

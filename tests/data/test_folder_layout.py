@@ -10,11 +10,14 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from condconv_surgery.data.find_data import divide, find_evaluation_images, find_parts
+from condconv_surgery.data.evaluation_images import find_evaluation_images
+from condconv_surgery.data.find_data import divide, find_parts
 from condconv_surgery.data.image_folders import ImageFiles, find_unlabelled_images, scan
 from condconv_surgery.data.labelled_images import LabelledImages
 from condconv_surgery.data.three_parts import find_three_parts
 from condconv_surgery.errors import InputError
+from condconv_surgery.recipe.toml_text import to_toml
+from condconv_surgery.recipe.training_options import TrainingOptions
 from condconv_surgery.recipe.training_sections import DataOptions
 
 IMAGE = Image.new("RGB", (4, 4), (200, 30, 90))
@@ -46,7 +49,7 @@ def test_parts_are_recognised_by_every_reader(tmp_path: Path, train: str, val: s
     run = divide(find_parts(options(tmp_path)), options(tmp_path), 0)
     assert (len(run.train), len(run.val), run.train.classes) == (10, 4, ("cat", "dog"))
     assert str(tmp_path / val) in run.origin
-    measured, held_out = find_evaluation_images(options(tmp_path))
+    measured, held_out, _ = find_evaluation_images(options(tmp_path))
     assert (parts_of(measured), held_out) == ({val}, True)
     assert parts_of(find_three_parts(options(tmp_path), 0).test) == {val}
     assert {path.parts[-3] for path in find_unlabelled_images(tmp_path, 100)} == {train}
@@ -81,7 +84,7 @@ def test_a_test_folder_without_classes_is_left_alone(tmp_path: Path) -> None:
 def test_classes_may_have_the_name_of_a_part(tmp_path: Path, names: tuple[str, ...]) -> None:
     fill(tmp_path, 3, names)
     assert find_parts(options(tmp_path)).train.classes == tuple(sorted(names))
-    images, held_out = find_evaluation_images(options(tmp_path))
+    images, held_out, _ = find_evaluation_images(options(tmp_path))
     assert (images.classes, held_out) == (tuple(sorted(names)), False)
     assert find_three_parts(options(tmp_path), 0).train.classes == tuple(sorted(names))
 
@@ -212,3 +215,23 @@ def test_names_in_another_encoding_can_be_printed_and_stored(tmp_path: Path) -> 
     with images.open(index) as image:
         assert image.size == (4, 4)
     assert len(images.fingerprint()) == 64
+
+
+def test_a_run_directory_gives_the_validation_images_of_the_run(tmp_path: Path) -> None:
+    fill(tmp_path / "images", 10)
+    chosen = TrainingOptions().updated({"seed": 3, "data": {"folder": str(tmp_path / "images")}})
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "recipe.toml").write_text(to_toml(chosen))
+    (run / "data.json").write_text('{"train": 16, "val": 4}')
+    divided = divide(find_parts(chosen.data), chosen.data, 3)
+    found = find_evaluation_images(options(run))
+    assert isinstance(found.images, ImageFiles)
+    assert isinstance(divided.val, ImageFiles)
+    assert (found.images.files, found.held_out) == (divided.val.files, True)
+    assert found.where == f"{tmp_path / 'images'}, as split by {run}"
+    fill(tmp_path / "images", 15)
+    with pytest.raises(
+        InputError, match=r"16 training and 4 validation images then, 24 and 6 now(.|\n)*did not train on"
+    ):
+        find_evaluation_images(options(run))

@@ -11,7 +11,8 @@ from PIL import Image
 
 from condconv_surgery.data.calibration_images import calibration_images
 from condconv_surgery.data.decode_image import decode_image
-from condconv_surgery.data.find_data import find_data, find_evaluation_images, require_data
+from condconv_surgery.data.evaluation_images import find_evaluation_images
+from condconv_surgery.data.find_data import find_data, require_data
 from condconv_surgery.data.hub_streams import find_streams
 from condconv_surgery.data.labelled_images import LabelledImages
 from condconv_surgery.errors import InputError, TrainingError
@@ -247,7 +248,7 @@ def test_a_test_split_does_not_select_and_images_are_upright(tmp_path: Path) -> 
     train, val = find_data(options, 0)
     assert (len(train), len(val)) == (10, 2)
     assert decode_image(lambda: train.open(0)).size == (8, 20)
-    measured, held_out = find_evaluation_images(options)
+    measured, held_out, _ = find_evaluation_images(options)
     assert (len(measured), held_out) == (4, True)
     assert sum(len(batch) for batch in calibration_images(options.folder, InputSpec(height=8, width=8))) == 12
     chosen = DataOptions(folder=options.folder, val="test")

@@ -7,10 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from condconv_surgery.models.classifier_logits import logits_of
 from condconv_surgery.recipe import InputSpec
 from condconv_surgery.training import Batch, distillation_loss, evaluate
 from condconv_surgery.training.classifier_heads import probability_notes
-from condconv_surgery.training.logits import logits_of
 
 
 class Classifier(nn.Module):

@@ -8,11 +8,11 @@ from torch import nn
 
 from condconv_surgery.data.image_dataset import Batch
 from condconv_surgery.errors import InputError
+from condconv_surgery.models.classifier_logits import Logits
 from condconv_surgery.recipe import CondConv, DynamicConv, ODConv
 from condconv_surgery.recipe.training_sections import OptimizerOptions, ScheduleOptions
 from condconv_surgery.training import apply_schedule, lr_factor, parameter_groups, temperature_at
 from condconv_surgery.training.evaluation import evaluate
-from condconv_surgery.training.logits import Logits
 from condconv_surgery.training.objective import classification_loss
 from condconv_surgery.training.step import NonFiniteError, train_step
 from tests.small_networks import small_net

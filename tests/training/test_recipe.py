@@ -12,6 +12,7 @@ from torch import nn
 
 from condconv_surgery.data.image_dataset import Batch
 from condconv_surgery.errors import InputError, TrainingError
+from condconv_surgery.models.classifier_logits import Logits
 from condconv_surgery.recipe import CondConv, InputSpec, TrainingOptions
 from condconv_surgery.recipe.training_sections import AugmentOptions, OptimizerOptions, ScheduleOptions
 from condconv_surgery.training.batches.augmentation import batch_mix, training_transform
@@ -19,7 +20,6 @@ from condconv_surgery.training.distillation import distillation_loss
 from condconv_surgery.training.distributed.world import World
 from condconv_surgery.training.gradient_checkpointing import checkpoint_blocks, uncheckpoint
 from condconv_surgery.training.learner import Learner
-from condconv_surgery.training.logits import Logits
 from condconv_surgery.training.monitor.nonfinite import first_nonfinite, first_nonfinite_gradient
 from condconv_surgery.training.objective import balanced_weights, classification_loss
 from condconv_surgery.training.optimizers import OPTIMIZERS, make_optimizer

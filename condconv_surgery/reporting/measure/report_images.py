@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from condconv_surgery.data.decode_image import UnreadableImageError
-from condconv_surgery.data.find_data import find_evaluation_images, require_data
+from condconv_surgery.data.evaluation_images import find_evaluation_images
 from condconv_surgery.data.labelled_images import LabelledImages, even_subset
 from condconv_surgery.errors import InputError
 from condconv_surgery.models.preprocess import EvaluationTransform
@@ -20,13 +20,14 @@ from condconv_surgery.recipe.training_sections import DataOptions
 
 @dataclass
 class ReportImages:
-    """Labelled images, and whether they come from a validation or test part, apart from the training images.
+    """Labelled images, whether they come from a validation or test part, apart from training images, and where from.
 
     unreadable: names of images that could not be decoded. A pass over ``batches`` takes them out of ``images``.
     """
 
     images: LabelledImages
     held_out: bool = True
+    where: str = ""
     unreadable: list[str] = field(default_factory=list)
 
     @property
@@ -60,11 +61,9 @@ class ReportImages:
 
 
 def find_images(source: str | Path, limit: int = 1000) -> ReportImages:
-    """The validation images of what ``finetune`` reads as ``data``, else the test images, else all.
+    """The validation images of what ``finetune`` reads as ``data``, or of a run; else the test images, else all.
 
     Of more than ``limit``, equally many of each class. Raises ``InputError`` for data without labelled images.
     """
-    options = DataOptions(folder=str(source))
-    require_data(options)
-    images, held_out = find_evaluation_images(options)
-    return ReportImages(even_subset(images, limit), held_out)
+    images, held_out, where = find_evaluation_images(DataOptions(folder=str(source)))
+    return ReportImages(even_subset(images, limit), held_out, where)

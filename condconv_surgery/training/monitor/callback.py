@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from condconv_surgery.training.monitor.expert_use import ExpertUse
+from condconv_surgery.training.state.progress import TrainingResult
 from condconv_surgery.training.tally import Tally
 
 
@@ -63,6 +65,9 @@ class Callback:
     def note(self, line: str) -> None:
         """A message of one line."""
 
+    def begin(self, lines: Sequence[str]) -> None:
+        """The first step is next. lines: what is trained, and for how many steps."""
+
     def step(self, view: StepView) -> None:
         """A step is done."""
 
@@ -73,7 +78,10 @@ class Callback:
         """The use of experts of each conditional layer, over the validation images of all processes."""
 
     def close(self) -> None:
-        """The run has ended."""
+        """The run has ended, by an error too."""
+
+    def end(self, result: TrainingResult, next_call: str) -> None:
+        """``finetune`` returns ``result``, after ``close``. next_call: the call to make next; may be empty."""
 
 
 class CallbackPair(Callback):
@@ -85,6 +93,10 @@ class CallbackPair(Callback):
     def note(self, line: str) -> None:
         for callback in self.callbacks:
             callback.note(line)
+
+    def begin(self, lines: Sequence[str]) -> None:
+        for callback in self.callbacks:
+            callback.begin(lines)
 
     def step(self, view: StepView) -> None:
         for callback in self.callbacks:
@@ -101,3 +113,7 @@ class CallbackPair(Callback):
     def close(self) -> None:
         for callback in self.callbacks:
             callback.close()
+
+    def end(self, result: TrainingResult, next_call: str) -> None:
+        for callback in self.callbacks:
+            callback.end(result, next_call)

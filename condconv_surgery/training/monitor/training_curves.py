@@ -13,6 +13,7 @@ def draw_curves(rows: list[dict[str, Any]], path: Path) -> None:
     """Draw the rows of ``metrics.jsonl`` as a PNG: loss at the left, top-1 at the right, train and validation."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # imported here: it takes half a second
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     figure = Figure(figsize=(9, 3.5), layout="constrained")
     FigureCanvasAgg(figure)
@@ -22,6 +23,7 @@ def draw_curves(rows: list[dict[str, Any]], path: Path) -> None:
         for part, style in (("train", "--"), ("val", "-")):
             axes.plot(epochs, [row[f"{part}_{what}"] for row in rows], style, marker=".", label=part)
         axes.set_xlabel("epoch")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set_ylabel(label)
         axes.grid(alpha=0.3)
         axes.legend()

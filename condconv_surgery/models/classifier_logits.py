@@ -39,7 +39,7 @@ def matrices_of(output: object) -> list[Tensor]:
         )
         raise InputError(
             f"The model's output is {what}.",
-            "finetune trains classifiers with one label per image: logits [B, classes].",
+            "A classifier with one label per image returns logits [B, classes].",
             "your own loop with the functions of condconv_surgery.training",
         )
     return logits

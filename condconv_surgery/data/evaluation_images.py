@@ -1,0 +1,83 @@
+"""The images to measure a model on: the validation part of some data, or the validation images of a run."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+from condconv_surgery.data.find_data import divide, find_parts, folder_parts, is_folder, require_data
+from condconv_surgery.data.image_folders import scan
+from condconv_surgery.data.labelled_images import LabelledImages
+from condconv_surgery.errors import InputError
+from condconv_surgery.recipe.toml_text import from_toml
+from condconv_surgery.recipe.training_sections import DataOptions
+
+RECIPE, CHECK = "recipe.toml", "data.json"
+"""Files of a run directory: the options of the run, and the data check before it."""
+
+
+class EvaluationImages(NamedTuple):
+    """Labelled images. held_out: they come from a validation or test part. where: from which, in words."""
+
+    images: LabelledImages
+    held_out: bool
+    where: str
+
+
+def find_evaluation_images(options: DataOptions) -> EvaluationImages:
+    """The validation part, else the test part, else all images; of a run directory the run's validation images.
+
+    Raises ``InputError`` for data without labelled images.
+    """
+    if is_run(options.folder):
+        return validation_images_of(Path(options.folder))
+    require_data(options)
+    parts = folder_parts(options) if is_folder(options) and not options.val else None
+    if parts is not None:
+        root = parts.val or parts.test or parts.train or parts.root
+        return EvaluationImages(scan(root, min_classes=1), root in (parts.val, parts.test), str(root))
+    found = find_parts(options)
+    part = found.val or found.test
+    if part is None:
+        return EvaluationImages(found.train, False, found.where)
+    return EvaluationImages(found.images(part), True, part.where)
+
+
+def is_run(folder: str) -> bool:
+    """Is it the directory of a run of ``finetune``?"""
+    return (Path(folder) / RECIPE).is_file()
+
+
+def validation_images_of(run: Path) -> EvaluationImages:
+    """The validation images of a run, by the options in its recipe.
+
+    Raises ``InputError`` when the data have changed since, so that another split would be measured.
+    """
+    options = from_toml((run / RECIPE).read_text(encoding="utf-8"), str(run / RECIPE))
+    if options.data.streaming:
+        raise InputError(
+            f"The run {run} read a stream.",
+            "The images of a stream are not listed.",
+            f'data="{options.data.folder}", which lists its validation part',
+        )
+    require_data(options.data)
+    divided = divide(find_parts(options.data), options.data, options.seed)
+    before, now = _counts(run), (len(divided.train), len(divided.val))
+    if before is not None and before != now:
+        raise InputError(
+            f"The data of {run} have changed: {before[0]} training and {before[1]} validation images then, "
+            f"{now[0]} and {now[1]} now.",
+            "Their split is another one, with images that the run trained on.",
+            f'data="{options.data.folder}" with images that the run did not train on',
+        )
+    return EvaluationImages(divided.val, True, f"{options.data.folder}, as split by {run}")
+
+
+def _counts(run: Path) -> tuple[int, int] | None:
+    """Training and validation images at the beginning of a run, if it recorded them."""
+    try:
+        check = json.loads((run / CHECK).read_text(encoding="utf-8"))
+        return int(check["train"]), int(check["val"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
