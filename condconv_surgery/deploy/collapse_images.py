@@ -14,6 +14,7 @@ from condconv_surgery.data.evaluation_images import find_evaluation_images
 from condconv_surgery.data.labelled_images import LabelledImages, even_subset, logit_of_each_class
 from condconv_surgery.deploy.mean_mixtures import Labelled
 from condconv_surgery.errors import InputError
+from condconv_surgery.models.classifier_logits import main_logits
 from condconv_surgery.models.preprocess import EvaluationTransform
 from condconv_surgery.recipe import InputSpec, recipe_of
 from condconv_surgery.recipe.training_sections import DataOptions
@@ -79,5 +80,5 @@ def _logits(model: nn.Module, folder: tuple[str, ...], images: Tensor) -> Tensor
         return logit_of_each_class(folder, classes)
     with in_mode(model, training=False), torch.no_grad():
         output = model(images[:1].to(device_of(model), dtype_of(model)))
-    logits = output if isinstance(output, Tensor) else output[0]
+    logits = main_logits(output)
     return torch.arange(len(folder)) if logits.shape[1] == len(folder) else None

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from condconv_surgery.layers import Router, routers
 from condconv_surgery.layers.find_layers import routed_layers, router_hooks
 from condconv_surgery.layers.gate_statistics import GateMoments
+from condconv_surgery.models.classifier_logits import main_logits
 from condconv_surgery.ops.mixture import Mixture
 from condconv_surgery.runtime.modes import device_of, dtype_of, in_mode
 
@@ -115,7 +116,7 @@ def top1(
             if labels is None:
                 continue
             output = model(images.to(device_of(model), dtype_of(model)))
-            logits = output if isinstance(output, Tensor) else output[0]
+            logits = main_logits(output)
             correct += int((logits.argmax(1).cpu() == labels).sum())
             count += len(labels)
     return correct / count if count else None

@@ -15,6 +15,7 @@ from condconv_surgery.ops.choose_implementation import choose
 from condconv_surgery.ops.implementations import legal_implementations
 from condconv_surgery.ops.mixture import Mixture
 from condconv_surgery.recipe import Variant
+from condconv_surgery.runtime.model_call import arguments_of, call
 from condconv_surgery.runtime.modes import in_mode
 
 Layer = ConditionalConv2d[Variant]
@@ -27,11 +28,11 @@ differ by a few percent from run to run."""
 def autotune(model: nn.Module, *arguments: Any, repeats: int = 3) -> dict[str, str]:
     """Set ``implementation`` of each conditional layer to the fastest one on these inputs; returns the layers changed.
 
-    arguments: what ``model`` is called with, at the batch size that matters. In training mode forward and backward are
-    measured, in eval mode the forward pass. An artifact does not hold the results, since they belong to one machine.
-    ``layer.implementation = "auto"`` undoes one.
+    arguments: what ``model`` is called with, or one dict of keyword arguments, at the batch size that matters. In
+    training mode forward and backward are measured, in eval mode the forward pass. An artifact does not hold the
+    results, since they belong to one machine. ``layer.implementation = "auto"`` undoes one.
     """
-    inputs = _inputs(model, arguments)
+    inputs = _inputs(model, arguments_of(model, arguments[0]) if len(arguments) == 1 else arguments)
     changed = {}
     for name, layer in conditional_layers(model).items():
         if layer in inputs:
@@ -57,7 +58,7 @@ def _inputs(model: nn.Module, arguments: tuple[Any, ...]) -> dict[Layer, tuple[T
     handles = [layer.register_forward_pre_hook(record, with_kwargs=True) for layer in layers]
     try:
         with torch.no_grad(), in_mode(model, training=False):
-            model(*arguments)
+            call(model, arguments)
     finally:
         for handle in handles:
             handle.remove()

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import NamedTuple
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,8 +18,23 @@ class Logits(NamedTuple):
     auxiliary: tuple[Tensor, ...] = ()
 
 
+def class_scores(output: object) -> tuple[object, ...]:
+    """What the heads of a classifier return, the main one's logits first: a tensor, the items of a tuple, or ``logits``
+    of a mapping or an object (``ModelOutput`` of transformers)."""
+    if isinstance(output, tuple):
+        return output
+    logits = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
+    return (output if logits is None else logits,)
+
+
+def main_logits(output: object) -> Any:
+    """The logits of a classifier's main head, [B, K]."""
+    return class_scores(output)[0]
+
+
 def logits_of(output: object) -> Logits:
-    """The logits in a model's output, a tensor or a tuple of tensors of which the first one counts.
+    """The logits in a model's output: a tensor, a tuple of tensors of which the first one counts, or ``output.logits``
+    (``class_scores``).
 
     Where that one holds probabilities, another tensor of which they are the softmax is ``main``, else their logarithms:
     their cross-entropy is that of the logits. Decided on the device, without a synchronisation.
@@ -31,15 +46,15 @@ def logits_of(output: object) -> Logits:
 
 def matrices_of(output: object) -> list[Tensor]:
     """The tensors [B, K] in a model's output, as they are. Raises as ``logits_of``."""
-    tensors: tuple[object, ...] = tuple(output) if isinstance(output, tuple) else (output,)
-    logits = [t for t in tensors if isinstance(t, Tensor)]
+    logits = [scores for scores in class_scores(output) if isinstance(scores, Tensor)]
     if not logits or any(t.dim() != 2 for t in logits):
         what = (
             f"a tensor of shape {tuple(output.shape)}" if isinstance(output, Tensor) else f"a {type(output).__name__}"
         )
         raise InputError(
             f"The model's output is {what}.",
-            "A classifier with one label per image returns logits [B, classes].",
+            "A classifier with one label per image returns logits [B, classes]: alone, first in a tuple or as "
+            "output.logits.",
             "your own loop with the functions of condconv_surgery.training",
         )
     return logits

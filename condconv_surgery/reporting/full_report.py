@@ -85,7 +85,8 @@ def report(
 ) -> Report:
     """Measure ``model``, converted or not. Prints nothing and leaves the model unchanged.
 
-    inputs: one tensor, a tuple of arguments or an ``InputSpec``; default: the input of the model's recipe.
+    inputs: one tensor, a tuple of arguments, a dict of keyword arguments or an ``InputSpec``; default: the input of the
+    model's recipe.
     data: a folder of labelled images, for the routing; of more than ``limit``, equally many of each class.
     batch: the second batch size for memory and, with ``latency``, for time. original: the model before conversion,
     to measure how far its experts have moved. recorded: top-1 known from elsewhere, 0 to 1.

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from condconv_surgery.recipe import InputSpec, recipe_of
+from condconv_surgery.runtime.model_call import arguments_of, image_arguments
 
 _FORWARD_HOOKS = ("_forward_pre_hooks", "_forward_hooks")
 
@@ -45,13 +46,14 @@ def dtype_of(model: nn.Module) -> torch.dtype:
 
 
 def example_arguments(model: nn.Module, example: Any = None) -> tuple[Any, ...]:
-    """The arguments of a forward pass: the example's, or two random images of the size that the model expects."""
+    """The arguments of a forward pass: the example's (``arguments_of``), or two random images of the size that the
+    model expects."""
     if example is not None:
-        return example if isinstance(example, tuple) else (example,)
+        return arguments_of(model, example)
     spec = input_spec_of(model)
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(2, spec.channels, spec.height, spec.width, generator=generator)
-    return (x.to(device_of(model), dtype_of(model)),)
+    return image_arguments(model, x.to(device_of(model), dtype_of(model)))
 
 
 @contextmanager

@@ -31,6 +31,7 @@ from condconv_surgery.surgery.proof.compare_outputs import (
 )
 from condconv_surgery.surgery.proof.rounding_error import explain_difference
 from condconv_surgery.surgery.swap import restore, swap
+from condconv_surgery.surgery.trained_parameters import hand_over, unaware_notes
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,9 @@ def carry_out(planned: Plan, job: Job) -> Conversion:
         restore(target, made, replaced)
         raise
     attach_recipe(target, recipe)
+    if job.inplace:
+        hand_over(job.optimizers, target, made, replaced)
+        notes = (*notes, *unaware_notes(replaced))
     if job.wrapper:
         notes = (*notes, f"{job.wrapper} taken off: wrap the converted model again")
     return Conversion(target, replace(made, notes=(*made.notes, *notes)), difference, in_float64)

@@ -10,6 +10,7 @@ from functools import cached_property
 from typing import Any, ParamSpec, TypeVar
 
 from torch import Tensor, fx, nn
+from torch.optim import Optimizer
 
 from condconv_surgery.errors import InputError
 from condconv_surgery.recipe import VARIANTS, LayerFilter, Selection, Upcycling, Variant, patterns_of
@@ -21,6 +22,7 @@ from condconv_surgery.surgery.conversion_plan import Plan, plan_text
 from condconv_surgery.surgery.fx_trace import Followers, trace_followers
 from condconv_surgery.surgery.lift_functional import undone_on_error
 from condconv_surgery.surgery.proof.assumed_subclasses import unchecked_notes
+from condconv_surgery.surgery.trained_parameters import frozen_notes, require_optimizers
 from condconv_surgery.surgery.upcycle import start_of
 
 Patterns = str | LayerFilter | Sequence[str | LayerFilter] | None
@@ -71,6 +73,7 @@ def plan(
     diversity: float | None = None,
     seed: int = 0,
     inplace: bool = False,
+    optimizers: Optimizer | Sequence[Optimizer] = (),
     prove: bool = True,
     tolerance: float | None = None,
 ) -> ModelPlan:
@@ -86,15 +89,18 @@ def plan(
     model: any ``nn.Module`` in Python. A ``torch.fx.GraphModule`` stays one, and its ``F.conv2d`` on parameters are
         converted too (``lift_convolutions``). ``DataParallel``, ``DistributedDataParallel`` and ``torch.compile`` are
         taken off.
-    example: an input, a tuple of all arguments, or what a detector takes; by default two random images of the model's
-        own input specification (3x224x224 when it has none).
+    example: an input, a tuple of all arguments, a dict of keyword arguments (``{"pixel_values": x}``), or what a
+        detector takes; by default two random images of the model's own input specification, else 3x224x224.
     include, exclude: globs, ``re:`` and a regular expression, or functions ``(name, module) -> bool``.
     min_channels, skip_stem, skip_pooled, classifier, blocks, subclasses: see ``recipe.Selection``.
     start, spread, diversity, seed: see ``recipe.Upcycling``.
     calibration: 256 images or so that show the routers in which directions features vary, without labels: a tensor
-        [N, C, H, W], or batches, alone or first in a tuple (a ``DataLoader``). Without them directions are random.
+        [N, C, H, W], or batches (a ``DataLoader``), alone, first in a tuple or in a dict. Without them directions are
+        random.
     inplace: run and change ``model`` itself, which nothing else may use meanwhile. By default copies are run, which
         share its parameters, and a copy is converted.
+    optimizers: made for ``model`` before; with ``inplace=True`` experts and routers get the parameter groups of the
+        weights that they replace, without the state (momentum) of those.
     prove: run both models in both modes and compare; ``tolerance`` is absolute, in the output's units, 0 or more.
 
     Raises ``InputError`` when no layer is left to convert, the example does not fit or the model is not supported.
@@ -106,6 +112,7 @@ def plan(
         fix = 'routing="block"'
         raise InputError(f"blocks= without {fix}.", "It names blocks that share a router.", fix)
     _require_tolerance(tolerance)
+    known = require_optimizers(optimizers, inplace)
     inner = accept(model, inplace=inplace, prove=prove)
     wrapper = "" if inner is model else type(model).__name__
     arguments = example_arguments(inner, example)
@@ -116,10 +123,10 @@ def plan(
             "Images show routers that do not start at zero where to.",
             'start="auto"',
         )
-    job = Job(inner, wrapper, arguments, variant, selection, upcycling, calibration, inplace, prove, tolerance)
+    job = Job(inner, wrapper, arguments, variant, selection, upcycling, calibration, inplace, known, prove, tolerance)
     with job.running():
         made = job.decide()
-    notes = (*made.notes, *unchecked_notes(made.to_convert))
+    notes = (*made.notes, *unchecked_notes(made.to_convert), *frozen_notes(made.to_convert, variant))
     return ModelPlan(made.to_convert, made.skipped, made.modes, notes, made.routers, job=job)
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor, fx, nn
+from torch.optim import Optimizer
 
 from condconv_surgery.errors import InputError
 from condconv_surgery.recipe import Selection, Upcycling, Variant, recipe_of
@@ -38,6 +39,7 @@ class Job:
     upcycling: Upcycling
     calibration: Tensor | Iterable[Any] | None
     inplace: bool
+    optimizers: tuple[Optimizer, ...]
     prove: bool
     tolerance: float | None
 

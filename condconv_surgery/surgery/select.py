@@ -25,6 +25,10 @@ _STATE_HOOKS = (
     "_load_state_dict_post_hooks",
 )
 
+MERGE = "model = model.merge_and_unload(), then convert"
+
+IN_ADAPTER = "inside a PEFT adapter ({}), which adds its own product to the kernel: merge first (merge_and_unload)"
+
 FUNCTIONAL = "F.conv2d on a parameter, in {}.forward: converted if the whole model is a torch.fx.GraphModule"
 
 
@@ -86,6 +90,7 @@ def _reason_to_skip(site: ConvSite, selection: Selection, is_stem: bool, origina
     """Why ``site`` is not converted; empty when it is. What is not possible comes before what is not selected."""
     checks = (
         _reason_impossible(site.module, selection.subclasses),
+        IN_ADAPTER.format(site.adapter) if site.adapter else "",
         f"{site.tied_to} is the same parameter as one of its own; they would no longer be tied" if site.tied_to else "",
         f"{site.read_by} computes with its weight outside of it" if site.read_by else "",
         f"{site.bypassed_by} calls its forward directly, past its hooks (self.conv(x) in place of self.conv.forward(x) "
@@ -197,5 +202,5 @@ def _nothing_left(
     return InputError(
         f"No layer left to convert: {cause}",
         f"They are named like: {', '.join(dict.fromkeys(examples))}",
-        f'include=["{prefix}*"]',
+        MERGE if any(site.adapter for site in matched) else f'include=["{prefix}*"]',
     )

@@ -15,6 +15,7 @@ from condconv_surgery.layers import ConditionalConv2d, ConditionalLinear, condit
 from condconv_surgery.models.build_model import resized
 from condconv_surgery.models.classifier_logits import are_probabilities, matrices_of
 from condconv_surgery.recipe import InputSpec, Recipe, attach_recipe, recipe_of
+from condconv_surgery.runtime.model_call import image_keyword
 from condconv_surgery.runtime.modes import in_mode
 from condconv_surgery.runtime.snapshot import preserving_state
 
@@ -105,6 +106,12 @@ def _is_close(one: Tensor, other: Tensor) -> bool:
 @torch.no_grad()
 def _run(model: nn.Module, spec: InputSpec, training: bool) -> list[Tensor]:
     """The outputs [B, K] on zeros; the model is left as it was: this pass must not change statistics of batch norms."""
+    if name := image_keyword(model):
+        raise InputError(
+            f"The forward of {type(model).__name__} takes {name} by keyword only.",
+            "finetune calls model(images).",
+            f"def forward(self, {name}, ...), without the * before it",
+        )
     parameter = next(model.parameters())
     x = torch.zeros(2, spec.channels, spec.height, spec.width, device=parameter.device, dtype=parameter.dtype)
     with preserving_state(model), in_mode(model, training):

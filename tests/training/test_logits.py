@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import condconv_surgery as cs
+from condconv_surgery.errors import InputError
 from condconv_surgery.models.classifier_logits import logits_of
-from condconv_surgery.recipe import InputSpec
+from condconv_surgery.recipe import InputSpec, attach_recipe, recipe_of
 from condconv_surgery.training import Batch, distillation_loss, evaluate
-from condconv_surgery.training.classifier_heads import probability_notes
+from condconv_surgery.training.classifier_heads import find_heads, probability_notes
+from tests.images import write_images
 
 
 class Classifier(nn.Module):
@@ -97,3 +105,50 @@ def test_probabilities_are_named(model: nn.Module, note: str) -> None:
     notes = probability_notes(model, InputSpec(height=8, width=8))
     assert "".join(notes).startswith(note)
     assert bool(notes) == bool(note)
+
+
+class Output(OrderedDict[str, Tensor]):
+    """As ``ModelOutput`` of transformers: a dict whose items are attributes too."""
+
+    def __getattr__(self, name: str) -> Tensor:
+        if name in self:
+            return self[name]
+        raise AttributeError(name)
+
+
+FORMS_OF_OUTPUT = {
+    "ModelOutput": lambda z: Output(logits=z, hidden_states=(z, z)),
+    "loss first": lambda z: Output(loss=z.mean(), logits=z),
+    "dict": lambda z: {"logits": z, "features": z.relu()},
+    "object": lambda z: SimpleNamespace(logits=z, loss=None),
+}
+
+
+@pytest.mark.parametrize("form", FORMS_OF_OUTPUT.values(), ids=FORMS_OF_OUTPUT.keys())
+def test_logits_may_be_an_item_or_attribute_of_the_output(form: object) -> None:
+    torch.manual_seed(0)
+    model = Classifier(form, form)
+    batches = [Batch(torch.randn(5, 3, 8, 8), torch.tensor([0, 1, 2, 0, 1]))]
+    with torch.no_grad():
+        expected = F.cross_entropy(model.logits(batches[0].images), batches[0].labels, reduction="sum")
+    assert evaluate(model, batches).loss_sum == pytest.approx(float(expected), rel=1e-5)
+    assert find_heads(model, InputSpec(height=8, width=8)) == ["fc"]
+
+
+def test_a_model_with_such_an_output_is_trained_reported_and_collapsed(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = Classifier(*[FORMS_OF_OUTPUT["loss first"]] * 2)
+    folder = write_images(tmp_path / "images", classes=4, each=5, side=16)
+    converted = cs.convert(model, cs.CondConv(experts=2), skip_stem=False, example=torch.randn(2, 3, 16, 16)).model
+    attach_recipe(converted, replace(recipe_of(converted), input=InputSpec(height=16, width=16)))
+    options = {"schedule": {"epochs": 1}, "data": {"workers": 0}}
+    result = cs.finetune(converted, options, data=folder, output=tmp_path / "run")
+    assert (result.heads, converted.fc.out_features) == ({"fc": 4}, 4)
+    report = cs.report(converted, data=folder)
+    assert report.routing.accuracy == pytest.approx(report.accuracy)
+    assert cs.collapse(converted, folder).before == pytest.approx(report.accuracy)
+
+
+def test_an_output_without_logits_is_named() -> None:
+    with pytest.raises(InputError, match=r"output is a dict(.|\n)*output\.logits"):
+        logits_of({"boxes": torch.zeros(2, 4)})

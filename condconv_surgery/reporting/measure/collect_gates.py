@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from condconv_surgery.errors import InputError
 from condconv_surgery.layers.find_layers import router_hooks
+from condconv_surgery.models.classifier_logits import main_logits
 from condconv_surgery.ops.mixture import Mixture
 from condconv_surgery.runtime.modes import device_of, in_mode
 
@@ -84,7 +85,7 @@ def _predict(
     device = device_of(model)
     for images, targets in batches:
         output = model(images.to(device, next(model.parameters()).dtype))
-        logits = output if isinstance(output, Tensor) else output[0]
+        logits = main_logits(output)
         num_logits = logits.shape[1]
         if not bool(torch.isfinite(logits).all()):
             raise InputError(

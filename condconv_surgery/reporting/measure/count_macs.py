@@ -21,6 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from condconv_surgery.errors import InputError
 from condconv_surgery.reporting.measure.forward_arguments import run_without_values
 from condconv_surgery.runtime.meta_device import META
+from condconv_surgery.runtime.model_call import call, values_of
 
 
 @dataclass
@@ -55,7 +56,7 @@ def count(model: nn.Module, arguments: tuple[Any, ...]) -> Counts:
         with _without_fused_attention():
             return run_without_values(model, arguments, partial(_run, model))
     except Exception as error:
-        shapes = [tuple(a.shape) if isinstance(a, Tensor) else type(a).__name__ for a in arguments]
+        shapes = [tuple(a.shape) if isinstance(a, Tensor) else type(a).__name__ for a in values_of(arguments)]
         raise InputError(
             f"The model does not run on an input of {shapes}: {type(error).__name__}: {str(error)[:160]}",
             "Its forward must accept the input that is counted.",
@@ -94,7 +95,7 @@ def _run(model: nn.Module, arguments: tuple[Any, ...]) -> Counts:
             hooks.enter_context(module.register_forward_pre_hook(enter))
             hooks.enter_context(module.register_forward_hook(leave))
         with meter:
-            model(*arguments)
+            call(model, arguments)
     return Counts(modules, (meter.get_total_flops() - entered[0][1]) // 2)
 
 

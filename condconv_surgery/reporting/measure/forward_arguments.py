@@ -11,6 +11,7 @@ from torch.utils import _pytree as pytree
 
 from condconv_surgery.recipe import InputSpec
 from condconv_surgery.runtime.meta_device import META, meta_state, on_device
+from condconv_surgery.runtime.model_call import Keywords, arguments_of, image_arguments, values_of
 from condconv_surgery.runtime.modes import device_of, dtype_of, in_mode, input_spec_of, without_gradients
 from condconv_surgery.runtime.snapshot import preserving_state
 
@@ -20,29 +21,37 @@ R = TypeVar("R")
 def arguments_for(model: nn.Module, inputs: Any = None) -> tuple[Any, ...]:
     """The arguments of one forward pass.
 
-    inputs: ``None`` (the model's own ``InputSpec``), an ``InputSpec``, one tensor, a tuple of all arguments, or the
-        argument of a detector. An image created here has batch 1, is on the meta device and has the model's dtype.
+    inputs: ``None`` (the model's own ``InputSpec``), an ``InputSpec``, one tensor, a tuple of all arguments, a mapping
+        of keywords (``arguments_of``), or the argument of a detector. An image created here has batch 1, is on the meta
+        device and has the model's dtype.
     """
     if inputs is None:
         inputs = input_spec_of(model)
     if isinstance(inputs, InputSpec):
         size = (1, inputs.channels, inputs.height, inputs.width)
-        return (torch.empty(size, dtype=dtype_of(model), device="meta"),)
-    return inputs if isinstance(inputs, tuple) else (inputs,)
+        return image_arguments(model, torch.empty(size, dtype=dtype_of(model), device="meta"))
+    return arguments_of(model, inputs)
 
 
 def one_sample(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
     """The first sample of a batch; arguments without a common batch dimension are returned unchanged."""
-    tensors = [leaf for leaf in pytree.tree_leaves(arguments) if isinstance(leaf, Tensor)]
-    batched = all(isinstance(argument, Tensor) for argument in arguments) and all(t.dim() >= 2 for t in tensors)
-    if not batched or len({t.shape[0] for t in tensors}) != 1:
+    values = values_of(arguments)
+    batched = all(isinstance(value, Tensor) and value.dim() >= 2 for value in values)
+    if not batched or len({value.shape[0] for value in values}) != 1:
         return arguments
-    return tuple(t[:1] for t in tensors)
+    return tuple(pytree.tree_map(lambda tensor: tensor[:1], arguments))
 
 
 def repeated(arguments: tuple[Any, ...], batch: int) -> tuple[Any, ...]:
     """Repeat one sample's arguments to a batch of ``batch``."""
-    return tuple(a.expand(batch, *a.shape[1:]).contiguous() if isinstance(a, Tensor) else a for a in arguments)
+
+    def expand(value: Any) -> Any:
+        return value.expand(batch, *value.shape[1:]).contiguous() if isinstance(value, Tensor) else value
+
+    return tuple(
+        Keywords(zip(a, map(expand, a.values()), strict=True)) if isinstance(a, Keywords) else expand(a)
+        for a in arguments
+    )
 
 
 def run_without_values(model: nn.Module, arguments: tuple[Any, ...], run: Callable[[tuple[Any, ...]], R]) -> R:

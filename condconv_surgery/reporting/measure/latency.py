@@ -15,6 +15,7 @@ from torch import nn
 
 from condconv_surgery.reporting.measure.forward_arguments import materialized
 from condconv_surgery.reporting.measure.original_model import Original
+from condconv_surgery.runtime.model_call import call
 from condconv_surgery.runtime.modes import device_of, in_mode
 
 
@@ -70,7 +71,7 @@ def _alternating(
     while rounds < warm_up + 5 or time.perf_counter() - begin < seconds:
         for swapped, times in ((nullcontext(), converted), (plain.in_place(), original)):
             with swapped:
-                elapsed = _timed(lambda: model(*inputs), device)
+                elapsed = _timed(lambda: call(model, inputs), device)
             if rounds >= warm_up:
                 times.append(elapsed)
         rounds += 1

@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from condconv_surgery.ops.implementations.blockwise import OPERATOR, forward_blockwise
 from condconv_surgery.reporting.measure.forward_arguments import run_without_values
+from condconv_surgery.runtime.model_call import call
 
 
 def peak_activations(model: nn.Module, arguments: tuple[Any, ...]) -> int:
@@ -23,7 +24,7 @@ def peak_activations(model: nn.Module, arguments: tuple[Any, ...]) -> int:
 
     def peak(inputs: tuple[Any, ...]) -> int:
         with _Lifetimes() as lifetimes:
-            model(*inputs)
+            call(model, inputs)
         return int(lifetimes.peak)
 
     return run_without_values(model, arguments, peak)

@@ -15,6 +15,7 @@ from condconv_surgery.ops.mixture import Mixture
 from condconv_surgery.reporting.measure.cost_table import Layer, Macs, Profile
 from condconv_surgery.reporting.measure.count_macs import Counts, ModuleCount, count
 from condconv_surgery.reporting.measure.forward_arguments import arguments_for, one_sample
+from condconv_surgery.runtime.model_call import values_of
 
 ATTENTION_HEADS = ("channel", "filter", "spatial")
 """Submodules of a router that compute scales, not gates."""
@@ -203,4 +204,5 @@ def _geometry(module: Any) -> str:
 
 
 def _shapes_as_text(arguments: tuple[Any, ...]) -> str:
-    return ", ".join("x".join(map(str, a.shape)) if hasattr(a, "shape") else type(a).__name__ for a in arguments)
+    values = values_of(arguments)
+    return ", ".join("x".join(map(str, a.shape)) if hasattr(a, "shape") else type(a).__name__ for a in values)

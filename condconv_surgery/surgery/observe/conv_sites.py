@@ -10,9 +10,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from condconv_surgery.errors import InputError, one_line
 from condconv_surgery.layers.find_layers import named_layers
+from condconv_surgery.runtime.model_call import values_of
+from condconv_surgery.surgery.observe.adapters import adapters_by_prefix
 from condconv_surgery.surgery.observe.clone_and_run import NamedLayers, run_clones
 from condconv_surgery.surgery.observe.layer_calls import Calls, observe
 from condconv_surgery.surgery.observe.weight_reads import WeightReads, recording_reads
@@ -30,6 +33,7 @@ class ConvSite:
     read_by: the class, if any, that computes with its weight outside of it.
     bypassed_by: the class, if any, that calls its ``forward`` directly, past its hooks.
     unreachable: it is called through a list or closure, where ``set_submodule`` cannot replace it.
+    adapter: the class of the PEFT adapter around it, if any.
     tied_to: another name of its weight or bias, in another module; empty when no other module holds them.
     """
 
@@ -42,6 +46,7 @@ class ConvSite:
     read_by: str = ""
     bypassed_by: str = ""
     unreachable: bool = False
+    adapter: str = ""
     tied_to: str = ""
 
     @property
@@ -84,7 +89,7 @@ def find_sites(model: nn.Module, arguments: tuple[Any, ...]) -> Sites:
         f"{who} convolves with a parameter that the model does not register, in a list say: not converted"
         for who in sorted(reads.nameless)
     ]
-    holders = _holders(model)
+    holders, adapters = _holders(model), adapters_by_prefix(model)
     sites = []
     for all_names, module in names:
         first = all_names[0]
@@ -101,6 +106,7 @@ def find_sites(model: nn.Module, arguments: tuple[Any, ...]) -> Sites:
                 read_by=reads.weights.get(first, ""),
                 bypassed_by=reads.forwards.get(first, ""),
                 unreachable=first in reads.elsewhere or any(c.elsewhere for c in (calls, train_calls) if c),
+                adapter=next((cls for prefix, cls in adapters.items() if first.startswith(prefix)), ""),
                 tied_to=next(
                     (n for p in module.parameters(recurse=False) for m, n in holders[id(p)] if m != id(module)), ""
                 ),
@@ -138,7 +144,7 @@ def _observe_both_modes(
             if clone_error:
                 notes.append(f"not run in {mode} mode with clones of its layers: {one_line(clone_error)}")
     if not calls_by_mode:
-        shapes = [tuple(a.shape) if isinstance(a, Tensor) else type(a).__name__ for a in arguments]
+        shapes = [tuple(a.shape) if isinstance(a, Tensor) else type(a).__name__ for a in values_of(arguments)]
         raise InputError(
             f"The model does not run on an input of {shapes}: {one_line(errors[0])}",
             "Its forward must take the example.",
@@ -167,12 +173,16 @@ def _pooled_at_twice_the_size(
 ) -> set[str]:
     """Layers over 1x1 maps. A small image gives such maps too, so an image of twice the size must give them as well."""
     candidates = {name for name, call in calls.items() if call.inputs and _is_1x1_map(call.inputs[0])}
-    if not candidates or len(arguments) != 1 or not isinstance(arguments[0], Tensor) or arguments[0].dim() != 4:
+    values = values_of(arguments)
+    if not candidates or len(values) != 1 or not isinstance(values[0], Tensor) or values[0].dim() != 4:
         return candidates
-    x = arguments[0]
-    larger = x.new_zeros((*x.shape[:2], 2 * x.shape[2], 2 * x.shape[3]))
+
+    def enlarge(x: Tensor) -> Tensor:
+        return x.new_zeros((*x.shape[:2], 2 * x.shape[2], 2 * x.shape[3]))
+
+    larger = tuple(pytree.tree_map(enlarge, arguments))
     try:
-        twice = observe(model, {name: layers[name] for name in candidates}, (larger,), training=False)
+        twice = observe(model, {name: layers[name] for name in candidates}, larger, training=False)
     except Exception:  # a model of one fixed size: its 1x1 maps are what they are
         return candidates
     return {name for name in candidates if name in twice and _is_1x1_map(twice[name].inputs[0])}

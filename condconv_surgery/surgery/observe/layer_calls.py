@@ -15,6 +15,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from condconv_surgery.runtime.meta_device import META, meta_state, on_device
+from condconv_surgery.runtime.model_call import call
 from condconv_surgery.runtime.modes import device_of, has_foreign_hooks, in_mode, without_gradients
 from condconv_surgery.runtime.snapshot import preserving_state
 
@@ -43,10 +44,10 @@ def observe(
         # Data-dependent code (boxes, topk, .item()) and tensors outside the state dict cannot run on meta.
         if not has_foreign_hooks(model):
             with suppress(Exception), preserving_state(model), meta_state(model), recording(layers) as calls:
-                model(*on_device(arguments, META))
+                call(model, on_device(arguments, META))
                 return calls
         with preserving_state(model), recording(layers) as calls:
-            model(*on_device(arguments, device_of(model)))
+            call(model, on_device(arguments, device_of(model)))
         return calls
 
 

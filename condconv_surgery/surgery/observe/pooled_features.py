@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from condconv_surgery.errors import InputError
 from condconv_surgery.runtime.meta_device import on_device
+from condconv_surgery.runtime.model_call import call, image_arguments
 from condconv_surgery.runtime.modes import device_of, dtype_of, in_mode, without_gradients
 from condconv_surgery.runtime.snapshot import preserving_state
 from condconv_surgery.surgery.observe.layer_calls import first_input
@@ -47,32 +48,34 @@ def pooled_features(
     try:
         with in_mode(model, training), without_gradients(model), preserving_state(model):
             for arguments in batches:
-                model(*on_device(arguments, device_of(model)))
+                call(model, on_device(arguments, device_of(model)))
     finally:
         for handle in handles:
             handle.remove()
     return {name: torch.cat(parts) for name, parts in rows.items()}
 
 
-def calibration_batches(model: nn.Module, images: Tensor | Iterable[Any]) -> Iterator[tuple[Tensor]]:
-    """Up to ``MOST_IMAGES`` images for ``model``: from one tensor [N, C, H, W], or an iterable of such or of tuples
-    whose first element is one (a ``DataLoader``).
+def calibration_batches(model: nn.Module, images: Tensor | Iterable[Any]) -> Iterator[tuple[Any, ...]]:
+    """The arguments of ``model`` for up to ``MOST_IMAGES`` images.
+
+    images: one tensor [N, C, H, W], or an iterable of such, of tuples whose first element is one (a ``DataLoader``) or
+        of dicts that hold one (a set of Hugging Face).
 
     Raises ``InputError`` for anything else.
     """
     dtype = dtype_of(model)
     count = 0
     for batch in torch.split(images, BATCH) if isinstance(images, Tensor) else images:
-        x = batch[0] if isinstance(batch, (tuple, list)) and batch else batch
+        x = _images_in(batch)
         if not isinstance(x, Tensor) or x.dim() != 4:
             raise InputError(
                 f"calibration= holds a {type(x).__name__} of shape {tuple(getattr(x, 'shape', ()))}.",
-                "It is a tensor of images [N, C, H, W], or batches of them, alone or first in a tuple.",
+                "It is a tensor of images [N, C, H, W], or batches of them, alone, first in a tuple or in a dict.",
                 "calibration=torch.utils.data.DataLoader(images, batch_size=32)",
             )
         x = x[: MOST_IMAGES - count]
         count += len(x)
-        yield (x.to(dtype),)
+        yield image_arguments(model, x.to(dtype))
         if count >= MOST_IMAGES:
             return
     if count < FEWEST_IMAGES:
@@ -81,6 +84,12 @@ def calibration_batches(model: nn.Module, images: Tensor | Iterable[Any]) -> Ite
             f"Directions in which features vary need {FEWEST_IMAGES} at least; 256 are enough.",
             "more images, or no calibration= for random directions",
         )
+
+
+def _images_in(batch: Any) -> Any:
+    if isinstance(batch, Mapping):
+        return next((x for x in batch.values() if isinstance(x, Tensor) and x.dim() == 4), batch)
+    return batch[0] if isinstance(batch, (tuple, list)) and batch else batch
 
 
 def _pool(module: nn.Module, x: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from condconv_surgery.errors import InputError, ProofError, one_line
 from condconv_surgery.runtime.meta_device import on_device
+from condconv_surgery.runtime.model_call import call
 from condconv_surgery.runtime.modes import device_of, in_mode, without_gradients
 from condconv_surgery.runtime.snapshot import preserving_state
 from condconv_surgery.surgery.proof.output_tensors import output_tensors
@@ -67,7 +68,7 @@ def run_both_modes(model: nn.Module, arguments: tuple[Any, ...], modes: Sequence
     kind = ""
     for training in modes:
         with in_mode(model, training), preserving_state(model), without_gradients(model):
-            output = model(*on_device(arguments, device_of(model)))
+            output = call(model, on_device(arguments, device_of(model)))
             kind = type(output).__name__
             # copied here: an output may be a buffer, whose values are about to be restored
             results[training] = [tensor.detach().to("cpu", copy=True) for tensor in output_tensors(output)]

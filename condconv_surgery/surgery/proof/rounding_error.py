@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from condconv_surgery.runtime.model_call import Keywords
 from condconv_surgery.surgery.conversion_plan import Plan
 from condconv_surgery.surgery.proof.compare_outputs import (
     Difference,
@@ -80,7 +81,7 @@ def _difference_in_float64(
 ) -> tuple[Difference, Outputs] | None:
     """The difference and the original's outputs; ``None`` when the original does not run in float64."""
     model = model.double()
-    for inputs in (_to_float64(arguments), (_to_float64(arguments[0]), *arguments[1:])):  # targets may need float32
+    for inputs in (_to_float64(arguments), _first_to_float64(arguments)):
         try:
             before = run_both_modes(model, inputs, modes)
         except Exception:  # whatever a user's forward raises
@@ -88,6 +89,15 @@ def _difference_in_float64(
         change(model)
         return compare_with(model, inputs, modes, before), before
     return None
+
+
+def _first_to_float64(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The images alone: targets may need float32."""
+    first, *others = arguments
+    if isinstance(first, Keywords):
+        name = next(iter(first))
+        return (Keywords({**first, name: _to_float64(first[name])}),)
+    return (_to_float64(first), *others)
 
 
 def _to_float64(nested: Any) -> Any:

@@ -1,0 +1,105 @@
+"""What training knows of replaced layers: optimizers made before an in-place conversion, and frozen weights."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterable, Sequence
+
+from torch import nn
+from torch.optim import Optimizer
+
+from condconv_surgery.errors import InputError
+from condconv_surgery.layers.routed_block import ROUTER
+from condconv_surgery.recipe import Variant
+from condconv_surgery.surgery.conversion_plan import Plan
+from condconv_surgery.surgery.copy_model import Places
+from condconv_surgery.surgery.observe.conv_sites import ConvSite
+
+
+def require_optimizers(optimizers: Optimizer | Sequence[Optimizer], inplace: bool) -> tuple[Optimizer, ...]:
+    """``optimizers=`` as a tuple. Raises ``InputError`` for other objects, and without ``inplace=True``."""
+    given = (optimizers,) if isinstance(optimizers, Optimizer) else tuple(optimizers)
+    for optimizer in given:
+        if not isinstance(optimizer, Optimizer):
+            raise InputError(
+                f"optimizers= holds a {type(optimizer).__name__}.",
+                "It takes optimizers of torch.optim that were made for the model.",
+                "optimizers=[optimizer]",
+            )
+    if given and not inplace:
+        raise InputError(
+            "optimizers= without inplace=True.",
+            "The converted model is a copy, whose parameters no earlier optimizer holds.",
+            "inplace=True, or make the optimizer from conversion.model.parameters()",
+        )
+    return given
+
+
+def frozen_notes(sites: Sequence[ConvSite], variant: Variant) -> tuple[str, ...]:
+    """A note where weights to be converted do not require gradients: their experts and routers will not either."""
+    frozen = [site for site in sites if not site.module.weight.requires_grad]
+    if not frozen:
+        return ()
+    experts = f"{len(frozen) * variant.experts} experts"
+    return (
+        f"{len(frozen)} of {len(sites)} layers to convert are frozen (requires_grad=False), so their {experts} and "
+        "routers are frozen too: requires_grad_(True) on a layer lets it learn",
+    )
+
+
+def hand_over(optimizers: Iterable[Optimizer], model: nn.Module, plan: Plan, replaced: Places) -> None:
+    """Put experts and routers into the parameter groups of the weights that they replace, in place.
+
+    Each group keeps its options and the order of its parameters; state of replaced parameters (momentum) is dropped,
+    since experts are other tensors of another shape.
+    """
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    successors = _successors(model, plan, replaced)
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            held = group["params"]
+            known = group.get("param_names", [""] * len(held))
+            pairs = [
+                (parameter, name if parameter is old else names[id(parameter)])
+                for old, name in zip(held, known, strict=True)
+                for parameter in successors.get(id(old), [old])
+            ]
+            for old in held:
+                if id(old) in successors:
+                    optimizer.state.pop(old, None)
+            held[:] = [parameter for parameter, _ in pairs]  # some optimizers hold the list itself
+            if "param_names" in group:
+                group["param_names"][:] = [name for _, name in pairs]
+
+
+def unaware_notes(replaced: Places) -> tuple[str, ...]:
+    """A note for optimizers anywhere in the process that still hold a replaced parameter."""
+    old = {id(parameter) for _, module in replaced for parameter in module.parameters(recurse=False)}
+    unaware = [
+        type(candidate).__name__
+        for candidate in gc.get_objects()
+        if issubclass(type(candidate), Optimizer)
+        and any(id(parameter) in old for group in candidate.param_groups for parameter in group["params"])
+    ]
+    if not unaware:
+        return ()
+    return (
+        f"an optimizer ({', '.join(sorted(unaware))}) holds weights that were replaced, not their experts and routers: "
+        "convert with optimizers=[...], or make it again",
+    )
+
+
+def _successors(model: nn.Module, plan: Plan, replaced: Places) -> dict[int, list[nn.Parameter]]:
+    """The parameters in the place of each replaced one, by its identity. Routers, of blocks too, go with the weight."""
+    successors: dict[int, list[nn.Parameter]] = {}
+    routers = {shared.layers[0]: model.get_submodule(f"{shared.block}.{ROUTER}") for shared in plan.routers}
+    modules = dict(replaced)
+    for site in plan.to_convert:
+        layer = model.get_submodule(site.name)
+        new = dict(layer.named_parameters())
+        if site.name in routers:
+            new |= dict(routers[site.name].named_parameters(prefix=ROUTER))
+        for name, old in modules[site.name].named_parameters(recurse=False):
+            successors[id(old)] = [new.pop(name)] if name == "bias" else []
+        successors[id(modules[site.name].weight)] = list(new.values())
+    return successors
