@@ -101,6 +101,7 @@ def convert(
     _check_sizes(input_size, tolerance)
     path = None if dry_run else writable(output)
     from condconv_surgery.models.artifact.save_load import save
+    from condconv_surgery.models.half_precision import to_dtypes, to_float32
     from condconv_surgery.models.sources import load_model
     from condconv_surgery.surgery.upcycle import start_of
 
@@ -111,11 +112,14 @@ def convert(
     if dry_run:
         _show_plan(original, selection, layer, ctx, as_json)
         return
+    stored = to_float32(original)
     conversion = _convert(original, layer, selection, upcycling, calibration, tolerance, ctx)
+    to_dtypes(conversion.model, stored)
     assert path is not None
     used = start_of(layer, upcycling) if layer.experts > 1 else None
     summary = _summary(model, path, layer, conversion, used, calibration is not None)  # an error here leaves no file
     save(conversion.model, path)
+    summary["dtype"] = " and ".join(sorted({str(kind).removeprefix("torch.") for kind in stored.values()})) or None
     if as_json:
         print_json(summary)
     else:
@@ -285,5 +289,7 @@ def _say_summary(summary: dict[str, Any], conversion: Conversion) -> None:
     for mode, gap in summary["difference"].items():
         text = "not compared (see the note)" if gap is None else f"{gap:.2g} at most between original and converted"
         say(f"Difference  {mode}: {text}")
+    if summary["dtype"]:
+        say(f"Stored      in {summary['dtype']}, as it came; converted and compared in float32")
     say(f"Wrote       {summary['output']}")
     say(f"Next        condconv finetune {summary['output']} --data FOLDER -o RUN")

@@ -20,7 +20,9 @@ from torch import nn
 
 from condconv_surgery.errors import InputError, SurgeryError
 from condconv_surgery.models.artifact.strict_fill import fill_foreign, modern_names
-from condconv_surgery.models.checkpoints.read_checkpoint import read_tensors
+from condconv_surgery.models.checkpoints.adapt_outer_layers import adapt
+from condconv_surgery.models.checkpoints.read_checkpoint import read_weights
+from condconv_surgery.models.checkpoints.state_names import fitting_names
 from condconv_surgery.recipe import InputSpec, Recipe, Source, attach_recipe
 from condconv_surgery.runtime.modes import input_of_stem
 
@@ -93,13 +95,24 @@ def named_source(
         model = _published(text, pretrained) if wanted else None
         if model is None:
             model = checked_model(lambda: build(source), source)
+        heads: dict[str, int] = {}
         if options.weights not in ("none", "default"):
-            state = read_tensors(Path(options.weights), options.trust, model)
-            fill_foreign(model, modern_names(state), options.weights, source)
-        attach_recipe(model, Recipe(source=source, input=input_spec(model, source)))
+            heads = _fill_from_file(model, source, options)
+        attach_recipe(model, Recipe(source=source, input=input_spec(model, source), heads=heads))
         return model
 
     return ModelSource(prefix, lambda text: text.startswith(f"{prefix}:"), load, build, input_spec)
+
+
+def _fill_from_file(model: nn.Module, source: Source, options: LoadOptions) -> dict[str, int]:
+    """Copy the weights of a file into ``model``; returns the width of its head, by name, if that became another one."""
+    own = modern_names(read_weights(Path(options.weights), options.trust))
+    state = fitting_names(own, model)
+    heads: dict[str, int] = {}
+    if options.num_classes is None:
+        state, heads = adapt(model, state, own, options.weights)
+    fill_foreign(model, state, options.weights, source)
+    return heads
 
 
 def with_classes(source: Source, num_classes: int | None) -> Source:

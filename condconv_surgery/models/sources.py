@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
-from torch import nn
+from torch import Tensor, nn
 
 from condconv_surgery.errors import InputError
 from condconv_surgery.models.artifact.container import is_artifact
@@ -14,12 +14,14 @@ from condconv_surgery.models.artifact.meta_init import build_on_meta
 from condconv_surgery.models.artifact.save_load import load
 from condconv_surgery.models.artifact.strict_fill import fill_foreign, modern_names
 from condconv_surgery.models.build_model import build
+from condconv_surgery.models.checkpoints.adapt_outer_layers import adapt
 from condconv_surgery.models.checkpoints.allowlist import trusted
 from condconv_surgery.models.checkpoints.read_checkpoint import read_checkpoint
 from condconv_surgery.models.checkpoints.recognise_architecture import recognise_module
+from condconv_surgery.models.checkpoints.recognise_body import recognise_body
 from condconv_surgery.models.checkpoints.state_names import fitting_names
 from condconv_surgery.models.factory_source import named, package_of
-from condconv_surgery.models.layouts.layout_registry import PLAIN, layout_of
+from condconv_surgery.models.layouts.layout_registry import PLAIN, Layout, layout_of
 from condconv_surgery.models.source_registry import (
     LoadOptions,
     ModelSource,
@@ -30,6 +32,7 @@ from condconv_surgery.models.source_registry import (
 )
 from condconv_surgery.models.torchvision_source import build_published, input_of, published_weights
 from condconv_surgery.recipe import InputSpec, Recipe, Source, attach_recipe, recipe_of
+from condconv_surgery.runtime.modes import input_of_stem
 from condconv_surgery.runtime.tensor_hash import hash_weights
 
 FILE_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".tar", ".safetensors", ".onnx", ".h5", ".pt2", ".pkl")
@@ -123,19 +126,35 @@ def _load_checkpoint(text: str, options: LoadOptions) -> nn.Module:
         model = build_published(*published, state)
         attach_recipe(model, Recipe(source=Source(f"torchvision:{published[0]}"), input=input_of(published[1])))
         return model
-    source = arch or layout.recognise(state)
+    source = arch or _recognised(layout, state, own)
     plain = layout.plain_source(source)
     model = build(plain, (*options.trust, package_of(plain)))  # naming a factory is trusting its package
+    heads: dict[str, int] = {}
     if layout is PLAIN:
         state = fitting_names(own, model)
+        if options.num_classes is None:
+            state, heads = adapt(model, state, own, text)
     fill_foreign(model, layout.read(model, state), text, plain)
     writer = model if plain == source else build_on_meta(source)  # the input is that of the network in the file
-    attach_recipe(model, Recipe(source=plain, input=_input_spec(writer, source)))
+    attach_recipe(model, Recipe(source=plain, input=_input_spec(writer, source), heads=heads))
     return model
 
 
+def _recognised(layout: Layout, state: dict[str, Tensor], own: dict[str, Tensor]) -> Source:
+    try:
+        return layout.recognise(state)
+    except InputError:
+        source = recognise_body(own) if layout is PLAIN else None
+        if source is None:
+            raise
+        return source
+
+
 def _input_spec(model: nn.Module, source: Source) -> InputSpec:
-    return builder_for(source.name).input_spec(model, source)
+    """That of the source, with the channels of an adapted stem."""
+    spec = builder_for(source.name).input_spec(model, source)
+    channels = input_of_stem(model).channels
+    return replace(spec, channels=channels) if channels != spec.channels else spec
 
 
 register_source(ModelSource("checkpoint", _is_file, _load_checkpoint))

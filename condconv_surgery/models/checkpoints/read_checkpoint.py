@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from condconv_surgery.errors import DamagedFileError, InputError
 from condconv_surgery.models.checkpoints.file_type import REFUSALS, SAFETENSORS, file_kind
 from condconv_surgery.models.checkpoints.pickled_modules import check_module, load_pickle
-from condconv_surgery.models.checkpoints.state_names import fitting_names
 
 AVERAGED = ("state_dict_ema", "model_ema", "ema", "ema_state_dict", "params_ema", "teacher")
 """Keys under which training scripts store averaged weights (DINO's teacher averages the student's)."""
@@ -61,10 +60,10 @@ def read_checkpoint(path: Path, trust: tuple[str, ...] = ()) -> dict[str, Tensor
     return check_module(inner if isinstance(inner, nn.Module) else weights, path)
 
 
-def read_tensors(path: Path, trust: tuple[str, ...] = (), model: nn.Module | None = None) -> dict[str, Tensor]:
-    """The state dict of ``read_checkpoint``; of a whole module, its own. Names as ``fitting_names`` gives them."""
+def read_weights(path: Path, trust: tuple[str, ...] = ()) -> dict[str, Tensor]:
+    """The state dict of ``read_checkpoint``; of a whole module, its own."""
     content = read_checkpoint(path, trust)
-    return fitting_names(dict(content.state_dict()) if isinstance(content, nn.Module) else content, model)
+    return dict(content.state_dict()) if isinstance(content, nn.Module) else content
 
 
 def _load_safetensors(path: Path) -> dict[str, Any]:
@@ -77,7 +76,7 @@ def _load_safetensors(path: Path) -> dict[str, Any]:
 
 
 def _find_weights(content: Any, path: Path) -> dict[str, Tensor] | nn.Module:
-    """The weights in what a file holds; a log line names the set taken where there are several."""
+    """The weights in what a file holds; a log line names the set taken, and the others where there are several."""
     weights, key = _weights_in(content)
     if weights is None:
         raise InputError(
@@ -86,9 +85,10 @@ def _find_weights(content: Any, path: Path) -> dict[str, Tensor] | nn.Module:
             "torch.save(model.state_dict(), 'model.pt')",
         )
     others = [nest for nest in NESTS if key not in ("", nest) and _weights_in(content.get(nest))[0] is not None]
-    if others:
+    if key:
         averaged = " (averaged)" if key in AVERAGED else ""
-        _LOG.warning("%s: took the weights under %r%s, not those under %s", path, key, averaged, ", ".join(others))
+        instead = f", not those under {', '.join(others)}" if others else ""
+        _LOG.warning("%s: took the weights under %r%s%s", path, key, averaged, instead)
     return weights
 
 

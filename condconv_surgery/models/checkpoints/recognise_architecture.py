@@ -10,6 +10,7 @@ import functools
 import inspect
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import torchvision
@@ -40,9 +41,9 @@ def recognise(shapes: Shapes, timm_names: list[str] | None = None) -> Source:
     shapes = _comparable(shapes)
     if timm_names is None:
         matches = (
-            _matches(shapes, "torchvision", _torchvision_families())
+            _matches(shapes, "torchvision", families_of("torchvision"))
             or _matches(shapes, "condconv", {"": list(WIDTHS)})
-            or _matches(shapes, "timm", _timm_families())
+            or _matches(shapes, "timm", families_of("timm"))
         )
     else:
         matches = _matches(shapes, "timm", {"": timm_names})
@@ -68,7 +69,7 @@ def recognise_module(model: nn.Module) -> Source | None:
     home = type(model).__module__
     config = getattr(model, "pretrained_cfg", None)
     if home.startswith("torchvision.models."):
-        matches = _matches(shapes, "torchvision", {home: _torchvision_families().get(home, [])})
+        matches = _matches(shapes, "torchvision", {home: families_of("torchvision").get(home, [])})
     elif home.startswith("timm.") and isinstance(config, dict) and config.get("architecture"):
         matches = _matches(shapes, "timm", {home: [config["architecture"]]})
     else:
@@ -143,18 +144,29 @@ def _same_family(first: frozenset[str], tops: frozenset[str], library: str) -> b
 
 def _matching_source(shapes: Shapes, library: str, name: str) -> Source | None:
     """The source of ``name`` with the options under which it has exactly these tensors, ``None`` when there is none."""
-    for options, candidate in zip(_allowed_variations(library, name), _variation_shapes(library, name), strict=True):
+    for source, candidate in variations(library, name):
         if candidate.keys() != shapes.keys():
             continue
         different = [key for key in shapes if shapes[key] != candidate[key]]
         if not different:
-            return Source(f"{library}:{name}", options)
+            return source
         classes = {shapes[key][0] for key in different if shapes[key] and shapes[key][1:] == candidate[key][1:]}
         if len(classes) == 1:
-            resized = Source(f"{library}:{name}", {**options, "num_classes": classes.pop()})
+            resized = replace(source, options={**source.options, "num_classes": classes.pop()})
             if _shapes_of(resized) == shapes:
                 return resized
     return None
+
+
+def variations(library: str, name: str) -> Iterator[tuple[Source, Shapes]]:
+    """The model of that name with each of the options that change its tensors: its source and its shapes."""
+    for options, shapes in zip(_allowed_variations(library, name), _variation_shapes(library, name), strict=True):
+        yield Source(f"{library}:{name}", options), shapes
+
+
+def families_of(library: str) -> dict[str, list[str]]:
+    """Names of models of torchvision or timm, by the module that defines their builders; none without timm."""
+    return _torchvision_families() if library == "torchvision" else _timm_families()
 
 
 def _variation_shapes(library: str, name: str) -> Iterator[Shapes]:
@@ -218,7 +230,7 @@ def _nearest(shapes: Shapes, count: int = 3) -> list[str]:
 
     Only the two families whose first member has the most common names are built.
     """
-    families = _torchvision_families().values()
+    families = families_of("torchvision").values()
 
     def common_names(names: list[str]) -> float:
         others = next(_variation_shapes("torchvision", names[0])).keys()

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import TypeVar
 
 from torch import Tensor, nn
 
 from condconv_surgery.errors import listed
+from condconv_surgery.models.checkpoints.outer_layers import outer_layers, shapes_of
 
 NETWORKS = ("teacher", "encoder_q", "base_encoder", "online_encoder", "encoder", "backbone", "student")
 """Modules that hold the network where others stand beside it; the first one that fits as well as any is taken."""
@@ -22,6 +24,8 @@ WRAPPERS = ("module", "_orig_mod", "model", "net", "network")
 
 OPTIONAL = ("num_batches_tracked",)
 
+T = TypeVar("T")
+
 _LOG = logging.getLogger("condconv_surgery")
 
 
@@ -29,9 +33,10 @@ def fitting_names(state: dict[str, Tensor], model: nn.Module | None = None) -> d
     """The part of ``state`` that is the network, without prefixes; with those that the names of ``model`` have.
 
     With ``model``: the names as they are if all are its own, else after the prefix under which most of its tensors are
-    found. Tensors beside the network are left out if all of its own are there: under another prefix, or of modules at
-    the top that it does not have. Without: prefixes that all names have are removed, and networks among other modules
-    are taken. A log line says what was left out.
+    found, else as an ``nn.Sequential`` of its children. Tensors beside the network are left out if all of its own, but
+    for a classifier's head, are there: under another prefix, or of modules at the top that it does not have. Without:
+    prefixes that all names have are removed, and networks among other modules are taken. A log line says what was left
+    out.
     """
     if model is None:
         taken = _of_network(state)
@@ -39,24 +44,51 @@ def fitting_names(state: dict[str, Tensor], model: nn.Module | None = None) -> d
         wanted = model.state_dict().keys()
         if state.keys() <= wanted:
             return state
-        taken = _of_model(state, wanted)
+        taken = _of_model(state, model)
     left = [name for name, tensor in state.items() if not any(tensor is t for t in taken.values())]
     if model is not None and taken and any(not name.endswith("n_averaged") for name in left):
         _LOG.warning("left out %s: the network has no such tensors", listed(left))
     return taken
 
 
-def _of_model(state: dict[str, Tensor], wanted: Collection[str]) -> dict[str, Tensor]:
-    prefixes = ["", *_prefixes_of(state, minimum=max(len(wanted) // 2, 1))]
-    found = {prefix: sum(f"{prefix}{name}" in state for name in wanted) for prefix in prefixes}
+def parts_of(state: dict[str, Tensor]) -> list[dict[str, Tensor]]:
+    """The tensors under each prefix that half of all names have, without it."""
+    prefixes = sorted(_prefixes_of(state, minimum=max(len(state) // 2, 1)), key=_preference)
+    return [_under(state, prefix) for prefix in prefixes]
+
+
+def as_children(state: Mapping[str, T], children: Sequence[str]) -> dict[str, T]:
+    """Names of ``nn.Sequential(*network.children())``, which begin with a number, as the network has them."""
+    renamed = {}
+    for name, value in state.items():
+        number, dot, rest = name.partition(".")
+        known = number.isdigit() and int(number) < len(children)
+        renamed[f"{children[int(number)]}{dot}{rest}" if known else name] = value
+    return renamed
+
+
+def _of_model(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    wanted = model.state_dict()
+    parts = {prefix: _under(state, prefix) for prefix in _prefixes_of(state, minimum=max(len(wanted) // 2, 1))}
+    parts = {"": state, **parts}
+    found = _names_found(parts, wanted)
+    if not max(found.values()):
+        children = [name for name, _ in model.named_children()]
+        parts = {prefix: as_children(part, children) for prefix, part in parts.items()}
+        found = _names_found(parts, wanted)
     most = max(found.values())
     if not most:
         return _of_network(state)
-    best = min((prefix for prefix, count in found.items() if count == most), key=_preference)
-    part = _under(state, best)
+    part = parts[min((prefix for prefix, count in found.items() if count == most), key=_preference)]
     tops = {name.partition(".")[0] for name in wanted}
-    complete = all(name in part for name in wanted if not name.endswith(OPTIONAL))
+    outer = outer_layers(shapes_of(wanted))
+    needed = [name for name in wanted if not name.endswith(OPTIONAL)]
+    complete = all(name in part for name in needed if outer is None or not name.startswith(outer.group))
     return {name: t for name, t in part.items() if name.partition(".")[0] in tops} if complete else part
+
+
+def _names_found(parts: Mapping[str, Mapping[str, Tensor]], wanted: Collection[str]) -> dict[str, int]:
+    return {prefix: sum(name in part for name in wanted) for prefix, part in parts.items()}
 
 
 def _of_network(state: dict[str, Tensor]) -> dict[str, Tensor]:
