@@ -39,7 +39,7 @@ def collapse(
         raise InputError(f"--limit is {limit}.", "It must be at least 1.", "--limit 1000")
     path = None if dry_run else writable(output)
     from condconv_surgery.deploy import collapse as collapse_model
-    from condconv_surgery.models.artifact.save_load import load, save
+    from condconv_surgery.models.delta_base import load, save
 
     say(f"Loading {artifact} ...")
     model = load(artifact, trust=tuple(trust or ()))

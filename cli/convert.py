@@ -11,6 +11,7 @@ from condconv_surgery.errors import InputError
 from condconv_surgery.recipe import STARTS, VARIANTS, Selection, Upcycling, Variant, make_variant
 
 from .console import print_json, say, say_by_reason
+from .next_step import next_step
 from .translate_arguments import to_flags
 
 if TYPE_CHECKING:
@@ -27,7 +28,7 @@ def convert(
     model: Annotated[
         str,
         typer.Argument(
-            help="torchvision:NAME, timm:NAME, condconv:mobilenet_v1, a file (.pt, .safetensors) or pkg.mod:factory."
+            help="torchvision:NAME, timm:NAME, hf:OWNER/NAME, condconv:mobilenet_v1, a file or pkg.mod:factory."
         ),
     ],
     output: Annotated[Path | None, typer.Option("-o", "--output", help="The artifact to write (.safetensors).")] = None,
@@ -123,7 +124,7 @@ def convert(
     if as_json:
         print_json(summary)
     else:
-        _say_summary(summary, conversion)
+        _say_summary(summary, conversion, trusted)
 
 
 def _check_sizes(input_size: int | None, tolerance: float | None) -> None:
@@ -265,7 +266,7 @@ def _skipped(plan: Plan) -> list[dict[str, str]]:
     return [{"name": skip.name, "reason": skip.reason} for skip in plan.skipped]
 
 
-def _say_summary(summary: dict[str, Any], conversion: Conversion) -> None:
+def _say_summary(summary: dict[str, Any], conversion: Conversion, trust: tuple[str, ...]) -> None:
     def change(name: str, unit: float, suffix: str) -> str:
         before, after = summary[name]["before"], summary[name]["after"]
         return f"{before / unit:.2f}{suffix} -> {after / unit:.2f}{suffix} ({after / before - 1:+.1%})"
@@ -292,4 +293,4 @@ def _say_summary(summary: dict[str, Any], conversion: Conversion) -> None:
     if summary["dtype"]:
         say(f"Stored      in {summary['dtype']}, as it came; converted and compared in float32")
     say(f"Wrote       {summary['output']}")
-    say(f"Next        condconv finetune {summary['output']} --data FOLDER -o RUN")
+    say(f"Next        {next_step(conversion.model, Path(summary['output']), trust)}")

@@ -53,7 +53,7 @@ def _export_onnx(
 ) -> None:
     from condconv_surgery.deploy import export_onnx
     from condconv_surgery.deploy.onnx_export import form_counts
-    from condconv_surgery.models.artifact.save_load import load
+    from condconv_surgery.models.delta_base import load
 
     say(f"Exporting {artifact}, then running the file in ONNX Runtime ...")
     result = export_onnx(load(artifact, trust=trust), path, form=form, dynamic_size=dynamic_size)
@@ -77,7 +77,7 @@ def _export_onnx(
 
 
 def _export_layout(artifact: Path, layout: str, path: Path, trust: tuple[str, ...], as_json: bool) -> None:
-    from condconv_surgery.models.artifact.save_load import load
+    from condconv_surgery.models.delta_base import load
     from condconv_surgery.models.layouts.layout_registry import write_layout
 
     state = write_layout(load(artifact, trust=trust), layout, path)

@@ -23,7 +23,7 @@ def fold(
     """Fold the batch norm behind each conditional layer into its experts, exactly, for inference."""
     path = writable(output)
     from condconv_surgery.deploy import fold as fold_model
-    from condconv_surgery.models.artifact.save_load import load, save
+    from condconv_surgery.models.delta_base import load, save
 
     folding = fold_model(load(artifact, trust=tuple(trust or ())), inplace=True, tolerance=tolerance)
     save(folding.model, path)

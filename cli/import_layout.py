@@ -17,25 +17,34 @@ if TYPE_CHECKING:
 
 
 def import_(
-    file: Annotated[Path, typer.Argument(help="Weights with conditional layers, as timm or ODConv's authors write.")],
+    file: Annotated[
+        Path,
+        typer.Argument(help="Weights as timm or ODConv's authors write conditional layers; or a delta file."),
+    ],
     output: Annotated[Path | None, typer.Option("-o", "--output", help="The artifact to write (.safetensors).")] = None,
     arch: Annotated[str | None, typer.Option(help="Architecture of the weights, where it is not recognised.")] = None,
     num_classes: Annotated[int | None, typer.Option(help="Classes of the model, with --arch.")] = None,
     input_size: Annotated[int | None, typer.Option(help="Side of the square input, in pixels.")] = None,
+    base: Annotated[
+        str | None, typer.Option(help="Of a delta file: the model whose differences it holds, a name or a file.")
+    ] = None,
     trust: Annotated[list[str] | None, typer.Option(help="A package whose code may build it; repeatable.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")] = False,
 ) -> None:
-    """Read a conditional network that timm or the authors of ODConv saved; nothing more is converted."""
+    """Read a conditional network that timm or the authors of ODConv saved, or a delta file; nothing is converted."""
     path = writable(output)
     if not file.is_file():
         raise InputError(f"{file} is not a file.", "It must hold the weights.", "another path")
     from condconv_surgery.layers import conditional_layers
-    from condconv_surgery.models.artifact.save_load import save
+    from condconv_surgery.models.delta_base import load, save
     from condconv_surgery.models.sources import load_model
     from condconv_surgery.recipe import recipe_of
 
     trusted = tuple(trust or ())
-    model = load_model(f"{file}", arch=arch, num_classes=num_classes, input_size=input_size, trust=trusted)
+    if base is None:
+        model = load_model(f"{file}", arch=arch, num_classes=num_classes, input_size=input_size, trust=trusted)
+    else:
+        model = load(file, base=base, trust=trusted)
     recipe = recipe_of(model)
     if not conditional_layers(model):
         raise InputError(

@@ -20,6 +20,7 @@ from .finetune import finetune
 from .fold import fold
 from .import_layout import import_
 from .report import report
+from .share import share
 from .translate_arguments import TranslatingCommand
 
 app = typer.Typer(
@@ -39,6 +40,7 @@ app.command(cls=TranslatingCommand)(collapse)
 app.command(cls=TranslatingCommand)(fold)
 app.command("import", cls=TranslatingCommand)(import_)
 app.command(cls=TranslatingCommand)(export)
+app.command(cls=TranslatingCommand)(share)
 
 
 def _print_version(wanted: bool) -> None:

@@ -25,10 +25,11 @@ if TYPE_CHECKING:
     from condconv_surgery.data.data_check import check_data
     from condconv_surgery.deploy import collapse, export_onnx, fold
     from condconv_surgery.layers import set_temperature
-    from condconv_surgery.models.artifact.save_load import load, save
+    from condconv_surgery.models.delta_base import load, save
     from condconv_surgery.models.mobilenet_v1 import mobilenet_v1
     from condconv_surgery.models.sources import load_model
     from condconv_surgery.reporting import report
+    from condconv_surgery.sharing import from_pretrained, push_to_hub, save_pretrained
     from condconv_surgery.studies import compare
     from condconv_surgery.surgery import Conversion, Plan, convert, plan
     from condconv_surgery.training import finetune
@@ -45,12 +46,15 @@ _LAZY = {
     "export_onnx": "condconv_surgery.deploy",
     "finetune": "condconv_surgery.training",
     "fold": "condconv_surgery.deploy",
-    "load": "condconv_surgery.models.artifact.save_load",
+    "from_pretrained": "condconv_surgery.sharing",
+    "load": "condconv_surgery.models.delta_base",
     "load_model": "condconv_surgery.models.sources",
     "mobilenet_v1": "condconv_surgery.models.mobilenet_v1",
     "plan": "condconv_surgery.surgery",
+    "push_to_hub": "condconv_surgery.sharing",
     "report": "condconv_surgery.reporting",
-    "save": "condconv_surgery.models.artifact.save_load",
+    "save": "condconv_surgery.models.delta_base",
+    "save_pretrained": "condconv_surgery.sharing",
     "set_temperature": "condconv_surgery.layers",
 }
 """The module of each name that needs torch."""
@@ -75,13 +79,16 @@ __all__ = [
     "export_onnx",
     "finetune",
     "fold",
+    "from_pretrained",
     "load",
     "load_model",
     "mobilenet_v1",
     "native",
     "plan",
+    "push_to_hub",
     "report",
     "save",
+    "save_pretrained",
     "set_temperature",
 ]
 

@@ -29,6 +29,7 @@ ROOMS = [
     "reporting",
     "deploy",
     "studies",
+    "sharing",
     "cli",
 ]
 PYTHON = ("condconv_surgery", "cli", "tests", "benchmarks", "examples")

@@ -6,8 +6,10 @@ They are recognised by the full name of the class whose ``forward`` runs, so no 
 from __future__ import annotations
 
 import importlib
+from typing import Any
 
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from condconv_surgery.errors import InputError
 from condconv_surgery.ops.geometry import TF_SAME, ConvGeometry
@@ -16,8 +18,16 @@ PADDINGS = {
     "timm.layers.conv2d_same.Conv2dSame": TF_SAME,
     "timm.layers.std_conv.StdConv2dSame": TF_SAME,
     "timm.layers.std_conv.ScaledStdConv2dSame": TF_SAME,
+    "efficientnet_pytorch.utils.Conv2dDynamicSamePadding": TF_SAME,
 }
 """The padding of these classes, always with zeros. Where there is an attribute ``same_pad``, only if it is true."""
+
+CONSTANT_PADDINGS = (
+    "condconv_surgery.layers.conv2d_subclasses.PaddedConv2d",
+    "efficientnet_pytorch.utils.Conv2dStaticSamePadding",
+)
+"""Classes that pad with zeros by constant amounts, which may differ between sides; and any class that the user asserts
+to be equivalent, if it has a ``static_padding``."""
 
 STANDARDISED = (
     "timm.layers.std_conv.StdConv2d",
@@ -26,6 +36,24 @@ STANDARDISED = (
     "timm.layers.std_conv.ScaledStdConv2dSame",
 )
 """Classes that standardise their weight at each call (``layers.weight_standardisation``)."""
+
+
+class PaddedConv2d(nn.Conv2d):
+    """``nn.Conv2d`` of an input that is padded with zeros before: [B, I, H, W] -> [B, O, H', W'].
+
+    padding: pixels on the left, right, top and bottom. The other arguments are those of ``nn.Conv2d``.
+    """
+
+    def __init__(self, *args: Any, padding: tuple[int, int, int, int], **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.amounts = padding
+
+    def forward(self, input: Tensor) -> Tensor:
+        padded: Tensor = self._conv_forward(F.pad(input, self.amounts), self.weight, self.bias)
+        return padded
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, amounts={self.amounts}"  # type: ignore[no-untyped-call]
 
 
 def geometry_of(module: nn.Conv2d | nn.Linear) -> ConvGeometry:
@@ -44,10 +72,28 @@ def geometry_of(module: nn.Conv2d | nn.Linear) -> ConvGeometry:
     )
 
 
-def padding_of(module: nn.Conv2d) -> tuple[int, int] | int | str:
-    """The padding that a convolution applies: that of its class if listed in ``PADDINGS``, else its attribute."""
+def padding_of(module: nn.Conv2d) -> tuple[int, int] | tuple[int, int, int, int] | int | str:
+    """The padding that a convolution applies: that of its class if it is listed above, else its attribute."""
+    amounts = constant_padding(module)
+    if amounts is not None:
+        left, right, top, bottom = amounts
+        return (top, left) if left == right and top == bottom else amounts
     known = PADDINGS.get(forward_of(type(module))) if getattr(module, "same_pad", True) else None
     return module.padding if known is None else known  # type: ignore[return-value]
+
+
+def constant_padding(module: nn.Module) -> tuple[int, int, int, int] | None:
+    """Pixels of zeros on the left, right, top and bottom, where a class pads by more than its attribute says."""
+    inner = module._modules.get("static_padding")
+    if isinstance(module, PaddedConv2d):
+        extra = module.amounts
+    elif isinstance(module, nn.Conv2d) and isinstance(inner, (nn.ZeroPad2d, nn.Identity)):
+        extra = inner.padding if isinstance(inner, nn.ZeroPad2d) else (0, 0, 0, 0)
+    else:
+        return None
+    high, wide = (0, 0) if isinstance(module.padding, str) else module.padding
+    left, right, top, bottom = extra
+    return (left + wide, right + wide, top + high, bottom + high)
 
 
 def is_standardised(module: nn.Module) -> bool:
@@ -63,7 +109,7 @@ def is_understood(cls: type[nn.Module]) -> bool:
 
 def is_known_otherwise(cls: type[nn.Module]) -> bool:
     """Whether a class computes something else than ``nn.Conv2d`` that is listed here."""
-    return forward_of(cls) in PADDINGS or forward_of(cls) in STANDARDISED
+    return forward_of(cls) in (*PADDINGS, *CONSTANT_PADDINGS, *STANDARDISED)
 
 
 def layer_of_timm(name: str) -> type[nn.Conv2d]:

@@ -11,7 +11,7 @@ from torch import nn
 
 from condconv_surgery.layers.conditional import LAYERS, ConditionalConv2d
 from condconv_surgery.layers.conditional_linear import ConditionalLinear
-from condconv_surgery.layers.conv2d_subclasses import geometry_of, layer_of_timm
+from condconv_surgery.layers.conv2d_subclasses import PaddedConv2d, geometry_of, layer_of_timm
 from condconv_surgery.layers.router_base import make_router
 from condconv_surgery.layers.weight_standardisation import standardisation_of
 from condconv_surgery.ops.geometry import TF_SAME
@@ -64,7 +64,8 @@ def plain_like(layer: ConditionalConv2d[Any]) -> nn.Conv2d | nn.Linear:
     if isinstance(layer, ConditionalLinear):
         return nn.Linear(g.in_channels, g.out_channels, has_bias, device="meta", dtype=dtype)
     if g.padding != TF_SAME and layer.standardisation is None:
-        return nn.Conv2d(**asdict(g), bias=has_bias, device="meta", dtype=dtype)
+        cls = PaddedConv2d if g.by_side else nn.Conv2d
+        return cls(**asdict(g), bias=has_bias, device="meta", dtype=dtype)
     return _plain_of_timm(layer).to(dtype)
 
 
@@ -80,7 +81,7 @@ def _plain_of_timm(layer: ConditionalConv2d[Any]) -> nn.Conv2d:
             name = f"Scaled{name}"
             options["gamma"] = standardisation.scale * math.prod(g.weight_shape[1:]) ** 0.5
     with torch.device("meta"):  # layers of older versions of timm take neither device nor dtype
-        plain = layer_of_timm(f"{name}Same" if same else name)(*shape, padding=0 if same else g.padding, **options)
+        plain = layer_of_timm(f"{name}Same" if same else name)(*shape, padding=0 if same else g.padding, **options)  # type: ignore[arg-type]
     if same and standardisation is not None:
         plain.same_pad = True  # type: ignore[assignment]
     return plain

@@ -6,9 +6,11 @@ from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from condconv_surgery.errors import InputError
+from condconv_surgery.runtime.modes import example_arguments, in_mode, without_gradients
+from condconv_surgery.runtime.snapshot import preserving_state
 
 
 class Logits(NamedTuple):
@@ -58,6 +60,17 @@ def matrices_of(output: object) -> list[Tensor]:
             "your own loop with the functions of condconv_surgery.training",
         )
     return logits
+
+
+def is_classifier(model: nn.Module) -> bool:
+    """Whether ``model`` returns logits [B, K] for its own example. Runs it once, and leaves it as it was."""
+    with preserving_state(model), in_mode(model, False), without_gradients(model):
+        output = model(*example_arguments(model))
+    try:
+        matrices_of(output)
+    except InputError:
+        return False
+    return True
 
 
 def are_probabilities(rows: Tensor) -> Tensor:

@@ -8,7 +8,8 @@ from dataclasses import replace
 import torchvision
 from torch import nn
 
-from condconv_surgery.errors import InputError, unknown_name
+from condconv_surgery.errors import InputError, nearest, unknown_name
+from condconv_surgery.models.checkpoints.allowlist import import_advice
 from condconv_surgery.models.source_registry import named_source
 from condconv_surgery.recipe import Source
 
@@ -44,14 +45,17 @@ def package_of(source: Source) -> str:
 
 def _build(source: Source) -> nn.Module:
     module, _, name = named(source.name).name.partition(":")
+    allowed = "A factory is package.module:function, importable from here."
     try:
-        factory = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as error:
-        raise InputError(
-            f"{module}:{name} cannot be imported: {error}.",
-            "A factory is package.module:function, importable from here.",
-            "PYTHONPATH=. in front of the command, or sys.path.insert(0, '.')",
-        ) from error
+        home = importlib.import_module(module)
+    except ImportError as error:
+        fix = import_advice(module.partition(".")[0])
+        raise InputError(f"{module}:{name} cannot be imported: {error}.", allowed, fix) from error
+    if not callable(factory := getattr(home, name, None)):
+        known = [key for key, value in vars(home).items() if callable(value) and value.__module__ == module]
+        close = nearest(name, known, 1) or known[:1]
+        fix = f"{module}:{close[0]}" if close else f"a function in {module}"
+        raise InputError(f"{module}:{name} cannot be imported: {module} has no function {name!r}.", allowed, fix)
     model: nn.Module = factory(**source.options)
     return model
 

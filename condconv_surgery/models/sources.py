@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from condconv_surgery.errors import InputError
 from condconv_surgery.models.artifact.container import is_artifact
+from condconv_surgery.models.artifact.delta import Base
 from condconv_surgery.models.artifact.meta_init import build_on_meta
 from condconv_surgery.models.artifact.save_load import load
 from condconv_surgery.models.artifact.strict_fill import fill_foreign, modern_names
@@ -20,7 +21,8 @@ from condconv_surgery.models.checkpoints.read_checkpoint import read_checkpoint
 from condconv_surgery.models.checkpoints.recognise_architecture import recognise_module
 from condconv_surgery.models.checkpoints.recognise_body import recognise_body
 from condconv_surgery.models.checkpoints.state_names import fitting_names
-from condconv_surgery.models.factory_source import named, package_of
+from condconv_surgery.models.factory_source import FACTORY, named, package_of, require_trusted
+from condconv_surgery.models.hub_source import FOLDER, HUB
 from condconv_surgery.models.layouts.layout_registry import PLAIN, Layout, layout_of
 from condconv_surgery.models.source_registry import (
     LoadOptions,
@@ -53,8 +55,9 @@ def load_model(
     >>> model.fc.out_features
     10
 
-    source: ``torchvision:NAME``, ``timm:NAME``, ``condconv:NAME`` (``mobilenet_v1``), ``package.module:factory``, an
-        artifact (``save``), a file with a state dict or a pickled module, or what was added by ``register_source``.
+    source: ``torchvision:NAME``, ``timm:NAME``, ``hf:OWNER/NAME``, ``condconv:NAME`` (``mobilenet_v1``),
+        ``package.module:factory``, an artifact (``save``) or the folder of one (``save_pretrained``), a file with a
+        state dict or a pickled module, or what was added by ``register_source``.
     arch: the architecture of a state dict that is not recognised, as ``torchvision:NAME``, ``timm:NAME`` or
         ``package.module:factory``.
     weights: for a name: ``"default"`` (the library's pretrained ones), ``"none"`` (random) or a file.
@@ -102,7 +105,14 @@ def _load_artifact(text: str, options: LoadOptions) -> nn.Module:
         raise InputError(
             f'arch="{options.arch}" with {text}.', "An artifact names its own architecture.", "leave it out"
         )
-    return load(text, trust=options.trust)
+    return load(text, trust=options.trust, base=base_of_name)
+
+
+def base_of_name(name: str) -> Base:
+    """The base of a delta file by the name in it. Code that it would need is not imported because of it."""
+    if source_for(name) is FACTORY:
+        require_trusted(Source(name), ())
+    return Base(name, dict(load_model(name).state_dict()))
 
 
 def _load_checkpoint(text: str, options: LoadOptions) -> nn.Module:
@@ -134,7 +144,11 @@ def _load_checkpoint(text: str, options: LoadOptions) -> nn.Module:
         state = fitting_names(own, model)
         if options.num_classes is None:
             state, heads = adapt(model, state, own, text)
-    fill_foreign(model, layout.read(model, state), text, plain)
+    read = layout.read(model, state)
+    try:
+        fill_foreign(model, read, text, plain)
+    except InputError as error:
+        raise _with_better_arch(error, layout, own) from error
     writer = model if plain == source else build_on_meta(source)  # the input is that of the network in the file
     attach_recipe(model, Recipe(source=plain, input=_input_spec(writer, source), heads=heads))
     return model
@@ -150,6 +164,17 @@ def _recognised(layout: Layout, state: dict[str, Tensor], own: dict[str, Tensor]
         return source
 
 
+def _with_better_arch(error: InputError, layout: Layout, own: dict[str, Tensor]) -> InputError:
+    """The error for weights that do not fit the architecture given, with the one that they fit, if any."""
+    if error.fix.startswith("num_classes="):
+        return error
+    try:
+        source = _recognised(layout, fitting_names(own), own)
+    except InputError as unknown:
+        return InputError(error.given, f"{error.allowed} {unknown.allowed}", error.fix)
+    return InputError(error.given, error.allowed, f'arch="{source.name}"')
+
+
 def _input_spec(model: nn.Module, source: Source) -> InputSpec:
     """That of the source, with the channels of an adapted stem."""
     spec = builder_for(source.name).input_spec(model, source)
@@ -158,4 +183,6 @@ def _input_spec(model: nn.Module, source: Source) -> InputSpec:
 
 
 register_source(ModelSource("checkpoint", _is_file, _load_checkpoint))
+register_source(FOLDER)
+register_source(HUB)
 register_source(ModelSource("artifact", lambda text: _is_file(text) and is_artifact(Path(text)), _load_artifact))

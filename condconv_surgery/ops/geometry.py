@@ -32,14 +32,15 @@ class ConvArguments(NamedTuple):
 class ConvGeometry:
     """The arguments of a convolution, with the meanings and defaults of ``nn.Conv2d``.
 
-    padding: ``"tf_same"`` (``TF_SAME``) is allowed too, with any stride.
+    padding: ``"tf_same"`` (``TF_SAME``) is allowed too, with any stride; and four numbers, pixels on the left, right,
+        top and bottom.
     """
 
     in_channels: int
     out_channels: int
     kernel_size: tuple[int, int]
     stride: tuple[int, int] = (1, 1)
-    padding: tuple[int, int] | str = (0, 0)
+    padding: tuple[int, int] | tuple[int, int, int, int] | str = (0, 0)
     dilation: tuple[int, int] = (1, 1)
     groups: int = 1
     padding_mode: str = "zeros"
@@ -51,7 +52,7 @@ class ConvGeometry:
         out_channels: int,
         kernel_size: int | tuple[int, int],
         stride: int | tuple[int, int] = 1,
-        padding: int | tuple[int, int] | str = 0,
+        padding: int | tuple[int, int] | tuple[int, int, int, int] | str = 0,
         dilation: int | tuple[int, int] = 1,
         groups: int = 1,
         padding_mode: str = "zeros",
@@ -72,11 +73,16 @@ class ConvGeometry:
             out_channels,
             _pair(kernel_size),
             _pair(stride),
-            padding if isinstance(padding, str) else _pair(padding),
+            padding if isinstance(padding, str) else _pair(padding),  # type: ignore[arg-type]  # four stay four
             _pair(dilation),
             groups,
             padding_mode,
         )
+
+    @property
+    def by_side(self) -> bool:
+        """The padding is given for each side."""
+        return not isinstance(self.padding, str) and len(self.padding) == 4
 
     @property
     def weight_shape(self) -> tuple[int, int, int, int]:
@@ -102,6 +108,8 @@ class ConvGeometry:
     def pad_amounts(self, x: Tensor) -> tuple[int, int, int, int]:
         """The padding of ``x`` [B, I, H, W] in pixels, as ``F.pad`` takes it: left, right, top, bottom."""
         if not isinstance(self.padding, str):
+            if len(self.padding) == 4:
+                return self.padding
             ph, pw = self.padding
             return (pw, pw, ph, ph)
         if self.padding == "valid":
@@ -128,7 +136,7 @@ class ConvGeometry:
 
     def pad(self, x: Tensor) -> tuple[Tensor, ConvArguments]:
         """``x`` [B, I, H, W], padded where ``F.conv2d`` cannot do it, and the arguments left for ``F.conv2d``."""
-        if not isinstance(self.padding, str) and self.padding_mode == "zeros":
+        if not isinstance(self.padding, str) and len(self.padding) == 2 and self.padding_mode == "zeros":
             return x, ConvArguments(self.stride, self.padding, self.dilation, self.groups)
         amounts = left, right, top, bottom = self.pad_amounts(x)
         if self.padding_mode == "zeros" and left == right and top == bottom:

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, ClassVar, Literal, TypeVar
 
-from condconv_surgery.errors import InputError, unknown_name
+from condconv_surgery.errors import InputError, nearest, unknown_name
 
 
 @dataclass(frozen=True)
@@ -150,7 +150,8 @@ def make_variant(kind: str, *, trust: tuple[str, ...] = (), **options: Any) -> V
     if module and kind not in VARIANTS:
         _import_registering(module, kind, trust)
     if kind not in VARIANTS:
-        raise unknown_name("variant", kind, VARIANTS, fix=f"one of {', '.join(VARIANTS)}; or package.module:name")
+        close = nearest(kind, VARIANTS, 1) or list(VARIANTS)
+        raise unknown_name("variant", kind, VARIANTS, fix=f'variant="{close[0]}", or package.module:name')
     cls = VARIANTS[kind]
     chosen = {name: value for name, value in options.items() if value is not None}
     allowed = [field.name for field in fields(cls)]
@@ -160,7 +161,7 @@ def make_variant(kind: str, *, trust: tuple[str, ...] = (), **options: Any) -> V
             raise InputError(
                 f"{kind} has no option {name!r}.",
                 f"It has: {', '.join(allowed)}.",
-                "leave it out" + (f", or take a variant that has it: {', '.join(having)}" if having else ""),
+                f"leave {name}= out" + (f", or take a variant that has it: {', '.join(having)}" if having else ""),
             )
     return cls(**chosen)
 

@@ -13,6 +13,7 @@ from condconv_surgery.errors import InputError
 from condconv_surgery.layers.conv2d_subclasses import full_name, is_understood
 from condconv_surgery.recipe import LayerFilter, Selection, as_argument
 from condconv_surgery.surgery.conversion_plan import Plan, Skip
+from condconv_surgery.surgery.nothing_left import nothing_left
 from condconv_surgery.surgery.observe.conv_sites import ConvSite, Sites
 from condconv_surgery.surgery.proof.assumed_subclasses import attributes_to_lose, require_classes
 
@@ -24,8 +25,6 @@ _STATE_HOOKS = (
     "_load_state_dict_pre_hooks",
     "_load_state_dict_post_hooks",
 )
-
-MERGE = "model = model.merge_and_unload(), then convert"
 
 IN_ADAPTER = "inside a PEFT adapter ({}), which adds its own product to the kernel: merge first (merge_and_unload)"
 
@@ -58,7 +57,14 @@ def select(
         else:
             to_convert.append(site)
     if not to_convert:
-        raise _nothing_left(candidates, skipped, selection, source, originals)
+        raise nothing_left(
+            candidates,
+            [s for s in candidates if not selection.include or _any_matches(selection.include, s, originals)],
+            _convertible_classifier(observed, selection),
+            selection,
+            source,
+            lambda other: {site.name: _reason_to_skip(site, other, site is stem, originals) for site in candidates},
+        )
     return Plan(tuple(to_convert), tuple(skipped), observed.modes, observed.notes)
 
 
@@ -67,11 +73,11 @@ def _candidates(observed: Sites, selection: Selection, source: str) -> list[Conv
     if selection.classifier:
         return [*convolutions, _classifier(observed, source)]
     if not convolutions:
-        raise _no_convolution(observed, source)
+        raise _no_convolution(observed, selection, source)
     return convolutions
 
 
-def _no_convolution(observed: Sites, source: str) -> InputError:
+def _no_convolution(observed: Sites, selection: Selection, source: str) -> InputError:
     if observed.functional:
         name, cls = observed.functional[0]
         return InputError(
@@ -82,7 +88,9 @@ def _no_convolution(observed: Sites, source: str) -> InputError:
     return InputError(
         f"No convolution to convert: {source} has none.",
         "An nn.Conv2d, or the final nn.Linear with classifier=True, can be converted.",
-        "another model, or classifier=True",
+        "another model"
+        if _convertible_classifier(observed, selection) is None
+        else "another model, or classifier=True",
     )
 
 
@@ -125,11 +133,16 @@ def _reason_impossible(module: nn.Module, subclasses: tuple[str, ...]) -> str:
     computed, name = _computed(module), full_name(cls)
     if computed:
         return computed
-    if isinstance(module, nn.Conv2d) and not is_understood(cls) and name not in subclasses:
-        return f'{name} does not compute a plain convolution, as far as is known; if it does: subclasses=["{name}"]'
     if any(getattr(module, kind) for kind in _STATE_HOOKS):
         return "hooks on its state dict (register_state_dict_pre_hook and the like) know its keys, not those of experts"
     lost = attributes_to_lose(module)
+    if isinstance(module, nn.Conv2d) and not is_understood(cls) and name not in subclasses:
+        what = f"{name} does not compute a plain convolution, as far as is known"
+        return (
+            f"{what}, and holds more than weight and bias: {lost}"
+            if lost
+            else f"{what}; if it does: {as_argument('subclasses', [name])}"
+        )
     return f"it holds more than weight and bias, which would be lost: {lost}" if lost else ""
 
 
@@ -171,6 +184,14 @@ def matches(name: str, pattern: str) -> bool:
     return fnmatchcase(name, pattern)
 
 
+def _convertible_classifier(observed: Sites, selection: Selection) -> ConvSite | None:
+    """The last ``nn.Linear``, where it is not among the candidates yet and could be converted."""
+    called = [site for site in observed.sites if site.linear and site.calls]
+    alone = Selection(subclasses=selection.subclasses)
+    possible = bool(called) and not selection.classifier and not _reason_to_skip(called[-1], alone, False, {})
+    return called[-1] if possible else None
+
+
 def _classifier(observed: Sites, source: str) -> ConvSite:
     called = [site for site in observed.sites if site.linear and site.calls]
     if not called:
@@ -180,27 +201,3 @@ def _classifier(observed: Sites, source: str) -> ConvSite:
             "classifier=False",
         )
     return called[-1]
-
-
-def _nothing_left(
-    candidates: list[ConvSite],
-    skipped: list[Skip],
-    selection: Selection,
-    source: str,
-    originals: Mapping[str, nn.Module],
-) -> InputError:
-    included = selection.include
-    matched = [site for site in candidates if not included or _any_matches(included, site, originals)]
-    if included and not matched:
-        cause = f"{as_argument('include', included)} matched 0 of {len(candidates)} convolutions in {source}."
-    else:
-        names = {site.name for site in matched}
-        reasons = sorted({skip.reason for skip in skipped if skip.name in names})
-        cause = f"all {len(matched)} convolutions of {source} are skipped: {'; '.join(reasons)}."
-    examples = [site.name for site in (candidates[0], candidates[len(candidates) // 2], candidates[-1])]
-    prefix = examples[-1].split(".")[0]
-    return InputError(
-        f"No layer left to convert: {cause}",
-        f"They are named like: {', '.join(dict.fromkeys(examples))}",
-        MERGE if any(site.adapter for site in matched) else f'include=["{prefix}*"]',
-    )

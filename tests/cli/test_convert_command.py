@@ -69,6 +69,7 @@ def test_the_real_mobilenet(condconv, mobilenet_file, photographs, tmp_path, kin
             "parameters",
             "macs",
             "difference",
+            "dtype",
         )
     ]
     assert summary["source"] == "torchvision:mobilenet_v2"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from condconv_surgery.errors import DamagedFileError, InputError
+from condconv_surgery.models.artifact.delta import Base, DeltaRecord, decode
 from condconv_surgery.models.artifact.json_values import STORED
 from condconv_surgery.models.artifact.skeleton import Skeleton
 from condconv_surgery.models.checkpoints.file_type import SAFETENSORS, file_kind, require_file
@@ -28,6 +29,7 @@ class Content:
     tensors: each once. aliases: from each further name of a tensor to the name it is stored under.
     skeleton: the modules, where the recipe's source alone does not rebuild them. undescribed: the reason why such a
         model has no skeleton. attributes: the large tensors of plain attributes, which the skeleton names.
+    delta: of a delta file, whose ``tensors`` are what its base has not.
     """
 
     path: Path
@@ -37,6 +39,17 @@ class Content:
     skeleton: Skeleton | None
     undescribed: str = ""
     attributes: dict[str, Tensor] = field(default_factory=dict)
+    delta: DeltaRecord | None = None
+
+    def with_base(self, base: Base) -> Content:
+        """The content of a whole file. Raises ``InputError`` for another base than the file's."""
+        assert self.delta is not None
+        try:
+            return replace(self, tensors=decode(self.tensors, self.delta, base), delta=None)
+        except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+            if isinstance(error, InputError):
+                raise
+            raise damaged(self.path, f"its delta does not fit its base ({type(error).__name__}: {error})") from error
 
     def all_tensors(self) -> dict[str, Tensor]:
         """The tensors under all their names."""
@@ -53,14 +66,16 @@ def read(path: Path, trust: tuple[str, ...] = ()) -> Content:
         recipe = Recipe.from_dict(_json(path, metadata, "recipe", dict), trust)
         aliases = _json(path, metadata, "aliases", dict)
         skeleton = _json(path, metadata, "skeleton", list) if "skeleton" in metadata else None
+        delta = _delta(path, metadata) if "delta" in metadata else None
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
-    unknown = [first for first in aliases.values() if not isinstance(first, str) or first not in tensors]
+    known = tensors if delta is None else {*tensors, *delta.equal, *delta.repeated}
+    unknown = [first for first in aliases.values() if not isinstance(first, str) or first not in known]
     if unknown:
         raise damaged(path, f"an alias points to {unknown[0]!r}, which is not there")
     if hash_tensors(tensors, headers=False) != metadata.get("tensors_sha256"):
         raise damaged(path, "its tensors are not the ones that were written")
     stored = {name: tensors.pop(name) for name in list(tensors) if skeleton is not None and name.startswith(STORED)}
-    return Content(path, recipe, tensors, aliases, skeleton, metadata.get("undescribed", ""), stored)
+    return Content(path, recipe, tensors, aliases, skeleton, metadata.get("undescribed", ""), stored, delta)
 
 
 def read_recipe(path: str | Path) -> Recipe:
@@ -68,6 +83,14 @@ def read_recipe(path: str | Path) -> Recipe:
     path = Path(path)
     with _opened(path) as file:
         return Recipe.from_dict(_json(path, _metadata(path, file), "recipe", dict))
+
+
+def read_delta(path: str | Path) -> DeltaRecord | None:
+    """How a delta file is made up; ``None`` for a whole file. Raises as ``load`` does."""
+    path = Path(path)
+    with _opened(path) as file:
+        metadata = _metadata(path, file)
+        return _delta(path, metadata) if "delta" in metadata else None
 
 
 def is_artifact(path: Path) -> bool:
@@ -128,6 +151,15 @@ def _metadata(path: Path, file: Any) -> dict[str, str]:
             f'load_model("{path}")',
         )
     return metadata
+
+
+def _delta(path: Path, metadata: dict[str, str]) -> DeltaRecord:
+    try:
+        return DeltaRecord.from_dict(_json(path, metadata, "delta", dict))
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        if isinstance(error, DamagedFileError):
+            raise
+        raise damaged(path, f"its delta is not the JSON that save writes ({type(error).__name__})") from error
 
 
 def _json(path: Path, metadata: dict[str, str], key: str, kind: type) -> Any:

@@ -9,6 +9,7 @@ There is no pickle, and nothing is imported that the user or this package did no
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -28,6 +29,7 @@ from condconv_surgery.models.artifact.container import (
     read,
     unique_tensors,
 )
+from condconv_surgery.models.artifact.delta import Base, DeltaRecord, encode
 from condconv_surgery.models.artifact.json_values import UndescribableError
 from condconv_surgery.models.artifact.skeleton import describe, rebuild, transient_tensors
 from condconv_surgery.models.build_model import build, put_conditional, replace_heads
@@ -44,19 +46,10 @@ UNCHECKED_WIDTH = 1024
 """Widths of a recipe up to this need no check: building them takes little memory."""
 
 
-def save(model: nn.Module, path: str | Path, *, alone: bool = True) -> None:
-    """Write ``model``, converted or not, so that ``load(path)`` gives it back with bit-identical outputs.
-
-    The recipe is the model's own, updated from its modules. A model that differs from what its source builds, or has no
-    source, is described module by module, with the values of its plain attributes. Training flags, ``requires_grad``
-    and hooks are not saved.
-
-    alone: the file must be enough. Without it, a model that cannot be described (hooks, local functions) is written
-        too, for ``load(path, model=skeleton)``.
-
-    Raises ``InputError`` when the file cannot be written, would not be enough, or a tensor has no values; an existing
-    file is then unchanged.
-    """
+def save(
+    model: nn.Module, path: str | Path, *, alone: bool = True, base: Base | None = None, rounded: bool = False
+) -> DeltaRecord | None:
+    """``delta_base.save`` with a base that is loaded. rounded: differences of weights in bfloat16."""
     path = Path(path)
     require_values(model.state_dict())
     tensors, aliases = unique_tensors(model.state_dict())
@@ -72,9 +65,14 @@ def save(model: nn.Module, path: str | Path, *, alone: bool = True) -> None:
         )
     if "skeleton" in metadata:
         tensors |= stored | {name: tensor.detach().clone() for name, tensor in transient_tensors(model).items()}
+    delta = None
+    if base is not None:
+        tensors, delta = encode(tensors, base, rounded)
+        metadata["delta"] = json.dumps(delta.to_dict())
     metadata["tensors_sha256"] = hash_tensors(tensors, headers=False)
     with replacing(path) as temporary:
         save_file(tensors, temporary, metadata)
+    return delta
 
 
 def why_not_alone(model: nn.Module) -> str:
@@ -82,19 +80,19 @@ def why_not_alone(model: nn.Module) -> str:
     return _description(model, _current_recipe(model), {}).get("undescribed", "")
 
 
-def load(path: str | Path, *, model: nn.Module | None = None, trust: str | tuple[str, ...] = ()) -> nn.Module:
-    """The model that ``save`` wrote, in eval mode, on the CPU, carrying its recipe.
-
-    model: the unconverted model, for a file that cannot rebuild it; it is converted in place and returned.
-    trust: packages, ``trust=["mypackage"]``, whose factories and classes the file may name, beyond torch.nn,
-        torchvision and timm.
-
-    Raises ``InputError`` for a file of another kind or a package that is not trusted, and ``DamagedFileError`` for a
-    file that is truncated, altered or newer.
-    """
+def load(
+    path: str | Path,
+    *,
+    model: nn.Module | None = None,
+    trust: str | tuple[str, ...] = (),
+    base: Callable[[str], Base] | None = None,
+) -> nn.Module:
+    """``delta_base.load``. base: gets the name that a delta file has of its base."""
     path = Path(path)
     packages = trusted(trust)
     content = read(path, packages)
+    if content.delta is not None:
+        content = content.with_base(_base_of(content.delta, path, base))
     recipe = content.recipe
     skeleton = _skeleton(content, packages) if model is None else model
     if isinstance(skeleton, fx.GraphModule) and recipe.layers:
@@ -116,6 +114,20 @@ def load(path: str | Path, *, model: nn.Module | None = None, trust: str | tuple
     attach_recipe(skeleton, recipe)
     skeleton.eval()  # returns None where a model's own train() does
     return skeleton
+
+
+def _base_of(delta: DeltaRecord, path: Path, base: Callable[[str], Base] | None) -> Base:
+    reason = "it is not loaded here"
+    if base is not None:
+        try:
+            return base(delta.base)
+        except InputError as error:
+            reason = error.given
+    raise InputError(
+        f"{path} holds the differences from {delta.base}, which is needed: {reason}",
+        f"Its weights have the SHA-256 {delta.base_sha256[:12]}...",
+        f'condconv_surgery.load("{path}", base="FILE")',
+    )
 
 
 def _current_recipe(model: nn.Module) -> Recipe:

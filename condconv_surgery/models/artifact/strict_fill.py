@@ -46,17 +46,17 @@ def fill_foreign(model: nn.Module, state: dict[str, Tensor], what: str, source: 
 def _misfit(
     what: str, source: Source, missing: list[str], unexpected: list[str], wrong: list[tuple[str, Tensor, Tensor]]
 ) -> InputError:
+    fix = 'arch="package.module:factory", a function that builds the network of the file'
     if wrong:
         name, tensor, target = wrong[0]
         detail = f"{name!r} has shape {tuple(tensor.shape)}, the model {tuple(target.shape)}"
-        only_classes = tensor.shape[1:] == target.shape[1:] and len(wrong) <= 4
-        fix = f"num_classes={tensor.shape[0]}" if only_classes else "another arch="
+        only_classes = tensor.shape[1:] == target.shape[1:] and not missing and len(wrong) <= 4
+        fix = f"num_classes={tensor.shape[0]}" if only_classes else fix
     elif missing:
         close = difflib.get_close_matches(missing[0], unexpected, 1)
         detail = f"it lacks {missing[0]!r}" + (f" (it has {close[0]!r})" if close else "")
-        fix = "another arch="
     else:
-        detail, fix = f"it has {unexpected[0]!r}, which the model lacks", "another arch="
+        detail = f"it has {unexpected[0]!r}, which the model lacks"
     return InputError(
         f"The weights in {what} do not fit {source.name}: {detail}.",
         f"{len(missing)} missing, {len(unexpected)} unexpected, {len(wrong)} of another shape; all must fit.",

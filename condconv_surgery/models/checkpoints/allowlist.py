@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import enum
 import importlib
+import importlib.util
 import inspect
 import sys
 from collections.abc import Iterable
@@ -32,6 +33,7 @@ LAYER_MODULES = (
     "torchvision.transforms",
     "timm.layers",
     "timm.models",
+    "condconv_surgery.layers.conv2d_subclasses",
     "condconv_surgery.models.mobilenet_v1",
 )
 """Modules and packages that define layer classes."""
@@ -91,6 +93,20 @@ DATA_NAMES: dict[str, tuple[str, ...]] = {
     "types": ("types.SimpleNamespace",),
 }
 """Packages with commands beside data classes: trusting one allows only these names."""
+
+
+_PUBLISHED = {
+    name.replace("-", "_"): name
+    for name in (
+        "efficientnet-pytorch",
+        "segmentation-models-pytorch",
+        "timm",
+        "torchvision",
+        "transformers",
+        "ultralytics",
+    )
+} | {"open_clip": "open_clip_torch", "pl_bolts": "lightning-bolts"}
+"""Packages by the name that they are imported by. The module of a user may have the name of a stranger's package."""
 
 
 def resolve(name: str, trust: tuple[str, ...] = ()) -> Any:
@@ -185,11 +201,31 @@ def _imported(name: str, module: str, leaf: str) -> Any:
     try:
         return getattr(importlib.import_module(module), leaf)
     except (ImportError, AttributeError) as error:
+        if module == "__main__":
+            raise _of_a_script(name) from error
         raise InputError(
             f"The file names {name}, which cannot be imported: {error}.",
-            "The packages that made it must be installed, in a version that still has that name.",
-            f"pip install {module.partition('.')[0]}",
+            "What defines it must be importable here, in a version that still has that name.",
+            import_advice(module.partition(".")[0]),
         ) from error
+
+
+def import_advice(package: str) -> str:
+    """What to do where a name of ``package`` cannot be imported. Only known packages are to be installed."""
+    if importlib.util.find_spec(package) is not None:
+        return f"a version of {package} that has it"
+    if package in _PUBLISHED:
+        return f"pip install {_PUBLISHED[package]}"
+    return f"PYTHONPATH=FOLDER in front of the command: the folder that holds {package}"
+
+
+def _of_a_script(name: str) -> InputError:
+    return InputError(
+        f"The file names {name}, a class of the script or notebook that saved it.",
+        "A class is found by the module that defines it, and here that script is not running.",
+        f"the class {name.rpartition('.')[2]} in a module, say nets.py, and there torch.save(model.state_dict(), "
+        f"'model.pt'); then that file with arch=\"nets:{name.rpartition('.')[2]}\"",
+    )
 
 
 def _refused(name: str, reason: str) -> InputError:
@@ -201,6 +237,8 @@ def _refused(name: str, reason: str) -> InputError:
 
 
 def _untrusted(name: str, package: str) -> InputError:
+    if package == "__main__":
+        return _of_a_script(name)
     return InputError(
         f"The file names {name}, code of the package {package!r}.",
         "Without trust= only layers of torch.nn, torchvision and timm are imported.",

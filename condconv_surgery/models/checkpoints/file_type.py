@@ -15,6 +15,9 @@ TORCH = "a torch file"
 SAFETENSORS = "a safetensors file"
 """The two kinds that are read; all others are in ``REFUSALS``."""
 
+SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt", ".tar")
+"""Of files of weights."""
+
 MAX_RATIO = 200
 """A zip that unpacks to more than this many times its size is not a checkpoint."""
 
@@ -43,7 +46,7 @@ def file_kind(path: Path) -> str:
         return "a TensorFlow model"
     if path.suffix == ".onnx" or (head[:1] == b"\x08" and (b"onnx" in head or b"pytorch" in head)):
         return "an ONNX model"
-    if path.suffix in (".pt", ".pth", ".bin", ".ckpt", ".tar"):
+    if path.suffix in SUFFIXES:
         return TORCH
     return "a file of unknown kind"
 
@@ -53,7 +56,15 @@ def require_file(path: Path) -> None:
     if not path.exists():
         raise InputError(f"{path} does not exist.", "A model file is needed.", f"ls {path.parent}")
     if path.is_dir():
-        raise InputError(f"{path} is a folder.", "A model file is needed.", f"{path}/best.safetensors")
+        found = model_files(path)
+        fix = f"{found[0]}" if found else f"ls {path}, which has none"
+        raise InputError(f"{path} is a folder.", f"A model file ({', '.join(SUFFIXES)}) is needed.", fix)
+
+
+def model_files(folder: Path) -> list[Path]:
+    """The files of weights directly in ``folder``: those called best or model first, then the newest."""
+    files = [path for path in folder.iterdir() if path.is_file() and path.suffix in SUFFIXES]
+    return sorted(files, key=lambda path: (not path.stem.endswith(("best", "model")), -path.stat().st_mtime, path.name))
 
 
 def _zip_kind(path: Path) -> str:

@@ -55,7 +55,7 @@ def recognise(shapes: Shapes, timm_names: list[str] | None = None) -> Source:
     raise InputError(
         f"The weights ({len(shapes)} tensors, first {next(iter(shapes), 'none')!r}) fit no known architecture.",
         f"Nearest: {', '.join(_nearest(shapes)) or 'none'}.",
-        'arch="torchvision:NAME", "timm:NAME" or "package.module:factory"',
+        'arch="package.module:factory", a function that builds the network of the file',
     )
 
 

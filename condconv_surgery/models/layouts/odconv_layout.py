@@ -124,6 +124,7 @@ def _require_theirs(name: str, layer: ConditionalConv2d[Variant]) -> None:
             (f"has a kernel of {g.kernel_size}", g.kernel_size[0] != g.kernel_size[1]),
             (f"pads with {g.padding_mode}", g.padding_mode != "zeros"),
             ("pads by the size of its input", g.padding == TF_SAME),
+            ("pads its sides by different amounts", g.by_side),
             ("standardises its weight", layer.standardisation is not None),
             (f"has the attention of {layer.variant}", _departs(layer.variant)),
         )

@@ -148,7 +148,7 @@ def _observe_both_modes(
         raise InputError(
             f"The model does not run on an input of {shapes}: {one_line(errors[0])}",
             "Its forward must take the example.",
-            "example=, with an input that the model takes",
+            "input_size=224, where that is too small, or example= with an input that it takes",
         ) from errors[0]
     return calls_by_mode, notes
 

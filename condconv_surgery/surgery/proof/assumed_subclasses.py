@@ -9,11 +9,21 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from condconv_surgery.errors import InputError, ProofError, listed, nearest, one_line
-from condconv_surgery.layers.conv2d_subclasses import full_name, is_known_otherwise, is_understood
+from condconv_surgery.layers.conv2d_subclasses import (
+    constant_padding,
+    full_name,
+    geometry_of,
+    is_known_otherwise,
+    is_understood,
+)
 from condconv_surgery.recipe import as_argument
+from condconv_surgery.runtime.modes import in_mode, without_gradients
+from condconv_surgery.runtime.snapshot import preserving_state
 from condconv_surgery.surgery.observe.conv_sites import ConvSite
 from condconv_surgery.surgery.proof.compare_outputs import Outputs, allowed, compare
 
@@ -41,10 +51,25 @@ def attributes_to_lose(module: nn.Module) -> str:
     slots = (module._parameters, module._buffers, module._modules)
     names = [name for slot in slots for name, value in slot.items() if value is not None]
     names = [name for name in names if name not in ("weight", "bias")]
+    if constant_padding(module) is not None:
+        names.remove("static_padding")
     if _is_assumed(module):
         usual = vars(nn.Conv2d(1, 1, 1, device="meta"))
         names += [n for n, value in vars(module).items() if value is not None and n not in usual]
     return listed(names)
+
+
+def is_equivalent(module: nn.Conv2d, shape: tuple[int, ...] | None) -> bool:
+    """Whether ``module`` computes what ``nn.Conv2d`` computes, on one random input of that shape."""
+    if shape is None:
+        return False
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(module.weight)
+    try:
+        with in_mode(module, False), without_gradients(module), preserving_state(module):
+            _compare_hook("")(module, (x,), {}, module(x))
+    except Exception:  # whatever its forward raises
+        return False
+    return True
 
 
 def unchecked_notes(sites: Iterable[ConvSite]) -> tuple[str, ...]:
@@ -84,7 +109,10 @@ def _compare_hook(name: str) -> Callable[..., None]:
     def compare_with_plain(module: nn.Conv2d, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         try:
             (x,) = (*args, *kwargs.values())
-            expected = nn.Conv2d._conv_forward(module, x, module.weight, module.bias)
+            geometry = geometry_of(module)
+            padded, arguments = geometry.pad(x if x.dim() == 4 else x[None])
+            expected = F.conv2d(padded, module.weight, module.bias, *arguments)
+            expected = expected if x.dim() == 4 else expected[0]
         except Exception as error:  # it takes what a convolution does not take
             raise _not_equivalent(name, module, f"that fails ({one_line(error)})") from error
         if not isinstance(output, Tensor):

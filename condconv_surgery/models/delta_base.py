@@ -1,0 +1,91 @@
+"""``save`` and ``load`` with the base model of a delta file: named, or given as a file or a model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from torch import nn
+
+from condconv_surgery.errors import InputError
+from condconv_surgery.models.artifact import save_load
+from condconv_surgery.models.artifact.delta import Base, DeltaRecord
+from condconv_surgery.models.checkpoints.allowlist import trusted
+from condconv_surgery.models.hub_source import artifact_file
+from condconv_surgery.models.sources import base_of_name, load_model
+from condconv_surgery.models.torchvision_source import published_weights
+
+PRECISIONS = ("exact", "bfloat16")
+
+
+def save(
+    model: nn.Module,
+    path: str | Path,
+    *,
+    alone: bool = True,
+    base: str | Path | nn.Module | None = None,
+    precision: Literal["exact", "bfloat16"] = "exact",
+) -> DeltaRecord | None:
+    """Write ``model``, converted or not, so that ``load(path)`` gives it back with bit-identical outputs.
+
+    The recipe is the model's own, updated from its modules. A model that differs from what its source builds, or has no
+    source, is described module by module, with the values of its plain attributes. Training flags, ``requires_grad``
+    and hooks are not saved.
+
+    alone: the file must be enough. Without it, a model that cannot be described (hooks, local functions) is written
+        too, for ``load(path, model=skeleton)``.
+    base: the model that was converted, as ``load_model`` takes it or itself. The file then holds what the base has not:
+        a delta file, for which ``load`` needs the same base, compared by its SHA-256.
+    precision: of the differences from the base's weights. ``"bfloat16"`` halves the file; the ``error`` of the record
+        that is returned is the largest difference of a weight. Routers, biases and norms stay exact.
+
+    Raises ``InputError`` when the file cannot be written, would not be enough, a tensor has no values or the base has
+    none of them; an existing file is then unchanged.
+    """
+    if precision not in PRECISIONS:
+        raise InputError(
+            f"precision is {precision!r}.", f"It must be one of: {', '.join(PRECISIONS)}.", 'precision="bfloat16"'
+        )
+    if base is None and precision != "exact":
+        raise InputError(
+            f'precision="{precision}" without base=.',
+            "Differences from a base are rounded; a whole file has the dtypes of the model.",
+            'base="torchvision:NAME", the model that was converted',
+        )
+    return save_load.save(model, path, alone=alone, base=_base(base), rounded=precision != "exact")
+
+
+def load(
+    path: str | Path,
+    *,
+    model: nn.Module | None = None,
+    trust: str | tuple[str, ...] = (),
+    base: str | Path | nn.Module | None = None,
+) -> nn.Module:
+    """The model that ``save`` wrote, in eval mode, on the CPU, carrying its recipe.
+
+    path: a file, a folder of ``save_pretrained``, or ``hf:OWNER/NAME``.
+    model: the unconverted model, for a file that cannot rebuild it; it is converted in place and returned.
+    trust: packages, ``trust=["mypackage"]``, whose factories and classes the file may name, beyond torch.nn,
+        torchvision and timm.
+    base: of a delta file, where the name in it does not find the base: another name, a file of weights, or the model.
+
+    Raises ``InputError`` for a file of another kind, a package that is not trusted or another base, and
+    ``DamagedFileError`` for a file that is truncated, altered or newer.
+    """
+    given = _base(base, trusted(trust))
+    path = artifact_file(path)
+    return save_load.load(path, model=model, trust=trust, base=base_of_name if given is None else lambda name: given)
+
+
+def _base(base: str | Path | nn.Module | None, trust: tuple[str, ...] = ()) -> Base | None:
+    """A file of weights as torchvision published it has the name under which torchvision finds it."""
+    if base is None:
+        return None
+    if isinstance(base, nn.Module):
+        return Base(type(base).__name__, dict(base.state_dict()))
+    path = Path(base)
+    published = published_weights(path) if path.is_file() else None
+    name = path.name if path.is_file() else f"{base}"
+    tensors = dict(load_model(base, trust=trust).state_dict())
+    return Base(f"torchvision:{published[0]}" if published else name, tensors)

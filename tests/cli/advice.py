@@ -1,0 +1,58 @@
+"""Type what an error advises: the line behind ``Try:``, applied to the command that raised it."""
+
+from __future__ import annotations
+
+import re
+import shlex
+
+PLACEHOLDERS = {"FILE": "file.pt", "FILE.safetensors": "again.safetensors", "MODEL": "nets:tiny", "FOLDER": "images"}
+
+
+def advice_in(error: str) -> str:
+    """The advice of a printed error."""
+    return error.partition("Try: ")[2].splitlines()[0] if "Try: " in error else ""
+
+
+def retried(command: list[str], advice: str) -> list[str] | None:
+    """The command that the advice says to type; ``None`` where it names none.
+
+    A whole command replaces it. Flags replace those of the same name, or are added; "leave --x out" removes it; a model
+    replaces the model. Of alternatives ("or") the first that is one of these is taken.
+    """
+    if advice.startswith("condconv "):
+        return [PLACEHOLDERS.get(word, word) for word in shlex.split(re.split(r",? or | {2,}", advice)[0])[1:]]
+    for part in re.split(r",? or |, (?=[a-z])| +\(| where ", advice):
+        again = _applied(command, part)
+        if again is not None:
+            return again
+    return None
+
+
+def _applied(command: list[str], part: str) -> list[str] | None:
+    if match := re.match(r"leave (--[\w-]+) .*?out|no (--[\w-]+)$|leave it out", part):
+        optional = ("--arch", "--num-classes", "--reduction")
+        flag = match[1] or match[2] or next(word for word in optional if word in command)
+        return without(command, flag)
+    if part.startswith("-"):
+        words = [PLACEHOLDERS.get(word, word) for word in shlex.split(part.removesuffix(" as well"))]
+        for flag in dict.fromkeys(word for word in words if is_flag(word)):
+            command = command if part.endswith("as well") else without(command, flag)
+        return [*command, *words]
+    if re.fullmatch(r"[\w.]+:[\w.]+|[\w./-]+\.(safetensors|pt|bin)", part):
+        return [command[0], part, *command[2:]]
+    return None
+
+
+def without(command: list[str], flag: str) -> list[str]:
+    """The command without a flag and its values."""
+    kept, skipping = [], False
+    for word in command:
+        if is_flag(word):
+            skipping = word == flag
+        if not skipping:
+            kept.append(word)
+    return kept
+
+
+def is_flag(word: str) -> bool:
+    return re.fullmatch(r"--?[a-z][\w-]*", word) is not None
