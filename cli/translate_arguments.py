@@ -23,6 +23,7 @@ from condconv_surgery.recipe.toml_text import parse_setting
 from condconv_surgery.recipe.training_options import FINETUNE_CALL
 
 CALLS = {
+    'precision="bfloat16"(?=, or leave base=)': "--bf16",
     re.escape(ALL_OPTIONS): "condconv finetune --print-recipe",
     re.escape(FINETUNE_CALL): "condconv finetune MODEL --data FOLDER -o RUN",
     r"convert\(model, CondConv\(experts=4\)\)": "condconv convert MODEL -o FILE.safetensors",

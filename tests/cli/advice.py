@@ -21,7 +21,7 @@ def retried(command: list[str], advice: str) -> list[str] | None:
     """
     if advice.startswith("condconv "):
         return [PLACEHOLDERS.get(word, word) for word in shlex.split(re.split(r",? or | {2,}", advice)[0])[1:]]
-    for part in re.split(r",? or |, (?=[a-z])| +\(| where ", advice):
+    for part in re.split(r",? or |, (?=[a-z])| +\(| where | to ", advice):
         again = _applied(command, part)
         if again is not None:
             return again

@@ -10,10 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 import torchvision
+from condconv_surgery.cli.main import app
+from typer.testing import CliRunner
 
 import condconv_surgery as cs
 from tests.cli.advice import advice_in, retried
 from tests.conftest import Run
+from tests.images import write_images
 
 NETS = """
 import torch
@@ -122,6 +125,34 @@ def folder_of_weights() -> list[str]:
     return ["convert", "hub", "--arch", "nets:tiny", *OUT]
 
 
+def images(classes: int = 3) -> None:
+    write_images(Path("images"), classes=classes, each=4, side=16)
+
+
+def training(*flags: str) -> Callable[[], list[str]]:
+    def write() -> list[str]:
+        images()
+        run = ["--epochs", "1", "--batch-size", "4", "--image-size", "16", "--workers", "0"]
+        return ["finetune", "nets:tiny", "--data", "images", "-o", "run", *run, *flags]
+
+    return write
+
+
+def over_a_run() -> list[str]:
+    command = training()()
+    assert CliRunner().invoke(app, command).exit_code == 0
+    return command
+
+
+def collapsing(*flags: str) -> Callable[[], list[str]]:
+    def write() -> list[str]:
+        images()
+        command = artifact("collapse", "made.safetensors", "-o", "plain.safetensors")()
+        return [*command, *(flags if "--data" in flags else ("--data", "images", *flags))]
+
+    return write
+
+
 MISTAKES: dict[str, Callable[[], list[str]]] = {
     "a name without its library": made("shufflenet_v2_x0_5", "--weights", "none"),
     "a pattern that matches nothing": made("nets:tiny", "--include", "layer5.*"),
@@ -162,6 +193,23 @@ MISTAKES: dict[str, Callable[[], list[str]]] = {
     "an unknown layout": artifact("export", "made.safetensors", "--layout", "tim", "-o", "out.safetensors"),
     "no target of an export": artifact("export", "made.safetensors", "-o", "out.safetensors"),
     "a plain file to import": lambda: saved(small)() and ["import", "file.pt", "-o", "out.safetensors"],
+    "an unknown optimizer": training("--optimizer", "adamm"),
+    "a learning rate below zero": training("--lr", "-1"),
+    "layers that are not there": training("--freeze", "body.conv"),
+    "warm routers without routers": training("--warm-routers", "3"),
+    "a stream of a folder": training("--set", "data.streaming=true"),
+    "sharding in one process": training("--set", "engine.shard=true"),
+    "a folder that holds a run": over_a_run,
+    "no images to check": lambda: images() or ["check"],
+    "no images to check, by a limit": lambda: images() or ["check", "--data", "images", "--limit", "-1"],
+    "a batch of no images": artifact("report", "made.safetensors", "--batch", "0"),
+    "an unknown dtype": artifact("report", "made.safetensors", "--dtype", "int8"),
+    "a layer to keep that is not there": collapsing("--keep", "layer4.*"),
+    "fewer than no layers to keep": collapsing("--keep", "-1"),
+    "a limit of no images": collapsing("--limit", "0"),
+    "a delta in bfloat16 without a base": artifact("share", "made.safetensors", "-o", "shared", "--bf16"),
+    "one file without a base": artifact("share", "made.safetensors", "-o", "small.safetensors"),
+    "no place to share": artifact("share", "made.safetensors"),
 }
 
 SAYS = {
@@ -245,16 +293,20 @@ def test_only_a_classifier_is_sent_to_finetune(here: Path, condconv: Run) -> Non
     assert condconv("report", "out.safetensors", "--trust", "nets")[0] == 0
 
 
+def reason_of(error: str) -> str:
+    return error.partition("Error: ")[2].partition("\n")[0]
+
+
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_the_advice_helps(mistake: str, here: Path, condconv: Run) -> None:
     command = MISTAKES[mistake]()
     code, _, error = condconv(*command)
     assert code in (1, 2), error
-    reason = error.partition("Error: ")[2].splitlines()[0]
+    reason = reason_of(error)
     advice = advice_in(error)
     assert advice, error
     assert advice.startswith(SAYS.get(mistake, ""))
     again = retried(command, advice)
     assert again is not None, f"not a command: {advice}"
     code, _, error = condconv(*again)
-    assert code == 0 or error.partition("Error: ")[2].splitlines()[0] != reason, f"{advice!r} did not help: {error}"
+    assert code == 0 or reason_of(error) not in ("", reason), f"{advice!r} did not help: {error}"

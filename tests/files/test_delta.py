@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -109,6 +110,12 @@ def test_the_base_is_found_by_its_name(
         assert torch.equal(loaded(X), trained(X))
 
 
+def all_moved(model: nn.Module) -> nn.Module:
+    moved = copy.deepcopy(model)
+    moved.load_state_dict({name: tensor + 1 for name, tensor in model.state_dict().items()})
+    return moved
+
+
 def test_a_base_that_cannot_be_fetched_or_is_another(base: Path, trained: nn.Module, tmp_path: Path) -> None:
     path = tmp_path / "m.safetensors"
     cs.save(trained, path, base=base)
@@ -118,6 +125,9 @@ def test_a_base_that_cannot_be_fetched_or_is_another(base: Path, trained: nn.Mod
         cs.load(path, base=torchvision.models.shufflenet_v2_x0_5(weights=None))
     with pytest.raises(InputError, match="has none of the model's"):
         cs.save(trained, path, base=nn.Linear(2, 2))
+    other = torchvision.models.shufflenet_v2_x0_5(weights=None)
+    with pytest.raises(InputError, match=r'All \d+ tensors of the model differ(.|\n)*precision="bfloat16"'):
+        cs.save(all_moved(other), path, base=other)
     with pytest.raises(InputError, match="without base="):
         cs.save(trained, path, precision="bfloat16")
     with pytest.raises(InputError, match="must be one of: exact, bfloat16"):

@@ -70,7 +70,7 @@ class DeltaRecord:
 def encode(tensors: Tensors, base: Base, rounded: bool) -> tuple[Tensors, DeltaRecord]:
     """What to store of ``tensors``, and how to read it. rounded: differences of weights in bfloat16.
 
-    Raises ``InputError`` when the base has none of the tensors.
+    Raises ``InputError`` where the file would hold every tensor whole.
     """
     stored: Tensors = {}
     equal: list[str] = []
@@ -92,11 +92,7 @@ def encode(tensors: Tensors, base: Base, rounded: bool) -> tuple[Tensors, DeltaR
         else:
             stored[name] = tensor
     if not (equal or repeated or differences):
-        raise InputError(
-            f"{base.name} has none of the model's {len(tensors)} tensors.",
-            "The base of a delta file is the model that was converted.",
-            "base= the model that was converted, or no base= for a whole file",
-        )
+        raise _nothing_shared(tensors, base)
     return stored, DeltaRecord(base.name, base.sha256, tuple(equal), repeated, differences, error)
 
 
@@ -119,6 +115,20 @@ def decode(stored: Tensors, record: DeltaRecord, base: Base) -> Tensors:
             raise ValueError(f"{name} does not fit the base")
         tensors[name] = _plus(own, stored[name], getattr(torch, dtype))
     return tensors
+
+
+def _nothing_shared(tensors: Tensors, base: Base) -> InputError:
+    if any(_counterpart(base.tensors.get(name), tensor) is not None for name, tensor in tensors.items()):
+        return InputError(
+            f"All {len(tensors)} tensors of the model differ from those of {base.name}, as after training them all.",
+            "Exact differences take as much space as the tensors themselves; in bfloat16 they take half.",
+            'precision="bfloat16", or leave base= out for a whole file',
+        )
+    return InputError(
+        f"{base.name} has none of the model's {len(tensors)} tensors.",
+        "The base of a delta file is the model that was converted.",
+        "leave base= out for a whole file",
+    )
 
 
 def _counterpart(own: Tensor | None, tensor: Tensor) -> Tensor | None:
