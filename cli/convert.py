@@ -43,6 +43,13 @@ def convert(
     gates: Annotated[
         str | None, typer.Option(help="Gates of odconv's experts: softmax (default), or sigmoid as in condconv.")
     ] = None,
+    spatial: Annotated[
+        bool | None,
+        typer.Option(
+            "--spatial/--no-spatial",
+            help="Attention over kernel positions (odconv; default on). Off with --experts 1: exports to any runtime.",
+        ),
+    ] = None,
     routing: Annotated[
         str, typer.Option(help="layer: a router for each layer; block: one for all layers of a block.")
     ] = "layer",
@@ -94,7 +101,7 @@ def convert(
 ) -> None:
     """Replace the convolutions of a trained MODEL by conditional ones; same function at the start."""
     trusted = tuple(trust or ())
-    attention = {"reduction": reduction, "min_hidden": min_hidden, "gates": gates}
+    attention = {"reduction": reduction, "min_hidden": min_hidden, "gates": gates, "spatial": spatial}
     layer = make_variant(variant, trust=trusted, experts=experts, routing=routing, **attention)
     patterns, names = (tuple(include or ()), tuple(exclude or ())), (tuple(blocks or ()), tuple(subclasses or ()))
     selection = Selection(*patterns, min_channels, skip_stem, skip_pooled, classifier, *names)

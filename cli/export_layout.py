@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -12,7 +12,8 @@ from condconv_surgery.errors import InputError, unknown_name
 from .console import print_json, say
 from .convert import writable
 
-TARGETS = ("onnx",)
+TARGETS = {"onnx": ".onnx", "pt2": ".pt2", "openvino": ".xml", "litert": ".tflite", "ncnn": ".param"}
+"""The suffix of each runtime's file."""
 
 
 def export(
@@ -25,11 +26,20 @@ def export(
     ] = None,
     output: Annotated[Path | None, typer.Option("-o", "--output", help="The file to write.")] = None,
     form: Annotated[
-        str | None, typer.Option(help="Of conditional layers with --to: auto (default), scale, sum, matmul.")
+        str | None,
+        typer.Option(
+            help="Of conditional layers with --to: auto (default), scale, sum, taps, matmul, loop, kernel, grouped."
+        ),
+    ] = None,
+    batch: Annotated[
+        int | None, typer.Option(help="With --to: the only batch. Default: any; 1 for litert and ncnn.")
     ] = None,
     dynamic_size: Annotated[
         bool, typer.Option("--dynamic-size", help="With --to: height and width may change too.")
     ] = False,
+    size: Annotated[
+        int | None, typer.Option("--input-size", help="Side of the image in pixels, if not the model's own.")
+    ] = None,
     trust: Annotated[list[str] | None, typer.Option(help="A package whose code may build it; repeatable.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")] = False,
 ) -> None:
@@ -39,41 +49,44 @@ def export(
             "Either --to or --layout says what to write.", "--to is for a runtime.", "--to onnx, or --layout timm"
         )
     if layout is not None:
-        if form is not None or dynamic_size:
-            raise InputError("--form and --dynamic-size go with --to.", "A layout has no graph.", "--to onnx")
+        if form is not None or batch is not None or size is not None or dynamic_size:
+            raise InputError(
+                "--form, --batch, --input-size and --dynamic-size go with --to.", "A layout has no graph.", "--to onnx"
+            )
         _export_layout(artifact, layout, writable(output), tuple(trust or ()), as_json)
         return
     if to not in TARGETS:
         raise unknown_name("runtime", to or "", TARGETS, "--to onnx")
-    _export_onnx(artifact, writable(output, ".onnx"), form or "auto", dynamic_size, tuple(trust or ()), as_json)
+    if size is not None and size < 1:
+        raise InputError(f"--input-size is {size}.", "It must be at least 1 pixel.", "--input-size 224")
+    options = {"to": to, "form": form or "auto", "batch": batch, "dynamic_size": dynamic_size, "size": size}
+    _export_file(artifact, writable(output, TARGETS[to]), options, tuple(trust or ()), as_json)
 
 
-def _export_onnx(
-    artifact: Path, path: Path, form: str, dynamic_size: bool, trust: tuple[str, ...], as_json: bool
-) -> None:
-    from condconv_surgery.deploy import export_onnx
-    from condconv_surgery.deploy.onnx_export import form_counts
+def _export_file(artifact: Path, path: Path, options: dict[str, Any], trust: tuple[str, ...], as_json: bool) -> None:
+    from condconv_surgery.deploy import export as export_model
     from condconv_surgery.models.delta_base import load
 
-    say(f"Exporting {artifact}, then running the file in ONNX Runtime ...")
-    result = export_onnx(load(artifact, trust=trust), path, form=form, dynamic_size=dynamic_size)
+    say(f"Exporting {artifact}, then running the file in its runtime ...")
+    result = export_model(load(artifact, trust=trust), path, **options)
     shapes = [list(shape) for shape in result.shapes]
     if as_json:
         print_json(
             {
                 "output": f"{path}",
-                "opset": result.opset,
-                "ir": result.ir,
+                "runtime": result.runtime,
+                **result.versions,
                 "forms": result.forms,
                 "difference": result.difference,
                 "compared": shapes,
             }
         )
         return
-    counts = ", ".join(f"{count} as {name}" for name, count in form_counts(result).items())
+    counts = ", ".join(f"{count} as {name}" for name, count in result.form_counts().items())
+    versions = "".join(f", {name} {number}" for name, number in result.versions.items())
     say(f"Layers      {counts or 'none is conditional'}")
     say(f"Difference  {result.difference:.2g} of the outputs at most, at inputs {', '.join(map(str, shapes))}")
-    say(f"Wrote       {path}: opset {result.opset}, IR {result.ir}, {path.stat().st_size / 1e6:.1f} MB")
+    say(f"Wrote       {path}: {path.stat().st_size / 1e6:.1f} MB{versions}")
 
 
 def _export_layout(artifact: Path, layout: str, path: Path, trust: tuple[str, ...], as_json: bool) -> None:

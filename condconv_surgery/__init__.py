@@ -23,7 +23,7 @@ from condconv_surgery.recipe import CondConv, DynamicConv, ODConv, TrainingOptio
 if TYPE_CHECKING:
     from condconv_surgery import native
     from condconv_surgery.data.data_check import check_data
-    from condconv_surgery.deploy import collapse, export_onnx, fold
+    from condconv_surgery.deploy import collapse, export, fold
     from condconv_surgery.layers import set_temperature
     from condconv_surgery.models.delta_base import load, save
     from condconv_surgery.models.mobilenet_v1 import mobilenet_v1
@@ -43,7 +43,7 @@ _LAZY = {
     "collapse": "condconv_surgery.deploy",
     "compare": "condconv_surgery.studies",
     "convert": "condconv_surgery.surgery",
-    "export_onnx": "condconv_surgery.deploy",
+    "export": "condconv_surgery.deploy",
     "finetune": "condconv_surgery.training",
     "fold": "condconv_surgery.deploy",
     "from_pretrained": "condconv_surgery.sharing",
@@ -76,7 +76,7 @@ __all__ = [
     "collapse",
     "compare",
     "convert",
-    "export_onnx",
+    "export",
     "finetune",
     "fold",
     "from_pretrained",

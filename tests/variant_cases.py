@@ -9,7 +9,7 @@ from condconv_surgery.layers import conditional_layers, routers
 from condconv_surgery.recipe import VARIANTS, ODConv, Variant
 
 EVERY_VARIANT: list[Variant] = [cls(experts=n) for cls in VARIANTS.values() for n in (1, 4)]
-EVERY_VARIANT += [ODConv(experts=4, gates="sigmoid")]
+EVERY_VARIANT += [ODConv(experts=4, gates="sigmoid"), ODConv(experts=1, spatial=False)]
 
 
 @torch.no_grad()

@@ -10,6 +10,9 @@ first three are shared by all experts; filters are absent for a depthwise layer,
 when there is one. The three sigmoids are doubled here: the scales of a zeroed router are 1, and an expert has the scale
 of a trained kernel.
 
+With ``spatial=False`` there is no attention over positions, which a constant kernel cannot have: with one expert the
+layer is then a static convolution between two scales, as mobile runtimes need it.
+
 With ``gates="sigmoid"`` the experts have CondConv's gates instead, from the pooled input itself: ``h`` is narrow, and
 what the scales need of it is not what the experts need.
 """
@@ -70,7 +73,8 @@ class ODConvRouter(Router):
         self.activation = variant.activation
         self.channel = nn.Linear(hidden, geometry.in_channels, device=device, dtype=dtype)
         self.filter = head(geometry.out_channels, everything or not geometry.depthwise)
-        self.spatial = head(self.kernel_size[0] * self.kernel_size[1], everything or not geometry.pointwise)
+        positions = self.kernel_size[0] * self.kernel_size[1]
+        self.spatial = head(positions, variant.spatial and (everything or not geometry.pointwise))
         several, sigmoid = variant.experts > 1, variant.gates == "sigmoid"
         self.kernel = head(variant.experts, several and not sigmoid)
         self.linear = (

@@ -15,13 +15,10 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from condconv_surgery.ops.geometry import ConvGeometry
+from condconv_surgery.ops.geometry import ConvGeometry, known_sides
 
 NOMINAL_BATCH = 32
 """The batch that decides whether a tensor is large; a real one may be symbolic."""
-
-NOMINAL_SIDE = 14
-"""Height or width where that is symbolic: a comparison of it would bind the exported program to one range of sizes."""
 
 
 class Rates(NamedTuple):
@@ -82,7 +79,7 @@ class LayerCost(NamedTuple):
     @classmethod
     def of(cls, x: Tensor, experts: int, geometry: ConvGeometry, rates: Rates, one_kernel: bool) -> LayerCost:
         """That of ``x`` [B, I, H, W]; padding is not counted."""
-        height, width = (side if isinstance(side, int) else NOMINAL_SIDE for side in x.shape[2:])
+        height, width = known_sides(x)
         positions, item = (height // geometry.stride[0]) * (width // geometry.stride[1]), x.element_size()
         return cls(
             macs=geometry.weight_numel * positions,

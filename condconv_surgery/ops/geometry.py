@@ -18,6 +18,9 @@ TF_SAME = "tf_same"
 """TensorFlow's "SAME" padding: ``ceil(H / stride)`` output positions. The padding depends on the input size; an odd
 pixel goes to the right and to the bottom."""
 
+NOMINAL_SIDE = 14
+"""Height or width where that is symbolic: a comparison of it would bind the exported program to one range of sizes."""
+
 
 class ConvArguments(NamedTuple):
     """What ``F.conv2d(x, weight, bias, *arguments)`` takes, for an input that is padded where ``F.conv2d`` cannot."""
@@ -128,11 +131,13 @@ class ConvGeometry:
 
     def positions(self, x: Tensor) -> int:
         """Output positions of ``x`` [B, I, H, W], approximately: padding is not counted."""
-        return (x.shape[2] // self.stride[0]) * (x.shape[3] // self.stride[1])
+        height, width = known_sides(x)
+        return (height // self.stride[0]) * (width // self.stride[1])
 
     def activations(self, x: Tensor) -> int:
         """Elements of the input and the output of one sample of ``x`` [B, I, H, W], approximately."""
-        return self.in_channels * x.shape[2] * x.shape[3] + self.out_channels * self.positions(x)
+        height, width = known_sides(x)
+        return self.in_channels * height * width + self.out_channels * self.positions(x)
 
     def pad(self, x: Tensor) -> tuple[Tensor, ConvArguments]:
         """``x`` [B, I, H, W], padded where ``F.conv2d`` cannot do it, and the arguments left for ``F.conv2d``."""
@@ -145,6 +150,12 @@ class ConvGeometry:
             mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
             x = F.pad(x, amounts, mode=mode)
         return x, ConvArguments(self.stride, (0, 0), self.dilation, self.groups)
+
+
+def known_sides(x: Tensor) -> tuple[int, int]:
+    """Height and width of ``x`` [B, I, H, W]; ``NOMINAL_SIDE`` for one that is symbolic."""
+    height, width = x.shape[2], x.shape[3]
+    return height if isinstance(height, int) else NOMINAL_SIDE, width if isinstance(width, int) else NOMINAL_SIDE
 
 
 def _check_padding(padding: str, stride: int | tuple[int, int], padding_mode: str) -> None:

@@ -109,6 +109,8 @@ class ODConv(Variant):
         experts when there is one); ``"all"`` omits only the head of the experts when there is one.
     gates: of the experts: ``"softmax"`` of a head like the others, as the authors have it; ``"sigmoid"`` of a linear
         map of the pooled input, as in CondConv.
+    spatial: ``False`` omits the head of positions everywhere. With one expert the kernel is then the same for all
+        images, and a runtime for constant weights can serve it (``deploy.graph_forms``).
     """
 
     reduction: int = 16
@@ -118,6 +120,7 @@ class ODConv(Variant):
     activation: Literal["relu", "none"] = "relu"
     heads: Literal["paper", "all"] = "paper"
     gates: Literal["softmax", "sigmoid"] = "softmax"
+    spatial: bool = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -135,6 +138,8 @@ class ODConv(Variant):
         _require_one_of("activation", self.activation, ("relu", "none"))
         _require_one_of("heads", self.heads, ("paper", "all"))
         _require_one_of("gates", self.gates, ("softmax", "sigmoid"))
+        if not isinstance(self.spatial, bool):
+            raise InputError(f"spatial is {self.spatial!r}.", "It must be true or false.", "spatial=False")
 
 
 def make_variant(kind: str, *, trust: tuple[str, ...] = (), **options: Any) -> Variant:

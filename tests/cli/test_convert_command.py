@@ -313,8 +313,8 @@ def test_routers_start_along_images_of_a_folder(condconv: Run, tmp_path: Path) -
 
 
 def test_the_options_of_odconv(condconv: Run, tmp_path: Path) -> None:
-    odconv = ["--variant", "odconv", "--gates", "sigmoid", "--min-hidden", "32"]
+    odconv = ["--variant", "odconv", "--gates", "sigmoid", "--min-hidden", "32", "--no-spatial"]
     code, _, err = condconv("convert", *SMALL, *odconv, "-o", tmp_path / "m.safetensors")
     assert code == 0, err
     (variant,) = {layer.variant for layer in conditional_layers(cs.load(tmp_path / "m.safetensors")).values()}
-    assert variant == cs.ODConv(experts=4, gates="sigmoid", min_hidden=32)
+    assert variant == cs.ODConv(experts=4, gates="sigmoid", min_hidden=32, spatial=False)

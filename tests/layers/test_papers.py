@@ -111,8 +111,8 @@ def test_odconv_follows_the_authors_attention() -> None:
 
 
 def test_odconv_heads_are_absent_when_the_authors_leave_them_out() -> None:
-    def heads(experts: int, *arguments: int, **more: int) -> set[str]:
-        router = ODConv2d(*arguments, **more, variant=ODConv(experts=experts)).router
+    def heads(experts: int, *arguments: int, spatial: bool = True, **more: int) -> set[str]:
+        router = ODConv2d(*arguments, **more, variant=ODConv(experts=experts, spatial=spatial)).router
         return {name for name in ("channel", "filter", "spatial", "kernel") if getattr(router, name) is not None}
 
     assert heads(4, 8, 12, 3) == {"channel", "filter", "spatial", "kernel"}
@@ -120,4 +120,6 @@ def test_odconv_heads_are_absent_when_the_authors_leave_them_out() -> None:
     assert heads(4, 8, 12, 1) == {"channel", "filter", "kernel"}
     assert heads(4, 8, 8, 3, groups=8) == {"channel", "spatial", "kernel"}
     assert heads(1, 8, 8, 3, groups=8) == {"channel", "spatial"}
+    assert heads(4, 8, 12, 3, spatial=False) == {"channel", "filter", "kernel"}
+    assert heads(1, 8, 8, 3, groups=8, spatial=False) == {"channel"}
     assert ODConv2d(8, 8, 3).router.reduce.out_features == 16  # never fewer

@@ -117,6 +117,11 @@ def test_what_their_layer_cannot_hold() -> None:
         to_odconv_layout(cs.convert(plain, ODConv(experts=2), example=X).model)
     with pytest.raises(InputError, match=r"^1 is a CondConv2d"):
         to_odconv_layout(cs.convert(plain, CondConv(experts=2), example=X).model)
+    plain[1] = nn.Conv2d(4, 4, 3, bias=False)
+    with pytest.raises(InputError, match=r"^1 has no attention over kernel positions"):
+        to_odconv_layout(cs.convert(plain, ODConv(experts=1, spatial=False), example=X).model)
+    plain[1] = nn.Conv2d(4, 4, 1, bias=False)  # theirs has none over 1x1 kernels either
+    assert to_odconv_layout(cs.convert(plain, ODConv(experts=1, spatial=False), example=X).model)
 
 
 def test_a_model_on_meta_has_nothing_to_write(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import stat
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -55,3 +56,27 @@ def replacing(path: Path) -> Iterator[Path]:
             ) from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def replacing_files(path: Path) -> Iterator[Path]:
+    """As ``replacing``, for a writer that makes more files beside its own: yields a path of that name to write to.
+
+    Every file in the folder of that path is flushed and renamed into the folder of ``path``, ``path`` as the last one.
+    """
+    folder = path.with_name(f".{path.name}.{os.getpid()}.folder.tmp")
+    try:
+        try:
+            folder.mkdir()
+            yield folder / path.name
+            for written in sorted(folder.iterdir(), key=lambda file: file.name == path.name):
+                with replacing(path.with_name(written.name)) as temporary:
+                    written.replace(temporary)
+        except OSError as error:
+            raise InputError(
+                f"{path} could not be written: {error}.",
+                "Its folder must exist and be writable, with space left.",
+                "another path",
+            ) from error
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)

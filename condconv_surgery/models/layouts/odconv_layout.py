@@ -127,6 +127,7 @@ def _require_theirs(name: str, layer: ConditionalConv2d[Variant]) -> None:
             ("pads its sides by different amounts", g.by_side),
             ("standardises its weight", layer.standardisation is not None),
             (f"has the attention of {layer.variant}", _departs(layer.variant)),
+            ("has no attention over kernel positions", _lacks_positions(layer)),
         )
         if holds
     ]
@@ -136,6 +137,11 @@ def _require_theirs(name: str, layer: ConditionalConv2d[Variant]) -> None:
             "The authors' ODConv has square kernels padded with zeros, no bias, and the published attention.",
             "cs.save keeps any layer",
         )
+
+
+def _lacks_positions(layer: ConditionalConv2d[Variant]) -> bool:
+    """Their class makes that head for every kernel that is not 1x1."""
+    return isinstance(layer.variant, ODConv) and not layer.variant.spatial and not layer.geometry.pointwise
 
 
 def _departs(variant: Variant) -> bool:

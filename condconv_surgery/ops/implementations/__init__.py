@@ -10,6 +10,7 @@ from condconv_surgery.ops.implementations.blockwise import Blockwise
 from condconv_surgery.ops.implementations.bmm import Bmm
 from condconv_surgery.ops.implementations.grouped import Grouped
 from condconv_surgery.ops.implementations.implementation import Implementation
+from condconv_surgery.ops.implementations.loop import Loop
 from condconv_surgery.ops.implementations.mix_inputs import MixInputs
 from condconv_surgery.ops.implementations.mix_outputs import MixOutputs
 from condconv_surgery.ops.implementations.plain import Plain
@@ -26,6 +27,7 @@ _ALL: tuple[Implementation, ...] = (
     Bmm(),
     MixOutputs(),
     MixInputs(),
+    Loop(),
 )
 IMPLEMENTATIONS = {implementation.name: implementation for implementation in _ALL}
 """By name. Of equal estimates the first one is chosen."""

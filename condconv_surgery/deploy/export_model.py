@@ -1,0 +1,154 @@
+"""``export``: a conditional network as the file of a runtime, which is kept only if it computes the same there."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from condconv_surgery.deploy.runtimes.litert_model import LiteRt
+from condconv_surgery.deploy.runtimes.ncnn_model import Ncnn
+from condconv_surgery.deploy.runtimes.onnx_file import Onnx
+from condconv_surgery.deploy.runtimes.openvino_model import OpenVino
+from condconv_surgery.deploy.runtimes.pt2_program import Pt2
+from condconv_surgery.deploy.runtimes.runtime_protocol import Request, Runtime
+from condconv_surgery.deploy.serving_form import serving_form
+from condconv_surgery.errors import InputError, ProofError, unknown_name
+from condconv_surgery.layers import conditional_layers
+from condconv_surgery.models.artifact.atomic_write import replacing_files, require_values
+from condconv_surgery.recipe import InputSpec, recipe_of
+from condconv_surgery.runtime.modes import input_spec_of
+from condconv_surgery.surgery.copy_model import copy_of
+from condconv_surgery.surgery.proof.output_tensors import output_tensors
+
+RUNTIMES: dict[str, Runtime] = {own.name: own for own in (Onnx(), Pt2(), OpenVino(), LiteRt(), Ncnn())}
+
+BATCHES = (1, 3, 8)
+"""Batches at which a file for any batch is compared with the model."""
+
+TOLERANCE = 1e-4
+"""Largest difference, relative to the magnitude of the outputs."""
+
+
+@dataclass(frozen=True)
+class Export:
+    """What ``export`` wrote.
+
+    forms: the form of each conditional layer, by its name (``deploy.graph_forms``). difference: the largest between
+    model and file, relative to the outputs' magnitude. shapes: the inputs at which they were compared. versions: of the
+    file's format.
+    """
+
+    path: Path
+    runtime: str
+    forms: dict[str, str]
+    difference: float
+    shapes: tuple[tuple[int, ...], ...]
+    versions: dict[str, int] = field(default_factory=dict)
+
+    def form_counts(self) -> dict[str, int]:
+        """How many conditional layers have each form."""
+        return dict(Counter(self.forms.values()))
+
+
+def export(
+    model: nn.Module,
+    path: str | Path,
+    *,
+    to: str = "onnx",
+    form: str = "auto",
+    batch: int | None = None,
+    dynamic_size: bool = False,
+    size: int | None = None,
+) -> Export:
+    """Write ``model`` for a runtime, and run the file there against the model.
+
+        cs.export(model, "resnet18.onnx")                      # ONNX Runtime, any batch
+        cs.export(model, "resnet18.tflite", to="litert")
+
+    Batch norms are folded first (``fold``), and the constants of the routers. The metadata of the file has the classes,
+    the normalisation, the input size and the variant.
+
+    to: ``"onnx"``, ``"pt2"`` (torch.export), ``"openvino"``, ``"litert"`` or ``"ncnn"``; the last two take one batch.
+    form: of the conditional layers in the graph, see ``deploy.graph_forms``; ``"auto"`` chooses for each layer.
+    batch: the only one of the graph; by default any, or 1 where the runtime needs one. dynamic_size: also any H and W.
+    size: side of the input in pixels, if it is not the model's own.
+
+    Raises ``InputError`` for a form that a layer or the runtime cannot have, a path that cannot be written or missing
+    packages, ``SurgeryError`` where the model cannot be exported, and ``ProofError``, without a file, when outputs
+    differ by more than 1e-4 of their magnitude at batches of 1, 3 and 8, or at ``batch``.
+    """
+    runtime, path = _runtime(to), Path(path)
+    runtime.require_packages()
+    require_values(model.state_dict())
+    batch = _batch(runtime, batch, dynamic_size)
+    spec = input_spec_of(model)
+    height, width = (spec.height, spec.width) if size is None else (size, size)
+    original = copy_of(model).eval().cpu().float()
+    images = _images(batch or 2, spec.channels, height, width)
+    served, forms = serving_form(original, images, form=form, preferred=runtime.preferred, batch=batch)
+    request = Request(images, batch, dynamic_size, metadata_of(model, spec, height, width))
+    sides = [(height, width), (height + 32, width + 64)] if dynamic_size else [(height, width)]
+    batches = BATCHES if batch is None else (batch,)
+    inputs = [_images(one, spec.channels, *side) for side in sides for one in batches]
+    with replacing_files(path) as temporary:
+        versions = runtime.write(served, request, temporary)
+        difference = _difference(original, runtime.run(temporary, inputs), inputs)
+        if not difference <= TOLERANCE:
+            raise ProofError(
+                f"The exported file differs from the model by {difference:.3g} of its outputs.",
+                f"At most {TOLERANCE:g} is allowed. Nothing was written.",
+                "another form=, or collapse",
+            )
+    return Export(path, to, forms, difference, tuple(tuple(x.shape) for x in inputs), versions)
+
+
+def metadata_of(model: nn.Module, spec: InputSpec, height: int, width: int) -> dict[str, Any]:
+    """What whoever serves the file has to know, as JSON values."""
+    recipe, layers = recipe_of(model), conditional_layers(model)
+    return {
+        "classes": list(recipe.classes) if recipe else [],
+        "mean": list(spec.mean),
+        "std": list(spec.std),
+        "size": [spec.channels, height, width],
+        "interpolation": spec.interpolation,
+        "crop_fraction": spec.crop_fraction,
+        "source": recipe.source.name if recipe else "",
+        "variant": next((layer.variant.to_dict() for layer in layers.values()), None),
+    }
+
+
+def _runtime(name: str) -> Runtime:
+    if name not in RUNTIMES:
+        raise unknown_name("runtime", name, RUNTIMES, 'to="onnx"')
+    return RUNTIMES[name]
+
+
+def _batch(runtime: Runtime, batch: int | None, dynamic_size: bool) -> int | None:
+    if batch is not None and batch < 1:
+        raise InputError(f"batch={batch}.", "It is the number of images of each call.", "batch=1")
+    if dynamic_size and runtime.fixed_size:
+        raise InputError(f'to="{runtime.name}" takes one size.', "Its shapes are fixed.", "dynamic_size=False")
+    return 1 if batch is None and runtime.fixed_batch else batch
+
+
+@torch.no_grad()
+def _difference(model: nn.Module, actual: Sequence[Sequence[Tensor]], inputs: Sequence[Tensor]) -> float:
+    """The largest over all inputs and outputs, each relative to the largest output of its input."""
+    largest = 0.0
+    for outputs, images in zip(actual, inputs, strict=True):
+        expected = output_tensors(model(images))
+        if [tensor.shape for tensor in outputs] != [tensor.shape for tensor in expected]:
+            return float("inf")
+        gap = max(float((a - b).abs().max()) for a, b in zip(outputs, expected, strict=True))
+        largest = max(largest, gap / max(float(b.abs().max()) for b in expected) if gap else 0.0)
+    return largest
+
+
+def _images(*shape: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0))

@@ -1,0 +1,1 @@
+"""Runtimes: how each writes a graph and runs its file."""

@@ -1,0 +1,43 @@
+"""OpenVINO, from the graph of the ONNX file."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from condconv_surgery.deploy.runtimes.onnx_file import onnx_program
+from condconv_surgery.deploy.runtimes.runtime_protocol import Request, Runtime, cannot_export
+
+
+class OpenVino(Runtime):
+    """A model in OpenVINO's format: an .xml, and a .bin beside it. Run on its CPU plugin, in float32."""
+
+    name, suffix, extra = "openvino", ".xml", "openvino"
+    packages = ("openvino", "onnx", "onnxscript")
+    preferred = ("scale", "kernel", "matmul", "sum", "taps", "grouped")
+
+    def write(self, model: nn.Module, request: Request, path: Path) -> dict[str, int]:
+        import openvino
+
+        graph = path.with_suffix(".onnx")
+        onnx_program(model, request).save(str(graph), external_data=False)
+        try:
+            converted = openvino.convert_model(graph)
+        except Exception as error:  # what its frontend raises is no class of its own
+            raise cannot_export(error, "OpenVINO", request.dynamic_size) from error
+        for name, value in request.metadata.items():
+            converted.set_rt_info(json.dumps(value), ["condconv", name])
+        openvino.save_model(converted, path, compress_to_fp16=False)
+        graph.unlink()
+        return {}
+
+    def run(self, path: Path, inputs: Sequence[Tensor]) -> list[list[Tensor]]:
+        import openvino
+
+        precision = {"INFERENCE_PRECISION_HINT": "f32"}
+        compiled = openvino.Core().compile_model(path, "CPU", precision)
+        return [[torch.from_numpy(value.copy()) for value in compiled(x.numpy()).values()] for x in inputs]

@@ -1,0 +1,79 @@
+"""What a runtime has to be able to do, and the registry."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from condconv_surgery.errors import InputError, SurgeryError, one_line
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to write. images: an example [B, C, H, W]. batch: of the graph, None for any. dynamic_size: also any H, W.
+
+    metadata: what whoever serves the file has to know, as JSON values.
+    """
+
+    images: Tensor
+    batch: int | None
+    dynamic_size: bool
+    metadata: dict[str, Any] = field(default_factory=dict)
+
+    def dynamic_shapes(self) -> tuple[dict[int, Any], ...] | None:
+        """As ``torch.export.export`` takes them; None where every dimension is fixed."""
+        dynamic = torch.export.Dim.DYNAMIC
+        dimensions = [*([0] if self.batch is None else []), *([2, 3] if self.dynamic_size else [])]
+        return (dict.fromkeys(dimensions, dynamic),) if dimensions else None
+
+
+class Runtime:
+    """Writes a model for one runtime and runs the file there.
+
+    preferred: the forms of a conditional layer (``deploy.graph_forms``) that it takes, best first.
+    fixed_batch: its graph is for one batch, 1 if no other is asked for. fixed_size: and for one size.
+    suffix: of its file. extra, packages: of this package, and what they install.
+    """
+
+    name: ClassVar[str]
+    suffix: ClassVar[str]
+    extra: ClassVar[str]
+    packages: ClassVar[tuple[str, ...]]
+    preferred: ClassVar[tuple[str, ...]]
+    fixed_batch: ClassVar[bool] = False
+    fixed_size: ClassVar[bool] = False
+
+    def write(self, model: nn.Module, request: Request, path: Path) -> dict[str, int]:
+        """Write ``model`` to ``path``, with further files beside it; returns versions of the format to report."""
+        raise NotImplementedError
+
+    def run(self, path: Path, inputs: Sequence[Tensor]) -> list[list[Tensor]]:
+        """The outputs of the file for each of ``inputs``, in order."""
+        raise NotImplementedError
+
+    def require_packages(self) -> None:
+        """Raise ``InputError`` where a package is missing."""
+        for package in self.packages:
+            try:
+                importlib.import_module(package)
+            except ImportError as error:
+                raise InputError(
+                    f"{self.name} needs a package that is not installed: {error.name}.",
+                    f"It takes {', '.join(self.packages)}.",
+                    f'pip install "condconv-surgery[{self.extra}]"',
+                ) from error
+
+
+def cannot_export(error: Exception, runtime: str, dynamic_size: bool = False) -> SurgeryError:
+    """The error to raise for whatever an exporter raises."""
+    return SurgeryError(
+        f"{runtime} cannot take the model: {one_line(error.__cause__ or error)}",
+        "torch must trace its forward as one graph, of operators that the runtime has.",
+        "dynamic_size=False" if dynamic_size else "collapse, then the exporter of the plain network",
+    )

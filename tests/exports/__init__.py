@@ -1,0 +1,1 @@
+"""Exports of whole networks to each runtime, and the table of them."""
