@@ -17,7 +17,7 @@ SITE := site
 INTEGRATIONS_VENV := .venv-integrations
 INTEGRATIONS_INSTALLED := $(INTEGRATIONS_VENV)/.installed
 INTEGRATIONS_PIP := $(INTEGRATIONS_VENV)/bin/pip --disable-pip-version-check
-INTEGRATIONS_EXTRAS := ultralytics
+INTEGRATIONS_EXTRAS := ultralytics,openvino,litert,ncnn
 
 OLDEST_VENV := .venv-oldest
 OLDEST_INSTALLED := $(OLDEST_VENV)/.installed

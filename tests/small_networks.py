@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from condconv_surgery.layers import conditional_like
 from condconv_surgery.recipe import CondConv, DynamicConv, Variant
+from tests.variant_cases import scramble
 
 
 class SmallNet(nn.Module):
@@ -38,3 +41,32 @@ def small_net(
 
 
 VARIANTS: list[Variant | None] = [None, CondConv(experts=3), DynamicConv(experts=2)]
+
+
+class Mixed(nn.Module):
+    """Every kind of layer that has another form: k x k, 1x1, depthwise, strided, with and without a norm behind."""
+
+    def __init__(self, variant: Variant) -> None:
+        super().__init__()
+
+        def conditional(*shape: int, **options: Any) -> nn.Module:
+            return conditional_like(nn.Conv2d(*shape, **options), variant)
+
+        self.stem = nn.Conv2d(3, 8, 3, stride=2, padding=1)
+        self.expand = conditional(8, 16, 1, bias=False)
+        self.bn = nn.BatchNorm2d(16)
+        self.depthwise = conditional(16, 16, 3, padding=1, groups=16)
+        self.dense = conditional(16, 8, 3, stride=2, padding=1)
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.bn(self.expand(torch.relu(self.stem(x)))))
+        return self.head(torch.relu(self.dense(self.depthwise(x))).mean((2, 3)))
+
+
+def mixed(variant: Variant) -> nn.Module:
+    """A scrambled ``Mixed`` in eval mode."""
+    torch.manual_seed(0)
+    model = Mixed(variant).eval()
+    scramble(model)
+    return model

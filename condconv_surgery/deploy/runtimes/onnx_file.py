@@ -11,7 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from condconv_surgery.deploy.runtimes.onnx_scan import convolve_in_a_scan
 from condconv_surgery.deploy.runtimes.runtime_protocol import Request, Runtime, cannot_export
+from condconv_surgery.ops.implementations.loop import OPERATOR as LOOP
 
 OPSET = 18
 """Of the file. ONNX Runtime since 1.14 reads it."""
@@ -51,6 +53,7 @@ def onnx_program(model: nn.Module, request: Request) -> Any:
                 dynamic_shapes=request.dynamic_shapes(),
                 input_names=["images"],
                 opset_version=OPSET,
+                custom_translation_table={LOOP: convolve_in_a_scan},
                 verbose=False,
             )
     except Exception as error:  # whatever torch.export raises for a user's forward

@@ -1,6 +1,8 @@
-"""One convolution for each sample, with its own kernel: in an exported program a ``scan`` over the batch."""
+"""One convolution for each sample, with its own kernel."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +13,7 @@ from condconv_surgery.ops.geometry import ConvArguments, ConvGeometry
 from condconv_surgery.ops.implementations.implementation import Implementation
 from condconv_surgery.ops.mixture import Mixture
 from condconv_surgery.ops.per_sample.mix_kernels import mix_kernels
+from condconv_surgery.ops.per_sample.per_sample_conv import empty_output
 from condconv_surgery.ops.tracing_state import is_exporting
 
 
@@ -31,22 +34,29 @@ class Loop(Implementation):
         x, arguments = geometry.pad(x)
         kernels = mix_kernels(experts, mixture, geometry.groups).to(x.dtype)
         kernels = kernels.expand(x.shape[0], -1, -1, -1, -1)  # [B, O, I/G, kh, kw]
-        if is_exporting():
-            return _scan(x, kernels, arguments)
-        # unbind: the gradient of an index is a tensor of zeros as large as the whole batch
-        return torch.stack([_one(*pair, arguments) for pair in zip(x.unbind(), kernels.unbind(), strict=True)])
+        convolve = convolve_in_a_loop if is_exporting() else _loop
+        y: Tensor = convolve(x, kernels, *arguments)
+        return y
 
 
-def _one(x: Tensor, kernel: Tensor, arguments: ConvArguments) -> Tensor:
-    return F.conv2d(x.unsqueeze(0), kernel, None, *arguments).squeeze(0)
+def _loop(
+    x: Tensor, kernels: Tensor, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], groups: int
+) -> Tensor:
+    # unbind: the gradient of an index is a tensor of zeros as large as the whole batch
+    pairs = zip(x.unbind(), kernels.unbind(), strict=True)
+    return torch.stack(
+        [F.conv2d(one[None], kernel, None, stride, padding, dilation, groups)[0] for one, kernel in pairs]
+    )
 
 
-def _scan(x: Tensor, kernels: Tensor, arguments: ConvArguments) -> Tensor:
-    """ONNX's ``Scan``, for any batch. A scan carries a state from sample to sample; this one has none to carry."""
-    from torch._higher_order_ops.scan import scan  # torch has no public name for it
+convolve_in_a_loop = torch.library.custom_op("condconv_surgery::convolve_in_a_loop", _loop, mutates_args=())
+"""One node of an exported program, for any batch. The exporter to ONNX writes it as a ``Scan``."""
 
-    def step(state: Tensor, sample: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        return state.clone(), _one(*sample, arguments)
+OPERATOR = torch.ops.condconv_surgery.convolve_in_a_loop.default
 
-    y: Tensor = scan(step, x.new_zeros(1), (x, kernels))[1]
-    return y
+
+@convolve_in_a_loop.register_fake
+def _(
+    x: Tensor, kernels: Tensor, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], groups: int
+) -> Tensor:
+    return empty_output(x, kernels, ConvArguments(stride, padding, dilation, groups))
