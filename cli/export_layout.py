@@ -40,6 +40,13 @@ def export(
     size: Annotated[
         int | None, typer.Option("--input-size", help="Side of the image in pixels, if not the model's own.")
     ] = None,
+    quantize: Annotated[
+        str | None, typer.Option(help="int8, with --to onnx and --data: convolutions in int8; routers stay float.")
+    ] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(help="Images for the ranges of int8; their validation part gives the top-1 of model and file."),
+    ] = None,
     trust: Annotated[list[str] | None, typer.Option(help="A package whose code may build it; repeatable.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")] = False,
 ) -> None:
@@ -49,9 +56,11 @@ def export(
             "Either --to or --layout says what to write.", "--to is for a runtime.", "--to onnx, or --layout timm"
         )
     if layout is not None:
-        if form is not None or batch is not None or size is not None or dynamic_size:
+        if dynamic_size or any(value is not None for value in (form, batch, size, quantize, data)):
             raise InputError(
-                "--form, --batch, --input-size and --dynamic-size go with --to.", "A layout has no graph.", "--to onnx"
+                "--form, --batch, --input-size, --dynamic-size, --quantize and --data go with --to.",
+                "A layout has no graph.",
+                "--to onnx",
             )
         _export_layout(artifact, layout, writable(output), tuple(trust or ()), as_json)
         return
@@ -60,6 +69,7 @@ def export(
     if size is not None and size < 1:
         raise InputError(f"--input-size is {size}.", "It must be at least 1 pixel.", "--input-size 224")
     options = {"to": to, "form": form or "auto", "batch": batch, "dynamic_size": dynamic_size, "size": size}
+    options |= {"quantize": quantize, "data": data}
     _export_file(artifact, writable(output, TARGETS[to]), options, tuple(trust or ()), as_json)
 
 
@@ -79,6 +89,7 @@ def _export_file(artifact: Path, path: Path, options: dict[str, Any], trust: tup
                 "forms": result.forms,
                 "difference": result.difference,
                 "compared": shapes,
+                "top1": None if result.accuracy is None else dict(zip(("model", "file"), result.accuracy, strict=True)),
             }
         )
         return
@@ -86,6 +97,8 @@ def _export_file(artifact: Path, path: Path, options: dict[str, Any], trust: tup
     versions = "".join(f", {name} {number}" for name, number in result.versions.items())
     say(f"Layers      {counts or 'none is conditional'}")
     say(f"Difference  {result.difference:.2g} of the outputs at most, at inputs {', '.join(map(str, shapes))}")
+    if result.accuracy is not None:
+        say("Top-1       {:.2%} of the model, {:.2%} of the file".format(*result.accuracy))
     say(f"Wrote       {path}: {path.stat().st_size / 1e6:.1f} MB{versions}")
 
 

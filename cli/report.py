@@ -33,6 +33,12 @@ def report(
         bool, typer.Option("--latency", help="Also measure latency, alternating with the original.")
     ] = False,
     batch: Annotated[int, typer.Option(help="Second batch size for memory and latency, beside 1.")] = 8,
+    runtime: Annotated[
+        str | None,
+        typer.Option(
+            help="onnx: only the latency of the exported file and its original's, in turns, at batch 1 and 32."
+        ),
+    ] = None,
     device: Annotated[str, typer.Option(help="Where to run: cpu, cuda, cuda:1.")] = "cpu",
     dtype: Annotated[
         str | None, typer.Option(help=f"Of weights and input: {', '.join(DTYPES)}. Default: that of the file.")
@@ -59,10 +65,15 @@ def report(
         raise unknown_name("dtype", dtype, DTYPES, "--dtype bfloat16")
 
     _require_writable(html, plots)
+    if runtime is not None and runtime != "onnx":
+        raise unknown_name("runtime", runtime, ["onnx"], "--runtime onnx")
 
     def load(spec: str) -> nn.Module:
         return _load(spec, arch, weights, input_size, tuple(trust or ()), device, dtype)
 
+    if runtime is not None:
+        _report_files(models, load, as_json)
+        return
     before = load(original) if original is not None else None
     result = _measure(models, load, before, data, limit, batch, latency)
     if as_json:
@@ -74,6 +85,28 @@ def report(
     else:
         result.print()
     _write(result, html, plots)
+
+
+def _report_files(models: list[str], load: Callable[[str], nn.Module], as_json: bool) -> None:
+    """Print the latency of each model's ONNX file."""
+    from dataclasses import asdict
+
+    from condconv_surgery.deploy.file_latency import file_latency
+
+    rows = {}
+    for spec in models:
+        say(f"Exporting {spec} and its static original, then timing both files in ONNX Runtime")
+        rows[spec] = file_latency(load(spec).cpu().float())
+    if as_json:
+        print_json({spec: [asdict(row) for row in measured] for spec, measured in rows.items()})
+        return
+    for spec, measured in rows.items():
+        print(spec)
+        for row in measured:
+            times = f"{row.median * 1e3:.1f} ms, original {row.original * 1e3:.1f} ms, ratio {row.ratio:.2f}"
+            print(f"  batch {row.batch:<3}  {times} (spread {row.spread * 1e3:.1f} ms, {row.repeats} calls)")
+        forms = ", ".join(f"{count} as {name}" for name, count in measured[0].forms.items())
+        print(f"  layers     {forms}; {measured[0].threads} threads")
 
 
 def _require_writable(html: Path | None, plots: Path | None) -> None:

@@ -178,7 +178,13 @@ def test_errors_and_recipe_need_no_torch() -> None:
     assert done.stdout == "False\n"
 
 
-DISTRIBUTIONS = {"PIL": "pillow", "pillow_heif": "pillow-heif"}
+DISTRIBUTIONS = {
+    "PIL": "pillow",
+    "pillow_heif": "pillow-heif",
+    "litert_torch": "litert-torch",
+    "ai_edge_litert": "ai-edge-litert",
+    "onnx_ir": "onnx-ir",
+}
 """Of a module that is imported under another name."""
 
 STANDARD = sys.stdlib_module_names | {"tomllib"}  # since Python 3.11; on 3.10 it is tomli

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from condconv_surgery.deploy.collapse_images import collapse_images
+from condconv_surgery.deploy.deployment_images import deployment_images
 from condconv_surgery.deploy.mean_mixtures import Labelled, MeanMixture, mean_mixtures, top1
 from condconv_surgery.errors import InputError, listed, nearest
 from condconv_surgery.layers import ConditionalConv2d, RoutedBlock, plain_like
@@ -79,8 +79,9 @@ def collapse(
     A network that was converted and never trained collapses to the original. Raises ``InputError`` for a model without
     conditional layers or a folded one, and for data that cannot be used.
     """
-    _require_collapsible(model, keep, max_drop)
-    calibration, labelled = collapse_images(model, data, limit)
+    require_collapsible(model)
+    _require_options(model, keep, max_drop)
+    calibration, labelled = deployment_images(model, data, limit)
     means = mean_mixtures(model, calibration)
     before = top1(model, labelled)
     layers = _plan(model, means, keep, max_drop, before, labelled)
@@ -88,7 +89,9 @@ def collapse(
     if dry_run:
         return Collapse(None, layers, before, top1(model, labelled, frozen, means))
     plain = model if inplace else copy_of(model)
-    _make_plain(plain, means, {layer.name for layer in layers if not layer.kept})
+    make_plain(
+        plain, {name: mean.mixture for name, mean in means.items()}, {layer.name for layer in layers if not layer.kept}
+    )
     plain.eval()
     return Collapse(plain, layers, before, top1(plain, labelled))
 
@@ -110,9 +113,9 @@ def mean_kernel(layer: ConditionalConv2d[Any], mixture: Mixture) -> tuple[Tensor
     return kernel, None if layer.bias is None else gate @ layer.bias.detach().double()
 
 
-def _require_collapsible(model: nn.Module, keep: int | Sequence[str], max_drop: float | None) -> None:
-    names = [name for layers in named_layers(model, ConditionalConv2d) for name in layers[0]]
-    if not names:
+def require_collapsible(model: nn.Module) -> None:
+    """Raise ``InputError`` for a model without conditional layers, or a folded one."""
+    if not named_layers(model, ConditionalConv2d):
         raise InputError("The model has no conditional layer.", "It is plain already.", "use it as it is")
     if folded := folded_layers(model):
         raise InputError(
@@ -120,6 +123,10 @@ def _require_collapsible(model: nn.Module, keep: int | Sequence[str], max_drop: 
             "The original class has its batch norms.",
             "the artifact from before it was folded",
         )
+
+
+def _require_options(model: nn.Module, keep: int | Sequence[str], max_drop: float | None) -> None:
+    names = [name for layers in named_layers(model, ConditionalConv2d) for name in layers[0]]
     if isinstance(keep, int):
         if keep < 0:
             raise InputError(f"keep={keep}.", "It is a number of routers, or names of layers.", "keep=3")
@@ -188,11 +195,12 @@ def _reason_to_stay(layers: Sequence[ConditionalConv2d[Any]], mixture: Mixture) 
 
 
 @torch.no_grad()
-def _make_plain(model: nn.Module, means: dict[str, MeanMixture], chosen: set[str]) -> None:
-    mixtures = {id(layer): means[name].mixture for name, layers in routed_layers(model).items() for layer in layers}
+def make_plain(model: nn.Module, mixtures: dict[str, Mixture], chosen: set[str]) -> None:
+    """Replace the ``chosen`` layers by plain ones, each with the kernel of its router's mixture, in place."""
+    of_layer = {id(layer): mixtures[name] for name, layers in routed_layers(model).items() for layer in layers}
     for names, layer in named_layers(model, ConditionalConv2d):
         if names[0] in chosen:
-            plain = _plain(layer, mixtures[id(layer)])
+            plain = _plain(layer, of_layer[id(layer)])
             move_hooks(layer, plain)
             for name in names:
                 model.set_submodule(name, plain)

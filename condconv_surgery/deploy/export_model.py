@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from condconv_surgery.deploy.deployment_images import deployment_images
+from condconv_surgery.deploy.file_accuracy import in_batches, top1_of_file
+from condconv_surgery.deploy.graph_forms import CONSTANT
+from condconv_surgery.deploy.mean_mixtures import top1
 from condconv_surgery.deploy.runtimes.litert_model import LiteRt
 from condconv_surgery.deploy.runtimes.ncnn_model import Ncnn
 from condconv_surgery.deploy.runtimes.onnx_file import Onnx
+from condconv_surgery.deploy.runtimes.onnx_int8 import quantize_convolutions
 from condconv_surgery.deploy.runtimes.openvino_model import OpenVino
 from condconv_surgery.deploy.runtimes.pt2_program import Pt2
 from condconv_surgery.deploy.runtimes.runtime_protocol import Request, Runtime
@@ -40,8 +45,8 @@ class Export:
     """What ``export`` wrote.
 
     forms: the form of each conditional layer, by its name (``deploy.graph_forms``). difference: the largest between
-    model and file, relative to the outputs' magnitude. shapes: the inputs at which they were compared. versions: of the
-    file's format.
+    model and file, relative to the outputs' magnitude, before any quantisation. shapes: the inputs at which they were
+    compared. versions: of the file's format. accuracy: top-1, 0 to 1, of model and file; None without labels.
     """
 
     path: Path
@@ -50,6 +55,7 @@ class Export:
     difference: float
     shapes: tuple[tuple[int, ...], ...]
     versions: dict[str, int] = field(default_factory=dict)
+    accuracy: tuple[float, float] | None = None
 
     def form_counts(self) -> dict[str, int]:
         """How many conditional layers have each form."""
@@ -65,6 +71,9 @@ def export(
     batch: int | None = None,
     dynamic_size: bool = False,
     size: int | None = None,
+    quantize: str | None = None,
+    data: str | Path | Tensor | Iterable[Any] | None = None,
+    limit: int = 1000,
 ) -> Export:
     """Write ``model`` for a runtime, and run the file there against the model.
 
@@ -78,6 +87,9 @@ def export(
     form: of the conditional layers in the graph, see ``deploy.graph_forms``; ``"auto"`` chooses for each layer.
     batch: the only one of the graph; by default any, or 1 where the runtime needs one. dynamic_size: also any H and W.
     size: side of the input in pixels, if it is not the model's own.
+    quantize: ``"int8"``, for ONNX: convolutions in int8, with ranges from ``data``; routers stay float. The layers then
+        have constant kernels.
+    data: as ``collapse`` takes it: its labelled images, ``limit`` at most, give the top-1 of model and file.
 
     Raises ``InputError`` for a form that a layer or the runtime cannot have, a path that cannot be written or missing
     packages, ``SurgeryError`` where the model cannot be exported, and ``ProofError``, without a file, when outputs
@@ -87,15 +99,15 @@ def export(
     runtime.require_packages()
     require_values(model.state_dict())
     batch = _batch(runtime, batch, dynamic_size)
+    preferred = runtime.preferred if quantize is None else _quantizable(runtime, quantize, data)
     spec = input_spec_of(model)
-    height, width = (spec.height, spec.width) if size is None else (size, size)
+    spec = spec if size is None else replace(spec, height=size, width=size)
     original = copy_of(model).eval().cpu().float()
-    images = _images(batch or 2, spec.channels, height, width)
-    served, forms = serving_form(original, images, form=form, preferred=runtime.preferred, batch=batch)
-    request = Request(images, batch, dynamic_size, metadata_of(model, spec, height, width))
-    sides = [(height, width), (height + 32, width + 64)] if dynamic_size else [(height, width)]
-    batches = BATCHES if batch is None else (batch,)
-    inputs = [_images(one, spec.channels, *side) for side in sides for one in batches]
+    calibration, labelled = ([], []) if data is None else deployment_images(original, data, limit, spec)
+    images = _images(batch or 2, spec.channels, spec.height, spec.width)
+    served, forms = serving_form(original, images, form=form, preferred=preferred, batch=batch)
+    request = Request(images, batch, dynamic_size, metadata_of(model, spec))
+    inputs = _inputs(spec, batch, dynamic_size)
     with replacing_files(path) as temporary:
         versions = runtime.write(served, request, temporary)
         difference = _difference(original, runtime.run(temporary, inputs), inputs)
@@ -105,17 +117,38 @@ def export(
                 f"At most {TOLERANCE:g} is allowed. Nothing was written.",
                 "another form=, or collapse",
             )
-    return Export(path, to, forms, difference, tuple(tuple(x.shape) for x in inputs), versions)
+        if quantize is not None:
+            quantize_convolutions(temporary, [x for one, _ in calibration for x in in_batches(one, batch)])
+        before = top1(original, labelled)
+        accuracy = None if before is None else (before, top1_of_file(runtime, temporary, labelled, batch))
+    return Export(path, to, forms, difference, tuple(tuple(x.shape) for x in inputs), versions, accuracy)
 
 
-def metadata_of(model: nn.Module, spec: InputSpec, height: int, width: int) -> dict[str, Any]:
+def _quantizable(runtime: Runtime, quantize: str, data: Any) -> Sequence[str]:
+    """The forms of a model whose convolutions become integers. Raises ``InputError`` for what cannot be."""
+    if quantize != "int8":
+        raise unknown_name("quantization", quantize, ["int8"], 'quantize="int8"')
+    if runtime.name != "onnx":
+        raise InputError(f'quantize="int8" with to="{runtime.name}".', "Only ONNX files are quantised.", 'to="onnx"')
+    if data is None:
+        raise InputError('quantize="int8" needs images.', "They give the ranges of the activations.", "data=FOLDER")
+    return CONSTANT
+
+
+def _inputs(spec: InputSpec, batch: int | None, dynamic_size: bool) -> list[Tensor]:
+    """At which model and file are compared."""
+    sides = [(spec.height, spec.width), (spec.height + 32, spec.width + 64)][: 2 if dynamic_size else 1]
+    return [_images(one, spec.channels, *side) for side in sides for one in (BATCHES if batch is None else (batch,))]
+
+
+def metadata_of(model: nn.Module, spec: InputSpec) -> dict[str, Any]:
     """What whoever serves the file has to know, as JSON values."""
     recipe, layers = recipe_of(model), conditional_layers(model)
     return {
         "classes": list(recipe.classes) if recipe else [],
         "mean": list(spec.mean),
         "std": list(spec.std),
-        "size": [spec.channels, height, width],
+        "size": [spec.channels, spec.height, spec.width],
         "interpolation": spec.interpolation,
         "crop_fraction": spec.crop_fraction,
         "source": recipe.source.name if recipe else "",

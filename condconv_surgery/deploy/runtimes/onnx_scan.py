@@ -26,7 +26,7 @@ def convolve_in_a_scan(
     nodes = [axis, batch, convolution, result]
     for i, node in enumerate(nodes):
         node.outputs[0].name = f"{x.name}_scan_{i}"
-    body = ir.Graph([one, kernel], result.outputs, nodes=nodes, name=f"{x.name}_scan")
+    body: Any = ir.Graph([one, kernel], result.outputs, nodes=nodes, name=f"{x.name}_scan")
     return op.Scan(x, kernels, body=body, num_scan_inputs=2)
 
 

@@ -1,4 +1,4 @@
-"""The images over which mixtures are averaged, and those on which accuracy is measured."""
+"""The images over which mixtures are averaged or activations calibrated, and those on which accuracy is measured."""
 
 from __future__ import annotations
 
@@ -41,16 +41,19 @@ class FolderBatches(Sequence[Labelled]):
         return torch.stack(images), self.logits[torch.tensor([self.images.labels[i] for i in chosen])]
 
 
-def collapse_images(
-    model: nn.Module, data: str | Path | Tensor | Iterable[Any], limit: int
+def deployment_images(
+    model: nn.Module, data: str | Path | Tensor | Iterable[Any], limit: int, spec: InputSpec | None = None
 ) -> tuple[Sequence[Labelled], Sequence[Labelled]]:
-    """The images of the means, and the labelled ones, of which there may be none."""
+    """The images of the means, and the labelled ones, of which there may be none.
+
+    limit: most labelled images of a folder. spec: what its images are made to, by default the model's own input.
+    """
     if not isinstance(data, (str, Path)):
         batches = [_batch(batch) for batch in (torch.split(data, BATCH) if isinstance(data, Tensor) else data)]
         if not batches:
             raise InputError("data= holds no images.", "The means need some; 256 are enough.", "more images")
         return batches, batches
-    spec = input_spec_of(model)
+    spec = spec or input_spec_of(model)
     calibration = [(images, None) for images in calibration_images(Path(data), spec, BATCH)]
     try:
         images = find_evaluation_images(DataOptions(folder=str(data))).images

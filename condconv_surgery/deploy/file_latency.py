@@ -1,0 +1,101 @@
+"""Latency of an exported network in ONNX Runtime against the file of its static original, in one run."""
+
+from __future__ import annotations
+
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from condconv_surgery.deploy.collapse_mixtures import make_plain, require_collapsible
+from condconv_surgery.deploy.export_model import export
+from condconv_surgery.deploy.mean_mixtures import mixture_of_zeros
+from condconv_surgery.layers import conditional_layers, routers
+from condconv_surgery.surgery.copy_model import copy_of
+
+
+@dataclass(frozen=True)
+class FileLatency:
+    """Seconds of a call with ``batch`` images: median and interquartile range over ``repeats``.
+
+    original: median of the static original's file, called in turns with it. ratio: median / original.
+    forms: how many conditional layers have each. threads: of the runtime.
+    """
+
+    batch: int
+    median: float
+    spread: float
+    original: float
+    ratio: float
+    repeats: int
+    threads: int
+    forms: dict[str, int]
+
+
+def file_latency(
+    model: nn.Module,
+    batches: Sequence[int] = (1, 32),
+    *,
+    form: str = "auto",
+    batch: int | None = None,
+    size: int | None = None,
+    seconds: float = 5.0,
+    clock: Callable[[], float] = time.perf_counter,
+) -> list[FileLatency]:
+    """Export ``model`` and its static original to ONNX and time both files in ONNX Runtime, in turns.
+
+    form, batch, size: as ``export`` takes them; with ``batch`` only that one is measured. seconds: about how long to
+    measure each batch, at least five calls of each. Threads: as many as torch uses.
+    clock: ``time.process_time`` on a busy machine, with one thread.
+    Raises ``InputError`` for a model without conditional layers, or a folded one, and as ``export``.
+    """
+    require_collapsible(model)
+    static = copy_of(model).eval()
+    mixtures = {name: mixture_of_zeros(router) for name, router in routers(static).items()}
+    make_plain(static, mixtures, set(conditional_layers(static)))
+    with tempfile.TemporaryDirectory() as folder:
+        files = Path(folder, "model.onnx"), Path(folder, "static.onnx")
+        result = export(model, files[0], form=form, batch=batch, size=size)
+        export(static, files[1], batch=batch, size=size)
+        sessions = [_session(file) for file in files]
+    _, *shape = result.shapes[0]
+    rows = []
+    for count in batches if batch is None else (batch,):
+        times, original = _in_turns(sessions, torch.randn(count, *shape).numpy(), seconds, clock)
+        low, median, high = statistics.quantiles(times, n=4)
+        base = statistics.median(original)
+        threads = torch.get_num_threads()
+        rows.append(
+            FileLatency(count, median, high - low, base, median / base, len(times), threads, result.form_counts())
+        )
+    return rows
+
+
+def _session(path: Path) -> Any:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads, options.log_severity_level = torch.get_num_threads(), 3
+    return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+
+
+def _in_turns(
+    sessions: Sequence[Any], images: Any, seconds: float, clock: Callable[[], float]
+) -> tuple[list[float], list[float]]:
+    """Seconds of each call of either session. In turns: a slow moment affects both."""
+    times: tuple[list[float], list[float]] = [], []
+    for session in sessions:  # the first call allocates
+        session.run(None, {"images": images})
+    begin = time.perf_counter()
+    while len(times[0]) < 5 or time.perf_counter() - begin < seconds:
+        for session, own in zip(sessions, times, strict=True):
+            start = clock()
+            session.run(None, {"images": images})
+            own.append(clock() - start)
+    return times
