@@ -15,14 +15,12 @@ def next_step(model: nn.Module, path: Path, trust: tuple[str, ...]) -> str:
     Runs the model once. trust: packages that the file needs besides that of its own factory.
     """
     from condconv_surgery.models.classifier_logits import is_classifier
-    from condconv_surgery.models.factory_source import FACTORY, package_of
-    from condconv_surgery.models.source_registry import builder_for
+    from condconv_surgery.models.factory_source import packages_to_trust
     from condconv_surgery.recipe import recipe_of
 
     recipe = recipe_of(model)
-    if recipe and recipe.source.name and builder_for(recipe.source.name) is FACTORY:
-        trust = tuple(dict.fromkeys((*trust, package_of(recipe.source))))
-    trusting = "".join(f" --trust {package}" for package in trust)
+    packages = packages_to_trust(recipe.source, trust) if recipe else trust
+    trusting = "".join(f" --trust {package}" for package in packages)
     if not is_classifier(model):
         return f"condconv report {path}{trusting}     (finetune trains classifiers; this one trains in your own loop)"
     return f"condconv finetune {path} --data FOLDER -o RUN{trusting}"

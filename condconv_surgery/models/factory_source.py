@@ -10,7 +10,7 @@ from torch import nn
 
 from condconv_surgery.errors import InputError, nearest, unknown_name
 from condconv_surgery.models.checkpoints.allowlist import import_advice
-from condconv_surgery.models.source_registry import named_source
+from condconv_surgery.models.source_registry import builder_for, named_source
 from condconv_surgery.recipe import Source
 
 
@@ -36,6 +36,12 @@ def require_trusted(source: Source, trust: tuple[str, ...]) -> None:
             "Without trust= only torchvision, timm and registered sources are imported.",
             f'trust=["{package}"]',
         )
+
+
+def packages_to_trust(source: Source, trust: tuple[str, ...]) -> tuple[str, ...]:
+    """``trust`` and the package of the factory that builds the source, for the next command on its artifact."""
+    own = (package_of(source),) if source.name and builder_for(source.name) is FACTORY else ()
+    return tuple(dict.fromkeys((*trust, *own)))
 
 
 def package_of(source: Source) -> str:

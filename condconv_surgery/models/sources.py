@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -36,6 +37,8 @@ from condconv_surgery.models.torchvision_source import build_published, input_of
 from condconv_surgery.recipe import InputSpec, Recipe, Source, attach_recipe, recipe_of
 from condconv_surgery.runtime.modes import input_of_stem
 from condconv_surgery.runtime.tensor_hash import hash_weights
+
+_LOG = logging.getLogger("condconv_surgery")
 
 FILE_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".tar", ".safetensors", ".onnx", ".h5", ".pt2", ".pkl")
 
@@ -137,6 +140,8 @@ def _load_checkpoint(text: str, options: LoadOptions) -> nn.Module:
         attach_recipe(model, Recipe(source=Source(f"torchvision:{published[0]}"), input=input_of(published[1])))
         return model
     source = arch or _recognised(layout, state, own)
+    if arch is None and "num_classes" in source.options:
+        _LOG.warning("%s: %d classes, as in the file", text, source.options["num_classes"])
     plain = layout.plain_source(source)
     model = build(plain, (*options.trust, package_of(plain)))  # naming a factory is trusting its package
     heads: dict[str, int] = {}

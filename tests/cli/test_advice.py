@@ -297,6 +297,14 @@ def reason_of(error: str) -> str:
     return error.partition("Error: ")[2].partition("\n")[0]
 
 
+def test_a_run_names_a_command_that_works(here: Path, condconv: Run) -> None:
+    code, _, said = condconv(*training()())
+    assert code == 0, said
+    following = said.partition("Next: condconv ")[2].partition("\n")[0]
+    assert following == "report run/best.safetensors --data run --trust nets"
+    assert condconv(*following.split())[0] == 0
+
+
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_the_advice_helps(mistake: str, here: Path, condconv: Run) -> None:
     command = MISTAKES[mistake]()

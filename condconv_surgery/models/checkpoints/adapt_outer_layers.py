@@ -33,9 +33,12 @@ def adapt(model: nn.Module, state: State, own: Mapping[str, Tensor], what: str) 
     outer = outer_layers(network)
     if outer is None or given == network or not body_fits(network, given):
         return state, {}
-    if given[outer.stem] != network[outer.stem]:
-        _take_channels(model, outer.stem, state[outer.stem])
-        _LOG.warning("%s: %s takes %d channels, as in the file", what, outer.stem, given[outer.stem][1])
+    if given[outer.stem] != network[outer.stem] or (outer.stem_bias in given) != (outer.stem_bias in network):
+        _take_stem(model, outer, state)
+        _LOG.warning(
+            "%s: %s takes %d channels, as in the file; its stride and padding are taken to be the architecture's",
+            *(what, outer.stem, given[outer.stem][1]),
+        )
     layer = model.get_submodule(outer.head)
     assert isinstance(layer, (nn.Linear, nn.Conv2d))
     before = len(layer.weight)
@@ -71,7 +74,7 @@ def _classifier(
     if name != outer.head:
         _LOG.warning("%s: took %s as the head %s, %d classes", what, f"{name}.weight", outer.head, len(weight))
     elif len(weight) != len(layer.weight):
-        _LOG.warning("%s: %s has %d classes, as in the file", what, outer.head, len(weight))
+        _LOG.warning("%s: %d classes, as in the file", what, len(weight))
     taken = {"weight": weight.reshape(len(weight), *layer.weight.shape[1:])}
     if layer.bias is not None:
         taken["bias"] = inside.get(f"{name}.bias", torch.zeros(len(weight), dtype=weight.dtype))
@@ -114,8 +117,10 @@ def _resize(layer: nn.Linear | nn.Conv2d, width: int) -> None:
     setattr(layer, "out_features" if isinstance(layer, nn.Linear) else "out_channels", width)
 
 
-def _take_channels(model: nn.Module, name: str, weight: Tensor) -> None:
-    stem = model.get_submodule(name.removesuffix(".weight"))
+def _take_stem(model: nn.Module, outer: OuterLayers, state: State) -> None:
+    """The channels of the file's stem, and its bias or none, in place, with uninitialised weights."""
+    stem, weight = model.get_submodule(outer.stem.removesuffix(".weight")), state[outer.stem]
     assert isinstance(stem, nn.Conv2d)
     stem.weight = nn.Parameter(stem.weight.new_empty(weight.shape))
+    stem.bias = nn.Parameter(stem.weight.new_empty(len(weight))) if outer.stem_bias in state else None
     stem.in_channels = weight.shape[1] * stem.groups

@@ -28,6 +28,11 @@ class OuterLayers:
     head: str
     group: str
 
+    @property
+    def stem_bias(self) -> str:
+        """The name of its bias, which it need not have."""
+        return f"{self.stem.removesuffix('weight')}bias"
+
 
 def shapes_of(state: Mapping[str, Tensor]) -> Shapes:
     """Shapes by name, without the counters of batch norms, which older files lack."""
@@ -49,7 +54,7 @@ def outer_layers(shapes: Shapes) -> OuterLayers | None:
 
 
 def body_fits(network: Shapes, own: Shapes) -> bool:
-    """Whether ``own`` has every tensor of ``network`` outside of its head, with other channels of the image at most.
+    """Whether ``own`` has all tensors of ``network`` outside of its head; its stem may take other channels.
 
     Tensors of modules at the top that ``network`` does not have may stand beside them.
     """
@@ -57,8 +62,8 @@ def body_fits(network: Shapes, own: Shapes) -> bool:
     if outer is None:
         return False
     body = {name: shape for name, shape in network.items() if not name.startswith(outer.group)}
-    tops = {name.partition(".")[0] for name in body}
-    if len(body) < FEWEST_TENSORS or any(name.partition(".")[0] in tops and name not in body for name in own):
+    known, tops = {*body, outer.stem_bias}, {name.partition(".")[0] for name in body}
+    if len(body) < FEWEST_TENSORS or any(name.partition(".")[0] in tops and name not in known for name in own):
         return False
     return all(
         own.get(name) == shape or (name == outer.stem and _same_but_channels(shape, own.get(name)))

@@ -17,7 +17,7 @@ from condconv_surgery.recipe import Source
 def recognise_body(state: dict[str, Tensor]) -> Source | None:
     """The one torchvision, else timm classifier whose tensors are all in ``state``, but for its stem and head.
 
-    Under any prefix that half of the tensors have; torchvision's also as the children of an ``nn.Sequential``.
+    Under any prefix that a quarter of the tensors have; torchvision's also as the children of an ``nn.Sequential``.
     """
     parts = [shapes_of(part) for part in (fitting_names(state), *parts_of(state))]
     for library in ("torchvision", "timm"):

@@ -16,7 +16,10 @@ from torch import Tensor, nn
 from condconv_surgery.errors import listed
 from condconv_surgery.models.checkpoints.outer_layers import outer_layers, shapes_of
 
-NETWORKS = ("teacher", "encoder_q", "base_encoder", "online_encoder", "encoder", "backbone", "student")
+NETWORKS = (
+    *("teacher", "encoder_q", "base_encoder", "online_network", "online_encoder", "online", "encoder", "backbone"),
+    "student",
+)
 """Modules that hold the network where others stand beside it; the first one that fits as well as any is taken."""
 
 WRAPPERS = ("module", "_orig_mod", "model", "net", "network")
@@ -52,8 +55,8 @@ def fitting_names(state: dict[str, Tensor], model: nn.Module | None = None) -> d
 
 
 def parts_of(state: dict[str, Tensor]) -> list[dict[str, Tensor]]:
-    """The tensors under each prefix that half of all names have, without it."""
-    prefixes = sorted(_prefixes_of(state, minimum=max(len(state) // 2, 1)), key=_preference)
+    """The tensors under each prefix that a quarter of all names have, without it; the likeliest network first."""
+    prefixes = sorted(_prefixes_of(state, minimum=max(len(state) // 4, 1)), key=_preference)
     return [_under(state, prefix) for prefix in prefixes]
 
 
