@@ -30,6 +30,7 @@ ROOMS = [
     "deploy",
     "studies",
     "sharing",
+    "integrations",
     "cli",
 ]
 PYTHON = ("condconv_surgery", "cli", "tests", "benchmarks", "examples")
@@ -40,6 +41,7 @@ FORBIDDEN = {
     ("reporting", "training"),
     ("deploy", "training"),
     ("deploy", "reporting"),
+    ("integrations", "studies"),
 }
 
 

@@ -101,15 +101,19 @@ def _require_foldable(model: nn.Module) -> None:
 
 
 @torch.no_grad()
-def _fold_pair(model: nn.Module, pair: Pair) -> None:
-    layer = cast("ConditionalConv2d[Any]", model.get_submodule(pair.layer))
-    norm = model.get_submodule(pair.norm)
+def fold_norm(layer: ConditionalConv2d[Any], norm: nn.Module) -> None:
+    """Fold a batch norm in eval mode into the layer before it, in place; the caller takes the norm away."""
     scale, shift = scale_and_shift(norm)
     weight, bias = layer.weight, layer.bias
     weight.copy_(weight.double() * scale[:, None, None, None])
     if bias is not None:
         bias.copy_(bias.double() * scale)
     layer.ungated_bias = nn.Parameter(shift.to(weight.dtype), requires_grad=False)
+
+
+def _fold_pair(model: nn.Module, pair: Pair) -> None:
+    norm = model.get_submodule(pair.norm)
+    fold_norm(cast("ConditionalConv2d[Any]", model.get_submodule(pair.layer)), norm)
     for name in [name for name, module in model.named_modules(remove_duplicate=False) if module is norm]:
         model.set_submodule(name, _rest_of(norm))
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from condconv_surgery.errors import InputError
+from condconv_surgery.layers.foreign_fusers import refuse_fuser, require_own_shape
 from condconv_surgery.layers.router_base import Router, make_router
 from condconv_surgery.layers.weight_standardisation import WeightStandardisation
 from condconv_surgery.ops.conditional_conv2d import conditional_conv2d
@@ -27,7 +29,12 @@ V = TypeVar("V", bound=Variant)
 
 def _of_geometry(name: str) -> property:
     """An attribute of ``nn.Conv2d`` that models read from their convolutions (timm's DaViT pads by it)."""
-    return property(lambda self: getattr(self.geometry, name), doc=f"As in ``nn.Conv2d``: ``geometry.{name}``.")
+
+    def read(self: ConditionalConv2d[Any]) -> Any:
+        refuse_fuser()
+        return getattr(self.geometry, name)
+
+    return property(read, doc=f"As in ``nn.Conv2d``: ``geometry.{name}``.")
 
 
 LAYERS: dict[type[Variant], type[ConditionalConv2d[Any]]] = {}
@@ -183,6 +190,25 @@ class ConditionalConv2d(nn.Module, Generic[V]):
         self.weight.copy_(weight / self.weight_factor)
         if self.bias is not None and bias is not None:
             self.bias.copy_(bias / self.bias_factor)
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """As in ``nn.Module``, for assignments too. Raises ``InputError`` for what a fuser of nn.Conv2d would set."""
+        if name in ("weight", "bias"):
+            experts, weight = self.variant.experts, self.geometry.weight_shape
+            require_own_shape(name, param, (experts, *weight) if name == "weight" else (experts, weight[0]))
+        super().register_parameter(name, param)
+
+    def named_children(self) -> Iterator[tuple[str, nn.Module]]:
+        """As in ``nn.Module``. Raises ``InputError`` for a fuser that passes over the layer."""
+        refuse_fuser()
+        return super().named_children()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        refuse_fuser(depth=3)  # behind copy.deepcopy
+        copied = type(self).__new__(type(self))
+        memo[id(self)] = copied
+        copied.__setstate__(copy.deepcopy(self.__dict__, memo))  # type: ignore[no-untyped-call]
+        return copied
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """As in ``nn.Module``, which applies a memory format to every tensor with four or five dimensions.

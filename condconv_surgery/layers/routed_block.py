@@ -18,6 +18,7 @@ from torch import nn
 
 from condconv_surgery.layers.graph_code import Forward, GraphCode
 from condconv_surgery.layers.router_base import Router
+from condconv_surgery.recipe import SharedRouter
 
 ROUTER = "router"
 """The name of the router among the block's children."""
@@ -110,6 +111,12 @@ def remove_block_router(block: nn.Module) -> None:
 def routed_blocks(model: nn.Module) -> dict[str, RoutedBlock]:
     """Every block of a model whose layers share a router, by its first name."""
     return {name: module for name, module in model.named_modules() if isinstance(module, RoutedBlock)}
+
+
+def shared_router_of(name: str, block: RoutedBlock) -> SharedRouter:
+    """The router of the block of that name in a model, as a recipe has it."""
+    routing = block.block_routing
+    return SharedRouter(name, routing.channels, tuple(f"{name}.{layer}" for layer in routing.layers))
 
 
 def plain_class_of(module: nn.Module) -> type[nn.Module]:

@@ -126,7 +126,8 @@ def plan(
     job = Job(inner, wrapper, arguments, variant, selection, upcycling, calibration, inplace, known, prove, tolerance)
     with job.running():
         made = job.decide()
-    notes = (*made.notes, *unchecked_notes(made.to_convert), *frozen_notes(made.to_convert, variant))
+    frozen = frozen_notes(made.to_convert, variant)
+    notes = (*made.notes, *unchecked_notes(made.to_convert), *frozen, *_framework_notes(inner))
     return ModelPlan(made.to_convert, made.skipped, made.modes, notes, made.routers, job=job)
 
 
@@ -155,6 +156,16 @@ def convert(*args: Any, **kwargs: Any) -> Conversion:
     layer of ``subclasses`` are not a plain convolution's. The model is then as it was.
     """
     return plan(*args, **kwargs).apply()
+
+
+def _framework_notes(model: nn.Module) -> tuple[str, ...]:
+    """What the user must know of a framework that builds and fuses the model by itself."""
+    if not type(model).__module__.startswith("ultralytics."):
+        return ()
+    return (
+        "Ultralytics trains a plain network that it builds anew, and fuses plain convolutions only: "
+        f"condconv_surgery.integrations.ultralytics keeps conditional layers in a {type(model).__name__}",
+    )
 
 
 def _require_variant(variant: object) -> None:

@@ -6,7 +6,8 @@ import re
 from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from condconv_surgery.errors import InputError
@@ -110,6 +111,7 @@ def _reason_to_skip(site: ConvSite, selection: Selection, is_stem: bool, origina
         if site.unreachable
         else "",
         "not called in a forward pass" if site.calls == 0 else "",
+        _constant(site.module),
         NOT_INCLUDED if selection.include and not _any_matches(selection.include, site, originals) else "",
         "matched by exclude=" if _any_matches(selection.exclude, site, originals) else "",
         "the stem: the first convolution sees the image, not features (skip_stem=False converts it)"
@@ -158,6 +160,20 @@ def _computed(module: nn.Module) -> str:
                 "remove_spectral_norm or prune.remove makes it plain)"
             )
     return ""
+
+
+def _constant(module: nn.Module) -> str:
+    """Why nothing in the layer is learned; empty when it is. (Frozen is not constant: published files freeze all.)"""
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    if weight.shape[0] != 1 or weight.numel() < 2 or weight.is_meta:
+        return ""
+    bins = torch.arange(weight.numel(), dtype=weight.dtype, device=weight.device)
+    return (
+        f"its weight is the constant 0, 1, ..., {weight.numel() - 1}: the mean over bins of a distribution (DFL)"
+        if torch.equal(weight.flatten(), bins)
+        else ""
+    )
 
 
 def _too_narrow(module: nn.Module, min_channels: int) -> str:

@@ -139,3 +139,29 @@ def test_a_model_that_cannot_be_copied_is_converted_in_place(x: Tensor) -> None:
         cs.plan(model, cs.CondConv(), example=x)
     cs.plan(model, cs.CondConv(), example=x, inplace=True).apply()
     assert list(conditional_layers(model)) == ["deep", "wide"]
+
+
+class OverBins(nn.Module):
+    """The end of a detector with distribution focal loss: the mean over 16 bins, as a frozen convolution."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.box = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 16, 1)
+        self.dfl = nn.Conv2d(16, 1, 1, bias=False).requires_grad_(False)
+        self.dfl.weight.data[:] = torch.arange(16.0).view(1, 16, 1, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.dfl(self.box(self.stem(x)).softmax(1))
+        return y
+
+
+def test_a_constant_layer_is_skipped_and_a_frozen_one_is_not(x: Tensor) -> None:
+    """Published checkpoints have every parameter frozen."""
+    model = OverBins().requires_grad_(False)
+    plan = cs.plan(model, cs.CondConv(), example=x)
+    assert [site.name for site in plan.to_convert] == ["box"]
+    assert {skip.name: skip.reason for skip in plan.skipped}["dfl"] == (
+        "its weight is the constant 0, 1, ..., 15: the mean over bins of a distribution (DFL)"
+    )
+    model.dfl.weight.data[0, 3] += 0.5
+    assert [site.name for site in cs.plan(model, cs.CondConv(), example=x).to_convert] == ["box", "dfl"]

@@ -19,8 +19,9 @@ from safetensors.torch import save_file
 from torch import Tensor, fx, nn
 
 from condconv_surgery.errors import DamagedFileError, InputError, nearest
-from condconv_surgery.layers import ConditionalConv2d, ConditionalLinear, RoutedBlock, routed_blocks
+from condconv_surgery.layers import ConditionalConv2d, ConditionalLinear, routed_blocks
 from condconv_surgery.layers.find_layers import named_layers
+from condconv_surgery.layers.routed_block import shared_router_of
 from condconv_surgery.models.artifact.atomic_write import replacing, require_values
 from condconv_surgery.models.artifact.container import (
     MAGIC,
@@ -38,7 +39,7 @@ from condconv_surgery.models.checkpoints.pickled_modules import check_module
 from condconv_surgery.models.checkpoints.recognise_architecture import recognise_module, same_modules
 from condconv_surgery.models.factory_source import FACTORY
 from condconv_surgery.models.source_registry import builder_for
-from condconv_surgery.recipe import ConvertedLayer, Recipe, SharedRouter, attach_recipe, recipe_of
+from condconv_surgery.recipe import ConvertedLayer, Recipe, attach_recipe, recipe_of
 from condconv_surgery.runtime.tensor_hash import hash_tensors
 from condconv_surgery.surgery import BlockError, lift_convolutions, route_block
 
@@ -139,13 +140,8 @@ def _current_recipe(model: nn.Module) -> Recipe:
         ConvertedLayer(names, layer.variant, isinstance(layer, ConditionalLinear), layer.ungated_bias is not None)
         for names, layer in named_layers(model, ConditionalConv2d)
     )
-    routers = tuple(_shared_router(name, block) for name, block in routed_blocks(model).items())
+    routers = tuple(shared_router_of(name, block) for name, block in routed_blocks(model).items())
     return replace(recipe, layers=layers, routers=routers, versions=versions)
-
-
-def _shared_router(name: str, block: RoutedBlock) -> SharedRouter:
-    routing = block.block_routing
-    return SharedRouter(name, routing.channels, tuple(f"{name}.{layer}" for layer in routing.layers))
 
 
 def _description(model: nn.Module, recipe: Recipe, stored: dict[str, Tensor]) -> dict[str, str]:
