@@ -11,11 +11,13 @@ from torch import Tensor, nn
 from ultralytics import YOLO
 from ultralytics.utils import LOGGER
 
-from condconv_surgery.deploy.graph_forms import choose_forms
+from condconv_surgery.deploy.mean_mixtures import mixture_of_zeros
 from condconv_surgery.integrations.ultralytics.yolo_networks import MERGED, conditional_network
 from condconv_surgery.integrations.ultralytics.yolo_trainers import TRAINERS
-from condconv_surgery.layers import conditional_layers
+from condconv_surgery.layers import conditional_layers, routers
+from condconv_surgery.layers.find_layers import routed_layers
 from condconv_surgery.models.artifact.save_load import load
+from condconv_surgery.ops.implementations import why_not
 from condconv_surgery.recipe import LayerFilter, Variant
 from condconv_surgery.surgery import convert
 
@@ -52,10 +54,18 @@ class ConditionalYOLO(YOLO):
         }
 
     def export(self, **kwargs: Any) -> Any:
-        """As in ``YOLO``, with each conditional layer in the form that was fastest (``deploy.graph_forms``)."""
-        layers = conditional_layers(self.model).values()
+        """As in ``YOLO``; convolutions larger than 1x1 are gated sums of static ones where the variant allows that.
+
+        Ultralytics traces with ``torch.jit``, for which a layer by itself would unfold its input; runtimes are faster
+        at static convolutions.
+        """
+        layers = [layer for layer in conditional_layers(self.model).values() if layer.kernel_size != (1, 1)]
         before = [layer.implementation for layer in layers]
-        choose_forms(self.model)
+        mixtures = {name: mixture_of_zeros(router) for name, router in routers(self.model).items()}
+        for name, routed in routed_layers(self.model).items():
+            for layer in routed:
+                if layer in layers and why_not("mix-outputs", 2, mixtures[name], layer.geometry) is None:
+                    layer.implementation = "mix-outputs"
         try:
             return super().export(**kwargs)
         finally:
