@@ -19,6 +19,7 @@ from .export_layout import export
 from .finetune import finetune
 from .fold import fold
 from .import_layout import import_
+from .predict import predict
 from .report import report
 from .share import share
 from .translate_arguments import TranslatingCommand
@@ -36,6 +37,7 @@ app.command(cls=TranslatingCommand)(check)
 app.command(cls=TranslatingCommand)(finetune)
 app.command(cls=TranslatingCommand)(compare)
 app.command(cls=TranslatingCommand)(report)
+app.command(cls=TranslatingCommand)(predict)
 app.command(cls=TranslatingCommand)(collapse)
 app.command(cls=TranslatingCommand)(fold)
 app.command("import", cls=TranslatingCommand)(import_)

@@ -26,12 +26,18 @@ def report(
         typer.Argument(help="A file, torchvision:NAME, timm:NAME, pkg.mod:factory. Several: side by side."),
     ],
     data: Annotated[
-        str | None, typer.Option(help="Images for statistics of the gates: what finetune reads as --data.")
+        str | None,
+        typer.Option(
+            help="Images for accuracy and gates, as finetune reads them, or a run's folder: its validation images."
+        ),
     ] = None,
     limit: Annotated[int, typer.Option(help="Largest number of images, equally many of each class.")] = 1000,
     latency: Annotated[
-        bool, typer.Option("--latency", help="Also measure latency, alternating with the original.")
-    ] = False,
+        bool | None,
+        typer.Option(
+            "--latency/--no-latency", help="Also measure latency, alternating with the original. Default: for --html."
+        ),
+    ] = None,
     batch: Annotated[int, typer.Option(help="Second batch size for memory and latency, beside 1.")] = 8,
     runtime: Annotated[
         str | None,
@@ -69,13 +75,13 @@ def report(
         raise unknown_name("runtime", runtime, ["onnx"], "--runtime onnx")
 
     def load(spec: str) -> nn.Module:
-        return _load(spec, arch, weights, input_size, tuple(trust or ()), device, dtype)
+        return load_for_report(spec, arch, weights, input_size, tuple(trust or ()), device, dtype)
 
     if runtime is not None:
         _report_files(models, load, as_json)
         return
     before = load(original) if original is not None else None
-    result = _measure(models, load, before, data, limit, batch, latency)
+    result = _measure(models, load, before, data, limit, batch, html is not None if latency is None else latency)
     if as_json:
         print_json(result.to_dict())
     elif as_csv:
@@ -123,7 +129,7 @@ def _require_writable(html: Path | None, plots: Path | None) -> None:
             raise InputError(f"--plots {plots} cannot be made in {exists}.", "Plots go into a folder.", "--plots DIR")
 
 
-def _load(
+def load_for_report(
     spec: str,
     arch: str | None,
     weights: str,
@@ -132,6 +138,7 @@ def _load(
     device: str,
     dtype: str | None,
 ) -> nn.Module:
+    """The model of a command that runs it, on its device. Raises ``InputError``."""
     import torch
 
     from condconv_surgery.models.sources import load_model
@@ -167,15 +174,32 @@ def _measure(
         say(f"Measuring {spec}")
         result = measure(
             model,
-            data=data,
+            data=None if data is None else own_split(data, spec),
             limit=limit,
             batch=batch,
             latency=latency,
             original=original,
             recorded=recorded_accuracy(spec),
         )
+        result = replace(result, provenance=result.provenance.of_command(_typed(), spec))
         reports.append(result if len(models) == 1 else replace(result, title=spec))
     return reports[0] if len(reports) == 1 else Comparison(tuple(reports))
+
+
+def own_split(data: str, model: str) -> str:
+    """``data``; of the word ``run`` the folder of the model's file, whose run chose the validation images."""
+    if data != "run" or Path("run").exists():
+        return data
+    path = Path(model)
+    return str(path if path.is_dir() else path.parent)
+
+
+def _typed() -> str:
+    """The command as it was typed, quoted for a shell."""
+    import shlex
+    import sys
+
+    return shlex.join(["condconv", *sys.argv[1:]])
 
 
 def _write(result: Report | Comparison, html: Path | None, plots: Path | None) -> None:

@@ -40,18 +40,18 @@ def share(
     path = _output(output, base, bf16, push)
     from condconv_surgery.models.delta_base import load, save
     from condconv_surgery.models.hub_source import WEIGHTS
-    from condconv_surgery.reporting.measure.recorded_accuracy import recorded_accuracy
+    from condconv_surgery.reporting import recorded_accuracy
     from condconv_surgery.sharing import save_pretrained, upload
 
     trusted = tuple(trust or ())
     say(f"Loading {model} ...")
     loaded = load(model, trust=trusted)
-    top1 = recorded_accuracy(model)
+    recorded = recorded_accuracy(model)
     if path.suffix == ".safetensors":
         save(loaded, path, base=base, precision=precision)
         file = path
     else:
-        scores = {} if top1 is None else {"top-1 of the validation images": top1}
+        scores = {} if recorded is None else {f"top-1 on {recorded.where}": recorded.top1}
         card = {"name": push or "", "license": license}
         file = save_pretrained(loaded, path, scores=scores, base=base, precision=precision, **card) / WEIGHTS
     address = upload(path, push) if push else None

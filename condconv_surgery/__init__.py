@@ -5,9 +5,9 @@
     CondConv(experts=8, routing='layer')
 
 ``plan`` shows which layers ``convert`` replaces, ``save`` and ``load`` write and read the result as one file,
-``check_data`` describes images, ``finetune`` trains it, ``report`` measures it, and ``compare`` says whether
-conversion pays. ``load_model`` builds a model from a name or a file, ``set_temperature`` sets the temperature of all
-routers, ``native.enable()`` switches to compiled kernels.
+``check_data`` describes images, ``finetune`` trains it, ``report`` measures it, ``predict`` gives its predictions, and
+``compare`` says whether conversion pays. ``load_model`` builds a model from a name or a file, ``set_temperature`` sets
+the temperature of all routers, ``native.enable()`` switches to compiled kernels.
 
 The names below are loaded when first used: importing the package does not import torch.
 """
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from condconv_surgery.models.delta_base import load, save
     from condconv_surgery.models.mobilenet_v1 import mobilenet_v1
     from condconv_surgery.models.sources import load_model
-    from condconv_surgery.reporting import report
+    from condconv_surgery.reporting import predict, report
     from condconv_surgery.sharing import from_pretrained, push_to_hub, save_pretrained
     from condconv_surgery.studies import compare
     from condconv_surgery.surgery import Conversion, Plan, convert, plan
@@ -51,6 +51,7 @@ _LAZY = {
     "load_model": "condconv_surgery.models.sources",
     "mobilenet_v1": "condconv_surgery.models.mobilenet_v1",
     "plan": "condconv_surgery.surgery",
+    "predict": "condconv_surgery.reporting",
     "push_to_hub": "condconv_surgery.sharing",
     "report": "condconv_surgery.reporting",
     "save": "condconv_surgery.models.delta_base",
@@ -85,6 +86,7 @@ __all__ = [
     "mobilenet_v1",
     "native",
     "plan",
+    "predict",
     "push_to_hub",
     "report",
     "save",

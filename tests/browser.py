@@ -47,11 +47,7 @@ def press(page: str, keys: Sequence[str], script: str, folder: Path) -> Any:
     file = folder / "pressed.html"
     file.write_text(page, encoding="utf-8")
     with devtools(folder) as call:
-        target = call("Target.createTarget", url=file.as_uri())["targetId"]
-        session = call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
-        call("Page.enable", session)
-        while not call("Runtime.evaluate", session, expression=LOADED)["result"].get("value"):
-            time.sleep(0.02)
+        session = visit(call, file)
         for key in keys:
             if key not in KEYS:
                 call("Input.insertText", session, text=key)
@@ -60,7 +56,28 @@ def press(page: str, keys: Sequence[str], script: str, folder: Path) -> Any:
             how = {"key": text or key, "code": key, "windowsVirtualKeyCode": code}
             call("Input.dispatchKeyEvent", session, type="keyDown", text=text, **how)
             call("Input.dispatchKeyEvent", session, type="keyUp", **how)
-        return call("Runtime.evaluate", session, expression=script, returnByValue=True)["result"]["value"]
+        return value_of(call, session, script)
+
+
+def visit(call: Any, file: Path, width: int = 1200, scheme: str = "light") -> str:
+    """Open a page ``width`` pixels wide, as narrow as a phone too, in a colour scheme; returns when it has loaded."""
+    target = call("Target.createTarget", url="about:blank")["targetId"]
+    session: str = call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
+    call("Page.enable", session)
+    size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 600}
+    call("Emulation.setDeviceMetricsOverride", session, **size)
+    call("Emulation.setEmulatedMedia", session, features=[{"name": "prefers-color-scheme", "value": scheme}])
+    call("Page.navigate", session, url=file.as_uri())
+    while not value_of(call, session, LOADED):
+        time.sleep(0.02)
+    return session
+
+
+def value_of(call: Any, session: str, script: str) -> Any:
+    """The JSON value of an expression, of a promise when it is kept."""
+    found = call("Runtime.evaluate", session, expression=script, returnByValue=True, awaitPromise=True)
+    assert "exceptionDetails" not in found, found["exceptionDetails"]
+    return found["result"].get("value")
 
 
 LOADED = "location.protocol === 'file:' && document.readyState === 'complete'"  # not the initial blank page

@@ -71,7 +71,7 @@ def validation_images_of(run: Path) -> EvaluationImages:
             "Their split is another one, with images that the run trained on.",
             f'data="{options.data.folder}" with images that the run did not train on',
         )
-    return EvaluationImages(divided.val, True, f"{options.data.folder}, as split by {run}")
+    return EvaluationImages(divided.val, True, f"{options.data.folder} (validation images of {run})")
 
 
 def _counts(run: Path) -> tuple[int, int] | None:

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
+from textwrap import fill
 from typing import Any
 
 from condconv_surgery.models.artifact.atomic_write import replacing
 from condconv_surgery.reporting.full_report import Report
+from condconv_surgery.reporting.images.paired_models import differences_to_first
 from condconv_surgery.reporting.render import comparison_table
+from condconv_surgery.reporting.render.answers import comparison_answer
 from condconv_surgery.reporting.render.html_page import comparison_page
 from condconv_surgery.reporting.render.terminal import make_console, render_comparison
+from condconv_surgery.reporting.study.paired_difference import Difference
 
 
 @dataclass(frozen=True)
@@ -20,8 +25,15 @@ class Comparison:
     reports: tuple[Report, ...]
 
     def to_dict(self) -> dict[str, Any]:
-        """``models``: the dictionary of each report."""
-        return {"models": [report.to_dict() for report in self.reports]}
+        """``answer``, ``differences`` to the first model, and ``models``: the dictionary of each report."""
+        differences = [None if d is None else {**asdict(d), "low": d.low, "high": d.high} for d in self.differences]
+        models = [report.to_dict() for report in self.reports]
+        return {"answer": comparison_answer(self.reports), "differences": differences, "models": models}
+
+    @cached_property
+    def differences(self) -> list[Difference | None]:
+        """Of each model to the first, over the same images, paired; ``None`` where the images are not the same."""
+        return differences_to_first(self.reports)
 
     def to_csv(self) -> str:
         return comparison_table.to_csv(self.reports)
@@ -38,11 +50,13 @@ class Comparison:
         console.print(render_comparison(self.reports, console.width))
 
     def write_plots(self, folder: str | Path) -> list[Path]:
-        """Write accuracy against MACs and against parameters as PNG and SVG; return the files."""
+        """Write accuracy against MACs and against parameters, under the answer, as PNG and SVG; return the files."""
         from condconv_surgery.reporting.render.matplotlib_figures import write_figures
         from condconv_surgery.reporting.render.plots import accuracy_against_cost
 
-        return write_figures(Path(folder), {"comparison": accuracy_against_cost(self.reports)})
+        figure = accuracy_against_cost(self.reports)
+        figure.suptitle(fill(comparison_answer(self.reports), 95), fontsize=10.5)
+        return write_figures(Path(folder), {"comparison": figure})
 
 
 def write_page(report: Report | Comparison, path: str | Path) -> None:

@@ -7,18 +7,24 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Group
+from rich.text import Text
 from torch import nn
 
+from condconv_surgery.layers import routers
 from condconv_surgery.recipe import recipe_of
+from condconv_surgery.reporting.images.network_routing import measure_routing
+from condconv_surgery.reporting.images.recorded_accuracy import RecordedAccuracy
+from condconv_surgery.reporting.images.report_images import find_images
 from condconv_surgery.reporting.measure.expert_similarity import measure_experts
 from condconv_surgery.reporting.measure.measurements import Measurements
 from condconv_surgery.reporting.measure.memory_and_latency import measure_cost
 from condconv_surgery.reporting.measure.other_counters import predicted
 from condconv_surgery.reporting.measure.profile import profile
-from condconv_surgery.reporting.measure.report_images import find_images
-from condconv_surgery.reporting.measure.routing_statistics import measure_routing
+from condconv_surgery.reporting.measure.provenance import provenance_now
 from condconv_surgery.reporting.render import csv_markdown
+from condconv_surgery.reporting.render.answers import report_answer
 from condconv_surgery.reporting.render.html_page import report_fragment, report_page
+from condconv_surgery.reporting.render.prediction_tables import render_predictions
 from condconv_surgery.reporting.render.table_rows import other_counters
 from condconv_surgery.reporting.render.terminal import make_console, render_experts, render_profile, render_routing
 
@@ -35,8 +41,12 @@ class Report(Measurements):
             "other_counters": {"why": other_counters(self.profile), "macs": predicted(self.profile)},
             "cost": self.cost.to_dict() if self.cost else None,
             "experts": [asdict(row) for row in self.experts],
+            "answer": report_answer(self),
+            "predictions": self.predictions.to_dict() if self.predictions else None,
             "routing": self.routing.to_dict() if self.routing else None,
             "accuracy": self.accuracy,
+            "recorded": asdict(self.recorded) if self.recorded else None,
+            "provenance": asdict(self.provenance),
         }
 
     def to_csv(self) -> str:
@@ -57,7 +67,8 @@ class Report(Measurements):
         console = make_console(width)
         parts = [render_profile(self.profile, self.title, console.width, self.cost), render_experts(self.experts)]
         parts += [render_routing(self.routing, self.experts, console.width)] if self.routing else []
-        console.print(Group(*parts))
+        parts += [render_predictions(self.predictions)] if self.predictions else []
+        console.print(Group(*parts, "", Text(report_answer(self), style="bold")))
 
     def write_plots(self, folder: str | Path) -> list[Path]:
         """Write PNG and SVG of the cost and, with images, of the routing; return the files."""
@@ -69,6 +80,8 @@ class Report(Measurements):
             figures["experts"] = plots.mean_gates(self.routing)
             most_variable = max(self.routing.layers, key=lambda layer: layer.variation)
             figures["gates_by_class"] = plots.gates_by_class(most_variable, self.routing.classes)
+        if self.predictions and 1 < len(self.predictions.confusion) <= plots.MAX_CLASSES:
+            figures["confusion"] = plots.confusion_matrix(self.predictions)
         return write_figures(Path(folder), figures)
 
 
@@ -81,13 +94,14 @@ def report(
     batch: int = 8,
     latency: bool = False,
     original: nn.Module | None = None,
-    recorded: float | None = None,
+    recorded: RecordedAccuracy | float | None = None,
 ) -> Report:
     """Measure ``model``, converted or not. Prints nothing and leaves the model unchanged.
 
     inputs: one tensor, a tuple of arguments, a dict of keyword arguments or an ``InputSpec``; default: the input of the
     model's recipe.
-    data: a folder of labelled images, for the routing; of more than ``limit``, equally many of each class.
+    data: labelled images, for predictions and routing: what ``finetune`` reads, or a run directory (the validation
+    images of that run); of more than ``limit``, equally many of each class.
     batch: the second batch size for memory and, with ``latency``, for time. original: the model before conversion,
     to measure how far its experts have moved. recorded: top-1 known from elsewhere, 0 to 1.
     Raises ``InputError`` when the model does not run on the input, or the folder holds no labelled images.
@@ -95,13 +109,17 @@ def report(
     recipe = recipe_of(model)
     images = find_images(data, limit) if data is not None else None
     classes = recipe.classes if recipe is not None else ()
+    routing = measure_routing(model, images, classes=classes) if images is not None else None
+    predictions = routing.predictions if routing else None
     return Report(
         title_of(model),
         profile(model, inputs),
         measure_cost(model, inputs, batch=batch, latency=latency),
         measure_experts(model, original),
-        measure_routing(model, images, classes=classes) if images is not None else None,
-        recorded,
+        predictions,
+        routing if routers(model) else None,
+        RecordedAccuracy(recorded) if isinstance(recorded, float) else recorded,
+        provenance_now(f"{len(predictions.images)} images of {predictions.where}" if predictions else ""),
     )
 
 

@@ -8,20 +8,25 @@ from pathlib import Path
 
 from PIL import Image
 
-SHOTS = {"desktop": (1280, 1500, ""), "phone": (390, 1100, "")}
-"""Width, height, and the element at the top."""
+SHOTS = {
+    "desktop": (1280, 1500, "light"),
+    "desktop-dark": (1280, 1500, "dark"),
+    "phone": (390, 1500, "light"),
+    "phone-dark": (390, 1500, "dark"),
+}
+"""Width, height and colour scheme of each screenshot."""
 
 FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--allow-file-access-from-files"]
 
 
-def take_screenshot(page: Path, image: Path, width: int, height: int, anchor: str, scheme: str = "light") -> None:
+def take_screenshot(page: Path, image: Path, width: int, height: int, scheme: str) -> None:
     """In an iframe of ``width``: a Chromium window cannot be as narrow as a phone."""
     chromium = shutil.which("chromium") or shutil.which("google-chrome")
     if chromium is None:
         raise SystemExit("No chromium: apt-get install chromium")
     with tempfile.TemporaryDirectory() as folder:
         frame = Path(folder) / "frame.html"
-        address = page.resolve().as_uri() + (f"#{anchor}" if anchor else "")
+        address = page.resolve().as_uri()
         style = f"border:0;width:{width}px;height:{height}px"
         frame.write_text(f'<body style="margin:0"><iframe src="{address}" style="{style}"></iframe>', encoding="utf-8")
         dark = ["--blink-settings=preferredColorScheme=0"] if scheme == "dark" else []
@@ -33,11 +38,10 @@ def take_screenshot(page: Path, image: Path, width: int, height: int, anchor: st
 
 
 def main(page: Path, folder: Path) -> None:
-    """Every screenshot in light mode, and one in dark mode."""
+    """Every screenshot."""
     folder.mkdir(parents=True, exist_ok=True)
-    for name, (width, height, anchor) in SHOTS.items():
-        take_screenshot(page, folder / f"report-{name}.png", width, height, anchor)
-    take_screenshot(page, folder / "report-dark.png", 1280, 1000, "routing", "dark")
+    for name, (width, height, scheme) in SHOTS.items():
+        take_screenshot(page, folder / f"report-{name}.png", width, height, scheme)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -99,7 +100,11 @@ def test_routing_page_and_plots(condconv: Run, artifact: Path, tmp_path: Path) -
     assert routing["images"] == 9
     assert len(routing["layers"]) == json.loads(out)["converted"]
     assert 0 <= routing["mean_gate_accuracy"] <= 1
-    assert "Gates by class" in page.read_text(encoding="utf-8")
+    text = page.read_text(encoding="utf-8")
+    assert "Gates by class" in text
+    assert re.search(r'<div class="tile">latency<b>[\d.]+ ms</b><span class="soft">x[\d.]+ vs original', text)
+    for fact in (f"{artifact} (", f"9 images of {data}", f"condconv report {artifact} --data {data}", "torch 2."):
+        assert fact in text, "provenance"
     assert (plots / "experts.svg").is_file()
 
 
@@ -128,13 +133,74 @@ def test_side_by_side(condconv: Run, artifact: Path, tmp_path: Path) -> None:
     (run / "best.safetensors").write_bytes(artifact.read_bytes())
     (run / "metrics.jsonl").write_text('{"val_top1": 0.625, "best": true}\n')
     best, page = run / "best.safetensors", tmp_path / "c.html"
-    code, out, err = condconv("report", artifact, best, "--html", page)
+    code, out, err = condconv("report", artifact, best, "--html", page, "--no-latency")
     assert code == 0, err
     assert "62.5%" in out
     assert max(len(line) for line in out.splitlines()) <= 80
     assert "<svg" in page.read_text(encoding="utf-8")
     models = json.loads(condconv("report", artifact, best, "--json")[1])["models"]
     assert [model["accuracy"] for model in models] == [None, 0.625]
+
+
+def test_scores_that_runs_recorded_on_other_data_are_labelled(condconv: Run, artifact: Path, tmp_path: Path) -> None:
+    for name, folder in (("a", "base"), ("b", "other")):
+        run = tmp_path / name
+        run.mkdir()
+        (run / "best.safetensors").write_bytes(artifact.read_bytes())
+        (run / "metrics.jsonl").write_text('{"val_top1": 0.625, "best": true}\n')
+        (run / "data.json").write_text('{"train": 32, "val": 8}')
+        (run / "recipe.toml").write_text(f'[data]\nfolder = "{folder}"\n')
+    models = [tmp_path / name / "best.safetensors" for name in "ab"]
+    code, out, err = condconv("report", *models)
+    assert code == 0, err
+    words = " ".join(out.split())
+    assert (
+        "* as its own run recorded: a on 8 validation images of base (seed 0); b on 8 validation images of other"
+        in words
+    )
+    assert "not of the same images" in words
+
+
+def test_models_on_the_same_images_have_a_paired_difference(condconv: Run, artifact: Path, tmp_path: Path) -> None:
+    data = write_images(tmp_path / "data", classes=3, each=4)
+    code, out, err = condconv("report", artifact, artifact, "--data", data, "--json")
+    assert code == 0, err
+    found = json.loads(out)
+    assert found["differences"][1]["mean"] == 0.0
+    assert found["differences"][1]["images"] == 12
+    text = condconv("report", artifact, artifact, "--data", data)[1]
+    assert "may have been trained on these images" in " ".join(text.split())
+
+
+def test_predictions_as_csv(condconv: Run, artifact: Path, tmp_path: Path) -> None:
+    data = write_images(tmp_path / "data", classes=3, each=4)
+    code, out, err = condconv("predict", artifact, "--data", data)
+    assert code == 0, err
+    rows = list(csv.DictReader(io.StringIO(out)))
+    assert len(rows) == 12
+    assert set(rows[0]) == {"image", "label", "predicted", "confidence", "correct"}
+    assert "Calibration: mean confidence" in err
+    file = tmp_path / "p.csv"
+    code, out, err = condconv("predict", artifact, "--data", data, "-o", file, "--json")
+    assert code == 0, err
+    assert file.read_text() == condconv("predict", artifact, "--data", data)[1]
+    found = json.loads(out)
+    assert found["accuracy"] == sum(int(row["correct"]) for row in rows) / 12
+    assert sum(map(sum, found["confusion"])) == 12
+    code, out, err = condconv("predict", artifact)
+    assert (code, out) == (2, "")
+    assert "predict needs images" in err
+
+
+def test_the_word_run_names_the_run_of_the_model(condconv: Run, artifact: Path, tmp_path: Path) -> None:
+    data, run = write_images(tmp_path / "data", classes=3, each=5), tmp_path / "first"
+    run.mkdir()
+    (run / "best.safetensors").write_bytes(artifact.read_bytes())
+    (run / "recipe.toml").write_text(f'[data]\nfolder = "{data}"\n')
+    code, out, err = condconv("predict", run / "best.safetensors", "--data", "run")
+    assert code == 0, err
+    assert len(out.splitlines()) == 1 + 3
+    assert f"(validation images of {run})" in err
 
 
 BAD = [

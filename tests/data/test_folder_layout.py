@@ -229,7 +229,7 @@ def test_a_run_directory_gives_the_validation_images_of_the_run(tmp_path: Path) 
     assert isinstance(found.images, ImageFiles)
     assert isinstance(divided.val, ImageFiles)
     assert (found.images.files, found.held_out) == (divided.val.files, True)
-    assert found.where == f"{tmp_path / 'images'}, as split by {run}"
+    assert found.where == f"{tmp_path / 'images'} (validation images of {run})"
     fill(tmp_path / "images", 15)
     with pytest.raises(
         InputError, match=r"16 training and 4 validation images then, 24 and 6 now(.|\n)*did not train on"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -10,23 +11,36 @@ import pytest
 
 from condconv_surgery import report
 from condconv_surgery.errors import InputError
-from condconv_surgery.reporting import Comparison, Report, recorded_accuracy
+from condconv_surgery.recipe import TrainingOptions
+from condconv_surgery.recipe.toml_text import to_toml
+from condconv_surgery.reporting import (
+    Comparison,
+    Predictions,
+    RecordedAccuracy,
+    Report,
+    paired_difference,
+    recorded_accuracy,
+)
+from condconv_surgery.reporting.render.plots import accuracy_against_cost
 from condconv_surgery.reporting.render.terminal import render_comparison
+from condconv_surgery.reporting.study.binomial_interval import binomial_interval
 from tests.measured_report import SPEC, shown
 from tests.small_networks import small_net
 
 
 def test_comparison(measured: Report, tmp_path: Path) -> None:
-    plain = replace(report(small_net(), inputs=SPEC), title="plain", recorded=0.5)
+    plain = replace(report(small_net(), inputs=SPEC), title="plain", recorded=RecordedAccuracy(0.5, 10, "digits"))
     both = Comparison((plain, measured))
     assert both.to_dict()["models"][0]["accuracy"] == 0.5
     text = shown(render_comparison(both.reports))
     assert max(len(line) for line in text.splitlines()) <= 80
-    assert "50.0%" in text
+    assert "50.0% *" in text
+    assert "* as its own run recorded: plain on 10 validation images of digits." in text.replace("\n", " ")
+    assert "not of the same images" in text.replace("\n", " ")
     for form in (text, both.to_markdown(), both.to_html()):
         assert "latency" not in form, "a column in which nothing was measured"
         assert "top-1" in form
-    assert both.to_markdown().count("\n") == 4
+    assert [line.count("|") for line in both.to_markdown().splitlines() if line.startswith("|")] == [7] * 4
     assert len(both.to_csv().splitlines()) == 3
     assert "<svg" in both.to_html()
     assert [f.name for f in both.write_plots(tmp_path)] == ["comparison.png", "comparison.svg"]
@@ -42,5 +56,70 @@ def test_accuracy_that_a_run_recorded(tmp_path: Path) -> None:
     for name in ("best", "last", "other"):
         (tmp_path / f"{name}.safetensors").touch()
     found = [recorded_accuracy(tmp_path / f"{name}.safetensors") for name in ("best", "last", "other", "missing")]
-    assert found == [0.5, 0.4, None, None]
+    assert found == [RecordedAccuracy(0.5), RecordedAccuracy(0.4), None, None]
+    recipe = TrainingOptions().updated({"seed": 2, "data": {"folder": "digits"}})
+    (tmp_path / "recipe.toml").write_text(to_toml(recipe))
+    (tmp_path / "data.json").write_text('{"train": 30, "val": 8}')
+    assert recorded_accuracy(tmp_path / "best.safetensors") == RecordedAccuracy(0.5, 8, "digits (seed 2)")
     assert recorded_accuracy("torchvision:resnet18") is None
+
+
+def predicted(report: Report, right: str, images: str = "a") -> Report:
+    """``report`` of a model that is right where ``right`` has a 1, on images of two classes."""
+    labels = tuple(i % 2 for i in range(len(right)))
+    own = tuple(label if digit == "1" else 1 - label for label, digit in zip(labels, right, strict=True))
+    names = tuple(f"{images}{i}" for i in range(len(right)))
+    found = Predictions(names, labels, own, (0.75,) * len(right), ("cat", "dog"), ("cat", "dog"), (0, 1), True, "pets")
+    return replace(report, predictions=found, routing=None)
+
+
+@pytest.fixture(scope="module")
+def plain() -> Report:
+    return replace(report(small_net(), inputs=SPEC), title="plain")
+
+
+def test_models_are_compared_on_the_same_images_with_an_interval(plain: Report) -> None:
+    """40 of 400 images differ: 30 are won and 10 lost."""
+    base = "1" * 320 + "0" * 80
+    other = "0" * 10 + "1" * 310 + "1" * 30 + "0" * 50
+    both = Comparison((predicted(plain, base), predicted(replace(plain, title="other"), other)))
+    assert both.differences[1] == paired_difference([other], [base])
+    assert both.differences[1].mean == pytest.approx(0.05)
+    sentence = both.to_dict()["answer"]
+    assert sentence.startswith("other is better than plain: +5.0 ± 3.1 points of top-1 (95% interval) on the same 400 ")
+    assert "images of pets; +0.0% parameters, +0.0% MACs." in sentence
+    for form in (both.to_html(), both.to_markdown(), shown(render_comparison(both.reports))):
+        assert "+5.0 ± 3.1" in form
+    row = next(csv.DictReader(both.to_csv().splitlines()[:1] + both.to_csv().splitlines()[2:]))
+    assert (float(row["difference"]), row["images"]) == (pytest.approx(0.05), "400")
+    worse = Comparison((both.reports[1], both.reports[0]))
+    assert worse.to_dict()["answer"].startswith("plain is worse than other: -5.0 ± 3.1 points")
+
+
+def test_a_difference_within_its_interval_is_no_evidence(plain: Report) -> None:
+    reports = [
+        predicted(replace(plain, title=name), text) for name, text in (("a", "1110"), ("b", "1011"), ("c", "1111"))
+    ]
+    assert Comparison(tuple(reports[:2])).to_dict()["answer"].startswith("No evidence that b and a differ: +0.0 ± ")
+    assert (
+        Comparison(tuple(reports))
+        .to_dict()["answer"]
+        .startswith("No evidence that any model is better than a; best is c")
+    )
+
+
+def test_models_on_different_images_are_not_compared(plain: Report) -> None:
+    both = Comparison((predicted(plain, "1110"), predicted(replace(plain, title="other"), "1110", images="b")))
+    assert both.differences == [None, None]
+    assert "measured on different images" in both.to_markdown()
+    assert both.to_dict()["answer"].startswith("The accuracies are not of the same images")
+
+
+def test_plots_of_a_comparison_have_error_bars_and_counts(plain: Report) -> None:
+    figure = accuracy_against_cost(
+        [predicted(plain, "1110" * 25), replace(plain, title="r", recorded=RecordedAccuracy(0.5))]
+    )
+    axes = figure.axes[0]
+    assert axes.get_ylabel() == "top-1, % (100 images, bars: 95%)"
+    bars = [sorted(y for _, y in bar) for bar in axes.collections[0].get_segments()]
+    assert bars == [[50.0, 50.0], pytest.approx([100 * end for end in binomial_interval(75, 100)])]

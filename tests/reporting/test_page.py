@@ -14,8 +14,8 @@ from torch import nn
 from condconv_surgery import report
 from condconv_surgery.errors import InputError
 from condconv_surgery.reporting import Comparison, Report, write_page
-from condconv_surgery.reporting.measure.routing_statistics import layer_routing
-from condconv_surgery.reporting.render.matplotlib_figures import heat_map, to_svg
+from condconv_surgery.reporting.images.routing_statistics import layer_routing
+from condconv_surgery.reporting.render.matplotlib_figures import HEAT, STRONGEST, heat_map, to_svg
 from condconv_surgery.reporting.render.plots import gates_by_class
 from tests.browser import CHROMIUM, act, press
 from tests.measured_report import SPEC
@@ -149,10 +149,18 @@ def contrast(a: float, b: float) -> float:
 
 
 def test_values_in_a_heat_map_keep_their_colour_on_a_dark_page() -> None:
-    svg = to_svg(heat_map([[0.1, 0.9]], ["layer"], "gates", 0.0, 1.0))
-    for number, ink in (("0.10", "#1b1f24"), ("0.90", "#ffffff")):
-        assert re.search(rf"<text[^>]*fill: {ink}[^>]*>{number}</text>", svg)
-    assert re.search(r"<text(?![^>]*fill: #)[^>]*>layer</text>", svg), "beside the map, the colour of the page's text"
+    svg = to_svg(heat_map([[0.1, 0.9]], ["layer"], "gates"))
+    for text in ("0.10", "0.90", "layer"):
+        assert re.search(rf"<text(?![^>]*fill: #)[^>]*>{text}</text>", svg), "the colour of the page's text"
+
+
+def test_a_heat_map_covers_at_most_so_much_that_text_is_readable_in_light_and_dark() -> None:
+    """WCAG AA on the darkest cell, for the ink and the paper of both schemes."""
+    colour = [int(HEAT[i : i + 2], 16) for i in (1, 3, 5)]
+    for ink, paper in (("#1b1f24", "#ffffff"), ("#e6e9ed", "#14181d")):
+        below = [int(paper[i : i + 2], 16) for i in (1, 3, 5)]
+        mixed = [round(STRONGEST * c + (1 - STRONGEST) * b) for c, b in zip(colour, below, strict=True)]
+        assert contrast(luminance(ink), luminance("#{:02x}{:02x}{:02x}".format(*mixed))) >= 4.5
 
 
 def test_a_thousand_classes_fit_on_a_page_and_in_a_plot(measured: Report) -> None:
@@ -181,7 +189,7 @@ def test_a_model_that_multiplies_nothing_has_a_page_without_plots(tmp_path: Path
 def test_plots(measured: Report, tmp_path: Path) -> None:
     files = measured.write_plots(tmp_path / "plots")
     assert sorted(f.name for f in files) == sorted(
-        f"{name}.{kind}" for name in ("layers", "experts", "gates_by_class") for kind in ("png", "svg")
+        f"{name}.{kind}" for name in ("layers", "experts", "gates_by_class", "confusion") for kind in ("png", "svg")
     )
     for file in files:
         if file.suffix == ".png":
@@ -215,4 +223,10 @@ def test_on_paper_all_is_open_but_layers_that_hardly_vary(measured: Report, tmp_
     closed = {f"{layer.name}: {layer.verdict}" for layer in (first, *others, still) if layer.static}
     assert "still: hardly varies: static layer suffices" in closed
     assert len(closed) < len(others) + 2, "some are open"
-    assert set(found) == closed
+    plural = "s" if len(closed) > 1 else ""
+    assert {text for text in found if text in closed} == closed
+    group = [text for text in found if text not in closed]
+    assert [text.split(":")[0] for text in group] == [
+        f"Static layer suffices in {len(closed)} layer{plural}",
+        f"{len(closed)} layer{plural} for which a static layer suffices",
+    ]

@@ -14,10 +14,11 @@ from condconv_surgery import CondConv, ODConv, convert, report
 from condconv_surgery.errors import InputError
 from condconv_surgery.layers import conditional_layers, conditional_like
 from condconv_surgery.recipe import InputSpec
-from condconv_surgery.reporting.measure.collect_gates import collect_gates, correct_with_mean_gates
+from condconv_surgery.reporting.images.collect_gates import collect_gates, outputs_with_mean_gates
+from condconv_surgery.reporting.images.network_routing import measure_routing
+from condconv_surgery.reporting.images.report_images import find_images
+from condconv_surgery.reporting.images.routing_statistics import layer_routing
 from condconv_surgery.reporting.measure.expert_similarity import measure_experts
-from condconv_surgery.reporting.measure.report_images import find_images
-from condconv_surgery.reporting.measure.routing_statistics import layer_routing, measure_routing
 from tests.images import write_images
 from tests.variant_cases import scramble
 
@@ -120,7 +121,10 @@ def test_the_accuracy_gain_of_routing(tmp_path: Path, calls: int) -> None:
     found = measure_routing(ByColour(calls).eval(), images, spec=SPEC, batch=5)
     assert found.accuracy == 1.0
     assert found.mean_gate_accuracy == pytest.approx(1 / 3), "one answer for all"
-    assert "Accuracy gain of routing: +66.7 ± 13.6 points" in found.verdict
+    assert found.gain is not None
+    assert (found.gain.mean, found.changed) == (pytest.approx(2 / 3), 8)
+    assert found.gain.half == pytest.approx(0.4105, abs=1e-3), "d = (1 x8, 0 x4) and two unseen, t of 11 degrees"
+    assert "Accuracy gain of routing: +66.7 ± 41.1 points, 95% interval" in found.verdict
     assert found.layers[0].between > 0.9
     assert found.images == 12
 
@@ -189,7 +193,7 @@ def test_hooks_are_removed(tmp_path: Path) -> None:
     model = ByColour().train()
     images = find_images(write_images(tmp_path, classes=3, each=2))
     routed = collect_gates(model, images.batches(SPEC, 2))
-    correct_with_mean_gates(model, images.batches(SPEC, 2), routed.means)
+    outputs_with_mean_gates(model, images.batches(SPEC, 2), routed.means)
     assert model.training
     assert not any(m._forward_hooks for m in model.modules())
 

@@ -14,7 +14,8 @@ import torch
 from torch import nn
 
 from condconv_surgery import CondConv, ODConv, convert, report
-from condconv_surgery.reporting import Report
+from condconv_surgery.reporting import Provenance, Report
+from condconv_surgery.reporting.render.prediction_tables import render_predictions
 from condconv_surgery.reporting.render.terminal import render_experts, render_profile, render_routing
 from tests.measured_report import SPEC, network, shown
 
@@ -36,7 +37,7 @@ def test_golden_texts(variant: CondConv | ODConv) -> None:
     table = shown(render_profile(found.profile, found.title))
     assert max(len(line) for line in table.splitlines()) <= 80
     same_as_golden(f"{variant.kind}.txt", table)
-    same_as_golden(f"{variant.kind}.md", replace(found, cost=None).to_markdown())
+    same_as_golden(f"{variant.kind}.md", replace(found, cost=None, provenance=Provenance()).to_markdown())
     same_as_golden(f"{variant.kind}.csv", found.to_csv())
 
 
@@ -70,10 +71,12 @@ def test_long_names_and_many_experts_fit_80_columns() -> None:
 def test_everything_on_a_terminal_fits_80_columns(measured: Report) -> None:
     assert measured.cost is not None
     assert measured.routing is not None
+    assert measured.predictions is not None
     parts = [
         render_profile(measured.profile, measured.title, cost=measured.cost),
         render_experts(measured.experts),
         render_routing(measured.routing, measured.experts),
+        render_predictions(measured.predictions),
     ]
     for part in parts:
         assert max(len(line) for line in shown(part).splitlines()) <= 80

@@ -5,13 +5,20 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-CONVENTION = (
-    "MACs are multiply-accumulates of one image (FLOPs = 2 x MACs) in convolutions, linear layers and "
-    "matrix products. Convolution: what the original computes. Mixing: experts x kernel weights. "
-    "Routing: from pooled features to gates. "
-    "Attention: ODConv's heads for channels, filters and positions. "
-    "Not counted: norms, activations, pooling and other elementwise work."
+_COUNTED = (
+    "MACs are multiply-accumulates of one image (FLOPs = 2 x MACs) in convolutions, linear layers and matrix products. "
 )
+_PARTS = (
+    "Convolution: what the original computes. Mixing: experts x kernel weights. "
+    "Routing: from pooled features to gates. Attention: ODConv's heads for channels, filters and positions. "
+)
+_NOT_COUNTED = "Not counted: norms, activations, pooling and other elementwise work."
+
+CONVENTION = _COUNTED + _PARTS + _NOT_COUNTED
+"""What is counted."""
+
+PLAIN_CONVENTION = _COUNTED + _NOT_COUNTED
+"""What is counted in a network without conditional layers."""
 
 
 @dataclass(frozen=True)
@@ -121,7 +128,7 @@ class Profile:
         macs = self.macs
         return {
             "input": self.input,
-            "convention": CONVENTION,
+            "convention": CONVENTION if self.converted else PLAIN_CONVENTION,
             "parameters": {"before": self.parameters_before, "after": self.parameters},
             "macs": {"before": self.macs_before, "after": macs.total, **asdict(macs)},
             "flops": {"before": 2 * self.macs_before, "after": 2 * macs.total},

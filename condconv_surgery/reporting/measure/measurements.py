@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+from condconv_surgery.reporting.images.network_routing import Routing
+from condconv_surgery.reporting.images.predictions import Predictions
+from condconv_surgery.reporting.images.recorded_accuracy import RecordedAccuracy
 from condconv_surgery.reporting.measure.cost_table import Profile
 from condconv_surgery.reporting.measure.expert_similarity import Experts
 from condconv_surgery.reporting.measure.latency import Latency
 from condconv_surgery.reporting.measure.memory_and_latency import Cost
-from condconv_surgery.reporting.measure.routing_statistics import Routing
+from condconv_surgery.reporting.measure.provenance import Provenance
+from condconv_surgery.reporting.study.binomial_interval import binomial_interval
 
 
 @dataclass(frozen=True)
@@ -16,22 +20,36 @@ class Measurements:
     """The measurements of one model.
 
     title: the model's source, or its class. profile: parameters and MACs. cost: peak memory and latency.
-    experts: how different the kernels are. routing: statistics of the gates, if images were given.
-    recorded: top-1 that the training run recorded, 0 to 1, if known.
+    experts: how different the kernels are. predictions: on the images, if some were given.
+    routing: statistics of the gates over the images; ``None`` for an unconverted network.
+    recorded: top-1 that the training run recorded, if known. provenance: file, data, command, date, versions.
     """
 
     title: str
     profile: Profile
     cost: Cost | None = None
     experts: tuple[Experts, ...] = ()
+    predictions: Predictions | None = None
     routing: Routing | None = None
-    recorded: float | None = None
+    recorded: RecordedAccuracy | None = None
+    provenance: Provenance = field(default_factory=Provenance)
 
     @property
     def accuracy(self) -> float | None:
         """Top-1 on the images; without images, the value that the run recorded."""
-        measured = self.routing.accuracy if self.routing else None
-        return self.recorded if measured is None else measured
+        measured = self.predictions.accuracy if self.predictions else None
+        if measured is not None:
+            return measured
+        return self.recorded.top1 if self.recorded else None
+
+    @property
+    def accuracy_interval(self) -> tuple[float, float] | None:
+        """95% interval of ``accuracy`` over images; ``None`` where their number is not known."""
+        if self.predictions and self.predictions.interval:
+            return self.predictions.interval
+        if self.recorded and self.recorded.images:
+            return binomial_interval(round(self.recorded.top1 * self.recorded.images), self.recorded.images)
+        return None
 
     @property
     def latency(self) -> Latency | None:

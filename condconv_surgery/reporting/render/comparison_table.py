@@ -5,17 +5,24 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from condconv_surgery.reporting.images.paired_models import differences_to_first
 from condconv_surgery.reporting.measure.measurements import Measurements
-from condconv_surgery.reporting.render.csv_markdown import csv_text
+from condconv_surgery.reporting.render.answers import caveats, comparison_answer
+from condconv_surgery.reporting.render.csv_text import csv_text
 from condconv_surgery.reporting.render.number_format import human, human_bytes
+from condconv_surgery.reporting.study.paired_difference import Difference
+from condconv_surgery.reporting.study.study_results import points
 
-HEADERS = ("model", "converted", "parameters", "MACs", "weights", "latency", "top-1")
+HEADERS = ("model", "converted", "parameters", "MACs", "weights", "latency", "top-1", "difference")
 
 
 def rows_of(models: Sequence[Measurements]) -> list[list[str]]:
-    """The cells under ``HEADERS``, formatted; a dash where nothing was measured."""
+    """The cells under ``HEADERS``, formatted; a dash where nothing was measured.
+
+    top-1: a star marks what a run recorded. difference: points to the first model, with the 95% interval.
+    """
     rows = []
-    for model in models:
+    for model, difference in zip(models, differences_to_first(models), strict=True):
         profile, latency = model.profile, model.latency
         rows.append(
             [
@@ -25,18 +32,19 @@ def rows_of(models: Sequence[Measurements]) -> list[list[str]]:
                 human(profile.macs.total),
                 human_bytes(profile.weight_bytes),
                 f"{latency.median * 1e3:.1f} ms" if latency else "-",
-                "-" if model.accuracy is None else f"{model.accuracy:.1%}",
+                _top1(model),
+                "-" if difference is None else points(difference),
             ]
         )
     return rows
 
 
-def sort_keys(model: Measurements) -> list[float]:
+def sort_keys(model: Measurements, difference: Difference | None) -> list[float]:
     """The numbers behind a row's cells; -1 for what was not measured."""
     profile, latency = model.profile, model.latency
     accuracy = -1.0 if model.accuracy is None else model.accuracy
     sizes = [profile.converted, profile.parameters, profile.macs.total, profile.weight_bytes]
-    return [0, *sizes, latency.median if latency else -1.0, accuracy]
+    return [0, *sizes, latency.median if latency else -1.0, accuracy, -1.0 if difference is None else difference.mean]
 
 
 def measured_columns(rows: Sequence[Sequence[str]]) -> list[int]:
@@ -45,20 +53,36 @@ def measured_columns(rows: Sequence[Sequence[str]]) -> list[int]:
 
 
 def to_csv(models: Sequence[Measurements]) -> str:
-    """One line per model, plain numbers; a value that was not measured is empty."""
-    rows: list[list[Any]] = [["model", "parameters", "macs", "weight_bytes", "latency_seconds", "accuracy"]]
-    for model in models:
+    """One line per model, plain numbers; a value that was not measured is empty.
+
+    The difference is to the first model, ``difference_half`` half of its 95% interval.
+    """
+    header = "model,parameters,macs,weight_bytes,latency_seconds,accuracy,accuracy_low,accuracy_high,images"
+    rows: list[list[Any]] = [[*header.split(","), "difference", "difference_half"]]
+    for model, difference in zip(models, differences_to_first(models), strict=True):
         profile, latency = model.profile, model.latency
         sizes = [profile.parameters, profile.macs.total, profile.weight_bytes]
         accuracy = "" if model.accuracy is None else model.accuracy
-        rows.append([model.title, *sizes, latency.median if latency else "", accuracy])
+        images = len(model.predictions.images) if model.predictions else model.recorded and model.recorded.images
+        scores = [accuracy, *(model.accuracy_interval or ("", "")), images or ""]
+        paired = ("", "") if difference is None else (difference.mean, difference.half)
+        rows.append([model.title, *sizes, latency.median if latency else "", *scores, *paired])
     return csv_text(rows)
 
 
 def to_markdown(models: Sequence[Measurements]) -> str:
-    """One table, without columns in which nothing was measured."""
+    """The answer, one table without columns in which nothing was measured, and what limits the comparison."""
     rows = rows_of(models)
     columns = measured_columns(rows)
     lines = [[row[i] for i in columns] for row in (HEADERS, *rows)]
     head, *body = ("| " + " | ".join(line) + " |" for line in lines)
-    return "\n".join([head, "|---|" + "---:|" * (len(columns) - 1), *body]) + "\n"
+    table = "\n".join([head, "|---|" + "---:|" * (len(columns) - 1), *body])
+    return "\n\n".join([f"**{comparison_answer(models)}**", table, *caveats(models)]) + "\n"
+
+
+def _top1(model: Measurements) -> str:
+    """``93.3%``; with a star where it is what a run recorded."""
+    if model.accuracy is None:
+        return "-"
+    measured = model.predictions is not None and model.predictions.accuracy is not None
+    return f"{model.accuracy:.1%}{'' if measured or model.recorded is None else ' *'}"

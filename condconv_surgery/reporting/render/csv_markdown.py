@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import csv
-import io
-from collections.abc import Iterable
-from typing import Any
-
-from condconv_surgery.reporting.measure.cost_table import CONVENTION, Layer, Profile
+from condconv_surgery.reporting.images.network_routing import Routing
+from condconv_surgery.reporting.images.predictions import Predictions
+from condconv_surgery.reporting.measure.cost_table import Layer, Profile
 from condconv_surgery.reporting.measure.measurements import Measurements
-from condconv_surgery.reporting.measure.routing_statistics import Routing
-from condconv_surgery.reporting.render import table_rows
+from condconv_surgery.reporting.render import prediction_tables, table_rows
+from condconv_surgery.reporting.render.answers import report_answer
+from condconv_surgery.reporting.render.csv_text import csv_text
 from condconv_surgery.reporting.render.number_format import human
 
 COLUMNS = (
@@ -41,39 +39,54 @@ def to_csv(profile: Profile) -> str:
     return csv_text([COLUMNS, *rows, ["total", *[""] * 4, *_csv_values(profile, profile.macs_before)]])
 
 
-def csv_text(rows: Iterable[Iterable[Any]]) -> str:
-    """The rows as CSV."""
-    out = io.StringIO()
-    csv.writer(out, lineterminator="\n").writerows(rows)
-    return out.getvalue()
-
-
 def to_markdown(model: Measurements) -> str:
     """The totals, memory and latency, a table of the layers with MACs, the routing and the counting convention."""
-    profile, cost, routing = model.profile, model.cost, model.routing
+    profile, cost, routing, provenance = model.profile, model.cost, model.routing, model.provenance.rows()
     totals = [*table_rows.summary_rows(profile), *(table_rows.cost_rows(cost) if cost else [])]
     lines = [
         f"# {model.title}",
         "",
+        f"**{report_answer(model)}**",
+        "",
         f"Input {profile.input}; {profile.converted} of {profile.multiplying} layers conditional.",
         "",
-        "| | before | after | change |",
-        "|---|---:|---:|---:|",
-        *(f"| {name} | {before} | {after} | {change} |" for name, before, after, change in totals),
+        *_totals(totals, profile.converted > 0),
         "",
-        "| layer | kind | shape | experts | parameters | MACs | convolution | mixing | routing | attention |",
-        "|---|---|---|---:|---:|---:|---:|---:|---:|---:|",
-        *(_markdown_row(layer) for layer in table_rows.multiplying(profile)),
+        *_layer_lines(profile),
         "",
         *(f"{text}." for text in table_rows.remainder(profile)),
         "",
+        *(_prediction_lines(model.predictions) if model.predictions else []),
         *(_routing_lines(routing) if routing else []),
-        CONVENTION,
+        table_rows.convention(profile),
         "",
         table_rows.other_counters(profile),
         *(["", table_rows.latency_line(cost)] if cost and cost.latency else []),
+        *([""] if provenance else []),
+        *(f"{name}: {value}  " for name, value in provenance),
     ]
     return "\n".join(lines) + "\n"
+
+
+def _totals(rows: list[table_rows.Row], converted: bool) -> list[str]:
+    if not converted:  # nothing has changed
+        return ["| | |", "|---|---:|", *(f"| {name} | {after} |" for name, _, after, _ in rows)]
+    lines = [f"| {name} | {before} | {after} | {change} |" for name, before, after, change in rows]
+    return ["| | before | after | change |", "|---|---:|---:|---:|", *lines]
+
+
+def _prediction_lines(predictions: Predictions) -> list[str]:
+    rows = [
+        f"| {row.name} | {row.images} | {row.right} | {row.accuracy:.1%} "
+        f"| {100 * row.interval[0]:.1f} to {100 * row.interval[1]:.1f} | {row.confused[0] if row.confused else ''} |"
+        for row in prediction_tables.worst_first(predictions)
+    ]
+    head = [
+        "| class | images | right | accuracy | 95% interval | most confused with |",
+        "|---|---:|---:|---:|---:|---|",
+    ]
+    notes = [note for note in (prediction_tables.calibration_line(predictions), predictions.caveats) if note]
+    return ["## Predictions", "", *(head if rows else []), *rows, "", *notes, ""]
 
 
 def _or_empty(value: float | None) -> str:
@@ -104,8 +117,14 @@ def _csv_values(of: Layer | Profile, macs_before: int) -> list[int]:
     return [of.parameters_before, of.parameters, macs_before, *parts, of.weight_bytes, of.activation_bytes]
 
 
-def _markdown_row(layer: Layer) -> str:
-    macs = layer.macs
-    parts = [macs.total, macs.convolution, macs.mixing, macs.routing, macs.attention]
-    numbers = " | ".join(human(n) for n in (layer.parameters, *parts))
-    return f"| `{layer.name}` | {layer.kind} | {layer.geometry} | {layer.experts} | {numbers} |"
+def _layer_lines(profile: Profile) -> list[str]:
+    """The table of the layers; the columns of conditional layers only where there are some."""
+    parts = ("convolution", "mixing", "routing", "attention") if profile.converted else ()
+    headers = ["layer", "kind", "shape", *(["experts"] if profile.converted else []), "parameters", "MACs", *parts]
+    lines = ["| " + " | ".join(headers) + " |", "|---|---|---|" + "---:|" * (len(headers) - 3)]
+    for layer in table_rows.multiplying(profile):
+        experts = [str(layer.experts)] if profile.converted else []
+        numbers = (layer.parameters, layer.macs.total, *(getattr(layer.macs, part) for part in parts))
+        cells = [f"`{layer.name}`", layer.kind, layer.geometry, *experts, *map(human, numbers)]
+        lines.append("| " + " | ".join(cells) + " |")
+    return lines

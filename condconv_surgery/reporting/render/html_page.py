@@ -9,13 +9,17 @@ from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from condconv_surgery.data.decode_image import read_image
+from condconv_surgery.reporting.images.network_routing import Routing
+from condconv_surgery.reporting.images.paired_models import differences_to_first
+from condconv_surgery.reporting.images.predictions import Predictions
 from condconv_surgery.reporting.measure.cost_table import CONVENTION
 from condconv_surgery.reporting.measure.measurements import Measurements
-from condconv_surgery.reporting.measure.routing_statistics import Routing
-from condconv_surgery.reporting.render import number_format, table_rows
+from condconv_surgery.reporting.render import number_format, prediction_tables, table_rows
+from condconv_surgery.reporting.render.answers import caveats, comparison_answer, report_answer
 from condconv_surgery.reporting.render.comparison_table import HEADERS, measured_columns, rows_of, sort_keys
-from condconv_surgery.reporting.render.matplotlib_figures import to_svg
+from condconv_surgery.reporting.render.matplotlib_figures import STRONGEST, to_svg
 from condconv_surgery.reporting.render.plots import COSTS, PARTS, accuracy_against_cost, layer_costs, mean_gates
+from condconv_surgery.reporting.study.paired_difference import Difference
 
 if TYPE_CHECKING:
     import jinja2
@@ -25,6 +29,9 @@ THUMBNAIL = 56
 
 MAX_CELLS = 20_000
 """Limit of table cells with gates by class, all layers together: about 1.5 MB. The most different classes are shown."""
+
+MAX_CONFUSION = 20
+"""Classes of a confusion matrix on the page; of more classes it shows as many of the most frequent confusions."""
 
 MAX_THUMBNAILS = 600
 """Limit of images on one page: about 1.5 MB. The layers whose gates vary most come first."""
@@ -38,7 +45,21 @@ def report_page(model: Measurements) -> str:
     if routing and routing.layers:
         figures["experts"] = to_svg(mean_gates(routing), "experts")
     template = templates().get_template("report.html.j2")
-    return template.render(_context(model), routing=routing, plots=figures, **_images_and_classes(routing))
+    varying, static = table_rows.varying_and_static(routing) if routing else ([], [])
+    return template.render(
+        _context(model),
+        answer=report_answer(model),
+        provenance=model.provenance.rows(),
+        tiles=table_rows.tiles(model),
+        routing=routing,
+        varying=varying,
+        static=static,
+        static_line=table_rows.static_line(static) if static else "",
+        strongest=STRONGEST,
+        plots=figures,
+        **_predictions(model.predictions),
+        **_images_and_classes(routing),
+    )
 
 
 def report_fragment(model: Measurements) -> str:
@@ -48,7 +69,8 @@ def report_fragment(model: Measurements) -> str:
 
 def comparison_page(models: Sequence[Measurements]) -> str:
     """The page of several models: their table, and the plots if an accuracy is known."""
-    rows, keys = rows_of(models), [sort_keys(model) for model in models]
+    rows, differences = rows_of(models), differences_to_first(models)
+    keys = [sort_keys(model, difference) for model, difference in zip(models, differences, strict=True)]
     columns = measured_columns(rows)
     figures = []
     if any(model.accuracy is not None for model in models):  # two plots, side by side on a wide screen
@@ -56,11 +78,39 @@ def comparison_page(models: Sequence[Measurements]) -> str:
     template = templates().get_template("comparison.html.j2")
     return template.render(
         title="Comparison",
+        answer=comparison_answer(models),
+        provenance=[
+            *(("file", model.provenance.file) for model in models if model.provenance.file),
+            *(row for row in models[0].provenance.rows() if row[0] != "file"),
+        ],
+        notes=[*_paired_note(differences), *caveats(models)],
         headers=[HEADERS[i] for i in columns],
         rows=[[(row[i], key[i]) for i in columns] for row, key in zip(rows, keys, strict=True)],
         plots=figures,
         convention=CONVENTION,
     )
+
+
+def _paired_note(differences: Sequence[Difference | None]) -> list[str]:
+    """What the column of differences is, where there is one."""
+    found = next((difference for difference in differences if difference is not None), None)
+    if found is None:
+        return []
+    return [
+        f"difference: points of top-1 to the first model over the same {found.images} images, paired, with the 95% "
+        "interval over images. Bars of top-1: 95% interval of each model alone."
+    ]
+
+
+def _predictions(predictions: Predictions | None) -> dict[str, Any]:
+    return {
+        "predictions": predictions,
+        "by_class": prediction_tables.worst_first(predictions) if predictions else [],
+        "confusions": prediction_tables.confusions(predictions) if predictions else [],
+        "calibration": prediction_tables.calibration_line(predictions) if predictions else "",
+        "most_classes": MAX_CONFUSION,
+        "most_confusions": MAX_CONFUSION,
+    }
 
 
 def _context(model: Measurements) -> dict[str, Any]:
@@ -76,10 +126,9 @@ def _context(model: Measurements) -> dict[str, Any]:
         "remainder": table_rows.remainder(model.profile),
         "experts": {row.name: row for row in model.experts},
         "moved_known": any(row.moved is not None for row in model.experts),
-        "convention": CONVENTION,
+        "convention": table_rows.convention(model.profile),
         "counters": table_rows.other_counters(model.profile),
         "parts": PARTS,
-        "accuracy": model.accuracy,
     }
 
 
@@ -103,7 +152,7 @@ def _images_and_classes(routing: Routing | None) -> dict[str, Any]:
 
 def _thumbnail(routing: Routing, index: int) -> str:
     """A JPEG as a data URI."""
-    source, file = routing.source, routing.files[index]
+    source, file = routing.source, routing.predictions.images[index]
     image = read_image(file) if source is None else source.decode(index)
     image.thumbnail((THUMBNAIL, THUMBNAIL))
     out = io.BytesIO()

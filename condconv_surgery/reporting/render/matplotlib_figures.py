@@ -14,8 +14,11 @@ from condconv_surgery.models.artifact.atomic_write import replacing
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-INK = "#1b1f24"
-"""Text colour on a light cell. ``to_svg`` replaces black by the page's text colour, which is light in dark mode."""
+HEAT = "#2b7fd9"
+"""The colour of a heat map: of ``value`` between 0 and 1 it covers the share ``STRONGEST * value`` of what is below it,
+white paper or the page. So text in the page's colour is readable on any cell, in light and in dark mode."""
+
+STRONGEST = 0.7
 
 MAX_COLUMNS_WITH_TEXT = 8
 """A heat map with at most this many columns also prints its values."""
@@ -33,19 +36,31 @@ def remove_frame(axes: Any) -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def heat_map(rows: Sequence[Sequence[float]], names: Sequence[str], title: str, low: float, high: float) -> Figure:
-    """One row per name and one column per expert; a larger value is darker, NaN stays empty."""
-    columns = max(map(len, rows))
-    figure = make_figure(0.5 * columns + 4, 0.22 * len(rows) + 1.6)
+def heat_map(
+    rows: Sequence[Sequence[float]],
+    names: Sequence[str],
+    title: str,
+    columns: Sequence[str] = (),
+    labels: tuple[str, str] = ("expert", "mean gate"),
+) -> Figure:
+    """One row per name; a value of 1 is darkest, of 0 (and NaN) empty: colours of all heat maps can be compared.
+
+    columns: their names; by default their numbers. labels: of the horizontal axis and of the colours.
+    """
+    from matplotlib.colors import LinearSegmentedColormap
+
+    count = max(map(len, rows))
+    figure = make_figure(0.5 * count + 4, 0.22 * len(rows) + 1.6)
     axes = figure.subplots()
-    image = axes.imshow(rows, aspect="auto", cmap="Blues", vmin=low, vmax=high)
+    colours = LinearSegmentedColormap.from_list("heat", [(HEAT, 0.0), (HEAT, STRONGEST)])
+    image = axes.imshow(rows, aspect="auto", cmap=colours, vmin=0.0, vmax=1.0, interpolation="nearest")
     axes.set_title(title, fontsize=10)
     axes.set_yticks(range(len(names)), names, fontsize=8.5)
-    axes.set_xticks(range(columns))
-    axes.set_xlabel("expert")
-    if columns <= MAX_COLUMNS_WITH_TEXT:
-        _write_values(axes, rows, low + 0.6 * (high - low))
-    figure.colorbar(image, label="mean gate", shrink=min(1.0, 4 / figure.get_figheight()))
+    axes.set_xticks(range(count), columns or [str(i) for i in range(count)], fontsize=8.5)
+    axes.set_xlabel(labels[0])
+    if count <= MAX_COLUMNS_WITH_TEXT:
+        _write_values(axes, rows)
+    figure.colorbar(image, label=labels[1], shrink=min(1.0, 4 / figure.get_figheight()))
     return figure
 
 
@@ -80,9 +95,8 @@ def to_svg(figure: Figure, name: str = "figure") -> str:
     return text[text.index("<svg") :].replace("#000000", "currentColor")
 
 
-def _write_values(axes: Any, rows: Sequence[Sequence[float]], dark: float) -> None:
+def _write_values(axes: Any, rows: Sequence[Sequence[float]]) -> None:
     for y, row in enumerate(rows):
         for x, value in enumerate(row):
             if not math.isnan(value):
-                colour = "white" if value > dark else INK
-                axes.text(x, y, f"{value:.2f}", ha="center", va="center", fontsize=8.5, color=colour)
+                axes.text(x, y, f"{value:.2f}", ha="center", va="center", fontsize=8.5)

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import PurePath
 from typing import TYPE_CHECKING
 
 from condconv_surgery.errors import InputError
+from condconv_surgery.reporting.images.network_routing import Routing
+from condconv_surgery.reporting.images.predictions import Predictions
+from condconv_surgery.reporting.images.routing_statistics import LayerRouting
 from condconv_surgery.reporting.measure.cost_table import Profile
 from condconv_surgery.reporting.measure.measurements import Measurements
-from condconv_surgery.reporting.measure.routing_statistics import LayerRouting, Routing
 from condconv_surgery.reporting.render.matplotlib_figures import heat_map, make_figure, remove_frame
+from condconv_surgery.reporting.render.short_names import unique_short_names
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -24,8 +26,8 @@ MAX_CLASSES = 100
 SERIES = ("#5b6570", "#e07b39", "#2a7f62", "#8e5bb5", "#0b5cad", "#b3261e")
 
 COSTS = {
-    "millions of MACs per image": lambda model: model.profile.macs.total / 1e6,
-    "millions of parameters": lambda model: model.profile.parameters / 1e6,
+    "MACs per image": lambda model: model.profile.macs.total,
+    "parameters": lambda model: model.profile.parameters,
 }
 """The x axes of accuracy against cost."""
 
@@ -56,25 +58,30 @@ def mean_gates(routing: Routing) -> Figure:
     widest = max(layer.experts for layer in layers)
     gates = [[*layer.mean, *[float("nan")] * (widest - layer.experts)] for layer in layers]
     names = [f"{layer.name}  ({layer.used:.1f} of {layer.experts})" for layer in layers]
-    high = max(2 / widest, *(max(layer.mean) for layer in layers))  # an equal share has the middle colour
-    return heat_map(gates, names, "mean gates over all images", 0.0, high)
+    return heat_map(gates, names, "mean gates over all images")
 
 
 def gates_by_class(layer: LayerRouting, classes: Sequence[str]) -> Figure:
-    """Mean gates of one layer per class. The colours span the smallest to the largest value of this layer.
-
-    Of more than ``MAX_CLASSES`` classes, those that differ most are drawn.
-    """
-    low, high = min(map(min, layer.by_class)), max(map(max, layer.by_class))
+    """Mean gates of one layer per class. Of more than ``MAX_CLASSES`` classes, those that differ most are drawn."""
     drawn = layer.distinct_classes(MAX_CLASSES)
     every = len(drawn) == len(classes)
     which = "by class" if every else f"of the {len(drawn)} of {len(classes)} classes that differ most"
     gates, names = [layer.by_class[c] for c in drawn], [classes[c] for c in drawn]
-    return heat_map(gates, names, f"{layer.name}: mean gates {which}", low, high)
+    return heat_map(gates, names, f"{layer.name}: mean gates {which}")
+
+
+def confusion_matrix(predictions: Predictions) -> Figure:
+    """Share of each class (row) that is predicted as each class (column)."""
+    shares = [[count / max(1, sum(row)) for count in row] for row in predictions.confusion]
+    columns = [*predictions.classes, *["another"] * (len(shares[0]) - len(predictions.classes))]
+    short = columns if max(map(len, columns)) < 5 else [str(i) for i in range(len(columns))]
+    names = list(predictions.classes) if short is columns else [f"{i}  {c}" for i, c in enumerate(predictions.classes)]
+    labels = ("predicted class", "share of the class's images")
+    return heat_map(shares, names, f"confusion matrix of {len(predictions.images)} images", short, labels)
 
 
 def accuracy_against_cost(models: Sequence[Measurements], costs: Sequence[str] = tuple(COSTS)) -> Figure:
-    """Accuracy against cost, like CondConv's figure: one line per variant and number of experts.
+    """Accuracy with its 95% interval against cost, like CondConv's figure: a line per variant and number of experts.
 
     A model without a known accuracy is left out. Raises ``InputError`` when no accuracy is known.
     """
@@ -89,42 +96,47 @@ def accuracy_against_cost(models: Sequence[Measurements], costs: Sequence[str] =
     figure = make_figure(4.6 * len(costs), 3.8)
     for position, cost in enumerate(costs):
         axes = figure.add_subplot(1, len(costs), position + 1)
+        unit, scale = ("millions", 1e6) if max(map(COSTS[cost], known)) >= 1e6 else ("thousands", 1e3)
         for (name, members), colour in zip(_series(known).items(), SERIES * len(known), strict=False):
-            points = sorted((COSTS[cost](m), 100 * (m.accuracy or 0.0), labels[m.title]) for m in members)
-            axes.plot([p[0] for p in points], [p[1] for p in points], "o-", color=colour, label=name, markersize=6)
-            for x, y, text in points:
-                axes.annotate(text, (x, y), xytext=(0, 7), textcoords="offset points", fontsize=10.5, ha="center")
+            points = sorted(
+                (COSTS[cost](m) / scale, 100 * (m.accuracy or 0.0), labels[m.title], _bars(m)) for m in members
+            )
+            x, y, bars = [p[0] for p in points], [p[1] for p in points], [p[3] for p in points]
+            axes.plot(x, y, "-", color=colour, linewidth=1)
+            axes.errorbar(x, y, yerr=list(zip(*bars, strict=True)), fmt="o", color=colour, capsize=4, label=name)
+            for across, up, text, _ in points:
+                axes.annotate(text, (across, up), xytext=(7, 0), textcoords="offset points", fontsize=10.5, va="center")
         axes.tick_params(labelsize=10.5)
         axes.locator_params(axis="x", nbins=4)  # more ticks overlap when the numbers are long
-        axes.set_xlabel(cost, fontsize=10.5)
-        axes.set_ylabel("top-1, %", fontsize=10.5)
-        axes.margins(0.25)
+        axes.set_xlabel(f"{unit} of {cost}", fontsize=10.5)
+        axes.set_ylabel(f"top-1, % {_counted(known)}", fontsize=10.5)
+        axes.margins(0.3, 0.2)
         axes.legend(frameon=False, fontsize=10.5)
         remove_frame(axes)
     return figure
 
 
-def short_name(title: str) -> str:
-    """A short label of a model: the folder of a run, else the file name.
-
-    >>> short_name("runs/a/best.safetensors"), short_name("models/b.safetensors"), short_name("torchvision:resnet18")
-    ('a', 'b', 'torchvision:resnet18')
-    """
-    path = PurePath(title)
-    if path.suffix != ".safetensors":
-        return title
-    return path.parent.name if path.stem in ("best", "last") and path.parent.name else path.stem
+def _bars(model: Measurements) -> tuple[float, float]:
+    """Percentage points from the accuracy down and up to the ends of its 95% interval; 0 where it is not known."""
+    interval, accuracy = model.accuracy_interval, model.accuracy or 0.0
+    if interval is None:
+        return 0.0, 0.0
+    return max(0.0, 100 * (accuracy - interval[0])), max(0.0, 100 * (interval[1] - accuracy))
 
 
-def unique_short_names(titles: Sequence[str]) -> dict[str, str]:
-    """``short_name`` of each title; where two are equal, the file name is added.
-
-    >>> unique_short_names(["a/best.safetensors", "a/last.safetensors", "b/best.safetensors"])
-    {'a/best.safetensors': 'a/best', 'a/last.safetensors': 'a/last', 'b/best.safetensors': 'b'}
-    """
-    short = {title: short_name(title) for title in titles}
-    names = list(short.values())
-    return {t: name if names.count(name) == 1 else f"{name}/{PurePath(t).stem}" for t, name in short.items()}
+def _counted(models: Sequence[Measurements]) -> str:
+    """The number of images behind the accuracies, and what the bars are."""
+    counts = {
+        len(m.predictions.images)
+        if m.predictions and m.predictions.correct
+        else (m.recorded.images if m.recorded else 0)
+        for m in models
+    }
+    if counts == {0}:
+        return ""
+    numbers = sorted(counts - {0})
+    which = f"{numbers[0]}" if len(numbers) == 1 else f"{numbers[0]} to {numbers[-1]}"
+    return f"({which} images, bars: 95%)"
 
 
 def _series(models: Sequence[Measurements]) -> dict[str, list[Measurements]]:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
-from condconv_surgery.reporting.measure.cost_table import Layer, Profile
+from condconv_surgery.errors import listed
+from condconv_surgery.reporting.images.network_routing import Routing
+from condconv_surgery.reporting.images.routing_statistics import LayerRouting
+from condconv_surgery.reporting.measure.cost_table import CONVENTION, PLAIN_CONVENTION, Layer, Profile
+from condconv_surgery.reporting.measure.measurements import Measurements
 from condconv_surgery.reporting.measure.memory_and_latency import Cost
 from condconv_surgery.reporting.measure.other_counters import predicted
 from condconv_surgery.reporting.render.number_format import human, human_bytes, human_time, percent
@@ -57,9 +61,50 @@ def latency_line(cost: Cost) -> str:
     )
 
 
+def tiles(model: Measurements) -> list[tuple[str, str, str]]:
+    """(what, value, what it is compared with) of the first values that a reader looks for."""
+    profile, latency, predictions = model.profile, model.latency, model.predictions
+    rows = [
+        ("parameters", human(profile.parameters), percent(profile.parameters_before, profile.parameters)),
+        ("MACs per image", human(profile.macs.total), percent(profile.macs_before, profile.macs.total)),
+        ("weights", human_bytes(profile.weight_bytes), percent(profile.weight_bytes_before, profile.weight_bytes)),
+    ]
+    found = [(name, value, f"{change} vs original" if profile.converted else "") for name, value, change in rows]
+    if latency is None:
+        found.append(("latency", "-", "not measured"))
+    else:
+        ratio = f"x{latency.ratio:.2f} vs original" if profile.converted else "one image"
+        found.append(("latency", human_time(latency.median), ratio))
+    if model.accuracy is not None:
+        interval = model.accuracy_interval
+        note = f"{100 * interval[0]:.1f} to {100 * interval[1]:.1f}, 95% interval" if interval else ""
+        measured = predictions is not None and predictions.accuracy is not None
+        found.append(("top-1", f"{model.accuracy:.1%}", note if measured else "as its run recorded"))
+    if model.routing and model.routing.mean_gate_accuracy is not None:
+        found.append(("with mean gates", f"{model.routing.mean_gate_accuracy:.1%}", "the same network without routing"))
+    return found
+
+
+def varying_and_static(routing: Routing) -> tuple[list[LayerRouting], list[LayerRouting]]:
+    """The layers whose mixtures depend on the image, and those for which a static layer suffices."""
+    varying = [layer for layer in routing.layers if not layer.static]
+    return varying, [layer for layer in routing.layers if layer.static]
+
+
+def static_line(static: Sequence[LayerRouting]) -> str:
+    """The layers for which a static layer suffices, as one group."""
+    count = f"{len(static)} layers" if len(static) > 1 else "1 layer"
+    return f"Static layer suffices in {count}: {listed([layer.name for layer in static])}."
+
+
 def multiplying(profile: Profile) -> list[Layer]:
     """The layers that have MACs or are conditional: a table lists them one by one."""
     return [layer for layer in profile.layers if layer.macs.total or layer.conditional]
+
+
+def convention(profile: Profile) -> str:
+    """What is counted, as far as the model has it."""
+    return CONVENTION if profile.converted else PLAIN_CONVENTION
 
 
 def remainder(profile: Profile) -> list[str]:

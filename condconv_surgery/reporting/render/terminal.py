@@ -9,12 +9,13 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from condconv_surgery.reporting.measure.cost_table import CONVENTION, Layer, Macs, Profile
+from condconv_surgery.reporting.images.network_routing import Routing
+from condconv_surgery.reporting.measure.cost_table import Layer, Macs, Profile
 from condconv_surgery.reporting.measure.expert_similarity import Experts
 from condconv_surgery.reporting.measure.measurements import Measurements
 from condconv_surgery.reporting.measure.memory_and_latency import Cost
-from condconv_surgery.reporting.measure.routing_statistics import Routing
 from condconv_surgery.reporting.render import table_rows
+from condconv_surgery.reporting.render.answers import caveats, comparison_answer
 from condconv_surgery.reporting.render.comparison_table import HEADERS, measured_columns, rows_of
 from condconv_surgery.reporting.render.number_format import human
 
@@ -25,12 +26,19 @@ WIDTH = 80
 def render_profile(profile: Profile, title: str, width: int = WIDTH, cost: Cost | None = None) -> RenderableType:
     """Totals, memory and latency, layers, what is not listed and the counting convention, for ``width`` columns."""
     totals = [*table_rows.summary_rows(profile), *(table_rows.cost_rows(cost) if cost else [])]
-    notes = [CONVENTION, table_rows.other_counters(profile), table_rows.latency_line(cost) if cost else ""]
+    headers = [("", False), ("before", True), ("after", True), ("change", True)]
+    if not profile.converted:  # nothing has changed
+        headers, totals = [("", False), ("", True)], [(name, after) for name, _, after, _ in totals]  # type: ignore[misc]
+    notes = [
+        table_rows.convention(profile),
+        table_rows.other_counters(profile),
+        table_rows.latency_line(cost) if cost else "",
+    ]
     return Group(
         Text(title, style="bold"),
         Text(f"input {profile.input}", style="dim"),
         Text(""),
-        simple_table([("", False), ("before", True), ("after", True), ("change", True)], totals),
+        simple_table(headers, totals),
         Text(""),
         _layers(profile, width),
         Text(""),
@@ -40,11 +48,12 @@ def render_profile(profile: Profile, title: str, width: int = WIDTH, cost: Cost 
 
 
 def render_routing(routing: Routing, experts: Sequence[Experts] = (), width: int = WIDTH) -> RenderableType:
-    """One line per layer: how many experts it uses, how much its gates vary, and the verdict."""
+    """One line per layer: how many experts it uses, how much its gates vary, the verdict; static ones in one line."""
     cosines = {row.name: f"{row.cosine:.2f}" for row in experts}
     numeric = [(name, True) for name in ("used", "vary", "kernels", "class", "cos")]
     headers = [("layer", False), *numeric, ("verdict", False)]
-    verdict = max([len(layer.advice) for layer in routing.layers], default=0)
+    varying, static = table_rows.varying_and_static(routing)
+    verdict = max([len(layer.advice) for layer in varying], default=0)
     name = max(12, width - verdict - 32)
     rows: list[list[str | Text]] = [
         [
@@ -54,9 +63,9 @@ def render_routing(routing: Routing, experts: Sequence[Experts] = (), width: int
             "" if layer.kernels is None else f"{layer.kernels:.3f}",
             f"{layer.between:.0%}",
             cosines.get(layer.name, ""),
-            Text(layer.advice, style="dim" if layer.static else "green"),
+            Text(layer.advice, style="green"),
         ]
-        for layer in routing.layers
+        for layer in varying
     ]
     key = (
         "used: effective number of experts. vary: mean distance of an image's gates from the mean gates. "
@@ -64,10 +73,12 @@ def render_routing(routing: Routing, experts: Sequence[Experts] = (), width: int
         "class: share of the gates' variance that the class explains. "
         "cos: mean cosine between experts."
     )
-    verdict_line = Text(routing.verdict, style="bold")
-    if not rows:
-        return Group("", verdict_line)
-    return Group("", simple_table(headers, rows, tight=True), Text(key, style="dim"), verdict_line)
+    parts: list[RenderableType] = [""]
+    if rows:
+        parts += [simple_table(headers, rows, tight=True), Text(key, style="dim")]
+    if static:
+        parts.append(Text(table_rows.static_line(static), style="dim"))
+    return Group(*parts, Text(routing.verdict, style="bold"))
 
 
 def render_experts(experts: Sequence[Experts]) -> RenderableType:
@@ -85,13 +96,19 @@ def render_experts(experts: Sequence[Experts]) -> RenderableType:
 
 
 def render_comparison(models: Sequence[Measurements], width: int = WIDTH) -> RenderableType:
-    """One line per model, without columns in which nothing was measured."""
+    """The answer, and one line per model, without columns in which nothing was measured; what limits it."""
     rows = rows_of(models)
     columns = measured_columns(rows)
     widths = [max(len(HEADERS[i]), *(len(row[i]) for row in rows)) for i in columns[1:]]
-    first = max(16, width - sum(widths) - 2 * len(widths))
+    tight = max(len(row[0]) for row in rows) + sum(widths) + 2 * len(widths) > width
+    first = max(16, width - sum(widths) - (1 if tight else 2) * len(widths))
     cells = [[shortened(row[0], first), *(row[i] for i in columns[1:])] for row in rows]
-    return simple_table([(HEADERS[i], i != 0) for i in columns], cells)
+    return Group(
+        simple_table([(HEADERS[i], i != 0) for i in columns], cells, tight),
+        "",
+        *(Text(note, style="dim") for note in caveats(models)),
+        Text(comparison_answer(models), style="bold"),
+    )
 
 
 def make_console(width: int | None = None) -> Console:

@@ -31,13 +31,13 @@ if (search) {
     const words = search.value.toLowerCase();
     let shown = 0;
     for (const row of rows) {
-      row.hidden = !(row.textContent.toLowerCase().includes(words) && (!only.checked || row.classList.contains("conditional")));
+      row.hidden = !(row.textContent.toLowerCase().includes(words) && (!only || !only.checked || row.classList.contains("conditional")));
       shown += !row.hidden;
     }
     count.textContent = shown + " of " + rows.length + " layers";
   };
   search.addEventListener("input", apply);
-  only.addEventListener("change", apply);
+  if (only) only.addEventListener("change", apply);
   apply();
 }
 // paper cannot be clicked: open everything, except sections that add nothing to their summary

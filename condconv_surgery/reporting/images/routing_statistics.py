@@ -1,4 +1,4 @@
-"""Statistics of the gates of each layer over labelled images, and the accuracy gain of routing."""
+"""Statistics of the gates of one layer over labelled images."""
 
 from __future__ import annotations
 
@@ -8,16 +8,10 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from condconv_surgery.data.labelled_images import LabelledImages, logit_of_each_class
 from condconv_surgery.layers import gate_statistics
-from condconv_surgery.layers.find_layers import routed_layers
 from condconv_surgery.layers.gate_statistics import CONSTANT_KERNEL
-from condconv_surgery.recipe import InputSpec
-from condconv_surgery.reporting.measure.collect_gates import collect_gates, correct_with_mean_gates
-from condconv_surgery.reporting.measure.report_images import ReportImages
-from condconv_surgery.runtime.modes import input_spec_of
 
 DEAD = 0.1
 """An expert is dead when no image gives it more than this fraction of an equal share, 1/E."""
@@ -101,107 +95,6 @@ class LayerRouting:
 
     def to_dict(self) -> dict[str, Any]:
         return {**asdict(self), "verdict": self.verdict}
-
-
-@dataclass(frozen=True)
-class Routing:
-    """All layers with gates, and the accuracy gain of routing: ``accuracy - mean_gate_accuracy``.
-
-    accuracy, mean_gate_accuracy: top-1 with routing, and with every mixture replaced by its mean over these images;
-        ``None`` when the classes of the folder are not those of the model.
-    gain_standard_error: of the accuracy gain, from the images whose prediction changed.
-    attention: for layers with attention, how much the scales differ between images (mean standard deviation).
-    held_out: whether the images come from a validation or test part, apart from the training images.
-    unreadable: images that were left out, with the reason. source: the others, for thumbnails.
-    """
-
-    layers: tuple[LayerRouting, ...]
-    classes: tuple[str, ...]
-    images: int
-    accuracy: float | None
-    mean_gate_accuracy: float | None
-    gain_standard_error: float | None
-    attention: tuple[tuple[str, float], ...]
-    files: tuple[str, ...] = ()
-    held_out: bool = True
-    unreadable: tuple[str, ...] = ()
-    source: LabelledImages | None = None
-
-    @property
-    def verdict(self) -> str:
-        """The conclusion for the whole network as text."""
-        static = sum(layer.static for layer in self.layers)
-        text = f"{static} of {len(self.layers)} layers could be static." if self.layers else ""
-        if self.accuracy is None or self.mean_gate_accuracy is None:
-            return f"{text} The model's classes are not those of the folder, so accuracy is unknown.".strip()
-        warning = (
-            ""
-            if self.held_out
-            else " The data have no validation part: the model may have been trained on these images."
-        )
-        if self.unreadable:
-            warning += f" {len(self.unreadable)} unreadable images are left out, such as {self.unreadable[0]}."
-        return f"{text} {self._gain(self.accuracy, self.mean_gate_accuracy)}{warning}".strip()
-
-    def _gain(self, accuracy: float, mean_gate_accuracy: float) -> str:
-        images = f"{self.images} images"
-        if not self.gain_standard_error and accuracy == mean_gate_accuracy:
-            return (
-                "Routing changes no prediction from right to wrong or back "
-                f"(top-1 {accuracy:.1%} with routing and with mean gates, {images})."
-            )
-        gain = f"{100 * (accuracy - mean_gate_accuracy):+.1f} ± {100 * (self.gain_standard_error or 0.0):.1f} points"
-        both = f"top-1 {accuracy:.1%} with routing, {mean_gate_accuracy:.1%} with mean gates"
-        return f"Accuracy gain of routing: {gain} ({both}, {images})."
-
-    def to_dict(self) -> dict[str, Any]:
-        return {
-            "images": self.images,
-            "classes": list(self.classes),
-            "accuracy": self.accuracy,
-            "mean_gate_accuracy": self.mean_gate_accuracy,
-            "gain_standard_error": self.gain_standard_error,
-            "held_out": self.held_out,
-            "unreadable": list(self.unreadable),
-            "verdict": self.verdict,
-            "files": list(self.files),
-            "layers": [layer.to_dict() for layer in self.layers],
-            "attention_spread": dict(self.attention),
-        }
-
-
-def measure_routing(
-    model: nn.Module,
-    images: ReportImages,
-    *,
-    classes: tuple[str, ...] = (),
-    spec: InputSpec | None = None,
-    batch: int = 32,
-) -> Routing:
-    """Two passes over ``images``: one with routing, one with every mixture replaced by its mean.
-
-    classes: names of the model's logits, to match the folder's classes by name; without them the folder's order is
-        used, if the number of classes is equal.
-    """
-    spec = spec or input_spec_of(model)
-    logit_of = logit_of_each_class(images.classes, classes)
-    routed = collect_gates(model, images.batches(spec, batch), logit_of)
-    comparable = logit_of is not None or (not classes and routed.num_logits == len(images.classes))
-    weights = {name: [layer.weight for layer in layers] for name, layers in routed_layers(model).items()}
-    layers = tuple(
-        layer_routing(name, gates, routed.labels, len(images.classes), weights.get(name, ()))
-        for name, gates in routed.gates.items()
-    )
-    accuracies: tuple[float | None, float | None, float | None] = (None, None, None)
-    if comparable:
-        static = correct_with_mean_gates(model, images.batches(spec, batch), routed.means, logit_of)
-        gain = routed.correct.double() - static.double()  # +1, 0 or -1 per image
-        error = float(gain.std(correction=0)) / math.sqrt(len(gain))
-        accuracies = (routed.accuracy, float(static.double().mean()), error)
-    spreads, files, unreadable = tuple(routed.spreads.items()), images.files, tuple(images.unreadable)
-    return Routing(
-        layers, images.classes, len(files), *accuracies, spreads, files, images.held_out, unreadable, images.images
-    )
 
 
 def layer_routing(

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from condconv_surgery.errors import InputError
 from condconv_surgery.layers.find_layers import router_hooks
-from condconv_surgery.models.classifier_logits import main_logits
+from condconv_surgery.models.classifier_logits import logits_of
 from condconv_surgery.ops.mixture import Mixture
-from condconv_surgery.runtime.modes import device_of, in_mode
+from condconv_surgery.runtime.modes import device_of, dtype_of, in_mode
 
 
 @dataclass(frozen=True)
@@ -24,29 +24,28 @@ class CollectedGates:
         sigmoid row need not. For a router that is called several times: the mean over its calls.
     means: for each router the mean mixture, batch 1.
     spreads: for each layer with attention, how much its scales differ between images (mean standard deviation).
-    labels: [N]. correct: whether the prediction is the label, [N]. num_logits: width of the model's output.
+    labels: [N]. outputs: the predictions, [N].
     """
 
     gates: dict[str, Tensor]
     means: dict[str, Mixture]
     spreads: dict[str, float]
     labels: Tensor
-    correct: Tensor
-    num_logits: int
-
-    @property
-    def accuracy(self) -> float:
-        """Top-1, 0 to 1."""
-        return float(self.correct.double().mean())
+    outputs: Outputs
 
 
-def collect_gates(
-    model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], logit_of: Tensor | None = None
-) -> CollectedGates:
+class Outputs(NamedTuple):
+    """The index of the largest of ``width`` logits for N images, and its softmax probability: [N] each."""
+
+    predicted: Tensor
+    confidence: Tensor
+    width: int
+
+
+def collect_gates(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> CollectedGates:
     """Run labelled images through ``model`` in eval mode and collect every mixture.
 
-    logit_of: [classes of the folder], the index of each class in the logits; by default the label itself.
-    Raises ``InputError`` when a logit is not finite.
+    Raises ``InputError`` when a logit is not finite, or the model is not a classifier.
     """
     recorded: dict[str, list[Mixture]] = {}
 
@@ -54,39 +53,39 @@ def collect_gates(
         recorded.setdefault(name, []).append(Mixture(*(None if t is None else t.float().cpu() for t in mixture)))
 
     with in_mode(model, training=False), torch.inference_mode(), router_hooks(model, record):
-        labels, correct, num_logits = _predict(model, batches, logit_of)
+        labels, outputs = _run(model, batches)
     joined = {name: _joined(mixtures, len(labels)) for name, mixtures in recorded.items()}
     gates = {n: m.gate for n, m in joined.items() if m.gate is not None and m.gate.shape[1] > 1}
     means = {name: _mean(mixture) for name, mixture in joined.items()}
     spreads = {name: _spread(mixture) for name, mixture in joined.items() if any(p is not None for p in mixture[1:])}
-    return CollectedGates(gates, means, spreads, labels, correct, num_logits)
+    return CollectedGates(gates, means, spreads, labels, outputs)
 
 
-def correct_with_mean_gates(
-    model: nn.Module,
-    batches: Iterable[tuple[Tensor, Tensor]],
-    means: dict[str, Mixture],
-    logit_of: Tensor | None = None,
-) -> Tensor:
-    """Which predictions are correct with every mixture replaced by its mean, [N]: the network without routing."""
+def predict_batches(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Outputs]:
+    """The labels [N] and the predictions of ``model`` in eval mode. Raises as ``collect_gates``."""
+    with in_mode(model, training=False), torch.inference_mode():
+        return _run(model, batches)
+
+
+def outputs_with_mean_gates(
+    model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], means: dict[str, Mixture]
+) -> Outputs:
+    """The predictions with every mixture replaced by its mean: the network without routing."""
 
     def replace(name: str, router: nn.Module, inputs: Any, mixture: Mixture) -> Mixture | None:
         return means[name].for_images_of(mixture) if name in means else None
 
     with in_mode(model, training=False), torch.inference_mode(), router_hooks(model, replace):
-        return _predict(model, batches, logit_of)[1]
+        return _run(model, batches)[1]
 
 
-def _predict(
-    model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], logit_of: Tensor | None
-) -> tuple[Tensor, Tensor, int]:
-    """(labels, whether the prediction is correct, number of logits)."""
-    labels, correct, num_logits = [], [], 0
+def _run(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Outputs]:
+    """The labels [N] and the predictions."""
+    labels, predicted, confidence, width = [], [], [], 0
     device = device_of(model)
     for images, targets in batches:
-        output = model(images.to(device, next(model.parameters()).dtype))
-        logits = main_logits(output)
-        num_logits = logits.shape[1]
+        logits = logits_of(model(images.to(device, dtype_of(model)))).main.float()
+        width = logits.shape[1]
         if not bool(torch.isfinite(logits).all()):
             raise InputError(
                 "The model's outputs on the images are not finite.",
@@ -94,8 +93,9 @@ def _predict(
                 "an artifact from before training diverged, or dtype=float32",
             )
         labels.append(targets)
-        correct.append(logits.argmax(dim=1).cpu() == (targets if logit_of is None else logit_of[targets]))
-    return torch.cat(labels), torch.cat(correct), num_logits
+        predicted.append(logits.argmax(dim=1).cpu())
+        confidence.append(logits.softmax(dim=1).amax(dim=1).cpu())
+    return torch.cat(labels), Outputs(torch.cat(predicted), torch.cat(confidence), width)
 
 
 def _joined(mixtures: list[Mixture], images: int) -> Mixture:

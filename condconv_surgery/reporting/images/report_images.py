@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,7 +12,10 @@ from torch import Tensor
 
 from condconv_surgery.data.decode_image import UnreadableImageError
 from condconv_surgery.data.evaluation_images import find_evaluation_images
+from condconv_surgery.data.find_data import is_folder
+from condconv_surgery.data.image_folders import ImageFiles, find_unlabelled_images
 from condconv_surgery.data.labelled_images import LabelledImages, even_subset
+from condconv_surgery.data.walk_images import loose_images
 from condconv_surgery.errors import InputError
 from condconv_surgery.models.preprocess import EvaluationTransform
 from condconv_surgery.recipe import InputSpec
@@ -67,3 +71,17 @@ def find_images(source: str | Path, limit: int = 1000) -> ReportImages:
     """
     images, held_out, where = find_evaluation_images(DataOptions(folder=str(source)))
     return ReportImages(even_subset(images, limit), held_out, where)
+
+
+def find_images_to_predict(source: str | Path, limit: int | None = None) -> ReportImages:
+    """As ``find_images``; of a folder that holds images and no class folders, all its images, with the label -1."""
+    options = DataOptions(folder=str(source))
+    try:
+        return find_images(source, sys.maxsize if limit is None else limit)
+    except InputError:
+        folder = Path(source)
+        if not folder.is_dir() or not is_folder(options) or not loose_images(folder):
+            raise
+    paths = find_unlabelled_images(folder, sys.maxsize if limit is None else limit)
+    files = tuple(str(path.relative_to(folder)) for path in paths)
+    return ReportImages(ImageFiles(folder, (), files, (-1,) * len(files)), where=str(folder))

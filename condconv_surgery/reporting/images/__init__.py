@@ -1,0 +1,1 @@
+"""What labelled images say about a model: predictions, gates, the accuracy gain of routing."""

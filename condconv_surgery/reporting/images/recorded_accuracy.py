@@ -1,0 +1,70 @@
+"""Read the accuracy that a training run recorded beside its artifacts."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from condconv_surgery.data.evaluation_images import CHECK, RECIPE
+from condconv_surgery.errors import InputError
+from condconv_surgery.recipe.toml_text import from_toml
+
+METRICS = "metrics.jsonl"
+
+
+@dataclass(frozen=True)
+class RecordedAccuracy:
+    """Validation top-1, 0 to 1, as a run recorded it. images, data: how many images, and of which data; if known."""
+
+    top1: float
+    images: int = 0
+    data: str = ""
+
+    @property
+    def where(self) -> str:
+        """``360 validation images of digits``, as far as it is known."""
+        count = f"{self.images} " if self.images else ""
+        return f"{count}validation images of {self.data or 'unknown data'}"
+
+
+def recorded_accuracy(artifact: str | Path) -> RecordedAccuracy | None:
+    """Of ``best.safetensors`` or ``last.safetensors`` in a run directory, else ``None``."""
+    path = Path(artifact)
+    if path.stem not in ("best", "last") or not path.is_file():
+        return None
+    rows = _rows(path.parent / METRICS)
+    chosen = [row for row in rows if row.get("best")] if path.stem == "best" else rows
+    value = chosen[-1].get("val_top1") if chosen else None
+    if not isinstance(value, (int, float)):
+        return None
+    return RecordedAccuracy(float(value), _validation_images(path.parent), _data(path.parent))
+
+
+def _validation_images(run: Path) -> int:
+    try:
+        return int(json.loads((run / CHECK).read_text(encoding="utf-8"))["val"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return 0
+
+
+def _data(run: Path) -> str:
+    """The data of a run, and how its validation images were chosen where the data do not say."""
+    try:
+        options = from_toml((run / RECIPE).read_text(encoding="utf-8"), str(run / RECIPE))
+    except (OSError, UnicodeDecodeError, InputError):
+        return ""
+    return f"{options.data.folder}{f', {options.data.val}' if options.data.val else ''} (seed {options.seed})"
+
+
+def _rows(path: Path) -> list[dict[str, object]]:
+    """The complete lines of a file that a run may still be writing."""
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(row, dict):
+            rows.append(row)
+    return rows

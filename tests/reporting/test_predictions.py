@@ -1,0 +1,133 @@
+"""Predictions: accuracy by class, confusion, calibration, intervals; of any data, also without labels."""
+
+from __future__ import annotations
+
+import csv
+import io
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import condconv_surgery as cs
+from condconv_surgery.recipe import Recipe, TrainingOptions, attach_recipe
+from condconv_surgery.recipe.toml_text import to_toml
+from condconv_surgery.reporting import Predictions, report
+from condconv_surgery.reporting.render.prediction_tables import confusions, predictions_csv, summary_lines, worst_first
+from condconv_surgery.reporting.study.binomial_interval import binomial_interval
+from tests.images import write_images
+from tests.measured_report import SPEC
+
+FOUND = Predictions(
+    images=("a", "b", "c", "d", "e", "f"),
+    labels=(0, 0, 0, 1, 1, 2),
+    predicted=(1, 1, 3, 2, 2, 1),
+    confidence=(0.9, 0.5, 0.6, 0.95, 0.2, 1.0),
+    classes=("cat", "dog", "owl"),
+    outputs=("ape", "cat", "dog", "eel", "owl"),
+    targets=(1, 2, 4),
+)
+"""Two of three cats and both dogs are right; one cat is an eel, which is no class of the data, and the owl a cat."""
+
+
+class Brightest(nn.Module):
+    """The class is the brightest channel."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return 8.0 * x.mean((2, 3))
+
+
+def brightest(*classes: str) -> nn.Module:
+    model = Brightest()
+    model.unused = nn.Parameter(torch.zeros(1))
+    attach_recipe(model, Recipe(input=SPEC, classes=classes))
+    return model.eval()
+
+
+def test_accuracy_by_class_and_confusion() -> None:
+    assert FOUND.correct == "110110"
+    assert FOUND.accuracy == pytest.approx(4 / 6)
+    assert FOUND.confusion == ((2, 0, 0, 1), (0, 2, 0, 0), (1, 0, 0, 0))
+    rows = {row.name: row for row in FOUND.by_class}
+    assert (rows["cat"].images, rows["cat"].right, rows["cat"].confused) == (3, 2, ("eel", 1))
+    assert (rows["dog"].accuracy, rows["dog"].confused) == (1.0, None)
+    assert rows["cat"].interval == binomial_interval(2, 3)
+    assert [row.name for row in worst_first(FOUND)] == ["owl", "cat", "dog"]
+    assert confusions(FOUND) == [(1, "cat", "another class"), (1, "owl", "cat")]
+
+
+def test_expected_calibration_error_by_hand() -> None:
+    """Every image has a bin of its own of 15, but .95 and 1.0: |.5 + 1| - ..."""
+    found = FOUND.calibration
+    assert found is not None
+    # bins: .2 | .5 | .6 | .9 | .95 and 1.0; right are .9, .5, .95, .2
+    gaps = [abs(1 - 0.2), abs(1 - 0.5), abs(0 - 0.6), abs(1 - 0.9), 2 * abs(0.5 - 0.975)]
+    assert found.error == pytest.approx(sum(gaps) / 6)
+    assert found.confidence == pytest.approx(sum(FOUND.confidence) / 6)
+    assert [count for count, _, _ in found.bins] == [1, 1, 1, 1, 2]
+    sure = replace(FOUND, predicted=(1, 1, 1, 2, 2, 4), confidence=(1.0,) * 6).calibration
+    assert sure is not None
+    assert sure.error == 0.0
+
+
+@pytest.mark.parametrize(("right", "images"), [(0, 10), (10, 10), (1, 2), (997, 1000)])
+def test_the_binomial_interval_solves_its_equation(right: int, images: int) -> None:
+    """Wilson: the ends p are the shares from which the observed one is z standard errors away."""
+    for end in binomial_interval(right, images):
+        distance = abs(right / images - end)
+        assert distance == pytest.approx(1.959964 * (end * (1 - end) / images) ** 0.5, abs=1e-7)
+
+
+def test_what_is_not_known_is_empty() -> None:
+    for unknown in (replace(FOUND, targets=None), replace(FOUND, labels=(None,) * 6, classes=())):
+        assert (unknown.accuracy, unknown.interval, unknown.calibration) == (None, None, None)
+        assert (unknown.correct, unknown.confusion, unknown.by_class) == ("", (), ())
+        assert "accuracy is unknown" in summary_lines(unknown)[0]
+        assert unknown.rows()[0]["correct"] == ""
+
+
+def test_predict_reads_any_data(tmp_path: Path) -> None:
+    folder = write_images(tmp_path / "images", classes=3, each=5)
+    found = cs.predict(brightest("class0", "class1", "class2"), folder)
+    assert (found.accuracy, len(found.images)) == (1.0, 15)
+    assert "may have been trained on these images" in found.caveats
+    rows = list(csv.DictReader(io.StringIO(predictions_csv(found))))
+    assert [row["label"] for row in rows] == [row["predicted"] for row in rows]
+    assert all(0.99 < float(row["confidence"]) <= 1 and row["correct"] == "1" for row in rows)
+    turned = cs.predict(brightest("class1", "class2", "class0"), folder, limit=6)
+    assert (turned.accuracy, len(turned.images)) == (0.0, 6)
+
+
+def test_predict_of_a_folder_without_classes(tmp_path: Path) -> None:
+    folder = write_images(tmp_path / "images", classes=1, each=4) / "class0"
+    found = cs.predict(brightest("red", "green", "blue"), folder)
+    assert (found.accuracy, found.labels) == (None, (None,) * 4)
+    assert [row["predicted"] for row in found.rows()] == ["red"] * 4
+
+
+def test_predict_of_a_run_takes_its_validation_images(tmp_path: Path) -> None:
+    folder = write_images(tmp_path / "images", classes=3, each=10)
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "recipe.toml").write_text(to_toml(TrainingOptions().updated({"data": {"folder": str(folder)}})))
+    found = cs.predict(brightest("class0", "class1", "class2"), run)
+    assert (len(found.images), found.held_out, found.caveats) == (6, True, "")
+
+
+def test_an_unconverted_network_has_a_report_without_gates(tmp_path: Path) -> None:
+    folder = write_images(tmp_path / "images", classes=3, each=4)
+    model = nn.Sequential(nn.Conv2d(3, 3, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    attach_recipe(model, Recipe(input=SPEC, classes=("class0", "class1", "class2")))
+    found = report(model, data=folder)
+    assert found.routing is None
+    assert found.predictions is not None
+    assert found.predictions.accuracy is not None
+    for form in (found.to_html(), found.to_markdown()):
+        text = re.sub(r"<(style|script)>.*?</\1>", "", form, flags=re.DOTALL)
+        for word in ("before", "after", "original", "gates", "experts", "conditional only"):
+            assert word not in text, word
+        assert "The network is not converted" in form
+        assert "12 images of" in form
