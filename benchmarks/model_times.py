@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from benchmarks.contenders import SampleLoop
 from benchmarks.setting import USUAL, Setting
 from benchmarks.timing import interleaved, ratio
+from condconv_surgery import native
 from condconv_surgery.layers import conditional_layers
-from condconv_surgery.ops.backends import cpp
 from condconv_surgery.recipe import Variant
 from condconv_surgery.surgery import convert
 
@@ -90,7 +90,7 @@ def copy_bandwidth(setting: Setting = USUAL, size: int = 256 << 20) -> float:
 def peak_training_bytes(name: str, variant: str, batch: int, setting: Setting = USUAL) -> int:
     """Peak memory of a training step with SGD and momentum, in its own process: resident, or of tensors on a GPU."""
     command = [sys.executable, "-m", "benchmarks.model_times", name, variant, str(batch), json.dumps(asdict(setting))]
-    command += ["native"] if cpp.is_enabled() else []
+    command += ["native"] if native.is_enabled() else []
     answer = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     return int(answer.split()[-1])
 
@@ -161,6 +161,5 @@ if __name__ == "__main__":
     from benchmarks.layer_times import VARIANTS
 
     _, model_name, variant_name, batch_size, chosen, *with_native = sys.argv
-    if with_native:
-        cpp.enable()
+    native.enable() if with_native else native.disable()
     print(_peak_here(model_name, VARIANTS.get(variant_name), int(batch_size), Setting(**json.loads(chosen))))

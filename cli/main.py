@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from condconv_surgery import __version__
+from condconv_surgery import __version__, native
 from condconv_surgery.errors import SurgeryError
 
 from .check import check
@@ -47,7 +47,7 @@ app.command(cls=TranslatingCommand)(share)
 
 def _print_version(wanted: bool) -> None:
     if wanted:
-        print(f"condconv-surgery {__version__}")
+        print(f"condconv-surgery {__version__}\n{native.describe()}")
         raise typer.Exit
 
 
@@ -56,22 +56,20 @@ def condconv(
     version: Annotated[
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version and exit.")
     ] = False,
-    native: Annotated[
-        bool,
+    with_kernels: Annotated[
+        bool | None,
         typer.Option(
-            "--native",
-            help="Use C++ kernels, compiled at first use (x86 with AVX2 or AVX-512, g++, ninja). "
-            "The environment variable CONDCONV_NATIVE=1 does the same.",
+            "--native/--no-native",
+            help="Insist on the C++ kernels, compiling them first where the installation has none, or do without. "
+            "Default: use those of the installation (--version shows them). "
+            "CONDCONV_NATIVE=1 or 0 in the environment does the same.",
+            show_default=False,
         ),
-    ] = False,
+    ] = None,
 ) -> None:
     """Give a trained convolutional network conditional convolutions."""
-    if native:
-        from condconv_surgery import native as kernels  # imports torch, which help and typos do not need
-
-        if not kernels.is_built():
-            say("Compiling the native kernels, once: about a minute ...")
-        kernels.enable()
+    if with_kernels is not None:  # both import torch, which help and typos do not need
+        native.enable() if with_kernels else native.disable()
 
 
 def run() -> None:

@@ -6,7 +6,7 @@
 trains one static network per width on endless emoji of 32 px, then, for each seed, each number of experts from that
 network on the same images; one expert is the static network, trained as many more steps. Run again, it continues after
 the last finished point. It writes sweep/points.jsonl (a line per point), sweep/mobilenet-sweep.png and .svg. With
-CONDCONV_NATIVE=1 (the C++ kernels) the defaults take an hour of one core.
+the C++ kernels (condconv --version) the defaults take an hour of one core.
 
 The paper's experiment (ImageNet, 224 px, every point from random weights; use a GPU):
 

@@ -28,7 +28,7 @@ import torch
 
 from benchmarks.studies.endless_arms import ARMS
 from benchmarks.studies.endless_runs import BASE_STEPS, RATES, STEPS, Study, file_name, say
-from condconv_surgery.ops.backends import cpp
+from condconv_surgery import native
 from condconv_surgery.recipe.study_record import ArmCost, ArmRecord, ScoredRun, SearchRun, StudyRecord
 from condconv_surgery.reporting import StudyReport
 from examples.endless_emoji import read_emoji
@@ -92,7 +92,7 @@ def main(arguments: list[str] | None = None) -> None:
         StudyReport(collect(study)).write(options.out)
         return
     if options.native:
-        cpp.enable()
+        native.enable()
     if options.what == "search":
         for lr in options.rates:
             for name in options.arms:

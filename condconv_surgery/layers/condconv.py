@@ -47,6 +47,9 @@ class CondConvRouter(Router):
     def fusable_form(self) -> SigmoidGates:
         return SigmoidGates(self.linear, self.weight_factor)
 
+    def whole_form(self) -> SigmoidGates:
+        return self.fusable_form()
+
     def zero_(self) -> CondConvRouter:
         zero_linear_(self.linear)
         return self

@@ -15,10 +15,11 @@ from condconv_surgery.layers.foreign_fusers import refuse_fuser, require_own_sha
 from condconv_surgery.layers.router_base import Router, make_router
 from condconv_surgery.layers.weight_standardisation import WeightStandardisation
 from condconv_surgery.ops.conditional_conv2d import conditional_conv2d
+from condconv_surgery.ops.dispatch import fast_layer
 from condconv_surgery.ops.geometry import ConvGeometry
 from condconv_surgery.ops.graph_node import as_node, is_traced
 from condconv_surgery.ops.mixture import Mixture
-from condconv_surgery.ops.tracing_state import is_jit_traced
+from condconv_surgery.ops.tracing_state import is_hooked, is_jit_traced
 from condconv_surgery.recipe import Variant
 
 if TYPE_CHECKING:
@@ -158,6 +159,10 @@ class ConditionalConv2d(nn.Module, Generic[V]):
 
     def forward(self, input: Tensor, mixture: Mixture | None = None) -> Tensor:
         """input: [B, I, H, W] or [I, H, W]. mixture: of each sample; by default that of the layer's own router."""
+        if mixture is None and not torch.is_grad_enabled():
+            y = self._in_one_call(input)
+            if y is not None:
+                return self._with_ungated_bias(y)
         if is_traced(input):
             node: Tensor = as_node(self, input) if mixture is None else as_node(self, input, mixture)
             return node
@@ -173,7 +178,20 @@ class ConditionalConv2d(nn.Module, Generic[V]):
         if self.standardisation is not None:
             experts, mixture = self.standardisation(experts, mixture)
         y = conditional_conv2d(input, experts, self.bias, mixture, self.geometry, self.implementation)
-        ungated = self._parameters.get("ungated_bias")  # an attribute lookup of a module takes ten times as long
+        return self._with_ungated_bias(y)
+
+    def _in_one_call(self, x: Tensor) -> Tensor | None:
+        """The whole layer by one call of a backend, or None: where the router or a part of it must be called."""
+        modules, parts = self._modules, self._parameters  # attribute lookups of modules take ten times as long
+        router = modules["router"]
+        if router is None or modules["standardisation"] is not None or self.implementation != "auto":
+            return None
+        form = None if is_hooked(router) else router.whole_form()  # type: ignore[operator]
+        weight = parts.get("weight")
+        return None if form is None or weight is None else fast_layer(x, weight, parts["bias"], form, self.geometry)
+
+    def _with_ungated_bias(self, y: Tensor) -> Tensor:
+        ungated = self._parameters.get("ungated_bias")
         return y if ungated is None else y + ungated.to(y.dtype)[:, None, None]
 
     def paper_weights(self) -> tuple[Tensor, Tensor | None]:

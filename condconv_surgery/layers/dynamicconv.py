@@ -52,6 +52,9 @@ class DynamicConvRouter(Router):
     def fusable_form(self) -> Attention:
         return Attention(self.reduce, None, True, [self.linear], self.temperature)
 
+    def whole_form(self) -> Attention:
+        return self.fusable_form()
+
     def zero_(self) -> DynamicConvRouter:
         zero_linear_(self.linear)
         return self

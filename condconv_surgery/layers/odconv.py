@@ -101,8 +101,14 @@ class ODConvRouter(Router):
         return self._with_sigmoid_gates(mixture, pooled)
 
     def fusable_form(self) -> Attention:
-        heads = self._heads()
-        return Attention(self.reduce, self.norm, self.activation == "relu", heads, self.temperature)
+        modules = self._modules  # an attribute lookup of a module takes ten times as long
+        reduce, norm, temperature = modules["reduce"], modules.get("norm"), self._buffers["temperature"]
+        assert reduce is not None
+        assert temperature is not None
+        return Attention(reduce, norm, self.activation == "relu", self._heads(), temperature)
+
+    def whole_form(self) -> Attention | None:
+        return None if self._modules.get("linear") is not None else self.fusable_form()
 
     def mixture_of(self, parts: list[Tensor | None]) -> Mixture:
         """From the outputs of the heads of channels, filters, positions and experts."""
@@ -152,7 +158,7 @@ class ODConvRouter(Router):
 
     def _heads(self) -> list[nn.Module | None]:
         """Of channels, filters, positions and experts; None where there is none."""
-        modules = self._modules  # an attribute lookup of a module takes ten times as long
+        modules = self._modules
         return [modules.get("channel"), modules.get("filter"), modules.get("spatial"), modules.get("kernel")]
 
     def _hidden(self, pooled: Tensor) -> Tensor:

@@ -58,6 +58,11 @@ class Router(nn.Module):
         """What ``mix`` computes, where a backend may fuse it into one call (``ops.router_forms``); else None."""
         return None
 
+    def whole_form(self) -> RouterForm | None:
+        """``fusable_form`` where its outputs are the whole mixture: the gate alone, or in_scale, out_scale, spatial and
+        gate. A backend may then compute the layer in one call; else None."""
+        return None
+
     def mixture_of(self, parts: list[Tensor | None]) -> Mixture:
         """The mixture from the outputs of ``fusable_form``."""
         return Mixture(parts[0])

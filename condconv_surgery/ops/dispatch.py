@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from condconv_surgery.ops.backends.backend_protocol import Backend
+from condconv_surgery.ops.backends.cpp import load_kernels
 from condconv_surgery.ops.backends.cpp.cpp_backend import CppBackend
 from condconv_surgery.ops.backends.eager import EagerBackend
 from condconv_surgery.ops.backends.triton.triton_backend import TritonBackend
@@ -21,6 +22,7 @@ from condconv_surgery.ops.router_forms import RouterForm
 
 _backends: list[Backend] = [CppBackend(), TritonBackend(), EagerBackend()]
 
+_fast_layer: list[Callable[..., Any]] = []
 _fast_convolve: list[Callable[..., Any]] = []
 _applies_scales: list[Callable[..., Any]] = []
 _preferred: list[Callable[..., Any]] = []
@@ -42,6 +44,7 @@ def unregister_backend(backend: Backend) -> None:
 
 def _list_methods() -> None:
     lists = {
+        "fast_layer": _fast_layer,
         "fast_convolve": _fast_convolve,
         "applies_scales": _applies_scales,
         "preferred_implementation": _preferred,
@@ -54,6 +57,7 @@ def _list_methods() -> None:
 
 
 _list_methods()
+load_kernels.enable_by_default()
 
 
 def backend_for(
@@ -71,6 +75,17 @@ def backend_for(
         if (backend.accepts_kernels or not with_kernels) and backend.supports(x, experts, mixture, geometry):
             return backend
     raise AssertionError("EagerBackend supports every call")
+
+
+def fast_layer(
+    x: Tensor, experts: Tensor, bias: Tensor | None, form: RouterForm, geometry: ConvGeometry
+) -> Tensor | None:
+    """A whole layer by a backend's fast path, [B, O, H', W'], or None. form: as in ``Backend.fast_layer``."""
+    for method in _fast_layer:
+        y: Tensor | None = method(x, experts, bias, form, geometry)
+        if y is not None:
+            return y
+    return None
 
 
 def fast_convolve(

@@ -57,27 +57,32 @@ def are_plain(*tensors: Tensor | None) -> bool:
 
 def linear_parts(linear: nn.Module) -> tuple[Tensor, Tensor | None] | None:
     """Weight and bias of an ``nn.Linear``; None where it has hooks, is wrapped or is of another class."""
-    if type(linear) is not nn.Linear or _is_hooked(linear):
+    if type(linear) is not nn.Linear or is_hooked(linear):
         return None
     parts = linear._parameters  # an attribute lookup takes longer than the linear map
-    if "weight" not in parts or "bias" not in parts:  # replicated or sharded: not parameters but plain attributes
+    if "bias" not in parts:  # replicated or sharded: not parameters but plain attributes
         return None
-    weight, bias = parts["weight"], parts["bias"]
-    return None if weight is None or not are_plain(weight, bias) else (weight, bias)
+    weight, bias = parts.get("weight"), parts["bias"]
+    if type(weight) not in PLAIN_TYPES or (bias is not None and type(bias) not in PLAIN_TYPES):
+        return None
+    return weight, bias  # type: ignore[return-value]
 
 
 def norm_parts(norm: nn.Module) -> list[Tensor] | None:
     """Running mean and variance, weight and bias of an ``nn.BatchNorm1d`` in eval mode; else None."""
-    if type(norm) is not nn.BatchNorm1d or norm.training or _is_hooked(norm):
+    if type(norm) is not nn.BatchNorm1d or norm.training or is_hooked(norm):
         return None
-    parts = [norm.running_mean, norm.running_var, norm.weight, norm.bias]
-    present = [part for part in parts if part is not None]
-    return present if len(present) == len(parts) and are_plain(*present) else None
+    buffers, parameters = norm._buffers, norm._parameters
+    parts = [buffers.get("running_mean"), buffers.get("running_var"), parameters.get("weight"), parameters.get("bias")]
+    for part in parts:
+        if type(part) not in PLAIN_TYPES:
+            return None
+    return parts  # type: ignore[return-value]
 
 
-def _is_hooked(module: nn.Module) -> bool:
+def is_hooked(module: nn.Module) -> bool:
     """Whether hooks see its calls, or its ``forward`` was replaced on the instance."""
-    own = vars(module)  # asked for each map of a router at each call: attributes and ``any`` take twice as long
+    own = module.__dict__  # asked for each map of a router at each call: attributes and ``any`` take twice as long
     try:
         if own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]:
             return True

@@ -1,4 +1,4 @@
-"""The compiled kernels are enabled by a flag, by Python or by the environment."""
+"""The compiled kernels are used where they are built, and switched by a flag, by Python or by the environment."""
 
 from __future__ import annotations
 
@@ -8,22 +8,24 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from condconv_surgery.cli import main as command_line
 from typer.testing import CliRunner
 
 import condconv_surgery as cs
-from condconv_surgery.ops.backends import cpp
+from condconv_surgery.ops.backends.cpp import build_kernels
 
 
-@pytest.mark.parametrize("arguments", [["--native"], []])
-def test_the_command_line_turns_it_on(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    called = []
-    monkeypatch.setattr("condconv_surgery.native.enable", lambda: called.append(True))
-    monkeypatch.setattr("condconv_surgery.native.is_built", lambda: False)
+@pytest.mark.parametrize(("arguments", "expected"), [(["--native"], ["on"]), (["--no-native"], ["off"]), ([], [])])
+def test_the_command_line_turns_it_on_and_off(
+    arguments: list[str], expected: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    called: list[str] = []
+    monkeypatch.setattr("condconv_surgery.native.enable", lambda: called.append("on"))
+    monkeypatch.setattr("condconv_surgery.native.disable", lambda: called.append("off"))
     result = CliRunner().invoke(command_line.app, [*arguments, "convert", "no-such-file.pt"])
     assert result.exit_code != 0
-    assert called == ([True] if arguments else [])
-    assert ("Compiling" in result.output) == bool(called)
+    assert called == expected
 
 
 IMPORT = ["-c", "import condconv_surgery as cs; cs.convert"]
@@ -42,6 +44,40 @@ def test_the_environment_turns_it_on(arguments: list[str], value: str | None, tm
     assert ("cannot run on this processor (torch says DEFAULT)" in done.stderr) == (value == "1")
 
 
-def test_the_switch_of_the_package() -> None:
-    assert cs.native.is_enabled() == cpp.is_enabled()
-    assert all(callable(getattr(cs.native, name)) for name in ("enable", "disable", "is_built"))
+@pytest.mark.parametrize("value", [None, "0"])
+def test_an_installation_with_kernels_uses_them_unless_told_not_to(value: str | None) -> None:
+    environment = {**os.environ, "CONDCONV_NATIVE": value or ""}
+    code = "import condconv_surgery as cs, sys; print('torch' in sys.modules, cs.native.is_enabled())"
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    can = build_kernels.LIBRARY.exists() and torch.backends.cpu.get_cpu_capability().startswith("AVX")
+    assert done.stdout == f"False {can and value is None}\n"
+    assert done.stderr == ""
+
+
+def test_switched_off_before_the_layers_are_imported_it_stays_off() -> None:
+    code = "import condconv_surgery as cs; cs.native.disable(); cs.convert; print(cs.native.is_enabled())"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"
+
+
+@pytest.mark.parametrize(
+    ("built", "value", "line"),
+    [
+        (True, "", "C++ kernels: built, for x86 with AVX2 or AVX-512"),
+        (True, "0", "C++ kernels: off (CONDCONV_NATIVE=0)"),
+        (False, "", "C++ kernels: not built, so PyTorch's operators compute everything"),
+    ],
+)
+def test_the_version_says_whether_there_are_kernels(
+    built: bool, value: str, line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    library = tmp_path / "kernels.so"
+    if built:
+        library.touch()
+    monkeypatch.setattr(build_kernels, "LIBRARY", library)
+    monkeypatch.setenv("CONDCONV_NATIVE", value)
+    result = CliRunner().invoke(command_line.app, ["--version"])
+    assert result.exit_code == 0
+    first, second = result.stdout.splitlines()
+    assert first == f"condconv-surgery {cs.__version__}"
+    assert second.startswith(line)

@@ -3,21 +3,16 @@
 from __future__ import annotations
 
 import itertools
-import os
-import shutil
 import warnings
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 import torch
 from torch.autograd import forward_ad
 from torch.utils.flop_counter import FlopCounterMode
 
-from condconv_surgery.errors import InputError
+from condconv_surgery import native
 from condconv_surgery.layers import CondConv2d, ConvGeometry, Mixture, ODConv2d
-from condconv_surgery.ops.backends import cpp
-from condconv_surgery.ops.backends.cpp import compile as building
 from condconv_surgery.ops.backends.cpp.cpp_convolution import fast_convolve, supports
 from condconv_surgery.ops.choose_implementation import choose
 from condconv_surgery.ops.conditional_conv2d import conditional_conv2d
@@ -26,14 +21,10 @@ from condconv_surgery.recipe import CondConv
 from tests.geometries import GEOMETRIES, without_bias
 from tests.ops.test_implementations import MIXTURES, make_case, values_and_gradients
 from tests.reference import per_sample_loop
+from tests.switched_kernels import kernels, needs_kernels
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding=.same. with even kernel")  # the reference loop
 
-slow_to_build = [
-    pytest.mark.slow,
-    pytest.mark.skipif(shutil.which("g++") is None, reason="no g++"),
-    pytest.mark.skipif(not torch.backends.cpu.get_cpu_capability().startswith("AVX"), reason="no AVX2"),
-]
 MORE = {
     "pixels that no tap reaches": dict(in_channels=5, out_channels=9, kernel_size=2, stride=3),
     "stride 2, dilation 2": dict(in_channels=5, out_channels=9, kernel_size=3, stride=2, padding=1, dilation=2),
@@ -72,9 +63,10 @@ def compiled(request: pytest.FixtureRequest) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         if has := getattr(request, "param", None):
             patch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: has)
-        cpp.enable()
-    yield
-    cpp.disable()
+        with kernels(on=True):
+            yield
+    if native.is_enabled():  # for this processor again
+        native.enable()
 
 
 every_build = pytest.mark.parametrize(
@@ -107,7 +99,7 @@ def assert_equals_the_loop(
 
 @pytest.mark.usefixtures("compiled")
 class TestCompiled:
-    pytestmark = slow_to_build
+    pytestmark = needs_kernels
 
     @every_build
     @pytest.mark.parametrize("parts", MIXTURES)
@@ -236,18 +228,14 @@ class TestCompiled:
         assert taken(x, experts, geometry)
         assert not taken(x.double(), experts.double(), geometry)
         assert not taken(x.to(torch.bfloat16), experts, geometry)
-        assert not taken(x.to(memory_format=torch.channels_last), experts, geometry)
         assert not taken(x.to("meta"), experts.to("meta"), geometry)
         assert not supports(x, torch.randn(2, 16, 8, 17, 17), geometry)
         pointwise = ConvGeometry.make(8, 16, 1)
         assert taken(x, torch.randn(2, 16, 8, 1, 1), pointwise)
         assert not taken(torch.randn(2, 8, 15, 15), torch.randn(2, 16, 8, 1, 1), pointwise)
         assert taken(torch.randn(1, 8, 15, 15), torch.randn(2, 16, 8, 1, 1), pointwise)
-        cpp.disable()
-        try:
+        with kernels(on=False):
             assert not taken(x, experts, geometry)
-        finally:
-            cpp.enable()
 
     def test_the_dispatcher_is_passed_by_when_nothing_is_recorded(self) -> None:
         geometry = ConvGeometry.make(8, 16, 3, 1, 1)
@@ -388,6 +376,7 @@ class TestCompiled:
             actual = by_blocks(x, weight, None, Mixture(gate), geometry)
         torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
 
+    @pytest.mark.slow
     def test_a_compiled_program_of_inductor(self) -> None:
         layer, x = CondConv2d(8, 16, 3, variant=CondConv(experts=2)), torch.randn(3, 8, 9, 9)
         torch.nn.init.normal_(layer.router.linear.weight)  # type: ignore[union-attr]
@@ -397,43 +386,8 @@ class TestCompiled:
         for a, e in zip(actual, expected, strict=True):
             torch.testing.assert_close(a, e, rtol=1e-3, atol=1e-3)
 
-    def test_what_is_built_is_loaded_without_a_compiler(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setenv("PATH", "")
-        cpp.disable()
-        cpp.enable()
-        assert cpp.is_enabled()
-
     def test_an_empty_batch(self) -> None:
         layer = CondConv2d(8, 16, 3, padding=1, variant=CondConv(experts=2))
         assert layer(torch.empty(0, 8, 9, 9)).shape == (0, 16, 9, 9)
         with torch.no_grad():
             assert layer(torch.empty(0, 8, 9, 9)).shape == (0, 16, 9, 9)
-
-    def test_ninja_of_the_environment_is_found(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        pytest.importorskip("ninja")
-        without = "/nowhere"
-        monkeypatch.setenv("PATH", without)
-        with building._ninja_found():
-            assert shutil.which("ninja") is not None
-        assert os.environ["PATH"] == without
-
-
-def test_a_compiler_that_fails_is_said_in_words(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    from torch.utils import cpp_extension
-
-    def fail(*_: object, **__: object) -> None:
-        raise RuntimeError("Ninja is required to load C++ extensions")
-
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
-    monkeypatch.setattr(cpp_extension, "load", fail)
-    monkeypatch.setattr(building, "_compiled", None)
-    with pytest.raises(InputError, match=r"Ninja is required(.|\n)*g\+\+ 12(.|\n)*condconv-surgery\[native\]"):
-        cpp.enable()
-    assert not cpp.is_enabled()
-
-
-def test_another_processor_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "DEFAULT")
-    with pytest.raises(InputError, match=r"torch says DEFAULT(.|\n)*AVX2"):
-        cpp.enable()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator
 from unittest import mock
 
@@ -13,16 +12,12 @@ from torch.nn.utils import parametrizations, parametrize
 
 from condconv_surgery.layers import ConvGeometry
 from condconv_surgery.layers.router_base import Router, make_router
-from condconv_surgery.ops.backends import cpp
-from condconv_surgery.ops.backends.cpp import compile as building
+from condconv_surgery.ops.backends.cpp import load_kernels
 from condconv_surgery.ops.backends.cpp.cpp_routing import pool
 from condconv_surgery.recipe import CondConv, DynamicConv, ODConv, Variant
+from tests.switched_kernels import kernels, needs_kernels
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(shutil.which("g++") is None, reason="no g++"),
-    pytest.mark.skipif(not torch.backends.cpu.get_cpu_capability().startswith("AVX"), reason="no AVX2"),
-]
+pytestmark = needs_kernels
 
 VARIANTS = [
     CondConv(experts=1),
@@ -42,9 +37,8 @@ LAYERS = {
 
 @pytest.fixture(autouse=True)
 def compiled() -> Iterator[None]:
-    cpp.enable()
-    yield
-    cpp.disable()
+    with kernels(on=True):
+        yield
 
 
 def make(geometry: ConvGeometry, variant: Variant) -> Router:
@@ -59,7 +53,7 @@ def make(geometry: ConvGeometry, variant: Variant) -> Router:
 
 def calls_of(router: Router, x: torch.Tensor) -> int:
     """How many calls into the compiled code the mixture of ``x`` takes."""
-    with mock.patch.object(building, "_compiled", mock.Mock(wraps=building.extension())) as code, torch.no_grad():
+    with mock.patch.object(load_kernels, "_enabled", mock.Mock(wraps=load_kernels.kernels())) as code, torch.no_grad():
         router(x)
         return len(code.mock_calls)
 
@@ -106,26 +100,26 @@ def test_what_is_left_to_torch() -> None:
         assert condconv(x.to(memory_format=torch.channels_last)).gate.shape == (2, 4)
         with pytest.raises(RuntimeError, match="mat1 and mat2"):
             condconv(torch.randn(2, 36, 6, 6))
-        assert building.extension().pool(x.double()) is None
-        assert building.extension().pool(x.to(memory_format=torch.channels_last)) is None
+        assert load_kernels.kernels().pool(x.double()) is None
+        assert load_kernels.kernels().pool(x.to(memory_format=torch.channels_last)) is None
     odconv.train()
     assert calls_of(odconv, x) == 1  # pooled; the batch's statistics are for torch
-    cpp.disable()
-    assert pool(x) is None
+    with kernels(on=False):
+        assert pool(x) is None
 
 
 @pytest.mark.parametrize(("batch", "left"), [(2, False), (500, True)])
 def test_what_is_large_is_left_to_matrix_products(batch: int, left: bool) -> None:
-    router, code, found = make(LAYERS["3x3"], ODConv(experts=4)), building.extension(), []
+    router, code, found = make(LAYERS["3x3"], ODConv(experts=4)), load_kernels.kernels(), []
 
     def attention(*given: object) -> object:
         found.append(code.attention(*given))
         return found[-1]
 
     x = torch.randn(batch, 37, 3, 3)
-    with mock.patch.object(building, "_compiled", mock.Mock(wraps=code, attention=attention)), torch.no_grad():
+    with mock.patch.object(load_kernels, "_enabled", mock.Mock(wraps=code, attention=attention)), torch.no_grad():
         actual = router(x)
-    assert [each is None for each in found] == [left]
+    assert [not each for each in found] == [left]
     for a, e in zip(actual, router(x), strict=True):
         torch.testing.assert_close(a, e, rtol=2e-5, atol=2e-6)
 

@@ -12,9 +12,8 @@ import torch
 
 from condconv_surgery.layers import Mixture
 from condconv_surgery.ops import large_pages as pages
-from condconv_surgery.ops.backends import cpp
 from condconv_surgery.ops.large_pages import LARGE, in_large_pages
-from tests.ops.test_cpp_backend import slow_to_build
+from tests.switched_kernels import kernels, needs_kernels
 
 SMAPS = Path("/proc/self/smaps")
 THP = Path("/sys/kernel/mm/transparent_hugepage/enabled")
@@ -56,15 +55,11 @@ def test_all_whole_pages_of_a_tensor_and_no_others_are_asked_for() -> None:
 
 
 @counted
-@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=slow_to_build)])
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=needs_kernels)])
 @pytest.mark.parametrize("groups", [1, 32])
 def test_results_lie_in_them(groups: int, compiled: bool) -> None:
-    if compiled:
-        cpp.enable()
-    try:
+    with kernels(on=compiled):
         y, to_x = output_and_gradient(groups)
-    finally:
-        cpp.disable()
     for memory in (y, to_x):
         assert all("hg" in flags_at(end) for end in whole_pages(memory))
 

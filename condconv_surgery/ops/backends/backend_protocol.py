@@ -54,6 +54,22 @@ class Backend(Protocol):
         """
         ...
 
+    def recorded_convolve(
+        self, x: Tensor, experts: Tensor, mixture: Mixture, arguments: ConvArguments, /
+    ) -> Tensor | None:
+        """``convolve`` by an operator of the backend's own that autograd, compilers and profilers know, or None: then
+        the operator of ``blockwise`` calls ``convolve`` and ``backward``."""
+        return None
+
+    def fast_layer(
+        self, x: Tensor, experts: Tensor, bias: Tensor | None, form: RouterForm, geometry: ConvGeometry, /
+    ) -> Tensor | None:
+        """A whole layer that routes for itself, where autograd records nothing, or None.
+
+        form: its one output is the gate, or its four outputs are in_scale, out_scale, spatial and gate.
+        """
+        return None
+
     def fast_convolve(
         self, implementation: str, x: Tensor, experts: Tensor, mixture: Mixture, geometry: ConvGeometry, /
     ) -> Tensor | None:

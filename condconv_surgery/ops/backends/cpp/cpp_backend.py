@@ -1,11 +1,11 @@
-"""The backend in C++, for layers and routers on x86 processors; its switch is ``enable`` and ``disable``."""
+"""The backend in C++, for layers and routers on x86 processors; its switch is ``condconv_surgery.native``."""
 
 from __future__ import annotations
 
 from torch import Tensor
 
 from condconv_surgery.ops.backends.backend_protocol import Backend
-from condconv_surgery.ops.backends.cpp import cpp_convolution, cpp_routing
+from condconv_surgery.ops.backends.cpp import cpp_convolution, cpp_layer, cpp_routing
 from condconv_surgery.ops.geometry import ConvArguments, ConvGeometry
 from condconv_surgery.ops.mixture import Mixture, same_kernel_for_all
 
@@ -19,6 +19,7 @@ class CppBackend(Backend):
 
     name = "cpp"
     # without a method around them: a call takes as long as a small router
+    fast_layer = staticmethod(cpp_layer.fast_layer)
     fast_convolve = staticmethod(cpp_convolution.fast_convolve)
     pool = staticmethod(cpp_routing.pool)
     route = staticmethod(cpp_routing.route)
@@ -28,6 +29,11 @@ class CppBackend(Backend):
 
     def convolve(self, x: Tensor, experts: Tensor, mixture: Mixture, arguments: ConvArguments, /) -> Tensor:
         return cpp_convolution.convolve(x, arguments, experts, mixture)
+
+    def recorded_convolve(
+        self, x: Tensor, experts: Tensor, mixture: Mixture, arguments: ConvArguments, /
+    ) -> Tensor | None:
+        return cpp_convolution.convolve_recorded(x, arguments, experts, mixture)
 
     def backward(
         self,

@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from condconv_surgery.ops.backends.cpp.compile import extension
-from condconv_surgery.ops.backends.cpp.cpp_eligibility import code_for
+from condconv_surgery.ops.backends.cpp.cpp_eligibility import kernels_for
+from condconv_surgery.ops.backends.cpp.load_kernels import kernels
+from condconv_surgery.ops.backends.cpp.operators import convolution_gradients
 from condconv_surgery.ops.geometry import ConvArguments, ConvGeometry
 from condconv_surgery.ops.mixture import Mixture
-from condconv_surgery.ops.per_sample.mix_kernels import mix_experts, unmix_kernels
 from condconv_surgery.ops.per_sample.per_sample_conv import format_of
 
 MAX_TAPS = 81
@@ -22,23 +22,32 @@ MAX_POINTWISE_POSITIONS = 200
 """Up to this many output positions a 1x1 layer is faster here than as a batched matrix product: 1.6 to 1.9 against 2.1
 to 2.5 of static at 7 px, 0.8 to 1.1 against 1.0 to 1.3 at 14 px, but 0.6 against 0.5 at 28 px (512 channels)."""
 
+MIN_MACS_TO_CONVERT = 10
+"""MACs for each element of the activations, from which on two copies of channels last are worth it: training takes 0.4
+to 0.8 of the time of torch's operators there (3x3 at 14 px, 1x1 of 320 channels, depthwise 5x5), 1.5 for depthwise 3x3
+at 28 px."""
+
 
 def supports(x: Tensor, experts: Tensor, geometry: ConvGeometry | ConvArguments) -> bool:
     """Whether the compiled code is enabled and supports ``x`` [B, I, H, W], padded or not, and ``experts``.
 
     The batch is compared only with 1, so that one compiled graph serves every batch.
     """
-    if extension() is None or not x.is_cpu or not experts.is_cpu:
+    if kernels() is None or not x.is_cpu or not experts.is_cpu:
         return False
-    if x.dtype != torch.float32 or experts.dtype != torch.float32 or format_of(x) != torch.contiguous_format:
+    if x.dtype != torch.float32 or experts.dtype != torch.float32:
         return False
     batch, channels, height, width = x.shape
-    _, filters, _, kh, kw = experts.shape
+    _, filters, per_group, kh, kw = experts.shape
+    positions = height // geometry.stride[0] * (width // geometry.stride[1])
+    if not x.is_contiguous() and format_of(x) != torch.contiguous_format:
+        elements = channels * height * width + filters * positions
+        if filters * per_group * kh * kw * positions < MIN_MACS_TO_CONVERT * elements:
+            return False
     if geometry.groups != 1:
         return bool(geometry.groups == channels == filters and kh * kw <= MAX_TAPS)
     if kh * kw > 1:
         return bool(kh * kw <= MAX_TAPS)
-    positions = height // geometry.stride[0] * (width // geometry.stride[1])
     return bool(batch == 1 or positions <= MAX_POINTWISE_POSITIONS)
 
 
@@ -49,7 +58,7 @@ def fast_convolve(
 
     It is taken before the choice: what is supported is always computed blockwise, except for scales alone.
     """
-    if implementation != "auto" or code_for(x, experts, *mixture) is None or torch.is_autocast_enabled("cpu"):
+    if implementation != "auto" or kernels_for(x, experts, *mixture) is None or torch.is_autocast_enabled("cpu"):
         return None
     batch = x.shape[0]
     if batch == 0 or not supports(x, experts, geometry):
@@ -61,10 +70,34 @@ def fast_convolve(
 
 def convolve(x: Tensor, arguments: ConvArguments, experts: Tensor, mixture: Mixture) -> Tensor:
     """``out_scale_b * conv(in_scale_b * x_b, K_b)``, [B, I, H, W] -> [B, O, H', W'], without autograd."""
-    code, (stride, padding, dilation, groups) = extension(), arguments
-    function = code.convolve if groups == 1 else code.depthwise_convolve
-    y: Tensor = function(x.contiguous(), *_parts(experts, mixture), stride, padding, dilation)
-    return y
+    y: Tensor = kernels().convolve_without_autograd(x.contiguous(), *_parts(experts, mixture), *arguments)
+    return in_format_of(x, y)
+
+
+def in_format_of(x: Tensor, y: Tensor) -> Tensor:
+    """``y`` in the memory format of ``x``: the compiled code computes contiguous tensors."""
+    return y if x.is_contiguous() else y.contiguous(memory_format=format_of(x))
+
+
+def convolve_recorded(x: Tensor, arguments: ConvArguments, experts: Tensor, mixture: Mixture) -> Tensor:
+    """The same as an operator that autograd, compilers and profilers know."""
+    parts = [part if part is None or _is_ready(part) else part.to(torch.float32).contiguous() for part in mixture]
+    contiguous = x if x.is_contiguous() else _Contiguous.apply(x)
+    y: Tensor = kernels().convolve(contiguous, experts.contiguous(), *parts, *arguments)
+    return in_format_of(x, y)
+
+
+class _Contiguous(torch.autograd.Function):
+    """``contiguous`` whose gradient has the memory format of ``x``, for the layers before this one."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.format = format_of(x)
+        return x.contiguous()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad.contiguous(memory_format=ctx.format)
 
 
 def convolve_backward(
@@ -74,19 +107,8 @@ def convolve_backward(
 
     needs: which of them are asked for; the others may be None.
     """
-    code, parts, (*shape, groups) = extension(), _parts(experts, mixture), arguments
-    grad, x = grad.contiguous(), x.contiguous()
-    if groups == 1:
-        to_x = code.input_gradient(grad, x, *parts, *shape) if needs[0] else None
-        return [to_x, *(code.kernel_gradients(grad, x, *parts, *shape) if any(needs[1:]) else [None] * 5)]
-    to_x = code.depthwise_input_gradient(grad, x, *parts, *shape) if needs[0] else None
-    if not any(needs[1:]):
-        return [to_x] + [None] * 5
-    weight, mixture = parts[0], Mixture(*parts[1:])
-    to_kernels = code.depthwise_kernel_gradient(grad, x, weight, *shape)  # small: torch's operators do the rest
-    to_experts = torch.zeros_like(weight) if needs[1] else None
-    mixed = mix_experts(weight, mixture.gate)
-    return [to_x, to_experts, *unmix_kernels(to_kernels, mixed, weight, mixture, groups, to_experts)]
+    weight, *parts = _parts(experts, mixture)
+    return convolution_gradients(grad, x.contiguous(), weight, Mixture(*parts), arguments, needs)
 
 
 def _parts(experts: Tensor, mixture: Mixture) -> list[Any]:

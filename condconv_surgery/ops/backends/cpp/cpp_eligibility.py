@@ -7,17 +7,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from condconv_surgery.ops.backends.cpp.compile import extension
+from condconv_surgery.ops.backends.cpp.load_kernels import kernels
 from condconv_surgery.ops.tracing_state import are_plain, is_intercepted
 
 
-def code_for(*tensors: Tensor | None) -> Any:
-    """The compiled module, or None.
+def kernels_for(*tensors: Tensor | None) -> Any:
+    """The compiled operators, or None.
 
-    None where it is not enabled, where autograd records, where a call is traced, compiled or intercepted, or where a
+    None where they are not enabled, where autograd records, where a call is traced, compiled or intercepted, or where a
     tensor is of a subclass.
     """
-    code = extension()
+    code = kernels()
     if code is None or torch.is_grad_enabled() or is_intercepted() or not are_plain(*tensors):
         return None
     return code

@@ -6,16 +6,21 @@ contiguous, in float32 and on the CPU, or a module is not exactly an ``nn.Linear
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
-from condconv_surgery.ops.backends.cpp.cpp_eligibility import code_for
+from condconv_surgery.ops.backends.cpp.cpp_eligibility import kernels_for
 from condconv_surgery.ops.router_forms import Attention, RouterForm, SigmoidGates
 from condconv_surgery.ops.tracing_state import linear_parts, norm_parts
+
+HEADS = 4
+"""Of an attention in the compiled code: of in_scale, out_scale, spatial and gate."""
 
 
 def pool(x: Tensor) -> Tensor | None:
     """The mean over positions, [B, I, H, W] -> [B, I]."""
-    code = code_for(x)
+    code = kernels_for(x)
     pooled: Tensor | None = None if code is None else code.pool(x)
     return pooled
 
@@ -24,22 +29,41 @@ def route(pooled: Tensor, form: RouterForm) -> list[Tensor | None] | None:
     """The outputs of a router, [B, I] -> [B, E] or [B, width of the head] each."""
     if not isinstance(form, SigmoidGates):
         return _attention(pooled, form)
-    code = code_for(pooled)
+    code = kernels_for(pooled)
     parts = None if code is None else linear_parts(form.linear)
     gates = None if parts is None else code.sigmoid_gates(pooled, *parts, form.factor)
     return None if gates is None else [gates]
 
 
 def _attention(pooled: Tensor, form: Attention) -> list[Tensor | None] | None:
+    code = kernels_for(pooled, form.temperature)
+    arguments = None if code is None or len(form.heads) > HEADS else attention_arguments(form)
+    found = arguments and code.attention(pooled, *arguments)
+    if not found:
+        return None
+    outputs = iter(found)
+    return [None if head is None else next(outputs) for head in form.heads]
+
+
+def attention_arguments(form: Attention) -> tuple[Any, ...] | None:
+    """What the compiled code takes of ``form`` with up to ``HEADS`` heads, the last ones; None where it cannot.
+
+    The last two are the weights and biases of the heads that are present, and the bits of which these are.
+    """
     reduce, norm, relu, heads, temperature = form
-    code = code_for(pooled, temperature)
-    if code is None:
-        return None
     statistics = [] if norm is None else norm_parts(norm)
-    maps = [linear_parts(linear) for linear in (reduce, *heads) if linear is not None]
-    if statistics is None or None in maps:
+    hidden = linear_parts(reduce)
+    if statistics is None or hidden is None:
         return None
-    weight, bias = maps.pop(0)  # type: ignore[misc]
-    present = [None if head is None else maps.pop(0) for head in heads]
-    eps = 0.0 if norm is None else norm.eps
-    return code.attention(pooled, weight, bias, statistics, eps, relu, present, temperature)  # type: ignore[no-any-return]
+    maps: list[Any] = []
+    present, bit = 0, 1 << HEADS - len(heads)
+    for head in heads:
+        if head is not None:
+            parts = linear_parts(head)
+            if parts is None or parts[1] is None:
+                return None
+            maps += parts
+            present += bit
+        bit += bit
+    reduced = hidden[:1] if hidden[1] is None else hidden
+    return reduced, statistics, 0.0 if norm is None else norm.eps, relu, temperature, maps, present

@@ -12,11 +12,11 @@
 
 namespace {
 
-constexpr int64_t RUNS = 8;               // in a tile: 8 sums, the tap and 1 factor leave room in 16 registers
-constexpr int64_t TAPS = 9;               // of a gradient at a time: 9 sums, the gradient and 1 factor
-constexpr int64_t CHANNELS = 64;          // whose kernels are mixed at a time
-constexpr int64_t AHEAD = 512;            // floats of a map that are prefetched before they are copied
-constexpr int64_t MIN_WORK = 16 << 10;    // vectors times taps for a thread
+constexpr int64_t RUNS = 8;             // in a tile: 8 sums, the tap and 1 factor leave room in 16 registers
+constexpr int64_t TAPS = 9;             // of a gradient at a time: 9 sums, the gradient and 1 factor
+constexpr int64_t CHANNELS = 64;        // whose kernels are mixed at a time
+constexpr int64_t AHEAD = 512;          // floats of a map that are prefetched before they are copied
+constexpr int64_t MIN_WORK = 16 << 10;  // vectors times taps for a thread
 
 // A map [H, W] with padding. Column c is element c / sections of section c % sections.
 class PaddedMap {
@@ -132,8 +132,8 @@ void slide_over(const Window& window, const float* base, const float* kernel, fl
 // K[b,c] of one sample and channel after the other, mixed for some channels at a time.
 class Kernels {
  public:
-  Kernels(const Tensor& experts, const Gates& gates)
-      : weight_(experts.const_data_ptr<float>()),
+  Kernels(const View& experts, const Gates& gates)
+      : weight_(experts.data),
         gates_(gates),
         experts_(experts.size(0)),
         channels_(experts.size(1)),
@@ -181,10 +181,10 @@ class Kernels {
 // For every map [H, W] of x [B, C, H, W]: each thread copies ``padded`` and makes one ``of_map``, which is called with
 // the padded map, the sample and the channel.
 template <typename Make>
-void for_each_map(const Tensor& x, const PaddedMap& padded, int64_t work, const Make& make) {
+void for_each_map(const View& x, const PaddedMap& padded, int64_t work, const Make& make) {
   const int64_t C = x.size(1), area = x.size(2) * x.size(3);
-  const float* from = x.const_data_ptr<float>();
-  at::parallel_for(0, x.size(0) * C, 1 + MIN_WORK / (1 + work), [&](int64_t begin, int64_t end) {
+  const float* from = x.data;
+  parallel_for(0, x.size(0) * C, 1 + MIN_WORK / (1 + work), [&](int64_t begin, int64_t end) {
     PaddedMap map = padded;
     auto of_map = make();
     for (int64_t m = begin, b = begin / C, c = begin % C; m < end; m++) {  // counted up: a division is slow
@@ -201,11 +201,10 @@ int64_t work_of(const std::vector<Window>& windows) {
   return work;
 }
 
-// Computes all windows over each map of x, into a map of y.
-void slide_all(const Tensor& x, const Tensor& experts, const Gates& gates, const std::vector<Window>& windows,
-               const PaddedMap& padded, Tensor& y) {
-  const int64_t C = x.size(1), size = y.size(2) * y.size(3);
-  float* to = y.mutable_data_ptr<float>();
+// Computes all windows over each map of x, into a map of ``size`` positions of y.
+void slide_all(const View& x, const View& experts, const Gates& gates, const std::vector<Window>& windows,
+               const PaddedMap& padded, int64_t size, float* y) {
+  const int64_t C = x.size(1);
   for_each_map(x, padded, work_of(windows), [&] {
     return [&, kernels = Kernels(experts, gates), some = std::vector<float>(experts.size(3) * experts.size(4))](
                const PaddedMap& map, int64_t b, int64_t c) mutable {
@@ -213,7 +212,7 @@ void slide_all(const Tensor& x, const Tensor& experts, const Gates& gates, const
       for (const Window& window : windows) {
         if (!window.whole)
           for (size_t t = 0; t < window.taps.size(); t++) some[t] = kernel[window.taps[t]];
-        slide_over(window, map.data(), window.whole ? kernel : some.data(), to + (b * C + c) * size, size);
+        slide_over(window, map.data(), window.whole ? kernel : some.data(), y + (b * C + c) * size, size);
       }
     };
   });
@@ -224,7 +223,7 @@ struct Forward {
   PaddedMap map;
   Window window;
 
-  Forward(const Tensor& x, const Geometry& g, int64_t height, int64_t width)
+  Forward(const View& x, const Geometry& g, int64_t height, int64_t width)
       : map(x.size(2), x.size(3), {g.ph, 0, g.pw, 0}, g.sw, (height - 1) * g.sh + (g.kh - 1) * g.dh + 1,
             (g.kw - 1) * g.dw / g.sw + 1 + (width + LANES - 1) / LANES * LANES) {
     for (int64_t i = 0; i < g.kh; i++)
@@ -237,26 +236,16 @@ struct Forward {
   }
 };
 
-Tensor depthwise_convolve(const Tensor& x, const Tensor& experts, const Maybe& gate, const Maybe& spatial,
-                          const Maybe& before, const Maybe& after, const Sizes& stride, const Sizes& padding,
-                          const Sizes& dilation) {
-  const Geometry g = geometry_of(experts, stride, padding, dilation);
-  check(x, experts, gate, spatial, before, after, g, true);
+void depthwise_convolve(const View& x, const View& experts, const Gates& gates, const Geometry& g, float* y) {
   const int64_t height = g.outputs(x.size(2), true), width = g.outputs(x.size(3), false);
   const Forward forward(x, g, height, width);
-  Tensor y = in_large_pages(at::empty({x.size(0), x.size(1), height, width}, x.options()));
-  const Gates gates{data_of(gate), data_of(spatial), data_of(before), data_of(after)};
-  slide_all(x, experts, gates, {forward.window}, forward.map, y);
-  return y;
+  in_large_pages(y, x.size(0) * x.size(1) * height * width);
+  slide_all(x, experts, gates, {forward.window}, forward.map, height * width, y);
 }
 
 // The gradient of the input [B, C, H, W] from that of the output.
-Tensor depthwise_input_gradient(const Tensor& grad, const Tensor& x, const Tensor& experts, const Maybe& gate,
-                                const Maybe& spatial, const Maybe& before, const Maybe& after, const Sizes& stride,
-                                const Sizes& padding, const Sizes& dilation) {
-  const Geometry g = geometry_of(experts, stride, padding, dilation);
-  check(x, experts, gate, spatial, before, after, g, true);
-  check_gradient(grad, x, experts, g);
+void depthwise_input_gradient(const View& grad, const View& x, const View& experts, const Gates& gates,
+                              const Geometry& g, float* to_x) {
   const int64_t height = x.size(2), width = x.size(3);
   const Steps tall(g.kh, g.sh, g.ph, g.dh, height, grad.size(2)), wide(g.kw, g.sw, g.pw, g.dw, width, grad.size(3));
   const PadAmounts pads{tall.before, tall.after, wide.before, wide.after};
@@ -276,11 +265,10 @@ Tensor depthwise_input_gradient(const Tensor& grad, const Tensor& x, const Tenso
       window.add_row(map.at(t.starts[i], w.starts[0]), t.pixels[i] * width + w.pixels[0], w.pixels.size());
     windows.push_back(window);
   });
-  Tensor to_x = in_large_pages(at::empty(x.sizes(), x.options()));
-  if (written < height * width) to_x.zero_();
-  const Gates gates{data_of(gate), data_of(spatial), data_of(before), data_of(after)};
-  slide_all(grad, experts, gates, windows, map, to_x);
-  return to_x;
+  const int64_t count = x.size(0) * x.size(1) * height * width;
+  in_large_pages(to_x, count);
+  if (written < height * width) std::fill_n(to_x, count, 0.f);
+  slide_all(grad, experts, gates, windows, map, height * width, to_x);
 }
 
 // to[t] = sum over runs of side * base[starts + offsets[t]]. Nothing is read past the end of a row: zero times NaN is
@@ -308,18 +296,12 @@ constexpr decltype(&dot<1>) DOTS[TAPS] = {dot<1>, dot<2>, dot<3>, dot<4>, dot<5>
                                           dot<6>, dot<7>, dot<8>, dot<9>};  // by taps
 
 // The gradient of each sample's kernel, [B, C, 1, kh, kw], from that of the output.
-Tensor depthwise_kernel_gradient(const Tensor& grad, const Tensor& x, const Tensor& experts, const Sizes& stride,
-                                 const Sizes& padding, const Sizes& dilation) {
-  const Geometry g = geometry_of(experts, stride, padding, dilation);
-  check(x, experts[0].unsqueeze(0), {}, {}, {}, {}, g, true);
-  check_gradient(grad, x, experts, g);
+void depthwise_kernel_gradient(const View& grad, const View& x, const Geometry& g, float* to) {
   const int64_t C = x.size(1), area = grad.size(2) * grad.size(3);
   const Forward forward(x, g, grad.size(2), grad.size(3));
   const Window& window = forward.window;
   const int64_t taps = window.taps.size(), runs = window.starts.size();
-  Tensor to_kernels = at::empty({x.size(0), C, 1, g.kh, g.kw}, x.options());
-  const float* from = grad.const_data_ptr<float>();
-  float* to = to_kernels.mutable_data_ptr<float>();
+  const float* from = grad.data;
   for_each_map(x, forward.map, taps * runs, [&] {
     return [&, side = std::vector<float>(runs * LANES)](const PaddedMap& map, int64_t b, int64_t c) mutable {
       for (int64_t r = 0; r < runs; r++)  // zeros past the end of a row stay
@@ -329,7 +311,6 @@ Tensor depthwise_kernel_gradient(const Tensor& grad, const Tensor& x, const Tens
                                            to + (b * C + c) * taps + t);
     };
   });
-  return to_kernels;
 }
 
 }  // namespace

@@ -7,15 +7,15 @@
 namespace {
 
 constexpr int64_t FEW_SAMPLES = 4;  // up to here kernels are mixed from the experts unpacked, then packed as a panel
-constexpr int64_t MAX_POSITIONS = 4096;   // at a time: their sums are 512 KB for a panel, 256 KB with AVX2
-constexpr int64_t PARTS = 4;              // of a panel's positions, so that threads have equal work
+constexpr int64_t MAX_POSITIONS = 4096;  // at a time: their sums are 512 KB for a panel, 256 KB with AVX2
+constexpr int64_t PARTS = 4;             // of a panel's positions, so that threads have equal work
 // Panels that read the same channels while they are in the first level of cache (1x1), or in the second.
 constexpr int64_t POINTWISE_TOGETHER = 4, TOGETHER = 2;
 // Padded input at a time: little enough to stay in the second level of cache and to need few pages, but at least twice
 // the experts, which are packed again each time; never more than stays in the third level.
 constexpr int64_t LEAST_INPUT = 2 << 20, MOST_INPUT = 8 << 20;
 
-int64_t samples_at_a_time(const Tensor& x, PadAmounts m, const Experts& experts) {
+int64_t samples_at_a_time(const View& x, PadAmounts m, const Experts& experts) {
   const int64_t map = (x.size(2) + m.top + m.bottom) * (x.size(3) + m.left + m.right);
   const int64_t bytes = 4 * experts.experts * experts.filters * experts.channels * experts.taps;
   const int64_t channels = std::max(x.size(1), POINTWISE_TOGETHER * WIDE);  // the sums are as large
@@ -27,7 +27,7 @@ int64_t samples_at_a_time(const Tensor& x, PadAmounts m, const Experts& experts)
 int64_t panels_together(const Experts& experts, int64_t taps, int64_t samples) {
   const int64_t most = taps == 1 ? POINTWISE_TOGETHER : TOGETHER, rows = most * (taps == 1 ? POINTWISE_DEPTH : DEPTH);
   const bool small = samples > 1 && rows * experts.experts <= ROWS_OF_ALL;
-  return small && experts.panels() >= 2 * most * at::get_num_threads() ? most : 1;
+  return small && experts.panels() >= 2 * most * condconv::thread_count() ? most : 1;
 }
 
 // Buffers of a thread, reused from one panel to the next.
@@ -45,8 +45,8 @@ struct Unit {
 // Computes one unit: y[b, filter, outputs[p]] = after * sum over channels and taps.
 class UnitConvolution {
  public:
-  UnitConvolution(const Experts& experts, const Phase& phase, const Image& image, const Gates& gates,
-                  const Unit& unit, ThreadBuffers& buffers)
+  UnitConvolution(const Experts& experts, const Phase& phase, const Image& image, const Gates& gates, const Unit& unit,
+                  ThreadBuffers& buffers)
       : experts_(experts),
         phase_(phase),
         image_(image),
@@ -59,7 +59,7 @@ class UnitConvolution {
         step_(chunks_[0].depth * WIDE),
         mixed_first_(gates.gate && samples_ <= std::min(FEW_SAMPLES, experts.experts) && buffers.packer.mixes()) {
     buffers_.packed.resize(mixed_first_ ? 0 : unit.panels * experts.experts * step_);
-    buffers_.mixed.resize(SAMPLES * step_);
+    buffers_.mixed.resize(std::min(SAMPLES, samples_) * step_);
     buffers_.sums.assign(unit.panels * samples_ * positions_ * WIDE, 0.f);
   }
 
@@ -180,7 +180,7 @@ struct Shares {
 
   Shares(int64_t panels, int64_t positions, int64_t together)
       : panels(panels), positions(positions), together(together) {
-    const int64_t threads = at::get_num_threads();
+    const int64_t threads = condconv::thread_count();
     parts = std::clamp<int64_t>(positions / (2 * TALL), 1, std::max(PARTS, (threads + panels - 1) / panels));
     count = std::min(threads, panels * parts);
   }
@@ -199,37 +199,36 @@ struct Shares {
   }
 };
 
-// All phases over all samples, some samples at a time.
-Tensor convolve_phases(const Tensor& x, const Experts& experts, const Gates& gates, const std::vector<Phase>& phases,
-                       PadAmounts pads, int64_t height, int64_t width) {
-  const int64_t B = x.size(0), some = samples_at_a_time(x, pads, experts), panels = experts.panels();
+// All phases over all samples, some samples at a time, to y [B, filters, height, width].
+void convolve_phases(const View& x, const Experts& experts, const Gates& gates, const std::vector<Phase>& phases,
+                     PadAmounts pads, int64_t height, int64_t width, float* y) {
+  const int64_t B = x.size(0), I = x.size(1), H = x.size(2), W = x.size(3);
+  const int64_t some = samples_at_a_time(x, pads, experts), panels = experts.panels();
   int64_t written = 0;
   for (const Phase& phase : phases) written += phase.positions.size();
-  const Sizes shape{B, experts.filters, height, width};
-  Tensor y = in_large_pages(at::empty(shape, x.options()));
-  if (written < height * width) y.zero_();
-  float* out = y.mutable_data_ptr<float>();
+  const int64_t count = B * experts.filters * height * width;
+  in_large_pages(y, count);
+  if (written < height * width) std::fill_n(y, count, 0.f);
   // a padded image is scaled while it is copied; without padding the kernels are scaled, which saves the copy
   const float* before = pads.any() ? gates.before : nullptr;
   const Gates of_kernels{gates.gate, gates.spatial, pads.any() ? nullptr : gates.before, gates.after};
   for (int64_t b = 0; b < B; b += some) {
     const int64_t n = std::min(some, B - b);
-    const Image image(x.narrow(0, b, n), before ? before + b * experts.channels : nullptr, pads);
+    const Image image(x.data + b * I * H * W, n, I, H, W, before ? before + b * experts.channels : nullptr, pads);
     for (const Phase& phase : phases) {
       const Shares shares(panels, phase.positions.size(), panels_together(experts, phase.taps.size(), n));
-      at::parallel_for(0, shares.count, 1, [&](int64_t begin, int64_t end) {
+      parallel_for(0, shares.count, 1, [&](int64_t begin, int64_t end) {
         ThreadBuffers buffers{Packer(experts, phase, chunks_of(experts, phase)[0].depth), {}, {}, {}, {}, {}};
         for (int64_t i = begin; i < end; i++)
           shares.for_each_unit(i, [&](int64_t panel, int64_t some, int64_t from, int64_t to) {
             for (int64_t start = from; start < to; start += MAX_POSITIONS) {
               const Unit unit{panel, some, b, b + n, start, std::min(start + MAX_POSITIONS, to)};
-              UnitConvolution(experts, phase, image, of_kernels, unit, buffers).compute(out, height * width);
+              UnitConvolution(experts, phase, image, of_kernels, unit, buffers).compute(y, height * width);
             }
           });
       });
     }
   }
-  return y;
 }
 
 Phase forward_phase(const Geometry& g, int64_t row, int64_t height, int64_t width) {
@@ -247,31 +246,40 @@ Phase forward_phase(const Geometry& g, int64_t row, int64_t height, int64_t widt
 }
 
 // A 1x1 kernel reads only the positions that the stride visits: copied contiguously, for a stride of 1.
-Tensor met_by_stride(const Tensor& x, Geometry& g) {
-  if (g.kh * g.kw > 1 || g.ph + g.pw > 0 || g.sh * g.sw == 1) return x;
-  const Tensor met = x.slice(2, 0, x.size(2), g.sh).slice(3, 0, x.size(3), g.sw).contiguous();
-  g.sh = g.sw = 1;
-  return met;
-}
+struct Visited {
+  View x;
+  Geometry g;
 
-Tensor convolve(const Tensor& x, const Tensor& experts, const Maybe& gate, const Maybe& spatial, const Maybe& before,
-                const Maybe& after, const Sizes& stride, const Sizes& padding, const Sizes& dilation) {
-  Geometry g = geometry_of(experts, stride, padding, dilation);
-  check(x, experts, gate, spatial, before, after, g, false);
-  const Tensor read = met_by_stride(x, g);
-  const int64_t height = g.outputs(read.size(2), true), width = g.outputs(read.size(3), false);
-  const Phase phase = forward_phase(g, read.size(3) + 2 * g.pw, height, width);
-  const Gates gates{data_of(gate), data_of(spatial), data_of(before), data_of(after)};
-  return convolve_phases(read, Experts(experts, false), gates, {phase}, {g.ph, g.ph, g.pw, g.pw}, height, width);
+  Visited(const View& all, const Geometry& geometry) : x(all), g(geometry) {
+    if (g.kh * g.kw > 1 || g.ph + g.pw > 0 || g.sh * g.sw == 1) return;
+    const int64_t H = all.size(2), W = all.size(3), height = g.outputs(H, true), width = g.outputs(W, false);
+    held_ = Scratch(all.size(0) * all.size(1) * height * width);
+    parallel_for(0, all.size(0) * all.size(1), 1 + 4096 / (height * width), [&](int64_t begin, int64_t end) {
+      float* to = held_.data() + begin * height * width;
+      for (int64_t map = begin; map < end; map++)
+        for (int64_t h = 0; h < height; h++)
+          for (int64_t w = 0; w < width; w++) *to++ = all.data[(map * H + h * g.sh) * W + w * g.sw];
+    });
+    x = {held_.data(), {all.size(0), all.size(1), height, width}};
+    g.sh = g.sw = 1;
+  }
+
+ private:
+  Scratch held_;
+};
+
+void convolve(const View& all, const View& experts, const Gates& gates, const Geometry& geometry, float* y) {
+  const Visited visited(all, geometry);
+  const View& x = visited.x;
+  const Geometry& g = visited.g;
+  const int64_t height = g.outputs(x.size(2), true), width = g.outputs(x.size(3), false);
+  const Phase phase = forward_phase(g, x.size(3) + 2 * g.pw, height, width);
+  convolve_phases(x, Experts(experts, false), gates, {phase}, {g.ph, g.ph, g.pw, g.pw}, height, width, y);
 }
 
 // The gradient of the input [B, I, H, W] from that of the output.
-Tensor input_gradient(const Tensor& grad, const Tensor& x, const Tensor& experts, const Maybe& gate,
-                      const Maybe& spatial, const Maybe& before, const Maybe& after, const Sizes& stride,
-                      const Sizes& padding, const Sizes& dilation) {
-  const Geometry g = geometry_of(experts, stride, padding, dilation);
-  check(x, experts, gate, spatial, before, after, g, false);
-  check_gradient(grad, x, experts, g);
+void input_gradient(const View& grad, const View& x, const View& experts, const Gates& gates, const Geometry& g,
+                    float* to_x) {
   const int64_t height = x.size(2), width = x.size(3);
   const Steps tall(g.kh, g.sh, g.ph, g.dh, height, grad.size(2)), wide(g.kw, g.sw, g.pw, g.dw, width, grad.size(3));
   const int64_t row = wide.before + grad.size(3) + wide.after;
@@ -291,9 +299,9 @@ Tensor input_gradient(const Tensor& grad, const Tensor& x, const Tensor& experts
       }
     phases.push_back(phase);
   });
-  const Gates gates{data_of(gate), data_of(spatial), data_of(after), data_of(before)};
+  const Gates transposed{gates.gate, gates.spatial, gates.after, gates.before};
   const PadAmounts pads{tall.before, tall.after, wide.before, wide.after};
-  return convolve_phases(grad, Experts(experts, true), gates, phases, pads, height, width);
+  convolve_phases(grad, Experts(experts, true), transposed, phases, pads, height, width, to_x);
 }
 
 }  // namespace

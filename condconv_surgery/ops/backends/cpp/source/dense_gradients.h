@@ -190,58 +190,69 @@ class UnitGradient {
   Buffer packed_, mixtures_, of_taps_, of_kernel_, side_;
 };
 
-// The gradients of the experts and of the gate, spatial, before and after parts; an undefined one where a part is
-// absent.
-std::vector<Tensor> kernel_gradients(const Tensor& grad, const Tensor& x, const Tensor& weight, const Maybe& gate,
-                                     const Maybe& spatial, const Maybe& before, const Maybe& after, const Sizes& stride,
-                                     const Sizes& padding, const Sizes& dilation) {
-  Geometry g = geometry_of(weight, stride, padding, dilation);
-  check(x, weight, gate, spatial, before, after, g, false);
-  check_gradient(grad, x, weight, g);
-  const Tensor read = met_by_stride(x, g);
+// One slice for each unit that could add to the same sums of a part at the same time; none where it is absent.
+class Slices {
+ public:
+  Slices(bool present, int64_t slices, int64_t size)
+      : slices_(slices), size_(size), sums_(present ? Scratch::zeros(slices * size) : Scratch()) {}
+
+  float* operator[](int64_t i) const { return sums_.data() ? sums_.data() + i * size_ : nullptr; }
+
+  void add_up(float* to) const {
+    if (!to) return;
+    std::fill_n(to, size_, 0.f);
+    for (int64_t i = 0; i < slices_; i++)
+      for (int64_t k = 0; k < size_; k++) to[k] += sums_.data()[i * size_ + k];
+  }
+
+ private:
+  int64_t slices_, size_;
+  Scratch sums_;
+};
+
+// The gradients of the experts and of the parts of the mixture that are present.
+void kernel_gradients(const View& grad, const View& all, const View& weight, const Gates& gates,
+                      const Geometry& geometry, const PartGradients& to) {
+  const Visited visited(all, geometry);
+  const View& x = visited.x;
+  const Geometry& g = visited.g;
   const Experts experts(weight, false);
   const PadAmounts pads{g.ph, g.ph, g.pw, g.pw};
-  const Phase phase = forward_phase(g, read.size(3) + 2 * g.pw, grad.size(2), grad.size(3));
+  const Phase phase = forward_phase(g, x.size(3) + 2 * g.pw, grad.size(2), grad.size(3));
   const auto chunks = chunks_of(experts, experts.taps, DEPTH);
-  const int64_t B = x.size(0), panels = experts.panels(), parts = chunks.size();
+  const int64_t B = x.size(0), I = x.size(1), H = x.size(2), W = x.size(3);
+  const int64_t panels = experts.panels(), parts = chunks.size(),
+                size = experts.experts * experts.channels * experts.taps;
   // without padding nothing is copied, and all samples are computed at a time
-  const int64_t some = pads.any() ? samples_at_a_time(read, pads, experts) : B;
-  const Gates gates{data_of(gate), data_of(spatial), data_of(before), data_of(after)};
-  // one slice for each unit that could add to the same sums at the same time
-  auto slices = [&](const Maybe& part, int64_t count) {
-    return part ? at::zeros({count, B, part->numel() / B}, x.options()) : Tensor();
-  };
-  Tensor of_gate = slices(gate, panels * parts), of_spatial = slices(spatial, panels * parts);
-  Tensor of_before = slices(before, panels), of_after = slices(after, parts);
-  auto slice = [](const Tensor& t, int64_t i) {
-    return t.defined() ? t.mutable_data_ptr<float>() + i * t.stride(0) : nullptr;
-  };
-  Tensor to_experts = in_large_pages(at::empty(weight.sizes(), x.options()));
-  Tensor total;  // carried from one pass to the next
-  if (some < B) total = at::zeros({panels, experts.experts * experts.channels * experts.taps * WIDE}, x.options());
+  const int64_t some = pads.any() ? samples_at_a_time(x, pads, experts) : B;
+  const Slices of_gate(gates.gate, panels * parts, B * experts.experts);
+  const Slices of_spatial(gates.spatial, panels * parts, B * experts.taps);
+  const Slices of_before(gates.before, panels, B * experts.channels);
+  const Slices of_after(gates.after, parts, B * experts.filters);
+  in_large_pages(to.experts, size * experts.filters);
+  const Slices total(some < B, panels, size * WIDE);  // carried from one pass to the next
   for (int64_t b = 0; b < B; b += some) {
     const int64_t n = std::min(some, B - b);
-    const Image image(read.narrow(0, b, n), nullptr, pads);
-    const UnitInput input{experts, phase, gates, image, grad.const_data_ptr<float>(), b};
-    at::parallel_for(0, panels * parts, 1, [&](int64_t begin, int64_t end) {
+    const Image image(x.data + b * I * H * W, n, I, H, W, nullptr, pads);
+    const UnitInput input{experts, phase, gates, image, grad.data, b};
+    parallel_for(0, panels * parts, 1, [&](int64_t begin, int64_t end) {
       Buffer own;
       for (int64_t unit = begin; unit < end; unit++) {
         const int64_t part = unit % parts, panel = unit / parts;
         const Chunk& chunk = chunks[part];
-        const int64_t before_chunk = experts.experts * chunk.first * experts.taps * WIDE;
-        if (!total.defined()) own.assign(experts.experts * chunk.depth * WIDE, 0.f);
-        float* sum = total.defined() ? slice(total, panel) + before_chunk : own.data();
-        UnitGradient gradient(
-            input, panel, chunk,
-            {sum, slice(of_gate, unit), slice(of_spatial, unit), slice(of_before, panel), slice(of_after, part)});
+        float* sum = total[panel];
+        if (sum)
+          sum += experts.experts * chunk.first * experts.taps * WIDE;
+        else
+          own.assign(experts.experts * chunk.depth * WIDE, 0.f), sum = own.data();
+        UnitGradient gradient(input, panel, chunk,
+                              {sum, of_gate[unit], of_spatial[unit], of_before[panel], of_after[part]});
         gradient.add(n);
-        if (b + n == B) gradient.unpack(to_experts.mutable_data_ptr<float>());
+        if (b + n == B) gradient.unpack(to.experts);
       }
     });
   }
-  auto added = [](const Tensor& t, const Maybe& part) { return t.defined() ? t.sum(0).view(part->sizes()) : Tensor(); };
-  return {to_experts, added(of_gate, gate), added(of_spatial, spatial), added(of_before, before),
-          added(of_after, after)};
+  of_gate.add_up(to.gate), of_spatial.add_up(to.spatial), of_before.add_up(to.before), of_after.add_up(to.after);
 }
 
 }  // namespace

@@ -1,20 +1,15 @@
-// Shared by all kernels: vectors, the parts of a mixture, the geometry of a convolution, and checks of tensors.
+// Shared by all kernels: vectors, buffers, threads, the phases of a stride.
 
 #pragma once
 
-#include <ATen/Parallel.h>
-#include <immintrin.h>
-#include <sys/mman.h>
-#include <torch/extension.h>
-
-#include <algorithm>
-#include <new>
-#include <vector>
+#include "standard_library.h"
 
 namespace {
 
-using at::Tensor;
-using Maybe = std::optional<Tensor>;
+using condconv::Gates;
+using condconv::Geometry;
+using condconv::PartGradients;
+using condconv::View;
 using Sizes = std::vector<int64_t>;
 typedef float Vec __attribute__((vector_size(32), aligned(4), may_alias));
 #ifdef __AVX512F__
@@ -51,8 +46,6 @@ inline float sum_of(Widest v) {
   return sum_of(low + __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15));
 }
 #endif
-const float* data_of(const Maybe& t) { return t ? t->const_data_ptr<float>() : nullptr; }
-
 // A buffer of floats that is aligned to a cache line, so that none of the widest loads touches two.
 template <typename T>
 struct CacheLineAllocator {
@@ -64,62 +57,54 @@ struct CacheLineAllocator {
 };
 using Buffer = std::vector<float, CacheLineAllocator<float>>;
 
+// Memory for floats that is not touched before it is written, aligned to a cache line.
+class Scratch {
+ public:
+  Scratch() = default;
+  explicit Scratch(int64_t count) : data_(CacheLineAllocator<float>().allocate(count)), count_(count) {}
+  static Scratch zeros(int64_t count) {
+    Scratch scratch(count);
+    std::fill_n(scratch.data(), count, 0.f);
+    return scratch;
+  }
+  float* data() const { return data_.get(); }
+  int64_t count() const { return count_; }
+
+ private:
+  struct Delete {
+    void operator()(float* p) const { CacheLineAllocator<float>().deallocate(p, 0); }
+  };
+  std::unique_ptr<float, Delete> data_;
+  int64_t count_ = 0;
+};
+
 // As in ops/large_pages.py: ask for large pages for memory that was never touched, where the system has them.
-Tensor in_large_pages(Tensor memory) {
+void in_large_pages(float* memory, int64_t count) {
 #ifdef MADV_HUGEPAGE
   constexpr uintptr_t LARGE = 2 << 20;
-  const uintptr_t start = reinterpret_cast<uintptr_t>(memory.mutable_data_ptr());
-  const uintptr_t first = (start + LARGE - 1) / LARGE * LARGE, last = (start + memory.nbytes()) / LARGE * LARGE;
+  const uintptr_t start = reinterpret_cast<uintptr_t>(memory);
+  const uintptr_t first = (start + LARGE - 1) / LARGE * LARGE, last = (start + count * sizeof(float)) / LARGE * LARGE;
   if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
 #endif
-  return memory;
+}
+
+// work(begin, end) by torch's threads, at least ``grain`` of the range for each.
+template <typename Work>
+void parallel_for(int64_t begin, int64_t end, int64_t grain, const Work& work) {
+  if (end - begin <= grain) {
+    if (begin < end) work(begin, end);
+    return;
+  }
+  condconv::parallel_for(
+      begin, end, grain,
+      [](int64_t from, int64_t to, void* context) { (*static_cast<const Work*>(context))(from, to); },
+      const_cast<Work*>(&work));
 }
 
 struct PadAmounts {
   int64_t top, bottom, left, right;
   bool any() const { return top + bottom + left + right > 0; }
 };
-
-struct Gates {  // pointers to each sample's parts of the mixture, or null
-  const float *gate, *spatial, *before, *after;
-};
-
-struct Geometry {
-  int64_t kh, kw, sh, sw, ph, pw, dh, dw;
-  int64_t outputs(int64_t size, bool tall) const {
-    return tall ? (size + 2 * ph - dh * (kh - 1) - 1) / sh + 1 : (size + 2 * pw - dw * (kw - 1) - 1) / sw + 1;
-  }
-};
-
-Geometry geometry_of(const Tensor& experts, const Sizes& stride, const Sizes& padding, const Sizes& dilation) {
-  return {experts.size(3), experts.size(4), stride[0], stride[1], padding[0], padding[1], dilation[0], dilation[1]};
-}
-
-// Everything that the loops rely on. Sizes are those of a forward pass on ``x``.
-void check(const Tensor& x, const Tensor& experts, const Maybe& gate, const Maybe& spatial, const Maybe& before,
-           const Maybe& after, const Geometry& g, bool depthwise) {
-  auto require = [](const Tensor& t, at::IntArrayRef sizes, const char* name) {
-    TORCH_CHECK(t.device().is_cpu() && t.scalar_type() == at::kFloat && t.is_contiguous(), name,
-                " must be a contiguous float32 tensor on the CPU");
-    TORCH_CHECK(t.sizes() == sizes, name, " has the sizes ", t.sizes(), ", it must have ", sizes);
-  };
-  TORCH_CHECK(x.dim() == 4 && x.numel() > 0 && experts.dim() == 5 && experts.numel() > 0,
-              "nothing to convolve: x has the sizes ", x.sizes(), ", the experts have ", experts.sizes());
-  const int64_t B = x.size(0), E = experts.size(0), O = experts.size(1), I = x.size(1);
-  require(x, x.sizes(), "x");
-  TORCH_CHECK(!depthwise || O == I, O, " filters for ", I, " channels of a depthwise convolution");
-  require(experts, {E, O, depthwise ? 1 : I, g.kh, g.kw}, "experts");
-  if (gate)
-    require(*gate, {B, E}, "the gate");
-  else
-    TORCH_CHECK(E == 1, E, " experts need a gate");
-  if (spatial) require(*spatial, {B, g.kh, g.kw}, "the spatial part");
-  if (before) require(*before, {B, I}, "the scale of the input");
-  if (after) require(*after, {B, O}, "the scale of the output");
-  TORCH_CHECK(x.size(2) + 2 * g.ph > g.dh * (g.kh - 1) && x.size(3) + 2 * g.pw > g.dw * (g.kw - 1),
-              "Kernel size can't be greater than actual input size: x has the sizes ", x.sizes(), ", the experts ",
-              experts.sizes());
-}
 
 // The pixels of one dimension in one phase of the stride: their taps, and where these read in the gradient.
 struct Step {
@@ -158,14 +143,6 @@ int64_t for_each_phase(const Steps& tall, const Steps& wide, const Work& of_phas
       pixels += a.pixels.size() * b.pixels.size();
     }
   return pixels;
-}
-
-void check_gradient(const Tensor& grad, const Tensor& x, const Tensor& experts, const Geometry& g) {
-  const Sizes sizes{x.size(0), experts.size(1), g.outputs(x.size(2), true), g.outputs(x.size(3), false)};
-  TORCH_CHECK(grad.is_contiguous() && grad.scalar_type() == at::kFloat && grad.device().is_cpu() &&
-                  grad.sizes() == at::IntArrayRef(sizes),
-              "the gradient has the sizes ", grad.sizes(), ", it must be contiguous, float32, and have ",
-              at::IntArrayRef(sizes));
 }
 
 }  // namespace

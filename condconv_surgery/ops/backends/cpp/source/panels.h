@@ -14,9 +14,6 @@
 
 #pragma once
 
-#include <array>
-#include <utility>
-
 #include "common.h"
 
 namespace {
@@ -168,8 +165,8 @@ struct Experts {
   const float* weight;
   int64_t experts, filters, channels, taps, expert_step, filter_step, channel_step;
 
-  Experts(const Tensor& t, bool transposed)
-      : weight(t.const_data_ptr<float>()),
+  Experts(const View& t, bool transposed)
+      : weight(t.data),
         experts(t.size(0)),
         filters(t.size(transposed ? 2 : 1)),
         channels(t.size(transposed ? 1 : 2)),
@@ -332,27 +329,24 @@ void scale_rows(const float* spatial, const float* before, const Sizes& taps, in
 
 // Samples with zero padding, scaled by channel; without padding the samples themselves.
 struct Image {
-  Tensor held;
   const float* data;
   int64_t row, channel, sample;  // strides in floats
 
-  Image(const Tensor& x, const float* scale, PadAmounts m) {
-    const int64_t B = x.size(0), I = x.size(1), H = x.size(2), W = x.size(3);
+  Image(const float* from, int64_t B, int64_t I, int64_t H, int64_t W, const float* scale, PadAmounts m) {
     row = m.left + W + m.right;
     channel = (m.top + H + m.bottom) * row;
-    held = x;
+    data = from;
     if (m.any()) {
       channel = (channel + 15) / 16 * 16;
       if (channel / 16 % 2 == 0) channel += 16;  // an odd number of cache lines: channels share no cache set
-      held = at::empty({B, I, channel}, x.options());
-      const float* from = x.const_data_ptr<float>();
-      float* to = held.mutable_data_ptr<float>();
-      at::parallel_for(0, B * I, 16, [&](int64_t begin, int64_t end) {
+      held_ = Scratch(B * I * channel);
+      float* to = held_.data();
+      parallel_for(0, B * I, 16, [&](int64_t begin, int64_t end) {
         for (int64_t map = begin; map < end; map++)
           copy(from + map * H * W, H, W, scale ? scale[map] : 1.f, m, to + map * channel);
       });
+      data = to;
     }
-    data = held.const_data_ptr<float>();
     sample = I * channel;
   }
 
@@ -366,6 +360,8 @@ struct Image {
     }
     std::fill_n(to, m.bottom * row, 0.f);
   }
+
+  Scratch held_;
 };
 
 // base[c * channel + reach of the tap] for the channels of a chunk, counted from its first.
