@@ -84,7 +84,7 @@ def test_an_exported_program_has_the_kernel_where_it_is_asked_for() -> None:
 
 def test_a_profiler_sees_the_kernels() -> None:
     layer, x = CondConv2d(8, 16, 3), torch.randn(3, 8, 9, 9)
-    with profile(activities=[ProfilerActivity.CPU]) as recorded:
+    with profile(activities=[ProfilerActivity.CPU], acc_events=True) as recorded:
         layer(x).sum().backward()
         with torch.no_grad():
             layer(x)

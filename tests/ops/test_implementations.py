@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from condconv_surgery.ops.per_sample import block_sizes as blocking
 from condconv_surgery.recipe import CondConv, DynamicConv, ODConv, Variant
 from tests.geometries import GEOMETRIES, without_bias
 from tests.reference import per_sample_loop
+from tests.switched_kernels import kernels
 from tests.variant_cases import scramble
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding=.same. with even kernel")  # the reference loop
@@ -56,6 +58,13 @@ def make_case(geometry: ConvGeometry, parts: tuple[str, ...], batch: int, bias: 
 def values_and_gradients(y: torch.Tensor, leaves: list[torch.Tensor]) -> list[torch.Tensor]:
     direction = torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view(y.shape)
     return [y, *torch.autograd.grad(y, leaves, direction, allow_unused=True, materialize_grads=True)]
+
+
+@pytest.fixture(autouse=True)
+def with_torch_alone() -> Iterator[None]:
+    """These judge the implementations in torch's operators; ``test_cpp_*.py`` judge the compiled kernels."""
+    with kernels(on=False):
+        yield
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)

@@ -8,12 +8,12 @@
 namespace condconv {
 
 void parallel_for(int64_t begin, int64_t end, int64_t grain, void (*work)(int64_t, int64_t, void*), void* context) {
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_parallel_for(begin, end, grain, work, context));
+  TORCH_ERROR_CODE_CHECK(torch_parallel_for(begin, end, grain, work, context));
 }
 
 int64_t thread_count() {
   uint32_t count = 1;
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_get_num_threads(&count));
+  TORCH_ERROR_CODE_CHECK(torch_get_num_threads(&count));
   return count;
 }
 

@@ -23,7 +23,7 @@ using Shape = std::initializer_list<int64_t>;
 
 bool is_float_on_cpu(const Tensor& t) {
   int32_t dtype = 0;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(t.get(), &dtype));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(t.get(), &dtype));
   return t.is_cpu() && dtype == aoti_torch_dtype_float32() && t.is_contiguous();
 }
 
@@ -65,8 +65,8 @@ Tensor empty(const Sizes& sizes) {
   int64_t step = 1;
   for (size_t i = sizes.size(); i-- > 0; step *= sizes[i]) strides[i] = step;
   AtenTensorHandle made = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
-      sizes.size(), sizes.data(), strides.data(), aoti_torch_dtype_float32(), aoti_torch_device_type_cpu(), 0, &made));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(sizes.size(), sizes.data(), strides.data(),
+                                                  aoti_torch_dtype_float32(), aoti_torch_device_type_cpu(), 0, &made));
   return Tensor(made);
 }
 
