@@ -17,6 +17,7 @@ from condconv_surgery.reporting.measure.latency import measure_latency
 from condconv_surgery.reporting.measure.memory_and_latency import measure_cost
 from condconv_surgery.reporting.measure.original_model import Original
 from condconv_surgery.reporting.measure.peak_activations import peak_activations
+from tests.switched_kernels import kernels
 from tests.variant_cases import EVERY_VARIANT
 
 
@@ -72,14 +73,16 @@ def allocated(model: nn.Module, x: torch.Tensor) -> int:
 
 @pytest.mark.parametrize("variant", [None, CondConv(4), ODConv(4), ODConv(1)], ids=str)
 def test_peak_equals_the_allocators_log(variant: CondConv | ODConv | None) -> None:
-    """Within 0.3 MB. Mixed kernels are most of it, up to 10 MiB at a time."""
+    """Within 0.3 MB, by torch's operators. Mixed kernels are most of it, up to 10 MiB at a time."""
     torch.manual_seed(0)
     model = torchvision.models.resnet18(weights=None).eval()
     x = torch.randn(16, 3, 64, 64)
     if variant is not None:
         model = convert(model, variant, prove=False).model
         assert peak_activations(model, (x,)) > 512 * 512 * 9 * 4
-        assert peak_activations(model, (x,)) == pytest.approx(allocated(model, x), abs=0.3e6)
+        with kernels(on=False):
+            assert peak_activations(model, (x,)) == pytest.approx(allocated(model, x), abs=0.3e6)
+        assert allocated(model, x) <= peak_activations(model, (x,)) + 0.3e6  # the compiled kernels mix in the cache
     else:  # a plain convolution of oneDNN also copies its weights into another order: 1.8 MB here
         assert 0 <= allocated(model, x) - peak_activations(model, (x,)) < 2e6
 

@@ -18,7 +18,8 @@ from condconv_surgery.runtime.model_call import call
 def peak_activations(model: nn.Module, arguments: tuple[Any, ...]) -> int:
     """Peak bytes of the tensors created in a forward pass in eval mode, without weights and input.
 
-    Includes mixed kernels, also the block of kernels that ``blockwise`` holds for a batch. Does not include what a
+    Of torch's operators; the compiled C++ kernels mix in the cache and take less. Includes mixed kernels, also the
+    block of kernels that ``blockwise`` holds for a batch. Does not include what a
     library allocates inside an operator (im2col buffers, reordered weights).
     """
 
