@@ -105,7 +105,7 @@ def export(
     original = copy_of(model).eval().cpu().float()
     calibration, labelled = ([], []) if data is None else deployment_images(original, data, limit, spec)
     images = _images(batch or 2, spec.channels, spec.height, spec.width)
-    served, forms = serving_form(original, images, form=form, preferred=preferred, batch=batch)
+    served, forms = serving_form(original, form=form, preferred=preferred, batch=batch)
     request = Request(images, batch, dynamic_size, metadata_of(model, spec))
     inputs = _inputs(spec, batch, dynamic_size)
     with replacing_files(path) as temporary:

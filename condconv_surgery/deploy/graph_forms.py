@@ -18,14 +18,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from condconv_surgery.deploy.mean_mixtures import mixture_of_zeros
 from condconv_surgery.errors import InputError, unknown_name
 from condconv_surgery.layers import ConditionalConv2d, routers
 from condconv_surgery.layers.find_layers import named_layers, routed_layers
-from condconv_surgery.ops.cost_model import scales_belong_in_the_kernel
 from condconv_surgery.ops.implementations import why_not
 from condconv_surgery.ops.mixture import Mixture, same_kernel_for_all
 
@@ -43,14 +41,10 @@ INSTEAD = {"sum": ("scale",), "taps": ("sum", "scale"), "matmul": ("scale",), "g
 
 @dataclass(frozen=True)
 class LayerCase:
-    """What decides the form of a layer: itself, a mixture of its router, the shape [B, I, H, W] of its input.
-
-    batch: of the graph; None for any.
-    """
+    """What decides the form of a layer: itself, a mixture of its router, the batch of the graph (None for any)."""
 
     layer: ConditionalConv2d[Any]
     mixture: Mixture
-    input: tuple[int, ...]
     batch: int | None
 
     def why_not(self, form: str) -> str | None:
@@ -71,10 +65,6 @@ class LayerCase:
         reasons = [why_not(own, self.batch or 2, mixture, self.layer.geometry) for own in IMPLEMENTATIONS_OF[form]]
         return None if None in reasons else reasons[-1]
 
-    def scales_are_cheap_in_the_kernel(self) -> bool:
-        """Whether a kernel has fewer elements to scale than the layer's activations."""
-        return scales_belong_in_the_kernel(torch.empty(self.input, device="meta"), self.layer.geometry)
-
     def implementation(self, form: str) -> str:
         """The implementation of a possible form with mixed kernels."""
         names = IMPLEMENTATIONS_OF[form]
@@ -87,37 +77,19 @@ def _why_not_sum(mixture: Mixture) -> str | None:
     return "it has one kernel" if mixture.gate is None else None
 
 
-def layer_cases(model: nn.Module, images: Tensor, batch: int | None) -> dict[str, LayerCase]:
-    """The case of each conditional layer that a pass of ``images`` reaches, by its first name."""
+def layer_cases(model: nn.Module, batch: int | None) -> dict[str, LayerCase]:
+    """The case of each conditional layer, by its first name."""
     mixtures = {name: mixture_of_zeros(router) for name, router in routers(model).items()}
     of_layer = {id(layer): mixtures[name] for name, layers in routed_layers(model).items() for layer in layers}
-    named = {name: layer for (name, *_), layer in named_layers(model, ConditionalConv2d)}
-    shapes: dict[int, tuple[int, ...]] = {}
-
-    def record(layer: nn.Module, inputs: Any) -> None:
-        shape = tuple(inputs[0].shape)
-        shapes[id(layer)] = shape if len(shape) == 4 else (shape[0], shape[-1], 1, 1)
-
-    hooks = [layer.register_forward_pre_hook(record) for layer in named.values()]
-    try:
-        with torch.no_grad():
-            model(images)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return {
-        name: LayerCase(layer, of_layer[id(layer)], shapes[id(layer)], batch)
-        for name, layer in named.items()
-        if id(layer) in shapes
-    }
+    layers = named_layers(model, ConditionalConv2d)
+    return {names[0]: LayerCase(layer, of_layer[id(layer)], batch) for names, layer in layers}
 
 
 def choose_forms(cases: Mapping[str, LayerCase], form: str, preferred: Sequence[str]) -> dict[str, str]:
     """The form of each layer by its name.
 
     form: for all layers (``INSTEAD`` where a layer is simpler), or ``"auto"``: for each the first possible one of
-        ``preferred``, the forms that a runtime takes, best first. ``scale`` is not taken where the scales are cheaper
-        in a kernel of each image.
+        ``preferred``, the forms that a runtime takes, best first.
     Raises ``InputError`` for an unknown form, or one that the runtime or some layer cannot have.
     """
     if form not in ("auto", *FORMS):
@@ -133,9 +105,7 @@ def _form(name: str, case: LayerCase, form: str, preferred: Sequence[str]) -> st
     if wanted:
         return wanted[0]
     if form == "auto" and possible:
-        mixing = [own for own in possible if own not in CONSTANT]
-        in_kernel = possible[0] == "scale" and mixing and case.scales_are_cheap_in_the_kernel()
-        return mixing[0] if in_kernel else possible[0]
+        return possible[0]
     reason = case.why_not(preferred[-1] if form == "auto" else form)
     raise InputError(
         f'{name} cannot have form="{form}": {reason}.',

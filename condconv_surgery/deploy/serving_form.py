@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from torch import Tensor, nn
+from torch import nn
 
 from condconv_surgery.deploy.compact_routers import make_routers_compact
 from condconv_surgery.deploy.constant_kernels import ConstantKernels
@@ -16,11 +16,11 @@ from condconv_surgery.surgery.copy_model import copy_of
 
 
 def serving_form(
-    model: nn.Module, images: Tensor, *, form: str, preferred: Sequence[str], batch: int | None
+    model: nn.Module, *, form: str, preferred: Sequence[str], batch: int | None
 ) -> tuple[nn.Module, dict[str, str]]:
     """A copy of ``model``, which is in eval mode, for a graph; and the form of each conditional layer by its name.
 
-    images: an input. form, preferred: see ``graph_forms.choose_forms``. batch: that of the graph, None for any.
+    form, preferred: see ``graph_forms.choose_forms``. batch: that of the graph, None for any.
     Only for tracing at that batch: the copy has no training mode and cannot be saved.
     """
     served = copy_of(model)
@@ -28,13 +28,11 @@ def serving_form(
         return served, {}
     if not folded_layers(served):
         fold(served, inplace=True, prove=False)  # whoever exports compares the outputs
-    cases = layer_cases(served, images, batch)
+    cases = layer_cases(served, batch)
     forms = choose_forms(cases, form, preferred)
     make_routers_compact(served)
     for names, layer in named_layers(served, ConditionalConv2d):
         name = names[0]
-        if name not in forms:  # no pass reaches it
-            continue
         if forms[name] in CONSTANT:
             constant = ConstantKernels(layer, by_position=forms[name] == "taps").eval()
             for own in names:

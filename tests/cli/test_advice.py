@@ -191,6 +191,9 @@ MISTAKES: dict[str, Callable[[], list[str]]] = {
     "an option of another variant": made("nets:tiny", "--reduction", "4"),
     "block routing for odconv": made("nets:tiny", "--variant", "odconv", "--routing", "block"),
     "an unknown layout": artifact("export", "made.safetensors", "--layout", "tim", "-o", "out.safetensors"),
+    "a form for one image": artifact(
+        "export", "made.safetensors", "--to", "onnx", "--input-size", "16", "--form", "kernel", "-o", "out.onnx"
+    ),
     "no target of an export": artifact("export", "made.safetensors", "-o", "out.safetensors"),
     "a plain file to import": lambda: saved(small)() and ["import", "file.pt", "-o", "out.safetensors"],
     "an unknown optimizer": training("--optimizer", "adamm"),

@@ -6,13 +6,14 @@ from pathlib import Path
 import pytest
 import torch
 import torchvision
-from torch import Tensor
+from torch import Tensor, nn
 
 import condconv_surgery as cs
 from condconv_surgery.deploy import export_model
 from condconv_surgery.recipe import CondConv, DynamicConv, InputSpec, ODConv, Variant
 from condconv_surgery.training import fit_heads
 from tests.conftest import Run
+from tests.exports.one_export import try_export
 from tests.small_networks import mixed, small_net
 from tests.variant_cases import scramble
 
@@ -141,3 +142,72 @@ def test_the_command(condconv: Run, tmp_path: Path) -> None:
 def test_a_plain_network_is_exported_too(tmp_path: Path) -> None:
     result = cs.export(small_net(), tmp_path / "m.onnx", size=16)
     assert result.forms == {}
+
+
+def test_latency_of_the_file_against_the_original(condconv: Run, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    plain = torchvision.models.shufflenet_v2_x0_5(weights=None, num_classes=3).eval()
+    example = torch.randn(2, 3, 32, 32)
+    model = cs.convert(plain, CondConv(2), include=["conv5.0"], example=example, prove=False).model
+    fit_heads(model, ("a", "b", "c"), InputSpec(height=32, width=32))
+    artifact = tmp_path / "m.safetensors"
+    cs.save(model, artifact)
+    code, out, err = condconv("report", artifact, "--runtime", "onnx", "--json")
+    assert code == 0, err
+    (rows,) = json.loads(out).values()
+    assert [row["batch"] for row in rows] == [1, 32]
+    for row in rows:
+        assert row["ratio"] == pytest.approx(row["median"] / row["original"])
+        assert row["repeats"] >= 5
+        assert row["forms"] == {"loop": 1}
+    code, _, err = condconv("report", artifact, "--runtime", "ncnn")
+    assert code == 2
+    assert "--runtime onnx" in err
+    cs.save(cs.fold(model, example=example).model, artifact)
+    code, _, err = condconv("report", artifact, "--runtime", "onnx")
+    assert code == 2
+    assert "folded" in err
+
+
+@slow
+@pytest.mark.parametrize(("network", "variant"), [("mobilenet_v3_small", "ODConv 4"), ("resnet18", "CondConv 4")])
+def test_a_whole_network(network: str, variant: str) -> None:
+    """A part of the table of exports (``python -m tests.exports``)."""
+    row = try_export(network, variant, "onnx")
+    assert not row.failure
+    assert row.difference < 1e-4
+    assert row.ratio < 1.05
+    assert row.inputs == 6
+
+
+@slow
+def test_a_segmentation_network(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    plain = torchvision.models.segmentation.lraspp_mobilenet_v3_large(
+        weights=None, weights_backbone=None, num_classes=5
+    )
+    options = {"include": ["backbone.16.*", "classifier.*"], "example": torch.randn(2, 3, 64, 64), "prove": False}
+    model = cs.convert(plain.eval(), CondConv(2), **options).model.eval()
+    path, images = tmp_path / "m.onnx", torch.randn(5, 3, 64, 96)
+    result = cs.export(model, path, size=64, dynamic_size=True)
+    assert result.forms
+    with torch.no_grad():
+        torch.testing.assert_close(run(path, images), model(images)["out"], rtol=1e-4, atol=1e-5)
+
+
+def test_what_torch_cannot_trace(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """A decision by values, as in the non-maximum suppression of torchvision's detectors: one error, and no graph."""
+
+    class Deciding(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = mixed(CondConv(2))
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.inner(x)
+            return y * 2 if y.sum() > 0 else y
+
+    with pytest.raises(cs.SurgeryError, match="ONNX cannot take the model"):
+        cs.export(Deciding().eval(), tmp_path / "m.onnx", size=32)
+    assert capfd.readouterr().err == ""
+    assert list(tmp_path.iterdir()) == []

@@ -40,9 +40,9 @@ def assert_equal_in_every_form(model: nn.Module, x: Tensor) -> set[str]:
     for form in FORMS:
         batch = BATCHES.get(form)
         images = x[: batch or len(x)]
-        if any(case.why_not(form) for case in layer_cases(model, images, batch).values()):
+        if any(case.why_not(form) for case in layer_cases(model, batch).values()):
             continue
-        served, forms = serving_form(model, images, form=form, preferred=FORMS, batch=batch)
+        served, forms = serving_form(model, form=form, preferred=FORMS, batch=batch)
         with torch.no_grad():
             torch.testing.assert_close(served(images), model(images), rtol=1e-6, atol=1e-6, msg=form)
         assert set(forms.values()) == {form}
@@ -103,7 +103,7 @@ def test_a_layer_under_two_names_stays_one() -> None:
     layer = CondConv2d(3, 3, 3, padding=1, variant=CondConv(2))
     scramble(layer)
     model, x = nn.Sequential(layer, nn.ReLU(), layer).eval(), torch.randn(2, 3, 8, 8)
-    served, forms = serving_form(model, x, form="sum", preferred=FORMS, batch=None)
+    served, forms = serving_form(model, form="sum", preferred=FORMS, batch=None)
     assert isinstance(served[0], ConstantKernels)
     assert served[0] is served[2]
     assert forms == {"0": "sum"}
@@ -111,9 +111,14 @@ def test_a_layer_under_two_names_stays_one() -> None:
     assert model[0] is layer, "the model is a copy"
 
 
-def test_the_scales_decide_between_a_kernel_and_the_activations() -> None:
-    """144 x 24 weights against 24 + 144 maps of 56 x 56; 512 x 512 x 9 against 1024 maps of 7 x 7."""
-    for channels, kernel, side, form in (((24, 144), 1, 56, "loop"), ((512, 512), 3, 7, "scale")):
-        layer = conditional_like(nn.Conv2d(*channels, kernel, padding=kernel // 2), ODConv(1, spatial=False))
-        model, x = nn.Sequential(layer).eval(), torch.randn(1, channels[0], side, side)
-        assert serving_form(model, x, form="auto", preferred=Onnx.preferred, batch=None)[1] == {"0": form}
+def test_the_forms_that_are_chosen() -> None:
+    """By processor time of whole networks in ONNX Runtime: scales around a static convolution, else a loop."""
+    for variant, forms in (
+        (ODConv(1, spatial=False), ["scale", "scale"]),
+        (ODConv(1), ["scale", "loop"]),
+        (CondConv(4), ["loop", "loop"]),
+    ):
+        convolutions = (nn.Conv2d(4, 8, 1), nn.Conv2d(8, 8, 3))
+        model = nn.Sequential(*(conditional_like(one, variant) for one in convolutions)).eval()
+        assert list(serving_form(model, form="auto", preferred=Onnx.preferred, batch=None)[1].values()) == forms
+    assert set(serving_form(model, form="auto", preferred=Onnx.preferred, batch=1)[1].values()) == {"kernel"}

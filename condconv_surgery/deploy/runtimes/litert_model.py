@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from condconv_surgery.deploy.graph_forms import CONSTANT
-from condconv_surgery.deploy.runtimes.runtime_protocol import Request, Runtime, cannot_export
+from condconv_surgery.deploy.runtimes.runtime_protocol import Request, Runtime, cannot_export, quietly
 
 
 class LiteRt(Runtime):
@@ -25,8 +24,7 @@ class LiteRt(Runtime):
         import litert_torch
 
         try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
+            with quietly():
                 litert_torch.convert(model, (request.images,)).export(str(path))
         except Exception as error:  # what its compiler raises is no class of its own
             raise cannot_export(error, "LiteRT") from error

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import subprocess
 import tempfile
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from condconv_surgery.deploy.graph_forms import CONSTANT
-from condconv_surgery.deploy.runtimes.runtime_protocol import Request, Runtime, cannot_export
+from condconv_surgery.deploy.runtimes.runtime_protocol import Request, Runtime, cannot_export, quietly
 from condconv_surgery.errors import SurgeryError
 
 
@@ -33,8 +32,7 @@ class Ncnn(Runtime):
         with tempfile.TemporaryDirectory() as folder:
             traced = Path(folder, "model.pt")
             try:
-                with warnings.catch_warnings():
-                    warnings.simplefilter("ignore")
+                with quietly():
                     torch.jit.trace(model, request.images, check_trace=False).save(str(traced))  # type: ignore[no-untyped-call]
             except Exception as error:  # whatever a user's forward raises
                 raise cannot_export(error, "torch.jit.trace") from error

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from condconv_surgery.deploy.runtimes.onnx_scan import convolve_in_a_scan
-from condconv_surgery.deploy.runtimes.runtime_protocol import Request, Runtime, cannot_export
+from condconv_surgery.deploy.runtimes.runtime_protocol import Request, Runtime, cannot_export, quietly
 from condconv_surgery.ops.implementations.loop import OPERATOR as LOOP
 
 OPSET = 18
@@ -44,8 +43,7 @@ class Onnx(Runtime):
 def onnx_program(model: nn.Module, request: Request) -> Any:
     """A ``torch.onnx.ONNXProgram`` without traces of this machine. Raises ``SurgeryError`` where torch cannot."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with quietly():
             program = torch.onnx.export(
                 model,
                 (request.images,),

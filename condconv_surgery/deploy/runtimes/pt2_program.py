@@ -6,7 +6,6 @@ import json
 import subprocess
 import sys
 import tempfile
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from condconv_surgery.deploy.runtimes.runtime_protocol import Request, Runtime, cannot_export
+from condconv_surgery.deploy.runtimes.runtime_protocol import Request, Runtime, cannot_export, quietly
 from condconv_surgery.errors import SurgeryError
 
 RUN = """
@@ -45,8 +44,7 @@ class Pt2(Runtime):
 
     def write(self, model: nn.Module, request: Request, path: Path) -> dict[str, int]:
         try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
+            with quietly():
                 shapes = request.dynamic_shapes()
                 program = torch.export.export(model, (request.images,), dynamic_shapes=shapes, strict=False)
                 torch.export.save(program, path, extra_files={"metadata.json": json.dumps(request.metadata)})

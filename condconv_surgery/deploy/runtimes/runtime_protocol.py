@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Sequence
+import io
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -68,6 +71,14 @@ class Runtime:
                     f"It takes {', '.join(self.packages)}.",
                     f'pip install "condconv-surgery[{self.extra}]"',
                 ) from error
+
+
+@contextmanager
+def quietly() -> Iterator[None]:
+    """Without the warnings of an exporter, its progress on stdout, and the whole graph that torch prints on failure."""
+    with warnings.catch_warnings(), redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+        warnings.simplefilter("ignore")
+        yield
 
 
 def cannot_export(error: Exception, runtime: str, dynamic_size: bool = False) -> SurgeryError:
