@@ -22,7 +22,8 @@ KERNELS := $(CPP)/kernels.so
 INTEGRATIONS_VENV := .venv-integrations
 INTEGRATIONS_INSTALLED := $(INTEGRATIONS_VENV)/.installed
 INTEGRATIONS_PIP := $(INTEGRATIONS_VENV)/bin/pip --disable-pip-version-check
-INTEGRATIONS_EXTRAS := ultralytics,openvino,litert,ncnn
+INTEGRATIONS_EXTRAS := ultralytics,openvino,litert,ncnn,transformers
+INTEGRATIONS_PACKAGES := diffusers open_clip_torch peft segmentation_models_pytorch
 
 OLDEST_VENV := .venv-oldest
 OLDEST_INSTALLED := $(OLDEST_VENV)/.installed
@@ -60,12 +61,12 @@ $(OLDEST_INSTALLED): pyproject.toml constraints-oldest.txt
 
 # On top of .venv, whose packages it sees: a second torch would take 8 GB. What it installs comes first.
 $(INTEGRATIONS_INSTALLED): $(INSTALLED) constraints-integrations.txt
-	@echo "Installing $(INTEGRATIONS_EXTRAS) into $(INTEGRATIONS_VENV) ..."
+	@echo "Installing $(INTEGRATIONS_EXTRAS) $(INTEGRATIONS_PACKAGES) into $(INTEGRATIONS_VENV) ..."
 	$(BIN)/python -m venv $(INTEGRATIONS_VENV)
 	$(BIN)/python -c 'import sysconfig; print("import site; site.addsitedir(%r)" % sysconfig.get_path("purelib"))' \
 		> $$($(INTEGRATIONS_VENV)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/venv.pth
 	$(INTEGRATIONS_PIP) install --quiet --constraint constraints.txt --constraint constraints-integrations.txt \
-		--editable ".[$(INTEGRATIONS_EXTRAS)]"
+		--editable ".[$(INTEGRATIONS_EXTRAS)]" $(INTEGRATIONS_PACKAGES)
 	@touch $@
 
 demo: $(INSTALLED) $(KERNELS)

@@ -28,7 +28,8 @@ def convert(
     model: Annotated[
         str,
         typer.Argument(
-            help="torchvision:NAME, timm:NAME, hf:OWNER/NAME, condconv:mobilenet_v1, a file or pkg.mod:factory."
+            help="torchvision:NAME, timm:NAME, transformers:FOLDER, hf:OWNER/NAME, condconv:mobilenet_v1, a file or "
+            "pkg.mod:factory."
         ),
     ],
     output: Annotated[Path | None, typer.Option("-o", "--output", help="The artifact to write (.safetensors).")] = None,

@@ -11,10 +11,11 @@ from condconv_surgery.models.factory_source import FACTORY, require_trusted
 from condconv_surgery.models.source_registry import builder_for, checked_model, register_source
 from condconv_surgery.models.timm_source import TIMM
 from condconv_surgery.models.torchvision_source import TORCHVISION
+from condconv_surgery.models.transformers_source import TRANSFORMERS
 from condconv_surgery.recipe import ConvertedLayer, Source
 from condconv_surgery.surgery.upcycle import move_hooks
 
-for _source in (FACTORY, CONDCONV, TIMM, TORCHVISION):
+for _source in (FACTORY, CONDCONV, TIMM, TRANSFORMERS, TORCHVISION):
     register_source(_source)
 
 

@@ -23,7 +23,10 @@ def named(text: str) -> Source:
     if text in known:
         raise InputError(f"{text!r} names no library.", "A name has its library before it.", f"torchvision:{text}")
     raise unknown_name(
-        "model", text, known, "torchvision:NAME, timm:NAME, a file (.pt, .safetensors) or package.module:factory"
+        "model",
+        text,
+        known,
+        "torchvision:NAME, timm:NAME, transformers:FOLDER, a file (.pt, .safetensors) or package.module:factory",
     )
 
 

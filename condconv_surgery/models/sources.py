@@ -34,6 +34,7 @@ from condconv_surgery.models.source_registry import (
     with_classes,
 )
 from condconv_surgery.models.torchvision_source import build_published, input_of, published_weights
+from condconv_surgery.models.transformers_source import SAVED_FOLDER
 from condconv_surgery.recipe import InputSpec, Recipe, Source, attach_recipe, recipe_of
 from condconv_surgery.runtime.modes import input_of_stem
 from condconv_surgery.runtime.tensor_hash import hash_weights
@@ -58,9 +59,10 @@ def load_model(
     >>> model.fc.out_features
     10
 
-    source: ``torchvision:NAME``, ``timm:NAME``, ``hf:OWNER/NAME``, ``condconv:NAME`` (``mobilenet_v1``),
-        ``package.module:factory``, an artifact (``save``) or the folder of one (``save_pretrained``), a file with a
-        state dict or a pickled module, or what was added by ``register_source``.
+    source: ``torchvision:NAME``, ``timm:NAME``, ``transformers:FOLDER``, ``hf:OWNER/NAME``, ``condconv:NAME``
+        (``mobilenet_v1``), ``package.module:factory``, an artifact (``save``), the folder of one or of a model of
+        transformers (``save_pretrained``), a file with a state dict or a pickled module, or what was added by
+        ``register_source``.
     arch: the architecture of a state dict that is not recognised, as ``torchvision:NAME``, ``timm:NAME`` or
         ``package.module:factory``.
     weights: for a name: ``"default"`` (the library's pretrained ones), ``"none"`` (random) or a file.
@@ -188,6 +190,7 @@ def _input_spec(model: nn.Module, source: Source) -> InputSpec:
 
 
 register_source(ModelSource("checkpoint", _is_file, _load_checkpoint))
+register_source(SAVED_FOLDER)
 register_source(FOLDER)
 register_source(HUB)
 register_source(ModelSource("artifact", lambda text: _is_file(text) and is_artifact(Path(text)), _load_artifact))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,14 +18,19 @@ _FORWARD_HOOKS = ("_forward_pre_hooks", "_forward_hooks")
 
 
 def input_spec_of(model: nn.Module) -> InputSpec:
-    """Input size from the model's recipe or timm's configuration, else 224x224 with the channels of its first layer."""
+    """Input size from the model's recipe, timm's configuration or that of transformers, else 224x224; the channels of
+    its first layer."""
     recipe = recipe_of(model)
     if recipe is not None:
         return recipe.input
     size = (getattr(model, "pretrained_cfg", None) or {}).get("input_size")  # timm's models carry their own
     if size is not None:
         return InputSpec(*size)
-    return input_of_stem(model)
+    spec, sides = input_of_stem(model), getattr(getattr(model, "config", None), "image_size", None)
+    sides = [sides, sides] if isinstance(sides, int) else sides
+    if isinstance(sides, (list, tuple)) and len(sides) == 2 and all(isinstance(side, int) for side in sides):
+        return replace(spec, height=sides[0], width=sides[1])
+    return spec
 
 
 def input_of_stem(model: nn.Module) -> InputSpec:

@@ -14,6 +14,7 @@ from condconv_surgery.errors import InputError
 from condconv_surgery.layers import ConditionalConv2d, ConditionalLinear, conditional_like
 from condconv_surgery.models.build_model import resized
 from condconv_surgery.models.classifier_logits import are_probabilities, matrices_of
+from condconv_surgery.models.transformers_source import name_labels
 from condconv_surgery.recipe import InputSpec, Recipe, attach_recipe, recipe_of
 from condconv_surgery.runtime.model_call import image_keyword
 from condconv_surgery.runtime.modes import in_mode
@@ -33,6 +34,7 @@ def fit_heads(model: nn.Module, classes: tuple[str, ...], spec: InputSpec) -> di
         model.set_submodule(name, _like(model.get_submodule(name), width))
         if "." not in name and isinstance(getattr(model, "num_classes", None), int):
             model.num_classes = width  # type: ignore[assignment]  # timm's attribute
+    name_labels(model, classes)
     recipe = recipe_of(model) or Recipe()
     attach_recipe(model, replace(recipe, input=spec, heads={**recipe.heads, **changed}, classes=classes))
     return changed

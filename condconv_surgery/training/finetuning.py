@@ -45,7 +45,8 @@ def finetune(
         result = cs.finetune(model, {"schedule": {"epochs": 3}, "optimizer": {"lr": 1e-3}}, data="photos", output="run")
         tuned = cs.load("run/best.safetensors")
 
-    model: a module, trained in place, or what ``load_model`` loads: a file, ``torchvision:NAME``, ``timm:NAME``.
+    model: a module, trained in place, or what ``load_model`` loads: a file, ``torchvision:NAME``, ``timm:NAME``,
+        ``transformers:FOLDER``.
     options: a ``TrainingOptions``, or a mapping by section as in a recipe file; options left out have their defaults.
     data: overrides ``data.folder``: ``FOLDER/CLASS/*.png``, ``FOLDER/train`` and ``FOLDER/val``, tar shards,
         ``torchvision:NAME`` or ``hf:NAME``.

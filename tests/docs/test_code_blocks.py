@@ -24,7 +24,7 @@ ROOT = Path(__file__).parents[2]
 PAGES = sorted(path.relative_to(ROOT).as_posix() for path in [ROOT / "README.md", *ROOT.glob("docs/**/*.md")])
 
 
-PACKAGES = {"docs/how-to/ultralytics.md": "ultralytics"}
+PACKAGES = {"docs/how-to/transformers.md": "transformers", "docs/how-to/ultralytics.md": "ultralytics"}
 """What a page needs beside the package; ``make integrations`` runs it."""
 
 

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 import condconv_surgery as cs
 from condconv_surgery.errors import InputError
+from condconv_surgery.models.artifact.skeleton import describe
 from condconv_surgery.recipe import CondConv
 
 EXAMPLE = torch.randn(2, 3, 9, 9, generator=torch.Generator().manual_seed(0))
@@ -173,3 +174,49 @@ def test_the_command_says_how_instead(tmp_path: Path) -> None:
     advised = command("convert", "mynet:net", "--weights", "w.pt", "--input-size", "16", "-o", "o.safetensors")
     assert advised.returncode == 0, advised.stderr
     assert command("report", "o.safetensors", "--trust", "mynet", "--json").returncode == 0
+
+
+class Frozen(collections.OrderedDict[str, Any]):
+    """A dict whose items are attributes and that refuses to be changed, as a configuration of diffusers."""
+
+    def __init__(self, *items: Any, **values: Any) -> None:
+        super().__init__(*items, **values)
+        vars(self).update(self)
+
+    def update(self, *items: Any, **values: Any) -> None:
+        raise TypeError("it is frozen")
+
+
+def test_a_dict_of_another_class_survives(tmp_path: Path) -> None:
+    model = cs.convert(Holder(Frozen(width=8, kinds=("a", "b"))), CondConv(2), example=EXAMPLE).model
+    cs.save(model, tmp_path / "m.safetensors")
+    with pytest.raises(InputError, match=r"trust=\[.tests.\]"):
+        cs.load(tmp_path / "m.safetensors")
+    extra = cs.load(tmp_path / "m.safetensors", trust=["tests"]).extra
+    assert (type(extra), list(extra.items()), extra.width) == (Frozen, [("width", 8), ("kinds", ("a", "b"))], 8)
+
+
+def test_hooks_by_which_transformers_captures_outputs_are_left_out(tmp_path: Path) -> None:
+    """It installs them again; any other hook would be lost."""
+    namespace: dict[str, Any] = {"__name__": "transformers.utils.output_capturing"}
+    exec(
+        "def capture(module, args, output): pass\ndef install(module): module.register_forward_hook(capture)", namespace
+    )
+    model = cs.convert(Holder(None), CondConv(2), example=EXAMPLE).model.eval()
+    namespace["install"](model.a)
+    model._output_capturing_hooks_installed = True
+    cs.save(model, tmp_path / "m.safetensors")
+    loaded = cs.load(tmp_path / "m.safetensors", trust=["tests"])
+    assert not loaded.a._forward_hooks
+    assert not hasattr(loaded, "_output_capturing_hooks_installed")
+    assert torch.equal(loaded(EXAMPLE), model(EXAMPLE))
+    model.a.register_forward_hook(lambda module, args, output: None)
+    with pytest.raises(InputError, match="a Conv2d has hooks"):
+        cs.save(model, tmp_path / "m.safetensors")
+
+
+def test_equal_sets_are_described_alike() -> None:
+    """0 and 8 fall into one slot of a small set, which then has the order of insertion."""
+    one, other = {0, 8}, {8, 0}
+    assert list(one) != list(other)
+    assert describe(Holder([one, frozenset(one)])) == describe(Holder([other, frozenset(other)]))

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -53,6 +55,28 @@ def test_a_named_source_loads_converts_and_comes_back_from_its_file(tmp_path: Pa
     assert torch.equal(cs.load(tmp_path / "m.safetensors")(X), converted(X))
     with pytest.raises(InputError, match="Unknown model 'mine:other'"):
         load_model("mine:other")
+
+
+class PlainSubclass(nn.Conv2d):
+    """As ``EfficientNetDepthwiseConv2d`` of transformers: another constructor, the same convolution."""
+
+
+def test_a_converted_layer_may_have_been_a_subclass(tmp_path: Path) -> None:
+    """What stands in its place is known by its geometry, so the source is enough to rebuild the model."""
+    layers = (lambda: nn.Conv2d(3, 4, 3), lambda: PlainSubclass(4, 4, 3, groups=4))
+    register_source(named_source("mine", lambda source: nn.Sequential(*(make() for make in layers))))
+    converted = cs.convert(load_model("mine:thing"), CondConv(experts=2), example=X).model.eval()
+    cs.save(converted, tmp_path / "m.safetensors")
+    assert read_metadata(tmp_path / "m.safetensors").keys() == {"format", "recipe", "aliases", "tensors_sha256"}
+    assert torch.equal(cs.load(tmp_path / "m.safetensors")(X), converted(X))
+    converted[1].geometry = replace(converted[1].geometry, stride=(2, 2))  # no longer what the source builds
+    cs.save(converted, tmp_path / "m.safetensors")
+    assert "skeleton" in read_metadata(tmp_path / "m.safetensors")
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    with safe_open(path, "pt") as file:
+        return file.metadata()
 
 
 def test_a_named_source_takes_weights_from_a_file_and_from_its_library(tmp_path: Path) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
+import sys
 import zipfile
 from pathlib import Path
 
@@ -311,3 +313,14 @@ def test_what_is_no_state_dict_is_said_to_be_what_it_is(tmp_path: Path, kind: st
     with pytest.raises(error, match=message):
         load_model(str(path))
     assert list(tmp_path.iterdir()) == [path]  # nothing ran, nothing was written
+
+
+@pytest.mark.parametrize("prefix", ["transformers:", ""])
+def test_a_folder_of_transformers_asks_for_the_package(
+    prefix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    values = {"architectures": ["ResNetForImageClassification"], "model_type": "resnet"}
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    with pytest.raises(InputError, match=r"not installed(.|\n)*Try: pip install \"condconv-surgery\[transformers\]"):
+        load_model(f"{prefix}{tmp_path}")

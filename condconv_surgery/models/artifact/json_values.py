@@ -5,6 +5,7 @@ from __future__ import annotations
 import enum
 import functools
 import inspect
+import json
 import math
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
@@ -58,12 +59,17 @@ class ValueWriter:
 
         if type(value) is list:
             return each(value)
-        if type(value) in (tuple, set, frozenset, torch.Size):
+        if type(value) in (tuple, torch.Size):
             return {type(value).__name__: each(value)}
+        if type(value) in (set, frozenset):
+            return {type(value).__name__: sorted(each(value), key=json.dumps)}  # equal sets may differ in order
         if type(value) in (dict, OrderedDict):
             return {type(value).__name__: [each(pair) for pair in value.items()]}
         if type(value) is functools.partial:
             return {"partial": each((value.func, list(value.args), dict(value.keywords)))}
+        if isinstance(value, dict) and hasattr(value, "__dict__") and type(value).__module__ not in _HOMES_OF_DICTS:
+            state = self.write(dict(value.__dict__), where, depth + 1)
+            return {"mapping": [name_in_file(type(value)), each(value.items()), state]}
         if isinstance(value, tuple) and hasattr(type(value), "_fields"):
             return {"namedtuple": [name_in_file(type(value)), each(value)]}
         for kind, plain in PLAIN_KINDS.items():
@@ -155,6 +161,7 @@ class ValueReader:
             "stored": lambda content: self.stored[content[0]].clone(),
             "parameter": lambda content: nn.Parameter(self.read(content[0]), bool(content[1])),
             "namedtuple": self._namedtuple,
+            "mapping": self._mapping,
             "device": torch.device,
             "module": self.module,
             "enum": self._enum,
@@ -172,6 +179,18 @@ class ValueReader:
         if not (isinstance(cls, type) and issubclass(cls, tuple) and len(getattr(cls, "_fields", ())) == len(items)):
             raise TypeError(f"{content[0]} is not a named tuple of {len(items)}")
         return tuple.__new__(cls, items)
+
+    def _mapping(self, content: list[Any]) -> Any:
+        """A subclass of dict with attributes, past its own methods: it may be frozen."""
+        cls, items, state = resolve(content[0], self.trust), self.read(content[1]), self.read(content[2])
+        if not (isinstance(cls, type) and issubclass(cls, dict)) or any(key.startswith("__") for key in state):
+            raise TypeError(f"{content[0]} is not a mapping")
+        base = OrderedDict if issubclass(cls, OrderedDict) else dict
+        instance = base.__new__(cls)
+        for key, value in items:
+            base.__setitem__(instance, key, value)
+        instance.__dict__.update(state)
+        return instance
 
     def _enum(self, content: list[str]) -> enum.Enum:
         cls, member = resolve(content[0], self.trust), content[1]
@@ -195,6 +214,9 @@ class ValueReader:
         instance.__dict__.update({key: self.read(value) for key, value in state.items()})
         return instance
 
+
+_HOMES_OF_DICTS = ("builtins", "collections")
+"""Their dicts have kinds of their own."""
 
 _BUILT_IN = (bool, int, float, str, bytes, list, tuple, dict, set, frozenset)
 """The value of a subclass of these is not in its attributes."""

@@ -39,6 +39,7 @@ from condconv_surgery.models.checkpoints.pickled_modules import check_module
 from condconv_surgery.models.checkpoints.recognise_architecture import recognise_module, same_modules
 from condconv_surgery.models.factory_source import FACTORY
 from condconv_surgery.models.source_registry import builder_for
+from condconv_surgery.models.transformers_source import PREFIX, transformers_source_of
 from condconv_surgery.recipe import ConvertedLayer, Recipe, attach_recipe, recipe_of
 from condconv_surgery.runtime.tensor_hash import hash_tensors
 from condconv_surgery.surgery import BlockError, lift_convolutions, route_block
@@ -133,8 +134,8 @@ def _base_of(delta: DeltaRecord, path: Path, base: Callable[[str], Base] | None)
 
 def _current_recipe(model: nn.Module) -> Recipe:
     recipe = recipe_of(model) or Recipe()
-    if not recipe.source.name:
-        recipe = replace(recipe, source=recognise_module(model) or recipe.source)
+    if not recipe.source.name or recipe.source.name.startswith(PREFIX):  # a folder: the file names class and values
+        recipe = replace(recipe, source=recognise_module(model) or transformers_source_of(model) or recipe.source)
     versions = {name: version(name) for name in ("torch", "torchvision", "condconv-surgery")}
     layers = tuple(
         ConvertedLayer(names, layer.variant, isinstance(layer, ConditionalLinear), layer.ungated_bias is not None)

@@ -20,9 +20,9 @@ from condconv_surgery.errors import DamagedFileError, InputError, SurgeryError
 from condconv_surgery.layers import ConditionalConv2d, RoutedBlock, plain_like
 from condconv_surgery.layers.routed_block import ROUTER, plain_class_of
 from condconv_surgery.models.artifact.json_values import UndescribableError, ValueReader, ValueWriter, name_in_file
+from condconv_surgery.models.artifact.library_marks import MARKS, has_lasting_hooks, register_captures
 from condconv_surgery.models.checkpoints.allowlist import resolve
 from condconv_surgery.recipe import Recipe
-from condconv_surgery.surgery.upcycle import has_hooks
 
 Skeleton = list[dict[str, Any]]
 
@@ -45,7 +45,7 @@ def describe(model: nn.Module, *, without_hooks: bool = False, stored: dict[str,
 
     def number(module: nn.Module) -> int:
         if id(module) not in numbers:
-            if not without_hooks and has_hooks(module):
+            if not without_hooks and has_lasting_hooks(module):
                 raise UndescribableError(f"a {type(module).__name__} has hooks")
             numbers[id(module)] = len(modules)
             modules.append(plain_like(module) if isinstance(module, ConditionalConv2d) else module)
@@ -114,7 +114,7 @@ def _row(module: nn.Module, writer: ValueWriter, tensors: dict[int, int]) -> dic
         "state": {
             key: writer.write(_without_cache(module, key, value), f"{type(module).__name__}.{key}")
             for key, value in module.__dict__.items()
-            if key not in _OWN_KEYS and not isinstance(value, Recipe)
+            if key not in (*_OWN_KEYS, *MARKS) and not isinstance(value, Recipe)
         },
         "parameters": {name: slot(value) for name, value in module._parameters.items()},
         "buffers": {name: slot(value) for name, value in module._buffers.items()},
@@ -152,6 +152,7 @@ def _empty(name: str, trust: tuple[str, ...]) -> nn.Module:
         raise InputError(f"The skeleton names {name}, which is not a module.", "Only modules can be in a module tree.")
     module: nn.Module = cls.__new__(cls)
     nn.Module.__init__(module)
+    register_captures(module)
     return module
 
 

@@ -17,12 +17,15 @@ import torchvision
 from torch import nn
 
 from condconv_surgery.errors import InputError
-from condconv_surgery.layers import ConditionalConv2d, ConditionalLinear
+from condconv_surgery.layers import ConditionalConv2d, ConditionalLinear, plain_like
+from condconv_surgery.layers.conv2d_subclasses import geometry_of
+from condconv_surgery.layers.find_layers import named_layers
 from condconv_surgery.layers.router_base import Router
 from condconv_surgery.models.artifact.meta_init import build_on_meta
 from condconv_surgery.models.artifact.skeleton import describe
 from condconv_surgery.models.build_model import replace_heads
 from condconv_surgery.models.condconv_source import WIDTHS
+from condconv_surgery.models.transformers_source import OF_ORIGIN, PREFIX, transformers_source_of
 from condconv_surgery.recipe import Source
 
 Shapes = dict[str, tuple[int, ...]]
@@ -60,11 +63,14 @@ def recognise(shapes: Shapes, timm_names: list[str] | None = None) -> Source:
 
 
 def recognise_module(model: nn.Module) -> Source | None:
-    """The source of a model made by torchvision or timm, converted or not; ``None`` for any other.
+    """The source of a model made by torchvision, timm or transformers, converted or not; ``None`` for any other.
 
     Equal names and shapes are not enough: the modules must be equal too, or the model rebuilt by name might have
     another activation.
     """
+    named = transformers_source_of(model)
+    if named is not None:
+        return named if same_modules(model, named) else None
     shapes = _comparable(original_shapes(model))
     home = type(model).__module__
     config = getattr(model, "pretrained_cfg", None)
@@ -87,6 +93,7 @@ def same_modules(model: nn.Module, source: Source, heads: dict[str, int] | None 
     try:
         twin = build_on_meta(source)
         replace_heads(twin, heads or {})
+        _put_plain(twin, model)
         ours, theirs = describe(model, without_hooks=True), describe(twin, without_hooks=True)
     except (InputError, AttributeError):
         return False
@@ -95,7 +102,28 @@ def same_modules(model: nn.Module, source: Source, heads: dict[str, int] | None 
             del row[key]
         for key in ("pretrained_cfg", "default_cfg"):  # timm's record of the origin of the weights
             row["state"].pop(key, None)
+        if source.name.startswith(PREFIX):
+            row["state"] = _with_lists({key: value for key, value in row["state"].items() if key not in OF_ORIGIN})
     return ours == theirs
+
+
+def _put_plain(twin: nn.Module, model: nn.Module) -> None:
+    """Where ``model`` has a conditional layer, a plain one in ``twin`` in place of a subclass of the same geometry."""
+    for names, layer in named_layers(model, ConditionalConv2d):
+        own = twin.get_submodule(names[0])
+        if isinstance(own, nn.Conv2d) and type(own) is not nn.Conv2d and geometry_of(own) == layer.geometry:
+            plain = plain_like(layer)
+            for name in names:
+                twin.set_submodule(name, plain)
+
+
+def _with_lists(value: Any) -> Any:
+    """A description with lists in place of tuples: a configuration that was JSON has lists."""
+    if isinstance(value, list):
+        return [_with_lists(item) for item in value]
+    if not isinstance(value, dict):
+        return value
+    return _with_lists(value["tuple"]) if value.keys() == {"tuple"} else {k: _with_lists(v) for k, v in value.items()}
 
 
 def original_shapes(model: nn.Module) -> Shapes:
