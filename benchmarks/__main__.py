@@ -1,4 +1,4 @@
-"""The command: ``python -m benchmarks layers|implementations|models|experts|memory|convert``.
+"""``python -m benchmarks layers|implementations|models|experts|memory|convert|overhead``, or ``reproduce README``.
 
 Tables on stdout, progress on stderr.
 """
@@ -13,13 +13,17 @@ import torch
 
 from benchmarks.conversion_cost import conversion_table, measure_conversion
 from benchmarks.implementations import implementations_line, measure_implementations
+from benchmarks.layer_overhead import measure_overhead
 from benchmarks.layer_times import VARIANTS, measure_layers
 from benchmarks.model_geometries import MODELS, QUICK, Site, sites
 from benchmarks.model_times import measure_model, peak_training_bytes
 from benchmarks.presenting import environment, layer_table, model_table, plot_experts, write_json
+from benchmarks.protocol import MAX_OTHERS, MIN_REPEATS, Protocol
+from benchmarks.reproduce import PAGES, reproduce
 from benchmarks.setting import Setting
 from benchmarks.timing import use_clock
 from condconv_surgery import native
+from condconv_surgery.errors import InputError
 from condconv_surgery.recipe import CondConv, Variant
 
 
@@ -41,13 +45,20 @@ def main(arguments: list[str] | None = None) -> None:
         "experts": _experts,
         "memory": _memory,
         "convert": _convert,
+        "overhead": _overhead,
+        "reproduce": _reproduce,
     }
     commands[options.what](options)
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("what", choices=["layers", "implementations", "models", "experts", "memory", "convert"])
+    whats = ["layers", "implementations", "models", "experts", "memory", "convert", "overhead", "reproduce"]
+    parser.add_argument("what", choices=whats)
+    parser.add_argument("page", nargs="?", default="README", choices=list(PAGES), help="of reproduce: whose figures")
+    parser.add_argument(
+        "--max-others", type=float, default=MAX_OTHERS, help="of reproduce: cores that other processes may use"
+    )
     parser.add_argument("--quick", action="store_true", help="measure few geometries, models and repeats (minutes)")
     parser.add_argument(
         "--models", nargs="+", metavar="NAME", help=f"torchvision models to measure: {', '.join(MODELS)}"
@@ -145,6 +156,25 @@ def _convert(options: argparse.Namespace) -> None:
                 print(conversion_table([cost]), flush=True)
                 costs.append(cost)
     _write(options, "convert", [{**asdict(cost), "peak/both": cost.ratio} for cost in costs])
+
+
+def _overhead(options: argparse.Namespace) -> None:
+    found = measure_overhead(max(MIN_REPEATS, _repeats(options)))
+    print(*(f"{name:10} {spread}" for name, spread in found.items()), sep="\n")
+    _write(options, "overhead", {name: asdict(spread) for name, spread in found.items()})
+
+
+def _reproduce(options: argparse.Namespace) -> None:
+    """Print each figure of a page as it is stated and as it is measured now."""
+    found = []
+    try:
+        protocol = Protocol(options.repeats or MIN_REPEATS, options.threads, options.max_others)
+        for answer in reproduce(PAGES[options.page].read_text(encoding="utf-8"), protocol, options.models):
+            print(answer.line(), flush=True)
+            found.append(asdict(answer))
+    except InputError as error:
+        raise SystemExit(f"Error: {error}") from error
+    _write(options, f"reproduce-{options.page}", {"protocol": asdict(protocol), "answers": found})
 
 
 def _sites(options: argparse.Namespace) -> list[Site]:

@@ -52,6 +52,26 @@ def measure_model(
     setting: Setting = USUAL,
 ) -> ModelResult:
     """The static model and its conversion to each variant, timed in one run."""
+    models, steps = _contenders(name, variants, batch, mode, others, pixels, setting)
+    at_least = 0.05 if setting.device != "cpu" else 0.2 if batch == 1 else 0.0
+    times = interleaved(steps, repeats, at_least)
+    seconds = statistics.median(times["static"])
+    floor = {v: roofline(models[v], seconds, setting) for v in variants} if batch == 1 and mode == "eval" else {}
+    ratios = {who: ratio(times, who, "static") for who in models if who != "static"}
+    return ModelResult(name, batch, mode, 1e3 * seconds, ratios, floor)
+
+
+def contender_steps(
+    name: str, variants: dict[str, Variant], batch: int, mode: str, pixels: int = 224, setting: Setting = USUAL
+) -> dict[str, Callable[[], object]]:
+    """What runs in a turn: the static model first, then its conversion to each variant."""
+    return _contenders(name, variants, batch, mode, False, pixels, setting)[1]
+
+
+def _contenders(
+    name: str, variants: dict[str, Variant], batch: int, mode: str, others: bool, pixels: int, setting: Setting
+) -> tuple[dict[str, nn.Module], dict[str, Callable[[], object]]]:
+    """The models, and a step of each. others: also with other implementations of the convolution."""
     x = setting.place(torch.randn(batch, 3, pixels, pixels))
     static = _calibrated(setting.place(torchvision.models.get_model(name, weights=None)), x)
     models: dict[str, nn.Module] = {"static": static}
@@ -60,12 +80,7 @@ def measure_model(
         for implementation in OTHERS if others and batch > 1 else ():
             models[f"{variant_name} {implementation}"] = _forced(converted(static, variant), implementation)
     make = _evaluation if mode == "eval" else _training
-    at_least = 0.05 if setting.device != "cpu" else 0.2 if batch == 1 else 0.0
-    times = interleaved({who: make(model, x, setting) for who, model in models.items()}, repeats, at_least)
-    seconds = statistics.median(times["static"])
-    floor = {v: roofline(models[v], seconds, setting) for v in variants} if batch == 1 and mode == "eval" else {}
-    ratios = {who: ratio(times, who, "static") for who in models if who != "static"}
-    return ModelResult(name, batch, mode, 1e3 * seconds, ratios, floor)
+    return models, {who: make(model, x, setting) for who, model in models.items()}
 
 
 def converted(static: nn.Module, variant: Variant) -> nn.Module:
