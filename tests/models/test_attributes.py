@@ -42,7 +42,12 @@ class Holder(nn.Module):
         return self.b(self.a(x).relu())
 
 
+class Options(SimpleNamespace):
+    """As Ultralytics' IterableSimpleNamespace."""
+
+
 HARMLESS: list[Any] = [
+    Options(width=8, inner=Options(rate=0.5)),
     torch.relu,
     torch.sigmoid,
     torch.tanh_ if hasattr(torch, "tanh_") else torch.tanh,
@@ -110,6 +115,10 @@ class Slots:
     __slots__ = ("value",)
 
 
+class OwnError(ValueError):
+    """Python makes its objects by the constructor of an exception alone."""
+
+
 def local_function() -> Any:
     def inner(x: Tensor) -> Tensor:
         return x
@@ -121,6 +130,7 @@ HARMFUL: dict[str, Any] = {
     "lambda": lambda x: x,
     "function": local_function(),
     "Slots": Slots(),
+    "OwnError": OwnError("width"),
     "Pattern": re.compile("a"),
     "from_file": torch.from_file,
     "load": torch.load,

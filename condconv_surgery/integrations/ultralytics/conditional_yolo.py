@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from ultralytics import YOLO
-from ultralytics.utils import LOGGER
+from ultralytics.nn.tasks import guess_model_task
+from ultralytics.utils import DEFAULT_CFG_DICT, LOGGER
 
 from condconv_surgery.deploy.mean_mixtures import mixture_of_zeros
 from condconv_surgery.integrations.ultralytics.yolo_networks import MERGED, conditional_network
@@ -41,10 +42,11 @@ class ConditionalYOLO(YOLO):
             super()._load(weights, task)
             return
         network: Any = load(weights, trust="ultralytics").float()
+        network.args = {**DEFAULT_CFG_DICT, **dict(getattr(network, "args", {}))}  # as load_checkpoint does
+        network.task = self.task = getattr(network, "task", None) or guess_model_task(network)
+        network.pt_path = self.ckpt_path = self.model_name = weights
         self.model, self.ckpt = network, {"model": network}  # train() builds on a network that has a checkpoint
-        self.task, self.ckpt_path, self.model_name = network.task, weights, weights
-        self.overrides = {**self._reset_ckpt_args(network.args), "model": weights, "task": network.task}
-        network.args = dict(network.args)
+        self.overrides = {**self._reset_ckpt_args(network.args), "model": weights, "task": self.task}
 
     @property
     def task_map(self) -> dict[str, dict[str, Any]]:

@@ -9,6 +9,7 @@ import json
 import math
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -94,7 +95,7 @@ class ValueWriter:
             return {"name": name_in_file(value, where)}
         if type(value) in (Tensor, nn.Parameter) and value.layout is torch.strided and not value.is_meta:
             return self._write_tensor(value, where, depth)
-        if isinstance(value, (Tensor, *_BUILT_IN)) or not hasattr(value, "__dict__"):
+        if isinstance(value, (Tensor, *_BUILT_IN)) or not hasattr(value, "__dict__") or not _can_be_empty(type(value)):
             raise UndescribableError(f"{where} is a {type(value).__name__}")
         name = name_in_file(type(value))  # a plain helper object: box coders, matchers
         state = {key: self.write(item, f"{where}.{key}", depth + 1) for key, item in value.__dict__.items()}
@@ -210,13 +211,28 @@ class ValueReader:
         cls, state = resolve(content[0], self.trust), content[1]
         if not isinstance(cls, type) or issubclass(cls, nn.Module) or any(key.startswith("__") for key in state):
             raise TypeError(f"{content[0]} is not a plain class")
-        instance = object.__new__(cls)
+        instance: Any = _new_of(cls)(cls)
         instance.__dict__.update({key: self.read(value) for key, value in state.items()})
         return instance
 
 
 _HOMES_OF_DICTS = ("builtins", "collections")
 """Their dicts have kinds of their own."""
+
+
+def _new_of(cls: type) -> Callable[[Any], Any]:
+    """Makes an empty object of a plain class; Python lets only ``SimpleNamespace`` make its subclasses' objects."""
+    return SimpleNamespace.__new__ if issubclass(cls, SimpleNamespace) else object.__new__
+
+
+def _can_be_empty(cls: type) -> bool:
+    """Whether an object can be made without its constructor: not where a base is of compiled code."""
+    try:
+        _new_of(cls)(cls)
+    except TypeError:
+        return False
+    return True
+
 
 _BUILT_IN = (bool, int, float, str, bytes, list, tuple, dict, set, frozenset)
 """The value of a subclass of these is not in its attributes."""
