@@ -102,7 +102,7 @@ def test_routing_page_and_plots(condconv: Run, artifact: Path, tmp_path: Path) -
     assert 0 <= routing["mean_gate_accuracy"] <= 1
     text = page.read_text(encoding="utf-8")
     assert "Gates by class" in text
-    assert re.search(r'<div class="tile">latency<b>[\d.]+ ms</b><span class="soft">x[\d.]+ vs original', text)
+    assert re.search(r'<div class="tile">latency<b>[\d.]+ m?s</b><span class="soft">x[\d.]+ vs original', text)
     for fact in (f"{artifact} (", f"9 images of {data}", f"condconv report {artifact} --data {data}", "torch 2."):
         assert fact in text, "provenance"
     assert (plots / "experts.svg").is_file()

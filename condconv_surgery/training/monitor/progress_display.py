@@ -80,13 +80,13 @@ class ProgressBar(PlainLines):
         self.timing.step(view)
         if self.task is None:
             self.task = self.progress.add_task("", total=view.steps, before="", after="")
-            self.progress.start()
         self.progress.update(self.task, completed=view.step)
         if time.monotonic() - self.read_at >= BAR_SECONDS or view.step == view.steps:
             before, after, width = bar_line(view, self.timing.text(view), self.progress.console.width)
             self.bar.bar_width = width
             self.progress.update(self.task, before=before, after=after)
             self.read_at = time.monotonic()
+        self.progress.start()  # with texts; nothing happens when it has started
 
     def epoch(self, row: EpochRow) -> None:
         self.note(_epoch_line(row))
