@@ -80,14 +80,14 @@ def try_export(network: str, variant: str, runtime: str) -> Row:
 def trained_alike(network: str, variant: Variant) -> nn.Module:
     """A converted network whose routers, experts and running statistics are not those of its start.
 
-    Norms take the statistics of noise, and logits have a deviation of about 1: other random networks of this depth
+    Norms take the statistics of noise, and logits vary a little: other random networks of this depth
     amplify rounding a millionfold.
     """
     plain = torchvision.models.get_model(network, weights=None).eval()
     images = torch.randn(16, 3, SIDE, SIDE)
     model = cs.convert(plain, variant, example=images[:2], prove=False, inplace=True).model
     vary(model)
-    settle(model, images)
+    settle(model, [images, torch.randn(16, 3, SIDE + 32, SIDE + 64)])
     return model.eval()
 
 
@@ -102,21 +102,22 @@ def vary(model: nn.Module) -> None:
             if isinstance(module, nn.BatchNorm1d):
                 module.reset_running_stats()
             if isinstance(module, nn.Linear):
-                module.weight.copy_(torch.randn_like(module.weight) / module.in_features**0.5)
+                module.weight.copy_(torch.randn_like(module.weight) * 0.3 / module.in_features**0.5)
                 if module.bias is not None:
                     module.bias.copy_(torch.randn_like(module.bias) * 0.5)
 
 
 @torch.no_grad()
-def settle(model: nn.Module, images: Tensor) -> None:
-    """Norms of maps take the statistics of ``images``. Those of routers do not: the pooled features of a random network
+def settle(model: nn.Module, batches: list[Tensor]) -> None:
+    """Norms of maps take the statistics of ``batches``. Those of routers do not: pooled features of a random network
     hardly vary, and to divide by that deviation would amplify rounding."""
     norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
     for norm in norms:
         norm.momentum = None  # the plain average
         norm.reset_running_stats()
         norm.train()
-    model(images)
+    for images in batches:
+        model(images)
     for norm in norms:
         norm.momentum = 0.1
         assert norm.running_var is not None
