@@ -111,7 +111,11 @@ def _fill_from_file(model: nn.Module, source: Source, options: LoadOptions) -> d
     heads: dict[str, int] = {}
     if options.num_classes is None:
         state, heads = adapt(model, state, own, options.weights)
-    fill_foreign(model, state, options.weights, source)
+    try:
+        fill_foreign(model, state, options.weights, source)
+    except InputError as error:
+        fix = error.fix if error.fix.startswith("num_classes=") else f'load_model("{options.weights}")'
+        raise InputError(error.given, error.allowed, fix) from error
     return heads
 
 

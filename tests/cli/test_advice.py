@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import sys
 from collections.abc import Callable
@@ -180,6 +181,13 @@ MISTAKES: dict[str, Callable[[], list[str]]] = {
     "classes that the file has not": saved(small, "--arch", "torchvision:shufflenet_v2_x0_5", "--num-classes", "5"),
     "classes without an architecture": saved(small, "--num-classes", "5"),
     "a folder with a file": folder_of_weights,
+    "weights of another architecture for a name": lambda: [
+        *("convert", "torchvision:mobilenet_v2", "--weights", saved(small)()[1], *OUT)
+    ],
+    "classes that the file of a name has not": lambda: [
+        *("convert", "torchvision:shufflenet_v2_x0_5", "--num-classes", "5", "--weights", saved(small)()[1], *OUT)
+    ],
+    "a training state with its options": saved(lambda: {"state_dict": small(), "args": argparse.Namespace(lr=1)}),
     "an architecture for an artifact": artifact("convert", "made.safetensors", "--arch", "nets:tiny", *OUT),
     "no output": lambda: ["convert", "nets:tiny", "--input-size", "32"],
     "another suffix": lambda: ["convert", "nets:tiny", "--input-size", "32", "-o", "out.pt"],
@@ -283,6 +291,17 @@ def test_a_class_of_a_script_goes_into_a_module(
     torch.save(model.state_dict(), "model.pt")
     monkeypatch.delitem(sys.modules, "nets")
     assert condconv("convert", "model.pt", "--arch", "nets:Net", *OUT)[0] == 0
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+def test_the_code_that_an_error_proposes_runs(here: Path, condconv: Run) -> None:
+    model = importlib.import_module("nets").tiny().eval()
+    torch.jit.trace(model, torch.zeros(1, 3, 16, 16)).save("script.pt")
+    code, _, error = condconv("convert", "script.pt", *OUT)
+    assert code == 2
+    exec(advice_in(error).partition(" where you trust it")[0], {"torch": torch})
+    code, _, error = condconv("convert", "model.pt", "--arch", "nets:tiny", *OUT)
+    assert code == 0, error
 
 
 def test_only_a_classifier_is_sent_to_finetune(here: Path, condconv: Run) -> None:
