@@ -83,7 +83,7 @@ def _base(base: str | Path | nn.Module | None, trust: tuple[str, ...] = ()) -> B
     if base is None:
         return None
     if isinstance(base, nn.Module):
-        return Base(type(base).__name__, dict(base.state_dict()))
+        return Base(type(base).__name__, {name: tensor.cpu() for name, tensor in base.state_dict().items()})
     path = Path(base)
     published = published_weights(path) if path.is_file() else None
     name = path.name if path.is_file() else f"{base}"

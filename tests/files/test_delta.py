@@ -99,6 +99,16 @@ def test_a_converted_linear_and_a_bias(tmp_path: Path) -> None:
             torch.testing.assert_close(cs.load(tmp_path / "m.safetensors", base=net)(X), model(X))
 
 
+@pytest.mark.parametrize("precision", ["exact", "bfloat16"])
+def test_a_model_of_another_dtype(base: Path, trained: nn.Module, tmp_path: Path, precision: str) -> None:
+    half = copy.deepcopy(trained).bfloat16()
+    record = cs.save(half, tmp_path / "m.safetensors", base=base, precision=precision)
+    loaded = cs.load(tmp_path / "m.safetensors", base=base).state_dict()
+    for name, tensor in half.state_dict().items():
+        assert loaded[name].dtype == tensor.dtype
+        torch.testing.assert_close(loaded[name], tensor, atol=record.error, rtol=0)
+
+
 def test_the_base_is_found_by_its_name(
     base: Path, trained: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -77,13 +77,15 @@ def encode(tensors: Tensors, base: Base, rounded: bool) -> tuple[Tensors, DeltaR
     repeated: dict[str, tuple[int, ...]] = {}
     differences: dict[str, str] = {}
     error = 0.0
-    for name, tensor in tensors.items():
+    for name, on_device in tensors.items():
+        tensor = on_device.cpu()
         own = _counterpart(base.tensors.get(name), tensor)
+        same = own is not None and tensor.dtype == own.dtype and torch.equal(tensor, own.expand_as(tensor))
         if own is None:
             stored[name] = tensor
-        elif tensor.shape == base.tensors[name].shape and torch.equal(tensor, own):
+        elif same and tensor.shape == base.tensors[name].shape:
             equal.append(name)
-        elif tensor.dim() == own.dim() + 1 and torch.equal(tensor, own.expand_as(tensor)):
+        elif same:
             repeated[name] = tuple(tensor.shape)
         elif rounded and tensor.is_floating_point() and own.dim() > 1:
             stored[name] = (tensor.float() - own.float()).bfloat16()
