@@ -18,8 +18,9 @@ from condconv_surgery.models.artifact.strict_fill import fill_foreign, modern_na
 from condconv_surgery.models.build_model import build
 from condconv_surgery.models.checkpoints.adapt_outer_layers import adapt
 from condconv_surgery.models.checkpoints.allowlist import trusted
+from condconv_surgery.models.checkpoints.outer_layers import shapes_of
 from condconv_surgery.models.checkpoints.read_checkpoint import read_checkpoint
-from condconv_surgery.models.checkpoints.recognise_architecture import recognise_module
+from condconv_surgery.models.checkpoints.recognise_architecture import recognise, recognise_module
 from condconv_surgery.models.checkpoints.recognise_body import recognise_body
 from condconv_surgery.models.checkpoints.state_names import fitting_names
 from condconv_surgery.models.factory_source import FACTORY, named, package_of, require_trusted
@@ -162,13 +163,21 @@ def _load_checkpoint(text: str, options: LoadOptions) -> nn.Module:
 
 
 def _recognised(layout: Layout, state: dict[str, Tensor], own: dict[str, Tensor]) -> Source:
-    try:
+    """The architecture of the weights; of plain ones also with another stem or head, torchvision's before timm's."""
+    if layout is not PLAIN:
         return layout.recognise(state)
+    try:
+        return recognise(shapes_of(state), with_timm=False)
     except InputError:
-        source = recognise_body(own) if layout is PLAIN else None
-        if source is None:
-            raise
-        return source
+        source = recognise_body(own, "torchvision", beside=False)
+    if source is None:
+        try:
+            return recognise(shapes_of(state))
+        except InputError:
+            source = recognise_body(own, "torchvision") or recognise_body(own, "timm")
+            if source is None:
+                raise
+    return source
 
 
 def _with_better_arch(error: InputError, layout: Layout, own: dict[str, Tensor]) -> InputError:

@@ -34,10 +34,11 @@ VARIATIONS: tuple[dict[str, Any], ...] = ({}, {"aux_logits": False}, {"aux_loss"
 """Options that change which tensors a torchvision model has."""
 
 
-def recognise(shapes: Shapes, timm_names: list[str] | None = None) -> Source:
+def recognise(shapes: Shapes, timm_names: list[str] | None = None, *, with_timm: bool = True) -> Source:
     """The one torchvision, else own, else timm model with these tensors; the head's shape gives the number of classes.
 
-    timm_names: the only candidates, where the layout of the file restricts them.
+    timm_names: the only candidates, where the layout of the file restricts them. with_timm: building one model of each
+    of its families takes seconds, once in a process.
 
     Raises ``InputError`` when none or several match, with the nearest.
     """
@@ -46,7 +47,7 @@ def recognise(shapes: Shapes, timm_names: list[str] | None = None) -> Source:
         matches = (
             _matches(shapes, "torchvision", families_of("torchvision"))
             or _matches(shapes, "condconv", {"": list(WIDTHS)})
-            or _matches(shapes, "timm", families_of("timm"))
+            or (_matches(shapes, "timm", families_of("timm")) if with_timm else [])
         )
     else:
         matches = _matches(shapes, "timm", {"": timm_names})

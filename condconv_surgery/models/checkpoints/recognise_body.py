@@ -14,21 +14,20 @@ from condconv_surgery.models.checkpoints.state_names import as_children, fitting
 from condconv_surgery.recipe import Source
 
 
-def recognise_body(state: dict[str, Tensor]) -> Source | None:
-    """The one torchvision, else timm classifier whose tensors are all in ``state``, but for its stem and head.
+def recognise_body(state: dict[str, Tensor], library: str, *, beside: bool = True) -> Source | None:
+    """The one classifier of torchvision or timm whose tensors are all in ``state``, but for its stem and head.
 
     Under any prefix that a quarter of the tensors have; torchvision's also as the children of an ``nn.Sequential``.
+    beside: tensors of modules that it does not have may stand beside them, under the same prefix.
     """
-    parts = [shapes_of(part) for part in (fitting_names(state), *parts_of(state))]
-    for library in ("torchvision", "timm"):
-        for part in parts:
-            found = list(_matches(library, part))
-            if found:
-                return found[0] if len(found) == 1 else None
+    for part in (fitting_names(state), *parts_of(state)):
+        found = list(_matches(library, shapes_of(part), beside))
+        if found:
+            return found[0] if len(found) == 1 else None
     return None
 
 
-def _matches(library: str, own: Shapes) -> Iterator[Source]:
+def _matches(library: str, own: Shapes, beside: bool) -> Iterator[Source]:
     for names in filter(None, families_of(library).values()):
         shapes = own
         if library == "torchvision" and all(name.partition(".")[0].isdigit() for name in own):
@@ -37,7 +36,11 @@ def _matches(library: str, own: Shapes) -> Iterator[Source]:
         if not any(_body_tops(first) <= tops for _, first in variations(library, names[0])):
             continue
         for name in names:
-            fitting = (source for source, network in variations(library, name) if body_fits(network, shapes))
+            fitting = (
+                source
+                for source, network in variations(library, name)
+                if body_fits(network, shapes) and (beside or tops <= {key.partition(".")[0] for key in network})
+            )
             if source := next(fitting, None):
                 yield source
 
