@@ -8,6 +8,7 @@ import platform
 import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -118,6 +119,27 @@ def test_what_the_compiler_says_is_the_error(tmp_path: Path, monkeypatch: pytest
     with pytest.raises(BuildError, match=r"error: .nothing. was not declared"):
         build_kernels.build(tmp_path / "kernels.so")
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+@pytest.mark.slow
+def test_a_wheel_that_cannot_be_compiled_has_no_library_and_is_for_every_platform(tmp_path: Path) -> None:
+    """Also in a folder where a library was built before."""
+    environment = {**os.environ, "CXX": "no-such-compiler"}
+    build = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(tmp_path)]
+    root = Path(__file__).parents[2]
+    tree = tmp_path / "tree"
+    for folder in ("condconv_surgery", "cli"):
+        shutil.copytree(root / folder, tree / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
+        shutil.copy2(root / name, tree)
+    library = tree / "condconv_surgery" / "ops" / "backends" / "cpp" / "kernels.so"
+    library.write_bytes(b"built before")
+    subprocess.run([*build, str(tree)], env=environment, check=True, capture_output=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    assert wheel.name.endswith("-py3-none-any.whl")
+    names = zipfile.ZipFile(wheel).namelist()
+    assert not [name for name in names if name.endswith(".so")]
+    assert "condconv_surgery/ops/backends/cpp/source/kernels.h" in names
 
 
 @pytest.mark.slow
