@@ -12,7 +12,7 @@ from condconv_surgery.recipe import TrainingOptions
 from condconv_surgery.recipe.study_arms import DEFAULT_ARMS, parse_arms
 from condconv_surgery.recipe.study_options import BUDGETS, StudyOptions
 
-from .console import print_json, say
+from .console import is_first, print_json, say
 from .finetune import callback_in_flags, effective_options
 from .rule_options import flags_that_are_set, with_rule_options
 
@@ -90,7 +90,7 @@ def _study(study: StudyOptions, options: TrainingOptions, ctx: typer.Context, as
         rates=study.rates,
         display=lambda: BestEpoch(callback_in_flags(ctx)),
     )
-    if not _is_first():
+    if not is_first():
         return
     if not report.complete:
         raise typer.Exit(130)
@@ -105,7 +105,7 @@ def _quick(options: TrainingOptions, ctx: typer.Context, as_json: bool) -> None:
     from condconv_surgery.studies import quick_check
 
     found = quick_check(options.model, options, display=lambda: callback_in_flags(ctx))
-    if not _is_first():
+    if not is_first():
         return
     if found is None:
         raise typer.Exit(130)
@@ -126,10 +126,3 @@ def _print_quick(found: QuickCheck) -> None:
     console = make_console()
     console.print(simple_table(headers, rows))
     console.print(f"\n[bold]{found.verdict}[/bold]")
-
-
-def _is_first() -> bool:
-    """Is this the first process of a run under torchrun? Only it prints."""
-    import os
-
-    return os.environ.get("RANK", "0") == "0"

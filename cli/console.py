@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Iterable
 from typing import Any
@@ -27,3 +28,8 @@ def say_by_reason(title: str, reasons: Iterable[tuple[str, str]]) -> None:
 def print_json(data: dict[str, Any]) -> None:
     """Print one JSON object on stdout."""
     print(json.dumps(data, indent=2, allow_nan=False))
+
+
+def is_first() -> bool:
+    """Is this the first process of a run under torchrun? Only it prints."""
+    return os.environ.get("RANK", "0") == "0"

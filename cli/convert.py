@@ -70,7 +70,9 @@ def convert(
     min_channels: Annotated[int, typer.Option(help="Skip layers with fewer input or output channels.")] = 0,
     skip_stem: Annotated[bool, typer.Option(help="Skip the first convolution, which sees the image.")] = True,
     skip_pooled: Annotated[bool, typer.Option(help="Skip convolutions over 1x1 maps (squeeze-and-excite).")] = True,
-    classifier: Annotated[bool, typer.Option("--classifier", help="Also convert the last Linear.")] = False,
+    classifier: Annotated[
+        bool, typer.Option("--classifier", help="Also convert the last layer, which gives the logits.")
+    ] = False,
     diversity: Annotated[
         float | None, typer.Option(help="Noise that separates the experts, in standard deviations of the weight.")
     ] = None,

@@ -12,7 +12,7 @@ from condconv_surgery.errors import InputError
 from condconv_surgery.recipe import TrainingOptions
 from condconv_surgery.recipe.toml_text import from_toml, parse_setting, to_toml
 
-from .console import print_json, say
+from .console import is_first, print_json, say
 from .rule_options import flags_that_are_set, with_rule_options
 from .translate_arguments import to_flags
 
@@ -45,12 +45,17 @@ def finetune(
         return
     options.require_complete()
     result = _train(options, resume, ctx)
-    if result is None:
-        return
+    if is_first():
+        _say_result(result, as_json)
+    if result.stopped_by:
+        raise typer.Exit(128 + result.stopped_by)
+
+
+def _say_result(result: TrainingResult, as_json: bool) -> None:
     if as_json:
         print_json(result.to_dict())
-    if result.stopped_by == 2:
-        raise typer.Exit(130)
+    if result.stopped_by:
+        say(f"Resume: condconv finetune -o {shlex.quote(result.output)} --resume")
 
 
 def effective_options(
@@ -75,15 +80,11 @@ def effective_options(
     return options.updated(changes)
 
 
-def _train(options: TrainingOptions, resume: bool, ctx: typer.Context) -> TrainingResult | None:
-    """The run; ``None`` in every process but the first."""
-    import os
-
+def _train(options: TrainingOptions, resume: bool, ctx: typer.Context) -> TrainingResult:
     from condconv_surgery.training import finetune as train
 
     say(f"Loading {options.model}")
-    result = train(options.model, options, resume=resume, callback=callback_in_flags(ctx, options.trust))
-    return result if os.environ.get("RANK", "0") == "0" else None
+    return train(options.model, options, resume=resume, callback=callback_in_flags(ctx, options.trust))
 
 
 def callback_in_flags(ctx: typer.Context, trust: tuple[str, ...] = ()) -> Callback:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 from typing import Annotated
 
@@ -73,7 +74,9 @@ def condconv(
 
 
 def run() -> None:
-    """The entry point: exit code 0 done, 1 the work failed, 2 the input is wrong, 130 interrupted."""
+    """The entry point: exit code 0 done, 1 the work failed, 2 the input is wrong, 128 + its number after a signal."""
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal in ASCII, a file name in another encoding: no crash
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         app()
     except SurgeryError as error:

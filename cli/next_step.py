@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,6 +22,7 @@ def next_step(model: nn.Module, path: Path, trust: tuple[str, ...]) -> str:
     recipe = recipe_of(model)
     packages = packages_to_trust(recipe.source, trust) if recipe else trust
     trusting = "".join(f" --trust {package}" for package in packages)
+    file = shlex.quote(str(path))
     if not is_classifier(model):
-        return f"condconv report {path}{trusting}     (finetune trains classifiers; this one trains in your own loop)"
-    return f"condconv finetune {path} --data FOLDER -o RUN{trusting}"
+        return f"condconv report {file}{trusting}     (finetune trains classifiers; this one trains in your own loop)"
+    return f"condconv finetune {file} --data FOLDER -o RUN{trusting}"

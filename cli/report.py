@@ -23,7 +23,9 @@ DTYPES = ("float32", "bfloat16", "float16", "float64")
 def report(
     models: Annotated[
         list[str],
-        typer.Argument(help="A file, torchvision:NAME, timm:NAME, pkg.mod:factory. Several: side by side."),
+        typer.Argument(
+            help="A file, a run directory, torchvision:NAME, timm:NAME, pkg.mod:factory. Several: side by side."
+        ),
     ],
     data: Annotated[
         str | None,

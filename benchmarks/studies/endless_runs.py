@@ -26,7 +26,7 @@ from condconv_surgery.recipe.training_sections import LayerOptions, OptimizerOpt
 from condconv_surgery.reporting import profile
 from condconv_surgery.reporting.measure.expert_similarity import measure_experts
 from condconv_surgery.training import Batch, GateRecorder, apply_schedule, train_step
-from condconv_surgery.training.optimizers import make_optimizer
+from condconv_surgery.training.optimization.optimizers import make_optimizer
 from examples.endless_emoji import MEAN, STD, EndlessEmoji
 
 BATCH, BASE_STEPS, BASE_LR, STEPS = 64, 20_000, 4e-3, 10_000

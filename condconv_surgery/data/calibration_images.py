@@ -34,7 +34,9 @@ def calibration_images(source: str | Path, spec: InputSpec, batch: int = 16) -> 
     transform = EvaluationTransform(spec)
     paths = find_unlabelled_images(Path(source), CALIBRATION_IMAGES)
     for start in range(0, len(paths), batch):
-        yield torch.stack([transform(read_image(path, spec.channels)) for path in paths[start : start + batch]])
+        yield torch.stack(
+            [transform(read_image(path, spec.channels, transform.least)) for path in paths[start : start + batch]]
+        )
 
 
 def calibration_subset(images: LabelledImages, spec: InputSpec, batch: int = 16) -> list[Tensor]:
@@ -43,5 +45,5 @@ def calibration_subset(images: LabelledImages, spec: InputSpec, batch: int = 16)
     found = []
     for index in range(len(chosen)):
         with suppress(UnreadableImageError):
-            found.append(transform(chosen.decode(index, spec.channels)))
+            found.append(transform(chosen.decode(index, spec.channels, transform.least)))
     return [torch.stack(found[start : start + batch]) for start in range(0, len(found), batch)]

@@ -10,8 +10,8 @@ from typing import Any
 
 from PIL import Image
 
-from condconv_surgery.data.decode_image import diagnosis, strict_pillow
-from condconv_surgery.data.duplicates import Looks, duplicates, looks_of
+from condconv_surgery.data.decode_image import diagnosis, reduce_jpeg, strict_pillow
+from condconv_surgery.data.duplicates import CHECKED_SIDE, Looks, duplicates, looks_of
 from condconv_surgery.data.find_data import DividedData, divide, find_parts, require_data
 from condconv_surgery.data.labelled_images import LabelledImages, even_subset
 from condconv_surgery.errors import InputError, listed
@@ -139,9 +139,11 @@ def _looker(images: LabelledImages) -> Callable[[int], _Fact]:
         name = images.name(index)
         try:
             with images.open(index) as image:
-                mode = _mode(image)
+                mode, stored = _mode(image), image.size
+                reduce_jpeg(image, CHECKED_SIDE)
                 upright = to_channels(image)
-                return _Fact(name, upright.size, mode, "", looks_of(upright))
+                turned = (upright.width < upright.height) != (stored[0] < stored[1])
+                return _Fact(name, stored[::-1] if turned else stored, mode, "", looks_of(upright))
         except Exception as error:  # PIL's readers raise whatever the bytes lead them into
             return _Fact(name, reason=diagnosis(error)[0])
 

@@ -22,6 +22,7 @@ SIDE = 16
 NEAR = 4.0  # levels of 255
 CONTRAST = 0.1
 BLOCK = 512
+CHECKED_SIDE = 512  # shorter side to which a large JPEG may be decoded: much more than ``SIDE``
 
 Copy = npt.NDArray[np.float32]
 
@@ -73,7 +74,7 @@ def duplicate_groups(images: LabelledImages) -> list[int]:
     group, first_with, unique, where = list(range(len(images))), dict[bytes, int](), list[Looks](), list[int]()
     for index in range(len(images)):
         try:
-            looks = looks_of(images.decode(index))
+            looks = looks_of(images.decode(index, least=CHECKED_SIDE))
         except UnreadableImageError:
             continue
         group[index] = first_with.setdefault(looks.digest, index)

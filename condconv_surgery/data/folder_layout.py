@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 from condconv_surgery.data.walk_images import entries_of, is_hidden, visible_folders, why_no_image
@@ -63,7 +64,10 @@ def find_parts_of(root: Path, layout: str = "auto") -> FolderParts:
     """
     if layout == "classes":
         return FolderParts(root)
-    folders = [_Folder.of(root / name) for name in visible_folders(root)]
+    names = visible_folders(root)
+    if not any(map(role_of, names)) and any(_Folder.of(root / name).images for name in names):
+        return FolderParts(root)  # classes by name and content; the others need not be listed
+    folders = [_Folder.of(root / name) for name in names]
     folders = [folder for folder in folders if folder.classes or folder.images]
     parts: dict[str, _Folder] = {}
     for folder in (folder for folder in folders if folder.holds_classes and folder.role):
@@ -91,8 +95,9 @@ class _Folder:
 
     @classmethod
     def of(cls, path: Path) -> _Folder:
-        files = [entry for entry in entries_of(path) if not is_hidden(entry.name) and not entry.is_dir()]
-        images = any(why_no_image(Path(entry.path)) is None for entry in files[:LOOKED_AT])
+        shown = [entry for entry in entries_of(path) if not is_hidden(entry.name)]
+        files = islice((entry for entry in shown if not entry.is_dir()), LOOKED_AT)
+        images = any(why_no_image(Path(entry.path)) is None for entry in files)
         return cls(path, frozenset(visible_folders(path)), images)
 
     @property

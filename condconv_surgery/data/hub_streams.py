@@ -12,7 +12,7 @@ from torch.utils.data import Dataset
 
 from condconv_surgery.data.decode_image import UnreadableImageError, decode_image
 from condconv_surgery.data.hub_datasets import columns, load_splits, open_cell, split_names, undecoded
-from condconv_surgery.data.image_dataset import Sample, Transform
+from condconv_surgery.data.image_dataset import Sample, Transform, UnreadableName
 from condconv_surgery.errors import InputError, TrainingError
 from condconv_surgery.recipe.training_sections import DataOptions
 from condconv_surgery.runtime.seeding import seeded
@@ -59,7 +59,7 @@ class HubStream:
         except Exception as error:  # pyarrow, fsspec and http clients have no base class in common
             raise TrainingError(
                 f"{self.title} can't be read on after row {number} of epoch {epoch + 1}: {error}.",
-                "The source must stay readable. States saved before are kept.",
+                "The source must stay readable.",
                 "the same run with resume=True",
             ) from error
 
@@ -67,17 +67,17 @@ class HubStream:
 class StreamDataset(Dataset[Sample]):
     """Rows as samples; one without a label, or that cannot be decoded, has no image."""
 
-    def __init__(self, title: str, transform: Transform, *, channels: int = 3, seed: int = 0) -> None:
-        self.title, self.transform, self.channels, self.seed = title, transform, channels, seed
+    def __init__(self, title: str, transform: Transform, *, channels: int = 3, seed: int = 0, least: int = 0) -> None:
+        self.title, self.transform, self.channels, self.seed, self.least = title, transform, channels, seed, least
 
     def __getitem__(self, row: StreamRow) -> Sample:
         if row.label < 0:
             return Sample(None, -1, (f"{self.title}: row {row.number} of epoch {row.epoch + 1}, which has no label",))
         try:
-            image = decode_image(partial(open_cell, row.cell), self.channels)
-        except UnreadableImageError:
+            image = decode_image(partial(open_cell, row.cell), self.channels, least=self.least)
+        except UnreadableImageError as error:
             name = (row.cell or {}).get("path") or f"row {row.number} of epoch {row.epoch + 1}"
-            return Sample(None, -1, (f"{self.title}: {name}",))
+            return Sample(None, -1, (UnreadableName(f"{self.title}: {name}", error.reason),))
         with seeded(self.seed, "transform", row.epoch, row.number):
             return Sample(self.transform(image), row.label)
 

@@ -24,6 +24,21 @@ class Draw(NamedTuple):
     image: int
 
 
+class UnreadableName(str):
+    """The name of an image that cannot be read, and the reason."""
+
+    __slots__ = ("reason",)
+    reason: str
+
+    def __new__(cls, name: str, reason: str) -> UnreadableName:
+        self = super().__new__(cls, name)
+        self.reason = reason
+        return self
+
+    def __reduce__(self) -> tuple[type[UnreadableName], tuple[str, str]]:
+        return type(self), (str(self), self.reason)  # from a loader's process
+
+
 class Sample(NamedTuple):
     """``image`` [C, H, W], ``None`` when it cannot be read, and its class; ``unreadable``: names of skipped images."""
 
@@ -51,16 +66,25 @@ class ImageDataset(Dataset[Sample]):
 
     replace: the next readable image replaces an unreadable one, so that a training batch keeps its size; otherwise an
         unreadable image is omitted, so that no image is scored twice.
+    least: pixels of an image's shorter side that the transform needs (``decode_image``).
     """
 
     def __init__(
-        self, images: LabelledImages, transform: Transform, *, channels: int = 3, seed: int = 0, replace: bool = False
+        self,
+        images: LabelledImages,
+        transform: Transform,
+        *,
+        channels: int = 3,
+        seed: int = 0,
+        replace: bool = False,
+        least: int = 0,
     ) -> None:
         self.images = images
         self.transform = transform
         self.channels = channels
         self.seed = seed
         self.replace = replace
+        self.least = least
 
     def __len__(self) -> int:
         return len(self.images)
@@ -70,9 +94,9 @@ class ImageDataset(Dataset[Sample]):
         for step in range(len(self) if self.replace else 1):
             index = (draw.image + step) % len(self)
             try:
-                image = self.images.decode(index, self.channels)
-            except UnreadableImageError:
-                unreadable.append(self.images.name(index))
+                image = self.images.decode(index, self.channels, self.least)
+            except UnreadableImageError as error:
+                unreadable.append(UnreadableName(self.images.name(index), error.reason))
                 continue
             with seeded(self.seed, "transform", draw.epoch, draw.image):
                 return Sample(self.transform(image), self.images.labels[index], tuple(unreadable))

@@ -8,6 +8,7 @@ images.skipped                                               # (("hidden", 2), (
 from __future__ import annotations
 
 import os
+import shlex
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -127,4 +128,6 @@ def require_folder(folder: Path) -> None:
     if not folder.is_dir():
         raise InputError(f"{folder} is a file, not a folder.", LAYOUT, 'data="FOLDER"')
     if not os.access(folder, os.R_OK | os.X_OK):
-        raise InputError(f"{folder} cannot be read.", "The folder must be readable.", f"chmod -R u+rX {folder}")
+        raise InputError(
+            f"{folder} cannot be read.", "The folder must be readable.", f"chmod -R u+rX {shlex.quote(str(folder))}"
+        )

@@ -42,9 +42,9 @@ class LabelledImages(ABC):
         """Identifies an image, wherever the data set is stored."""
         return self.name(index)
 
-    def decode(self, index: int, channels: int = 3) -> Image.Image:
+    def decode(self, index: int, channels: int = 3, least: int = 0) -> Image.Image:
         """One image as ``decode_image`` makes it. Raises ``UnreadableImageError``."""
-        return decode_image(lambda: self.open(index), channels, self.name(index))
+        return decode_image(lambda: self.open(index), channels, self.name(index), least)
 
     def __len__(self) -> int:
         return len(self.labels)

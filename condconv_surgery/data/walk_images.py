@@ -7,6 +7,7 @@ images if their first bytes say so. What is not read is counted by reason.
 from __future__ import annotations
 
 import os
+import shlex
 from collections import Counter
 from collections.abc import Iterable
 from functools import cache
@@ -21,6 +22,7 @@ SUFFIXES = (
     *(".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".gif", ".webp", ".avif", ".bmp", ".dib", ".tif", ".tiff", ".ppm"),
     *(".pgm", ".pbm", ".pnm", ".jp2", ".j2k", ".tga", ".pcx"),
 )
+_SUFFIXES = frozenset(SUFFIXES)
 HEIC = (".heic", ".heif", ".hif")
 RAW = (
     *(".3fr", ".arw", ".cr2", ".cr3", ".crw", ".dng", ".kdc", ".mrw", ".nef", ".nrw", ".orf", ".pef", ".raf", ".raw"),
@@ -84,7 +86,9 @@ def entries_of(folder: Path) -> list[os.DirEntry[str]]:
             return list(entries)
     except OSError as error:
         raise InputError(
-            f"{folder} cannot be read: {error.strerror}.", "Its folders must be readable.", f"chmod -R u+rX {folder}"
+            f"{folder} cannot be read: {error.strerror}.",
+            "Its folders must be readable.",
+            f"chmod -R u+rX {shlex.quote(str(folder))}",
         ) from error
 
 
@@ -100,14 +104,15 @@ class _Walk:
         while waiting:
             relative, outside = waiting.pop()
             for entry in entries_of(self.root / relative):
-                below = f"{relative}{os.sep}{entry.name}"
-                if is_hidden(entry.name):
+                base = entry.name
+                below = f"{relative}{os.sep}{base}"
+                if base[0] != "." and base[base.rfind(".") :].lower() in _SUFFIXES and not entry.is_dir():
+                    found.append(below)  # most entries, by the fewest calls: there may be millions
+                elif is_hidden(base):
                     skipped["hidden"] += 1
                 elif entry.is_dir():
                     if self.enters(Path(entry.path), outside, skipped):
                         waiting.append((below, outside or entry.is_symlink()))
-                elif os.path.splitext(entry.name)[1].lower() in SUFFIXES:  # noqa: PTH122  # fast: most entries
-                    found.append(below)
                 elif reason := why_no_image(Path(entry.path)):
                     skipped[reason] += 1
                 else:

@@ -37,7 +37,7 @@ class FolderBatches(Sequence[Labelled]):
             raise IndexError(index)
         transform = EvaluationTransform(self.spec)
         chosen = range(index * BATCH, min((index + 1) * BATCH, len(self.images)))
-        images = [transform(self.images.decode(i, self.spec.channels)) for i in chosen]
+        images = [transform(self.images.decode(i, self.spec.channels, transform.least)) for i in chosen]
         return torch.stack(images), self.logits[torch.tensor([self.images.labels[i] for i in chosen])]
 
 

@@ -14,6 +14,9 @@ from torchvision.transforms.v2 import functional as tv
 from condconv_surgery.models.eight_bits import to_eight_bits, upright
 from condconv_surgery.recipe import InputSpec
 
+REDUCING_GAP = 2
+"""How much larger than the resized image a decoded one must be at least (as PIL's ``thumbnail``)."""
+
 
 @dataclass(frozen=True)
 class EvaluationTransform:
@@ -25,6 +28,12 @@ class EvaluationTransform:
     """
 
     spec: InputSpec
+
+    @property
+    def least(self) -> int:
+        """Pixels of an image's shorter side from which on a larger one would not look different: twice the resized."""
+        spec = self.spec
+        return REDUCING_GAP * _enlarged(max(spec.height, spec.width), spec.crop_fraction)
 
     def __call__(self, image: Image.Image) -> Tensor:
         spec = self.spec
@@ -53,6 +62,8 @@ def to_channels(image: Image.Image, channels: int = 3) -> Image.Image:
     (The stored colour of a transparent pixel is arbitrary.) Raises ``UnknownRangeError`` for floats without a range.
     """
     mode = "L" if channels == 1 else "RGB"
+    if type(image) is Image.Image and image.mode == mode and not image.info.keys() & {"transparency", "exif"}:
+        return image  # in memory, as this function made it
     image = upright(to_eight_bits(image))
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         rgba = image.convert("RGBA")

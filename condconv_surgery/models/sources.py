@@ -62,8 +62,8 @@ def load_model(
 
     source: ``torchvision:NAME``, ``timm:NAME``, ``transformers:FOLDER``, ``hf:OWNER/NAME``, ``condconv:NAME``
         (``mobilenet_v1``), ``package.module:factory``, an artifact (``save``), the folder of one or of a model of
-        transformers (``save_pretrained``), a file with a state dict or a pickled module, or what was added by
-        ``register_source``.
+        transformers (``save_pretrained``), a run directory (its ``best.safetensors``), a file with a state dict or a
+        pickled module, or what was added by ``register_source``.
     arch: the architecture of a state dict that is not recognised, as ``torchvision:NAME``, ``timm:NAME`` or
         ``package.module:factory``.
     weights: for a name: ``"default"`` (the library's pretrained ones), ``"none"`` (random) or a file.
@@ -74,7 +74,7 @@ def load_model(
 
     Raises ``InputError`` for a name or file that is none of these, ``DamagedFileError`` for a file that is not whole.
     """
-    text = f"{source}"
+    text = file_of_run(f"{source}")
     if not text.strip():
         raise InputError("The model's name is empty.", "It is a name or a file.", "torchvision:resnet18")
     options = LoadOptions(arch, f"{weights}", num_classes, trusted(trust))
@@ -90,6 +90,12 @@ def load_model(
         recipe = replace(recipe, weights_sha256=hash_weights(model))
     attach_recipe(model, recipe)
     return model
+
+
+def file_of_run(source: str) -> str:
+    """``best.safetensors`` of a run directory; anything else as it is."""
+    best = Path(source) / "best.safetensors"
+    return str(best) if source.strip() and best.is_file() else source
 
 
 def _is_file(text: str) -> bool:

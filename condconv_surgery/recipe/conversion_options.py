@@ -24,7 +24,7 @@ class Selection:
     skip_stem: skip the first convolution, which sees the image and not features.
     skip_pooled: skip convolutions over a 1x1 map (squeeze-and-excite), where mixing n kernels costs n times the
         convolution itself; the papers keep them static too.
-    classifier: also convert the last ``nn.Linear`` (a Linear is a 1x1 convolution).
+    classifier: also convert the last layer: an ``nn.Linear`` (a 1x1 convolution), or a convolution that gives logits.
     blocks: with ``routing="block"``, globs or ``re:`` over the names of modules that share one router each; none
         means the smallest module around each layer that holds more than one converted layer.
     subclasses: full names of classes (``package.module.Class``) that override ``nn.Conv2d.forward`` and compute the

@@ -23,6 +23,7 @@ from condconv_surgery.studies.step_times import epochs_in_equal_time, measure_st
 from condconv_surgery.studies.study_folder import read_record, require_same_study, write_record
 from condconv_surgery.studies.study_inputs import StudyInputs, study_inputs
 from condconv_surgery.studies.study_settings import environment, protocol, settings_of
+from condconv_surgery.training.batches.check_before_run import write_check
 from condconv_surgery.training.batches.loaders import input_spec
 from condconv_surgery.training.distributed.world import World, open_world
 from condconv_surgery.training.monitor.callback import Callback
@@ -58,7 +59,7 @@ def compare(
     options: of training, for all arms, as for ``finetune``. ``optimizer.lr`` is the middle of the search.
     data: images in three parts (``find_three_parts``): runs train on the first; the second chooses learning rate and
         epoch; each run is scored once on the third.
-    output: the study's folder: ``study.json``, ``study.md``, ``study.png``, ``study.html`` and ``runs/``.
+    output: the study's folder: ``study.json``, ``.md``, ``.png`` and ``.html``, ``data.json`` and ``runs/``.
     seeds: scored runs of each arm, at the rate that was best for it in a search with a seed of its own.
     budget: ``"steps"`` or ``"time"`` (``StudyOptions``). rates: learning rates tried for each arm.
     display: makes the callback of each run. Default: with ``progress`` a bar or lines on stderr, else none.
@@ -104,8 +105,7 @@ class Study:
         total = len(self.options.arms) * (self.options.seeds + (self.options.rates if self.options.rates > 1 else 0))
         if self.world.is_first:
             found = describe(DividedData(self.parts.train, self.parts.val, self.parts.origin), BEFORE_A_RUN)
-            for line in found.lines():
-                self.note(line)
+            write_check(found, self.folder, self.note)
         for planned in self._missing():
             done = sum(len(arm.runs) + len(arm.search) for arm in self.record.arms)
             self.note(f"Run {done + 1} of {total}: {planned}")

@@ -39,7 +39,7 @@ def measure_step_seconds(
     with ExitStack() as stack:
         runs = {}
         for name, (model, options) in arms.items():
-            runs[name] = Run(model, options, world, StopRequest(), Callback(), images)
+            runs[name] = Run(model, options, world, StopRequest(), Callback(), images=images)
             stack.callback(runs[name].close)
         first = next(iter(runs.values()))
         batches = list(islice(first.data.batches_from(0), first.data.order.accumulate))

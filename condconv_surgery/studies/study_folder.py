@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
 from condconv_surgery.errors import DamagedFileError, InputError
 from condconv_surgery.recipe.study_record import StudyRecord
+from condconv_surgery.training.state.image_record import IMAGES
 from condconv_surgery.training.state.resume import flattened
 from condconv_surgery.training.state.run_files import write_text
 from condconv_surgery.training.state.run_state import BEFORE, LAST
@@ -51,13 +53,13 @@ def require_same_study(before: StudyRecord, settings: dict[str, Any], folder: Pa
         raise InputError(
             f"{folder} holds a study with other settings: {what}{', ...' if len(changed) > 4 else ''}.",
             "A study is continued with the same model, images, arms and options; only seeds may be added.",
-            f'the same options, or a new study: another output="STUDY" (or: rm -r {folder})',
+            f'the same options, or a new study: another output="STUDY" (or: rm -r {shlex.quote(str(folder))})',
         )
 
 
 def remove_states(run: Path) -> None:
-    """Remove what a completed run no longer needs: the states to resume from, and the weights that are not the best."""
-    for name in (LAST, BEFORE, "last.safetensors"):
+    """Remove what a completed run no longer needs: what it is resumed from, and the weights that are not the best."""
+    for name in (LAST, BEFORE, IMAGES, "last.safetensors"):
         (run / name).unlink(missing_ok=True)
 
 

@@ -47,7 +47,7 @@ def select(
     skipped = [Skip(name, FUNCTIONAL.format(cls)) for name, cls in observed.functional]
     for site in candidates:
         reason = _reason_to_skip(site, selection, site is stem, originals)
-        if site.linear and reason == NOT_INCLUDED:
+        if (site.linear or (site.head and selection.classifier)) and reason == NOT_INCLUDED:
             raise InputError(
                 f"classifier=True asks for {site.name}, but include= does not match it.",
                 "include= chooses among all layers, the classifier too.",
@@ -71,7 +71,7 @@ def select(
 
 def _candidates(observed: Sites, selection: Selection, source: str) -> list[ConvSite]:
     convolutions = [site for site in observed.sites if not site.linear]
-    if selection.classifier:
+    if selection.classifier and not any(site.head for site in convolutions):
         return [*convolutions, _classifier(observed, source)]
     if not convolutions:
         raise _no_convolution(observed, selection, source)
@@ -113,6 +113,9 @@ def _reason_to_skip(site: ConvSite, selection: Selection, is_stem: bool, origina
         "not called in a forward pass" if site.calls == 0 else "",
         _constant(site.module),
         NOT_INCLUDED if selection.include and not _any_matches(selection.include, site, originals) else "",
+        "the classifier: it gives the logits (classifier=True converts it)"
+        if site.head and not selection.classifier
+        else "",
         "matched by exclude=" if _any_matches(selection.exclude, site, originals) else "",
         "the stem: the first convolution sees the image, not features (skip_stem=False converts it)"
         if selection.skip_stem and is_stem

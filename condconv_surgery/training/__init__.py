@@ -21,7 +21,7 @@ from condconv_surgery.training.distillation import distillation_loss, feature_lo
 from condconv_surgery.training.evaluation import evaluate
 from condconv_surgery.training.finetuning import finetune
 from condconv_surgery.training.gate_regularization import ExpertDropout, GateRecorder, balance_loss, sharpness_loss
-from condconv_surgery.training.parameter_groups import parameter_groups, routing_parameters
+from condconv_surgery.training.optimization.parameter_groups import parameter_groups, routing_parameters
 from condconv_surgery.training.schedule import apply_schedule, lr_factor, temperature_at
 from condconv_surgery.training.state.progress import TrainingResult
 from condconv_surgery.training.step import train_step

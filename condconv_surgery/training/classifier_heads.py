@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from condconv_surgery.errors import InputError
+from condconv_surgery.errors import InputError, one_line
 from condconv_surgery.layers import ConditionalConv2d, ConditionalLinear, conditional_like
 from condconv_surgery.models.build_model import resized
 from condconv_surgery.models.classifier_logits import are_probabilities, matrices_of
@@ -19,6 +19,9 @@ from condconv_surgery.recipe import InputSpec, Recipe, attach_recipe, recipe_of
 from condconv_surgery.runtime.model_call import image_keyword
 from condconv_surgery.runtime.modes import in_mode
 from condconv_surgery.runtime.snapshot import preserving_state
+
+TOO_SMALL = ("output size is too small", "kernel size can't be greater than actual input size", "expected more than 1")
+"""What torch says of an image that is smaller than a network needs."""
 
 
 def fit_heads(model: nn.Module, classes: tuple[str, ...], spec: InputSpec) -> dict[str, int]:
@@ -117,7 +120,16 @@ def _run(model: nn.Module, spec: InputSpec, training: bool) -> list[Tensor]:
     parameter = next(model.parameters())
     x = torch.zeros(2, spec.channels, spec.height, spec.width, device=parameter.device, dtype=parameter.dtype)
     with preserving_state(model), in_mode(model, training):
-        return matrices_of(model(x))
+        try:
+            return matrices_of(model(x))
+        except (RuntimeError, ValueError) as error:
+            if not any(words in str(error).lower() for words in TOO_SMALL):
+                raise
+            raise InputError(
+                f"The model does not run on images of {spec.height}x{spec.width}: {one_line(error)}",
+                "Each layer must have an input of at least its kernel, and a batch norm more than one value.",
+                f"data.image_size={max(2 * max(spec.height, spec.width), 64)}",
+            ) from error
 
 
 def _layer_of(produced: Produced, logits: Tensor, *, or_by_width: bool) -> str | None:
@@ -142,10 +154,13 @@ def _like(head: nn.Module, width: int) -> nn.Module:
         g = head.geometry
         plain = nn.Linear(g.in_channels, width, head.bias is not None, head.weight.device, head.weight.dtype)
         return conditional_like(plain, head.variant)
+    if isinstance(head, ConditionalConv2d) and head.geometry.groups == 1:
+        conv = nn.Conv2d(**asdict(head.geometry), bias=head.bias is not None).to(head.weight)
+        return conditional_like(resized(conv, width), head.variant)
     if isinstance(head, nn.Linear) or (isinstance(head, nn.Conv2d) and head.groups == 1):
         return resized(head, width)
     raise InputError(
         f"The last layer is a {type(head).__name__}, which cannot be replaced.",
-        "It must be an nn.Linear, an nn.Conv2d with one group, or a converted nn.Linear.",
+        "It must be an nn.Linear or an nn.Conv2d with one group, converted or not.",
         'convert after fine-tuning, or leave the last layer out: convert(model, ..., exclude=["NAME"])',
     )

@@ -21,7 +21,6 @@ from condconv_surgery.training.learner import Learner
 from condconv_surgery.training.monitor.expert_use import ExpertUse, ExpertUseMeter
 from condconv_surgery.training.monitor.explained_errors import reading
 from condconv_surgery.training.monitor.nonfinite import first_nonfinite
-from condconv_surgery.training.state.stop_signals import StopRequest
 from condconv_surgery.training.tally import Tally
 
 
@@ -76,10 +75,10 @@ def score(
     batches: Iterable[Batch],
     black: Tensor,
     unreadable: UnreadableImages,
-    stop: StopRequest,
+    interrupted: Callable[[], bool],
     step: int,
 ) -> tuple[Tally, dict[str, ExpertUse]] | None:
-    """Scores and use of experts of the model that is saved, after ``step`` steps; ``None`` when the run is to stop.
+    """Scores and use of experts of the model that is saved, after ``step`` steps; ``None`` once ``interrupted()``.
 
     black: an image of zeros. All processes must call it together. Raises ``TrainingError`` when no image can be read,
     or the loss is not finite: such a model is not saved.
@@ -98,7 +97,7 @@ def score(
             reading(batches),
             world=world,
             cast=learner.cast,
-            interrupted=lambda: bool(stop),
+            interrupted=interrupted,
             unreadable=unreadable.add,
             nonfinite=nonfinite.append,
             idle=idle if learner.options.engine.shard else None,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -26,6 +27,7 @@ from condconv_surgery.training.monitor.run_summary import next_call
 from condconv_surgery.training.monitor.tensorboard_events import make_callback
 from condconv_surgery.training.run import Run
 from condconv_surgery.training.state.progress import TrainingResult
+from condconv_surgery.training.state.run_lock import locked_folder
 from condconv_surgery.training.state.stop_signals import StopRequest, catch_signals
 
 
@@ -58,12 +60,14 @@ def finetune(
     callback: called before the first step, after steps and epochs, and at the end.
     progress: show the run on stderr, as a bar on a terminal, else as lines. Default: unless ``callback`` is given.
 
-    SIGTERM or Ctrl-C save the state and return early (``stopped_by``). Seeds torch's global generators. With
-    ``engine.shard`` the model in memory stays sharded, which torch cannot undo: load ``last.safetensors``.
+    SIGTERM, SIGHUP or Ctrl-C save the state and return early (``stopped_by``). A folder holds one run at a time. Seeds
+    torch's global generators. With ``engine.shard`` the model in memory stays sharded, which torch cannot undo: load
+    ``last.safetensors``.
 
     Raises ``InputError`` for options, images or folders that cannot be used, ``TrainingError`` when training cannot
     continue, ``DamagedFileError`` when all saved states are damaged.
     """
+    _require_guard()
     options = complete_options(model, options, data, output)
     model = model_of(model, options)
     shown = displayed(callback, callback is None if progress is None else progress)
@@ -97,13 +101,17 @@ def train_run(
     images: training and validation images, instead of those that ``options.data`` names.
     """
     _require_unfolded(model)
-    with deterministic(options.engine.deterministic):
+    callback = make_callback(options, callback, world)
+    with deterministic(options.engine.deterministic), locked_folder(Path(options.output), world, callback.note) as lock:
         with explained_errors():
-            run = Run(model, options, world, request, make_callback(options, callback, world), images)
-        with explained_errors(lambda: run.progress.step):  # closing too: torch reports a dead worker at any moment
+            run = Run(model, options, world, request, callback, lock, images, resume)
+        with explained_errors(lambda: run.progress.step, run.kept):  # closing too: torch may report a dead worker then
             try:
-                run.begin(resume)
+                run.begin()
                 return run.train()
+            except Exception:
+                run.rescue()
+                raise
             finally:
                 run.close()
 
@@ -126,6 +134,16 @@ def complete_options(
     options.require_complete(model_is_given=isinstance(model, nn.Module))
     require_data(options.data)  # before a model is loaded: a wrong path fails at once
     return options
+
+
+def _require_guard() -> None:
+    """Raise ``InputError`` in a spawned process that is still importing the script which spawned it."""
+    if getattr(multiprocessing.current_process(), "_inheriting", False):  # as multiprocessing itself asks
+        raise InputError(
+            "finetune is called while a process that reads images imports the script.",
+            "Where processes are spawned, each imports the script, so that calls in it need a guard.",
+            'if __name__ == "__main__": before the call of finetune',
+        )
 
 
 def _require_unfolded(model: nn.Module) -> None:

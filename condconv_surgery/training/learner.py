@@ -8,12 +8,10 @@ from typing import Any
 import torch
 from torch import nn
 from torch.amp.grad_scaler import GradScaler
-from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn, get_ema_multi_avg_fn
 
 from condconv_surgery.data.image_dataset import Batch
 from condconv_surgery.errors import DivergedError, InputError
 from condconv_surgery.recipe.training_options import TrainingOptions
-from condconv_surgery.recipe.training_sections import EngineOptions
 from condconv_surgery.runtime.seeding import seed_of
 from condconv_surgery.training.batch_norm import freeze_batch_norms
 from condconv_surgery.training.batches.augmentation import batch_mix
@@ -24,8 +22,9 @@ from condconv_surgery.training.gate_regularization import ExpertDropout
 from condconv_surgery.training.gradient_checkpointing import checkpoint_blocks, uncheckpoint
 from condconv_surgery.training.monitor.nonfinite import first_nonfinite, first_nonfinite_gradient
 from condconv_surgery.training.objective import Objective, balanced_weights
-from condconv_surgery.training.optimizers import make_optimizer
-from condconv_surgery.training.parameter_groups import freeze, routing_parameters
+from condconv_surgery.training.optimization.optimizers import make_optimizer
+from condconv_surgery.training.optimization.parameter_groups import freeze, routing_parameters
+from condconv_surgery.training.optimization.weight_average import averaged
 from condconv_surgery.training.schedule import apply_schedule, apply_temperature
 from condconv_surgery.training.state.run_state import (
     State,
@@ -115,7 +114,7 @@ class Learner:
         else:
             self.skipped = 0
             if self.average is not None:
-                self.average.update_parameters(self.model)
+                self.average.update(self.model, step)
                 # that of the step, not a mean of temperatures
                 apply_temperature(self.average.module, step, steps, self.options.schedule)
         return outcome.tally
@@ -164,7 +163,7 @@ class Learner:
         if self.skipped > SKIPS_ALLOWED:
             raise DivergedError(
                 f"Loss scaling skipped {self.skipped} steps in a row, to step {step + 1}.",
-                "The last saved state is kept.",
+                "",
                 'engine.precision="bf16" or "fp32", or a smaller optimizer.lr=..., in a new run',
             )
 
@@ -172,7 +171,7 @@ class Learner:
         """The error for a ``what`` that is not finite after ``step`` steps, first in ``place``."""
         return DivergedError(
             f"The {what} is not finite at step {step}; first in {place or FINITE}.",
-            "The last saved state is kept.",
+            "",
             f"a new run with optimizer.lr={self.options.optimizer.lr / 3:.2g}, a longer schedule.warmup=..., or "
             'engine.precision="fp32"',
         )
@@ -214,15 +213,6 @@ def prepared(model: nn.Module, options: TrainingOptions, world: World) -> nn.Mod
     frozen = freeze(model, options.layers.freeze)
     freeze_batch_norms(model, None if options.layers.batch_norm == "freeze" else frozen)
     return model
-
-
-def averaged(model: nn.Module, engine: EngineOptions) -> AveragedModel | None:
-    """Torch's exponential moving average of weights and buffers; ``None`` for decay 0."""
-    if not engine.ema:
-        return None
-    if engine.shard:  # torch cannot mix sharded weights and plain buffers in one call
-        return AveragedModel(model, avg_fn=get_ema_avg_fn(engine.ema), use_buffers=True)  # type: ignore[no-untyped-call]
-    return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(engine.ema), use_buffers=True)  # type: ignore[no-untyped-call]
 
 
 def wrapped(model: nn.Module, options: TrainingOptions, world: World) -> nn.Module:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from itertools import islice
 from pathlib import Path
 
@@ -12,37 +13,39 @@ from torch import nn
 
 from condconv_surgery.data.image_dataset import Batch
 from condconv_surgery.errors import InputError
-from condconv_surgery.models.artifact.save_load import save, why_not_alone
+from condconv_surgery.models.artifact.save_load import save
 from condconv_surgery.recipe import Recipe, recipe_of
 from condconv_surgery.recipe.toml_text import to_toml
 from condconv_surgery.recipe.training_options import TrainingOptions
 from condconv_surgery.runtime.seeding import seeded
-from condconv_surgery.training.batch_norm import recalibrate
+from condconv_surgery.training.batch_norm import recalibrate, require_two_values
 from condconv_surgery.training.batches.check_before_run import report_check
 from condconv_surgery.training.batches.loaders import Data, TrainAndVal, input_spec, open_data
 from condconv_surgery.training.batches.unreadable_images import UnreadableImages
-from condconv_surgery.training.classifier_heads import fit_heads, probability_notes
+from condconv_surgery.training.classifier_heads import fit_heads
 from condconv_surgery.training.distributed.world import World
 from condconv_surgery.training.evaluation import score
 from condconv_surgery.training.learner import Learner
 from condconv_surgery.training.monitor.callback import Callback
 from condconv_surgery.training.monitor.expert_use import ExpertUse, without_effect
+from condconv_surgery.training.monitor.opening_notes import opening_notes, renamed_note
 from condconv_surgery.training.monitor.run_metrics import Meter, temperature_of
 from condconv_surgery.training.monitor.run_summary import start_lines
 from condconv_surgery.training.monitor.training_curves import draw_curves
-from condconv_surgery.training.monitor.unused_options import unused_options
+from condconv_surgery.training.state.image_record import with_recorded_images, write_image_record
 from condconv_surgery.training.state.progress import Progress, TrainingResult
 from condconv_surgery.training.state.resume import METRICS, RECIPE, cut_metrics, require_fresh, require_same_run
 from condconv_surgery.training.state.run_files import (
     copy_file,
     failing_resumably,
-    make_folder,
     read_rows,
     write_rows,
     write_text,
 )
-from condconv_surgery.training.state.run_state import load_state, save_state
+from condconv_surgery.training.state.run_lock import RunLock
+from condconv_surgery.training.state.run_state import State, load_state, save_state
 from condconv_surgery.training.state.stop_signals import StopRequest
+from condconv_surgery.training.state.written_options import with_absolute_paths
 from condconv_surgery.training.tally import Tally
 
 CURVES = "curves.png"
@@ -59,62 +62,68 @@ class Run:
         world: World,
         request: StopRequest,
         callback: Callback,
+        lock: RunLock | None = None,
         images: TrainAndVal | None = None,
+        resume: bool = False,
     ) -> None:
         self.options, self.world, self.request, self.callback = options, world, request, callback
-        self.folder = Path(options.output)
+        self.folder, self.resume = Path(options.output), resume
+        self.lock = lock or RunLock(self.folder)  # one that is not acquired does nothing
         self.spec = spec = input_spec(model, options)
         self.data: Data = open_data(options, spec, world, images)
+        self.state, trouble = load_state(self.folder) if resume else (None, "")
+        self.opening_notes = [f"{trouble} Resuming from the previous state."] if trouble else []
+        if self.state is not None:
+            self.data, notes = with_recorded_images(self.data, self.folder, self.state, options, spec, world)
+            self.opening_notes += notes
         before = (recipe_of(model) or Recipe()).classes
         with seeded(options.seed, "head"):
             self.heads = fit_heads(model, self.data.train.classes, spec)
-        self.model_notes = probability_notes(model, spec)
-        reason = why_not_alone(model)
-        if reason:
-            self.model_notes.append(f"The files of this run need load(path, model=MyNet()): {reason}.")
+        self.model_notes = opening_notes(model, spec, options, self.heads, self.data.order.steps)
+        self.model_notes += renamed_note(before, self.data.train.classes, self.heads)
         self.learner = Learner(model, options, world, self.data.train.counts(), self.heads)
-        self.renamed = before if before and before != self.data.train.classes and not self.heads else ()
+        require_two_values(self.learner.model, spec, options, world.size, self.data.order.slice_size)
         self.black = torch.zeros(1, spec.channels, spec.height, spec.width, device=world.device)
         self.unreadable = UnreadableImages(options.data.max_bad, world=world, note=callback.note)
         self.progress = Progress()
+        self.saved_step = 0
+        self.is_consistent = True  # between steps: progress, weights and files are of one moment
         self.uses: dict[str, ExpertUse] = {}
         self.meter = Meter(world.device, options.schedule.epochs, self.data.order.steps)
 
-    def begin(self, resume: bool) -> None:
-        """Create the folder, or restore the state in it."""
-        if self.world.is_first:
-            make_folder(self.folder)
-        self.world.barrier()
-        if not resume:
+    def begin(self) -> None:
+        """Restore the state, if there is one; write and note what the run begins with."""
+        state, self.state = self.state, None
+        if not self.resume:
             require_fresh(self.folder)
-        state, trouble = load_state(self.folder) if resume else (None, "")
-        if trouble:
-            self.callback.note(f"{trouble} Resuming from the previous state.")
+        for line in self.opening_notes:
+            self.callback.note(line)
         if state is not None:
-            require_same_run(state, self.options, self.fingerprint(), self.world.size)
-            self.learner.restore(state)
-            self.progress = Progress.from_dict(state.facts["progress"])
-            self.unreadable.names = list(state.facts.get("unreadable", []))
-            self.callback.note(f"Resuming after step {self.progress.step}, epoch {self.progress.epochs_done}.")
-            if state.facts["options"]["schedule"]["epochs"] != self.options.schedule.epochs:
-                self.callback.note(
-                    "The number of epochs has changed: learning rate and temperature follow the new length."
-                )
+            self._restore(state)
         self.world.barrier()  # every process has read the state before rank 0 writes
         if self.world.is_first:
-            write_text(self.folder / RECIPE, to_toml(self.options))
+            write_text(self.folder / RECIPE, to_toml(with_absolute_paths(self.options)))
             cut_metrics(self.folder, self.progress.epochs_done)
+            if state is None:
+                write_image_record(self.folder, self.data.train, self.data.val)
+        self.callback.rewind(self.progress.step)
         if self.data.divided is not None:
             report_check(self.data.divided, self.folder, self.unreadable, self.callback, self.world)
-        for name, width in self.heads.items():
-            self.callback.note(f"New head {name}: {width} classes.")
-        if self.renamed:
-            self.callback.note(
-                f"The head is kept for the same number of classes; they were called {', '.join(self.renamed[:4])}, ..."
-            )
-        for line in (*self.model_notes, *unused_options(self.learner.model, self.options)):
+        for line in self.model_notes:
             self.callback.note(line)
         self.callback.begin(start_lines(self.learner.model, self.options, self.spec, self.data.order, self.world))
+
+    def _restore(self, state: State) -> None:
+        order = self.data.order
+        written = with_absolute_paths(self.options)
+        require_same_run(state, written, self.data.fingerprint(), self.world.size, order.steps)
+        self.learner.restore(state)
+        self.progress = Progress.from_dict(state.facts["progress"])
+        self.saved_step = self.progress.step
+        self.unreadable.names = list(state.facts.get("unreadable", []))
+        self.callback.note(f"Resuming after step {self.progress.step}, epoch {self.progress.epochs_done}.")
+        if state.facts["options"]["schedule"]["epochs"] != self.options.schedule.epochs:
+            self.callback.note("The number of epochs has changed: learning rate and temperature follow the new length.")
 
     def close(self) -> None:
         """End the workers, the display and the hooks; each, even if another fails."""
@@ -141,12 +150,12 @@ class Run:
             )
         if note := without_effect(self.learner.scored, self.uses):
             self.callback.note(note)
-        if self.world.is_first:
-            draw_curves(read_rows(self.folder / METRICS), self.folder / CURVES)
+        self.draw()
         return self.result()
 
     def advance(self, batches: Iterator[Batch]) -> bool:
         """One step, the exchange between processes, and a saved state where one is due; true: the run stops."""
+        self.lock.beat()
         self.step(batches)
         stops, unreadable = self.world.sum([float(bool(self.request)), float(len(self.unreadable.waiting))])
         if unreadable:
@@ -162,13 +171,15 @@ class Run:
             self.unreadable.add(batch.unreadable)
             if not len(batch.labels):
                 raise InputError(
-                    f"No image of a batch can be read: {', '.join(batch.unreadable[:3])}, ...",
+                    f"No image of a batch can be read: {self.unreadable.explained(batch.unreadable[:3])}, ...",
                     "Unreadable images are replaced by others of their batch or set.",
                     "repair or remove them",
                 )
+        self.is_consistent = False
         tally = self.learner.step(step_batches, progress.step, order.steps)
         progress.step += 1
         progress.tally = progress.tally + tally
+        self.is_consistent = True
         images = sum(len(batch.labels) for batch in step_batches) * self.world.size
         self.meter.count(0 if self.learner.skipped else images)
         self.callback.step(self.meter.view(progress, self.learner.lr))
@@ -183,7 +194,7 @@ class Run:
 
     def end_epoch(self, scores: Tally) -> None:
         """Record the scores of an epoch and save its model and state."""
-        progress = self.progress
+        progress, self.is_consistent = self.progress, False
         progress.epochs_done += 1
         best = (scores.top1, -scores.loss) > (progress.best_top1, -progress.best_loss)
         if best:
@@ -199,14 +210,15 @@ class Run:
             if best:
                 copy_file(last, self.folder / "best.safetensors")
             write_rows(self.folder / METRICS, [*read_rows(self.folder / METRICS), row.to_dict()])
-        self.save()
         self.callback.epoch(row)
+        self.save()
+        self.is_consistent = True
         self.meter.restart()
 
     def evaluate(self) -> Tally | None:
         """Score the validation images; ``None`` when the run is to stop."""
         scored = score(
-            self.learner, self.data.val_loader, self.black, self.unreadable, self.request, self.progress.step
+            self.learner, self.data.val_loader, self.black, self.unreadable, self.interrupted, self.progress.step
         )
         if scored is None:
             return None
@@ -214,24 +226,38 @@ class Run:
         self.callback.gates(self.progress.epochs_done + 1, self.uses)
         return scores
 
+    def interrupted(self) -> bool:
+        """Called with each validation batch: is the run to stop?"""
+        self.lock.beat()
+        return bool(self.request)
+
     def save(self) -> None:
         """Write the state, from rank 0; every process has the same weights, or a part of them."""
-        if not self.world.is_first and not self.options.engine.shard:
-            return
-        facts = {
-            "progress": self.progress.to_dict(),
-            "options": self.options.to_dict(),
-            "fingerprint": self.fingerprint(),
-            "processes": self.world.size,
-            "unreadable": self.unreadable.names,
-        }
-        state = self.learner.state(facts)
-        if self.world.is_first:
-            save_state(self.folder, state)
+        if self.world.is_first or self.options.engine.shard:
+            facts = {
+                "progress": self.progress.to_dict(),
+                "options": with_absolute_paths(self.options).to_dict(),
+                "fingerprint": self.data.fingerprint(),
+                "processes": self.world.size,
+                "unreadable": self.unreadable.names,
+            }
+            self.callback.flush()
+            state = self.learner.state(facts)
+            if self.world.is_first:
+                save_state(self.folder, state)
+        self.saved_step = self.progress.step
 
-    def fingerprint(self) -> str:
-        """Hash of the training and the validation images."""
-        return f"{self.data.train.fingerprint()} {self.data.val.fingerprint()}"
+    def rescue(self) -> None:
+        """Save the state before an error ends the run, where it is consistent and this process can do it alone."""
+        if self.is_consistent and self.progress.step > self.saved_step and not self.options.engine.shard:
+            with suppress(Exception):  # the error that ends the run counts, not a second one
+                self.save()
+
+    def kept(self, error: Exception) -> str:
+        """A sentence for an error: which state is kept. (An error in the input comes before there could be one.)"""
+        if self.saved_step:
+            return f"The state after step {self.saved_step} is kept."
+        return "" if isinstance(error, InputError) else "No state had been saved."
 
     def patience_is_over(self) -> bool:
         """True after ``early_stop`` epochs without a better top-1."""
@@ -239,14 +265,21 @@ class Run:
         return bool(patience) and self.progress.epochs_done - self.progress.best_epoch >= patience
 
     def stopped(self) -> TrainingResult:
-        """Save the state and report how to resume."""
+        """Save the state, draw the curves and report how to resume."""
         self.save()
+        self.draw()
         self.callback.note(
-            f'Stopped after step {self.progress.step}; state saved. Resume with output="{self.folder}", resume=True.'
+            f"Stopped by {signal.Signals(self.request.signal).name if self.request else 'another process'} after step "
+            f"{self.progress.step}; state saved. The same call with resume=True continues."
         )
-        return self.result()
+        return self.result(stopped=True)
 
-    def result(self) -> TrainingResult:
+    def draw(self) -> None:
+        """Draw the curves of the epochs so far."""
+        if self.world.is_first and (rows := read_rows(self.folder / METRICS)):
+            draw_curves(rows, self.folder / CURVES)
+
+    def result(self, stopped: bool = False) -> TrainingResult:
         rows = read_rows(self.folder / METRICS)
         last = rows[-1] if rows else {}
         return TrainingResult(
@@ -262,5 +295,5 @@ class Run:
             best_top1=self.progress.best_top1 if self.progress.best_epoch else None,
             best_epoch=self.progress.best_epoch,
             unreadable=tuple(self.unreadable.names),
-            stopped_by=int(self.request.signal),
+            stopped_by=int(self.request.signal or signal.SIGTERM) if stopped else 0,
         )

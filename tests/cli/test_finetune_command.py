@@ -18,6 +18,7 @@ import condconv_surgery as cs
 from condconv_surgery.models.sources import load_model
 from condconv_surgery.recipe import TrainingOptions, recipe_of
 from condconv_surgery.recipe.option_rules import all_rules
+from condconv_surgery.reporting.images.recorded_accuracy import recorded_accuracy
 from tests.conftest import Run
 from tests.images import write_images
 
@@ -44,6 +45,11 @@ def test_a_plain_model_is_trained(condconv: Run, data: Path, tmp_path: Path) -> 
     assert "Model: torchvision:mobilenet_v3_small, 1,520,931 parameters; fp32 on cpu." in err
     assert err.splitlines()[-1] == f"Next: condconv report {run}/best.safetensors --data {run}"
     model = cs.load(run / "best.safetensors")
+    of_run = load_model(str(run)).state_dict()  # a run directory stands for its best model
+    assert all(torch.equal(tensor, of_run[name]) for name, tensor in model.state_dict().items())
+    recorded = recorded_accuracy(run)
+    assert recorded is not None
+    assert (recorded.top1, recorded.images) == (result["best_top1"], 3)
     recipe = recipe_of(model)
     assert recipe is not None
     assert recipe.classes == ("class0", "class1", "class2")
@@ -79,8 +85,7 @@ def test_a_converted_model_is_trained_and_loads_again(
 def test_a_trained_model_is_trained_again(condconv: Run, data: Path, tmp_path: Path) -> None:
     assert condconv("finetune", *PLAIN, "--data", data, "-o", tmp_path / "one", *QUICK)[0] == 0
     more = write_images(tmp_path / "more", classes=4)
-    best = tmp_path / "one/best.safetensors"
-    code, out, err = condconv("finetune", best, "--data", more, "-o", tmp_path / "two", *QUICK, "--json")
+    code, out, err = condconv("finetune", tmp_path / "one", "--data", more, "-o", tmp_path / "two", *QUICK, "--json")
     assert code == 0, err
     assert json.loads(out)["heads"] == {"classifier.3": 4}
     assert cs.load(tmp_path / "two/best.safetensors")(torch.zeros(1, 3, 32, 32)).shape == (1, 4)
@@ -234,12 +239,12 @@ def test_help_and_print_recipe_import_no_torch() -> None:
         assert done.returncode == 0, arguments
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)])
 def test_a_signal_to_the_whole_group_saves_and_ends_as_documented(
     data: Path, tmp_path: Path, number: int, code: int
 ) -> None:
     """As a terminal sends Ctrl-C and a cluster SIGTERM: to the reading processes too."""
-    run = tmp_path / "run"
+    run = tmp_path / "my run"
     settings = ["--image-size", 32, "--batch-size", 6, "--workers", 2, "--epochs", 5000]
     command = [sys.executable, "-m", "condconv_surgery", "finetune", *PLAIN, "--data", data, "-o", run, *settings]
     process = subprocess.Popen(
@@ -257,4 +262,6 @@ def test_a_signal_to_the_whole_group_saves_and_ends_as_documented(
     _, err = process.communicate(timeout=120)
     assert process.returncode == code, err.decode()
     assert "state saved" in err.decode()
-    assert (run / "state.safetensors").exists()
+    assert f"Resume: condconv finetune -o '{run}' --resume\n" in err.decode()
+    assert {"state.safetensors", "curves.png"} <= {path.name for path in run.iterdir()}
+    assert not (run / "run.lock").exists()

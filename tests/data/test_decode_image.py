@@ -117,14 +117,24 @@ def test_the_evaluation_transform_shows_the_same(tmp_path: Path) -> None:
     assert torch.equal(found, transform(Image.fromarray(square)))
 
 
-@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK"])
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr"])
 def test_other_modes_show_the_same(tmp_path: Path, mode: str) -> None:
     image = Image.fromarray(np.kron(GREY, np.ones((4, 4), np.uint8)))
     name = {"CMYK": "a.tif", "YCbCr": "a.tif", "RGBX": "a.tif", "PA": "a.tif"}.get(mode, "a.png")
     converted = image.convert("L").convert("LA").convert(mode) if mode == "PA" else image.convert(mode)
     (converted.convert("LA") if mode == "PA" else converted).save(tmp_path / name)
+    _skip_where_pillow_cannot_read(tmp_path / name)
     expected = np.asarray(converted.convert("RGB").convert("L")).astype(int)
     assert np.abs(grey_of(tmp_path / name) - expected).max() <= 2
+
+
+def _skip_where_pillow_cannot_read(path: Path) -> None:
+    """The oldest Pillow takes its own YCbCr TIFF for truncated."""
+    try:
+        with Image.open(path) as image:
+            image.load()
+    except OSError:
+        pytest.skip("this Pillow cannot read the file that it wrote")
 
 
 @pytest.mark.parametrize(

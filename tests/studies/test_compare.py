@@ -77,7 +77,7 @@ def test_a_study_records_every_run_and_writes_its_files(data: Path, tmp_path: Pa
     assert converted.cost.macs > static.cost.macs > 0
     assert min(arm.cost.step_seconds for arm in report.record.arms) > 0
     files = {path.name for path in (tmp_path / "study").iterdir()}
-    assert files == {"study.json", "study.md", "study.png", "study.html", "runs"}
+    assert files == {"study.json", "study.md", "study.png", "study.html", "data.json", "runs"}
     kept = {path.name for path in (tmp_path / f"study/runs/condconv-2-{converted.lr:g}-1").iterdir()}
     assert kept == {"best.safetensors", "metrics.jsonl", "recipe.toml", "curves.png"}
     assert StudyReport.read(tmp_path / "study").record == report.record

@@ -22,7 +22,7 @@ from condconv_surgery.recipe import CondConv, DynamicConv, Variant, recipe_of
 from condconv_surgery.reporting.measure.original_model import Original
 from condconv_surgery.reporting.measure.profile import profile
 from condconv_surgery.training.gate_regularization import ExpertDropout, GateRecorder
-from condconv_surgery.training.parameter_groups import roles
+from condconv_surgery.training.optimization.parameter_groups import roles
 from tests.variant_cases import scramble
 
 BY_BLOCK: list[Variant] = [CondConv(experts=3, routing="block"), DynamicConv(experts=4, routing="block")]

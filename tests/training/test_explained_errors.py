@@ -88,7 +88,7 @@ def test_what_the_machine_does_is_explained(
         return original(*args, **how)  # type: ignore[arg-type]
 
     monkeypatch.setattr(learner_module, "train_step", train_step)
-    with pytest.raises(TrainingError, match=rf"{message}(.|\n)*kept(.|\n)*resume=True"):
+    with pytest.raises(TrainingError, match=rf"{message}(.|\n)*state after step 4 is kept(.|\n)*resume=True"):
         finetune(small_net(), options)
     assert read_state(Path(options.output) / LAST).facts["progress"]["step"] == 4
 
@@ -177,7 +177,9 @@ def test_a_file_that_the_system_cuts_short_leaves_the_last_state_whole(folder: P
     ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     tight = AtStep(3, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1])))
     try:
-        with pytest.raises(TrainingError, match=r"could not be written(.|\n)*last good state(.|\n)*resume=True"):
+        with pytest.raises(
+            TrainingError, match=r"could not be written(.|\n)*state after step 2 is kept(.|\n)*resume=True"
+        ):
             finetune(small_net(), options, callback=tight)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
@@ -197,7 +199,10 @@ def test_unreadable_images_are_kept_across_a_resume(folder: Path) -> None:
     callback = AtStep(-1, list)
     with pytest.raises(InputError, match=r"2 unreadable images: .*\n.*At most 1"):
         finetune(small_net(), options, resume=True, callback=callback)
-    assert [line for line in callback.lines if "skipped" in line] == [f"Unreadable, skipped: {train.path(9)}"]
+    reason = "not an image of a known format"
+    assert [line for line in callback.lines if "skipped" in line] == [
+        f"Unreadable, skipped: {train.path(9)} ({reason})"
+    ]
 
 
 def test_validation_images_that_all_go_bad_end_the_run(folder: Path) -> None:

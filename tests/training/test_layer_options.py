@@ -26,7 +26,7 @@ from condconv_surgery.training.gate_regularization import (
 from condconv_surgery.training.learner import Learner
 from condconv_surgery.training.monitor.expert_use import ExpertUse, ExpertUseMeter, without_effect
 from condconv_surgery.training.monitor.unused_options import unused_options
-from condconv_surgery.training.parameter_groups import parameter_groups
+from condconv_surgery.training.optimization.parameter_groups import parameter_groups
 from tests.small_networks import SmallNet, small_net
 
 X = torch.randn(8, 3, 8, 8, generator=torch.Generator().manual_seed(0))

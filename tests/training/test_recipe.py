@@ -22,7 +22,7 @@ from condconv_surgery.training.gradient_checkpointing import checkpoint_blocks, 
 from condconv_surgery.training.learner import Learner
 from condconv_surgery.training.monitor.nonfinite import first_nonfinite, first_nonfinite_gradient
 from condconv_surgery.training.objective import balanced_weights, classification_loss
-from condconv_surgery.training.optimizers import OPTIMIZERS, make_optimizer
+from condconv_surgery.training.optimization.optimizers import OPTIMIZERS, make_optimizer
 from condconv_surgery.training.schedule import lr_factor
 from condconv_surgery.training.state.run_state import read_state, save_state
 from tests.small_networks import small_net

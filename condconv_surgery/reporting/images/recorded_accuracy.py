@@ -8,6 +8,7 @@ from pathlib import Path
 
 from condconv_surgery.data.evaluation_images import CHECK, RECIPE
 from condconv_surgery.errors import InputError
+from condconv_surgery.models.sources import file_of_run
 from condconv_surgery.recipe.toml_text import from_toml
 
 METRICS = "metrics.jsonl"
@@ -29,8 +30,8 @@ class RecordedAccuracy:
 
 
 def recorded_accuracy(artifact: str | Path) -> RecordedAccuracy | None:
-    """Of ``best.safetensors`` or ``last.safetensors`` in a run directory, else ``None``."""
-    path = Path(artifact)
+    """Of ``best`` (also for the directory itself) or ``last.safetensors`` in a run directory, else ``None``."""
+    path = Path(file_of_run(str(artifact)))
     if path.stem not in ("best", "last") or not path.is_file():
         return None
     rows = _rows(path.parent / METRICS)

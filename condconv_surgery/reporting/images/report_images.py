@@ -51,7 +51,7 @@ class ReportImages:
             read: list[Tensor] = []
             for i in range(start, min(start + size, len(images))):
                 try:
-                    read.append(transform(images.decode(i, spec.channels)))
+                    read.append(transform(images.decode(i, spec.channels, transform.least)))
                 except UnreadableImageError as error:
                     self.unreadable.append(f"{images.name(i)}: {error.reason}")
                     continue

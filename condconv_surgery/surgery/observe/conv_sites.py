@@ -35,6 +35,7 @@ class ConvSite:
     unreachable: it is called through a list or closure, where ``set_submodule`` cannot replace it.
     adapter: the class of the PEFT adapter around it, if any.
     tied_to: another name of its weight or bias, in another module; empty when no other module holds them.
+    head: it is a convolution that gives the logits, as in SqueezeNet.
     """
 
     names: tuple[str, ...]
@@ -48,6 +49,7 @@ class ConvSite:
     unreachable: bool = False
     adapter: str = ""
     tied_to: str = ""
+    head: bool = False
 
     @property
     def name(self) -> str:
@@ -110,6 +112,7 @@ def find_sites(model: nn.Module, arguments: tuple[Any, ...]) -> Sites:
                 tied_to=next(
                     (n for p in module.parameters(recurse=False) for m, n in holders[id(p)] if m != id(module)), ""
                 ),
+                head=bool(known and known.head),
             )
         )
     ordered = tuple(sorted(sites, key=lambda site: site.order))

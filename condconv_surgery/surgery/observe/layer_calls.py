@@ -26,11 +26,13 @@ class Calls:
 
     order: place of its first call among the first calls of all modules.
     elsewhere: the module of which this one is a clone was called instead (``clone_and_run``).
+    head: a convolution that gives the logits (``_is_head``).
     """
 
     order: int
     inputs: list[tuple[int, ...]] = field(default_factory=list)
     elsewhere: bool = False
+    head: bool = False
 
 
 def observe(
@@ -44,11 +46,9 @@ def observe(
         # Data-dependent code (boxes, topk, .item()) and tensors outside the state dict cannot run on meta.
         if not has_foreign_hooks(model):
             with suppress(Exception), preserving_state(model), meta_state(model), recording(layers) as calls:
-                call(model, on_device(arguments, META))
-                return calls
+                return _with_head(calls, layers, call(model, on_device(arguments, META)))
         with preserving_state(model), recording(layers) as calls:
-            call(model, on_device(arguments, device_of(model)))
-        return calls
+            return _with_head(calls, layers, call(model, on_device(arguments, device_of(model))))
 
 
 @contextmanager
@@ -72,6 +72,31 @@ def recording(layers: Mapping[str, nn.Module]) -> Iterator[dict[str, Calls]]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _with_head(calls: dict[str, Calls], layers: Mapping[str, nn.Module], output: Any) -> dict[str, Calls]:
+    """``calls``; the last layer is marked where it is a convolutional head."""
+    last = max(calls, key=lambda name: calls[name].order, default=None)
+    if last is not None:
+        calls[last].head = _is_head(layers[last], output)
+    return calls
+
+
+def _is_head(layer: nn.Module, output: Any) -> bool:
+    """Is the layer, the last of a forward pass, a 1x1 convolution to the logits [B, K], as in SqueezeNet?
+
+    It has a bias: one without is followed by a norm, and its channels are features.
+    """
+    first = output[0] if isinstance(output, tuple) and output else getattr(output, "logits", output)
+    return (
+        isinstance(layer, nn.Conv2d)
+        and set(layer.kernel_size) == {1}
+        and layer.bias is not None
+        and layer.groups == 1
+        and isinstance(first, Tensor)
+        and first.dim() == 2
+        and first.shape[1] == layer.out_channels
+    )
 
 
 def first_input(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import cast
 
@@ -10,6 +11,7 @@ from torch import Tensor
 from torchvision.transforms import InterpolationMode, v2
 
 from condconv_surgery.data.image_dataset import Transform
+from condconv_surgery.models.preprocess import REDUCING_GAP
 from condconv_surgery.recipe import InputSpec
 from condconv_surgery.recipe.training_sections import AugmentOptions
 
@@ -36,6 +38,12 @@ def training_transform(spec: InputSpec, options: AugmentOptions) -> Transform:
     if options.erasing:
         steps.append(v2.RandomErasing(options.erasing))
     return cast(Transform, v2.Compose(steps))
+
+
+def least_side(spec: InputSpec, options: AugmentOptions) -> int:
+    """Pixels of an image's shorter side that training needs: twice the input for a mean crop, once for the smallest."""
+    side, (small, large) = max(spec.height, spec.width), options.crop
+    return math.ceil(max(REDUCING_GAP * side / math.sqrt((small + large) / 2), side / math.sqrt(small * 3 / 4)))
 
 
 def batch_mix(options: AugmentOptions, classes: int) -> Mix | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 from condconv_surgery.data.data_check import BEFORE_A_RUN, DataCheck, describe
@@ -25,10 +26,15 @@ def report_check(
     found = world.gather(describe(divided, BEFORE_A_RUN) if world.is_first else None)[0]
     assert found is not None
     if world.is_first:
-        for line in found.lines():
-            callback.note(line)
-        write_text(folder / CHECK, json.dumps(found.to_dict(), indent=2) + "\n")
+        write_check(found, folder, callback.note)
     unreadable.reasons.update(found.unreadable_images)
     unreadable.add(list(found.unreadable_images) if world.is_first else [])
     unreadable.share()
     return found
+
+
+def write_check(found: DataCheck, folder: Path, note: Callable[[str], object]) -> None:
+    """Note the lines of a check and write it into a folder."""
+    for line in found.lines():
+        note(line)
+    write_text(folder / CHECK, json.dumps(found.to_dict(), indent=2) + "\n")

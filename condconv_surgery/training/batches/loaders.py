@@ -20,7 +20,7 @@ from condconv_surgery.models.preprocess import EvaluationTransform
 from condconv_surgery.recipe import InputSpec
 from condconv_surgery.recipe.training_options import TrainingOptions
 from condconv_surgery.runtime.modes import input_spec_of
-from condconv_surgery.training.batches.augmentation import training_transform
+from condconv_surgery.training.batches.augmentation import least_side, training_transform
 from condconv_surgery.training.batches.samplers import EvaluationBatches, Steps, TrainingBatches
 from condconv_surgery.training.batches.stream_batches import StreamBatches, StreamEvaluation
 from condconv_surgery.training.distributed.world import World
@@ -44,6 +44,10 @@ class Data:
         """Training batches from a step of the run on. Only one iterator at a time."""
         self.order.start = step
         return reading(iter(self.train_loader))
+
+    def fingerprint(self) -> str:
+        """Hash of the training and the validation images."""
+        return f"{self.train.fingerprint()} {self.val.fingerprint()}"
 
     def close(self) -> None:
         """End the workers. While torch knows of a dead one, it raises again whenever any child process ends."""
@@ -71,16 +75,23 @@ def open_data(options: TrainingOptions, spec: InputSpec, world: World, images: T
     train, val = images or (divided.train, divided.val)  # type: ignore[union-attr]
     steps = _steps(options, len(train), world)
 
-    def dataset(which: LabelledImages, transform: Transform, replace: bool) -> ImageDataset:
-        return ImageDataset(which, transform, channels=spec.channels, seed=options.seed, replace=replace)
+    def dataset(which: LabelledImages, transform: Transform, replace: bool, least: int) -> ImageDataset:
+        return ImageDataset(which, transform, channels=spec.channels, seed=options.seed, replace=replace, least=least)
+
+    sides = least_side(spec, options.augment), transforms[1].least
 
     return Data(
         train,
         val,
         steps,
-        _loader(dataset(train, transforms[0], True), TrainingBatches(steps, options.seed, world.rank), options, world),
         _loader(
-            dataset(val, transforms[1], False),
+            dataset(train, transforms[0], True, sides[0]),
+            TrainingBatches(steps, options.seed, world.rank),
+            options,
+            world,
+        ),
+        _loader(
+            dataset(val, transforms[1], False, sides[1]),
             EvaluationBatches(len(val), steps.slice_size, rank=world.rank, world=world.size),
             options,
             world,
@@ -89,7 +100,9 @@ def open_data(options: TrainingOptions, spec: InputSpec, world: World, images: T
     )
 
 
-def _streamed(options: TrainingOptions, spec: InputSpec, world: World, training: Transform, scoring: Transform) -> Data:
+def _streamed(
+    options: TrainingOptions, spec: InputSpec, world: World, training: Transform, scoring: EvaluationTransform
+) -> Data:
     if options.optimizer.class_weights:
         raise InputError(
             "optimizer.class_weights=True with data.streaming=True.",
@@ -99,14 +112,14 @@ def _streamed(options: TrainingOptions, spec: InputSpec, world: World, training:
     train, val = find_streams(options.data)
     steps = _steps(options, len(train), world)
 
-    def rows(which: HubStream, transform: Transform) -> StreamDataset:
-        return StreamDataset(which.title, transform, channels=spec.channels, seed=options.seed)
+    def rows(which: HubStream, transform: Transform, least: int) -> StreamDataset:
+        return StreamDataset(which.title, transform, channels=spec.channels, seed=options.seed, least=least)
 
     order = StreamBatches(train, steps, options.seed, options.data.buffer, world)
     each = StreamEvaluation(val, steps.slice_size, world)
     loaders = (
-        _loader(rows(train, training), order, options, world, collate_whole),
-        _loader(rows(val, scoring), each, options, world),
+        _loader(rows(train, training, least_side(spec, options.augment)), order, options, world, collate_whole),
+        _loader(rows(val, scoring, scoring.least), each, options, world),
     )
     return Data(train, val, steps, *loaders)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from condconv_surgery.data.image_dataset import UnreadableName
 from condconv_surgery.errors import InputError
 from condconv_surgery.training.distributed.world import ONE_PROCESS, World
 
@@ -28,7 +29,8 @@ class UnreadableImages:
         """Found by this process, not yet exchanged with the others."""
 
     def add(self, names: Sequence[str]) -> None:
-        """Add names that this process has found."""
+        """Add names that this process has found; they may know why (``UnreadableName``)."""
+        self.reasons.update({str(name): name.reason for name in names if isinstance(name, UnreadableName)})
         self.waiting += [name for name in names if name not in self.names and name not in self.waiting]
 
     def share(self) -> None:
@@ -36,18 +38,21 @@ class UnreadableImages:
 
         Raises ``InputError`` in all of them past the limit.
         """
-        gathered, self.waiting = self.world.gather(self.waiting), []
-        new = list(dict.fromkeys(name for names in gathered for name in names))
+        own = [(str(name), self.reasons.get(name, "")) for name in self.waiting]
+        gathered, self.waiting = self.world.gather(own), []
+        self.reasons.update({name: reason for pairs in gathered for name, reason in pairs})
+        new = list(dict.fromkeys(name for pairs in gathered for name, _ in pairs))
         for name in new:
-            self.note(f"Unreadable, skipped: {name}")
+            self.note(f"Unreadable, skipped: {self.explained([name])}")
         self.names += new
         if new and len(self.names) > self.limit:
             raise InputError(
                 f"{len(self.names)} unreadable image{'s' if len(self.names) > 1 else ''}: "
-                f"{', '.join(map(self._explained, self.names[-3:]))}.",
+                f"{self.explained(self.names[-3:])}.",
                 f"At most {self.limit} may be unreadable.",
                 f"repair or replace it, or data.max_bad={max(10, 2 * len(self.names))} to skip such images",
             )
 
-    def _explained(self, name: str) -> str:
-        return f"{name} ({self.reasons[name]})" if name in self.reasons else name
+    def explained(self, names: Sequence[str]) -> str:
+        """The names, each with its reason where that is known."""
+        return ", ".join(f"{name} ({self.reasons[name]})" if self.reasons.get(name) else name for name in names)

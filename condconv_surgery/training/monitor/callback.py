@@ -62,6 +62,9 @@ class EpochRow:
 class Callback:
     """Base class, called by the first process of a run. Its methods do nothing."""
 
+    def rewind(self, step: int) -> None:
+        """The run is at ``step``, 0 or that of its state: what was recorded of later steps will be repeated."""
+
     def note(self, line: str) -> None:
         """A message of one line."""
 
@@ -77,6 +80,9 @@ class Callback:
     def gates(self, epoch: int, uses: dict[str, ExpertUse]) -> None:
         """The use of experts of each conditional layer, over the validation images of all processes."""
 
+    def flush(self) -> None:
+        """A state is about to be saved: what was recorded so far will not be repeated."""
+
     def close(self) -> None:
         """The run has ended, by an error too."""
 
@@ -89,6 +95,10 @@ class CallbackPair(Callback):
 
     def __init__(self, one: Callback, other: Callback) -> None:
         self.callbacks = (one, other)
+
+    def rewind(self, step: int) -> None:
+        for callback in self.callbacks:
+            callback.rewind(step)
 
     def note(self, line: str) -> None:
         for callback in self.callbacks:
@@ -109,6 +119,10 @@ class CallbackPair(Callback):
     def gates(self, epoch: int, uses: dict[str, ExpertUse]) -> None:
         for callback in self.callbacks:
             callback.gates(epoch, uses)
+
+    def flush(self) -> None:
+        for callback in self.callbacks:
+            callback.flush()
 
     def close(self) -> None:
         for callback in self.callbacks:

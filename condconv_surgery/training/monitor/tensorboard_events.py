@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from condconv_surgery.errors import InputError
 from condconv_surgery.recipe.training_options import TrainingOptions
@@ -10,9 +11,15 @@ from condconv_surgery.training.distributed.world import World
 from condconv_surgery.training.monitor.callback import Callback, CallbackPair, EpochRow, StepView
 from condconv_surgery.training.monitor.expert_use import ExpertUse
 
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+
 
 class TensorBoard(Callback):
-    """Writes events into a folder. Raises ``InputError`` when TensorBoard is not installed."""
+    """Writes events into a folder, all of them over steps. Raises ``InputError`` when TensorBoard is not installed.
+
+    Events are flushed before each saved state, and those of steps after the state are purged when a run is resumed.
+    """
 
     def __init__(self, folder: Path) -> None:
         try:
@@ -23,27 +30,40 @@ class TensorBoard(Callback):
                 "engine.tensorboard needs it.",
                 'pip install "condconv-surgery[track]", or engine.tensorboard=False',
             ) from error
-        self.writer = SummaryWriter(str(folder))
+        self.folder, self.kind = str(folder), SummaryWriter
+        self.writer: SummaryWriter | None = None
+        self.at = 0
+
+    def rewind(self, step: int) -> None:
+        self.at = step
+        self.writer = self.kind(self.folder, purge_step=step + 1 if step else None)
 
     def step(self, view: StepView) -> None:
-        self._scalar("train/loss of the epoch so far", view.loss, view.step)
-        self._scalar("train/learning rate", view.lr, view.step)
+        self.at = view.step
+        self._scalar("train/loss of the epoch so far", view.loss)
+        self._scalar("train/learning rate", view.lr)
 
     def epoch(self, row: EpochRow) -> None:
         for name in ("train_loss", "train_top1", "val_loss", "val_top1", "images_per_second"):
-            self._scalar(f"epoch/{name}", getattr(row, name), row.epoch)
+            self._scalar(f"epoch/{name}", getattr(row, name))
 
     def gates(self, epoch: int, uses: dict[str, ExpertUse]) -> None:
         for name, use in uses.items():
-            self._scalar(f"gate entropy/{name}", use.entropy, epoch)
+            self._scalar(f"gate entropy/{name}", use.entropy)
             for expert, share in enumerate(use.use):
-                self._scalar(f"expert use/{name}/{expert}", share, epoch)
+                self._scalar(f"expert use/{name}/{expert}", share)
+
+    def flush(self) -> None:
+        if self.writer is not None:
+            self.writer.flush()
 
     def close(self) -> None:
-        self.writer.close()
+        if self.writer is not None:
+            self.writer.close()
 
-    def _scalar(self, name: str, value: float, step: int) -> None:
-        self.writer.add_scalar(name, value, step)
+    def _scalar(self, name: str, value: float) -> None:
+        if self.writer is not None:
+            self.writer.add_scalar(name, value, self.at)
 
 
 def make_callback(options: TrainingOptions, callback: Callback | None, world: World) -> Callback:

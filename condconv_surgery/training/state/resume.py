@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,10 @@ from condconv_surgery.training.state.run_state import BEFORE, LAST, State
 RECIPE = "recipe.toml"
 METRICS = "metrics.jsonl"
 
-FREE = ("model", "output", "data.folder", "data.workers", "data.max_bad", "engine.save_every", "schedule.epochs")
+FREE = (
+    *("model", "output", "data.folder", "data.val", "data.root", "data.workers", "data.max_bad"),
+    *("engine.save_every", "schedule.epochs"),
+)
 """Options that may differ after a resume: they name folders or costs, or extend the run."""
 
 
@@ -23,12 +27,12 @@ def require_fresh(folder: Path) -> None:
         raise InputError(
             f"{folder} already holds a run.",
             "A new run needs a folder of its own.",
-            f'resume=True to continue it, or another output="RUN" (or: rm -r {folder})',
+            f'resume=True to continue it, or another output="RUN" (or: rm -r {shlex.quote(str(folder))})',
         )
 
 
-def require_same_run(state: State, options: TrainingOptions, fingerprint: str, processes: int) -> None:
-    """Raise ``InputError`` when images or options are not those of the state.
+def require_same_run(state: State, options: TrainingOptions, fingerprint: str, processes: int, steps: int) -> None:
+    """Raise ``InputError`` when images or options are not those of the state, or the run is past its ``steps``.
 
     The number of processes may differ, except with a stream, of which each process reads its own part.
     """
@@ -54,6 +58,14 @@ def require_same_run(state: State, options: TrainingOptions, fingerprint: str, p
             f"The run began with other options: {changes}.",
             f"On a resume only these may change: {', '.join(FREE)}.",
             'the same options, or a new run: another output="RUN"',
+        )
+    done, per_epoch = state.facts["progress"]["step"], steps // options.schedule.epochs
+    if done > steps:
+        epochs = -(-done // per_epoch)
+        raise InputError(
+            f"schedule.epochs={options.schedule.epochs}, but the run is at step {done}, in epoch {epochs}.",
+            "A resumed run can be made longer, or shorter than planned, but not shorter than it is.",
+            f"schedule.epochs={epochs} or more",
         )
 
 

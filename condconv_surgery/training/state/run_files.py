@@ -22,7 +22,7 @@ def failing_resumably() -> Iterator[None]:
     except InputError as error:
         raise TrainingError(
             error.given,
-            "The file is as it was before, and the last good state is kept.",
+            "The file is as it was before.",
             "free space or change the permissions, then the same run with resume=True",
         ) from error
 

@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C as a request that the loop reads between two steps, when the state is consistent."""
+"""SIGTERM, SIGHUP and Ctrl-C as a request that the loop reads between two steps, when the state is consistent."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT)
+SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP") if hasattr(signal, name))
 
 
 class StopRequest:
@@ -35,17 +35,24 @@ def ignore_signals(worker: int = 0) -> None:
 
 @contextmanager
 def catch_signals() -> Iterator[StopRequest]:
-    """Catch SIGTERM and SIGINT inside the block; afterwards the previous handlers are installed again.
+    """Catch SIGTERM, SIGINT and SIGHUP inside the block; afterwards the previous handlers are installed again.
 
-    Only the main thread can do that; in another thread signals are left to the program.
+    A SIGHUP that is ignored stays so: ``nohup`` asks for that. Only the main thread can catch signals; in another
+    thread they are left to the program.
     """
     request = StopRequest()
     if threading.current_thread() is not threading.main_thread():
         yield request
         return
-    before = {number: signal.signal(number, request.receive) for number in SIGNALS}
+    before = {number: signal.getsignal(number) for number in SIGNALS if not _is_ignored_hangup(number)}
+    for number in before:
+        signal.signal(number, request.receive)
     try:
         yield request
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _is_ignored_hangup(number: int) -> bool:
+    return number == getattr(signal, "SIGHUP", None) and signal.getsignal(number) is signal.SIG_IGN

@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from condconv_surgery.errors import unknown_name
 from condconv_surgery.recipe.training_sections import LayerOptions, OptimizerOptions
-from condconv_surgery.training.parameter_groups import parameter_groups
+from condconv_surgery.training.optimization.parameter_groups import parameter_groups
 
 OPTIMIZERS: dict[str, type[Optimizer]] = {
     cls.__name__.lower(): cls

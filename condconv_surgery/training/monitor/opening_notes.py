@@ -1,0 +1,31 @@
+"""What a run says about its model and its options before the first step."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from condconv_surgery.models.artifact.save_load import why_not_alone
+from condconv_surgery.recipe import InputSpec
+from condconv_surgery.recipe.training_options import TrainingOptions
+from condconv_surgery.training.classifier_heads import probability_notes
+from condconv_surgery.training.monitor.unused_options import unused_options
+from condconv_surgery.training.optimization.weight_average import average_note
+
+
+def opening_notes(
+    model: nn.Module, spec: InputSpec, options: TrainingOptions, heads: dict[str, int], steps: int
+) -> list[str]:
+    """One line each: new heads, outputs that are no logits, how files load, a short average, unused options."""
+    lines = [f"New head {name}: {width} classes." for name, width in heads.items()]
+    lines += probability_notes(model, spec)
+    if reason := why_not_alone(model):
+        lines.append(f"The files of this run need load(path, model=MyNet()): {reason}.")
+    lines += average_note(options.engine.ema, steps)
+    return lines + unused_options(model, options)
+
+
+def renamed_note(before: tuple[str, ...], classes: tuple[str, ...], heads: dict[str, int]) -> list[str]:
+    """A line where the head is kept and the classes have other names than ``before``."""
+    if not before or before == classes or heads:
+        return []
+    return [f"The head is kept for the same number of classes; they were called {', '.join(before[:4])}, ..."]

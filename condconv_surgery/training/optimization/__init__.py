@@ -1,0 +1,1 @@
+"""What changes the weights: parameter groups, the optimizer by its name, the average of the weights."""

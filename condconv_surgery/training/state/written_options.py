@@ -1,0 +1,43 @@
+"""The options as they are written into a run's folder: with absolute paths, so that any folder can resume the run."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from condconv_surgery.recipe.training_options import TrainingOptions
+
+
+def with_absolute_paths(options: TrainingOptions) -> TrainingOptions:
+    """``options`` with the paths of files and folders made absolute; names (``torchvision:resnet18``) stay."""
+    data: dict[str, Any] = {"folder": _absolute_source(options.data.folder)}
+    kind = options.data.folder.partition(":")[0]
+    if kind == "torchvision":
+        data["root"] = os.path.abspath(options.data.root)  # noqa: PTH100  # without following links
+    elif kind != "hf" and options.data.val:
+        data["val"] = _absolute_source(options.data.val)
+    return options.updated(
+        {
+            "model": _absolute_file(options.model),
+            "weights": _absolute_file(options.weights),
+            "output": os.path.abspath(options.output),  # noqa: PTH100
+            "data": data,
+            "distill": {"teacher": _absolute_file(options.distill.teacher)},
+        }
+    )
+
+
+def _absolute_file(name: str) -> str:
+    return os.path.abspath(name) if name and Path(name).is_file() else name  # noqa: PTH100
+
+
+def _absolute_source(source: str) -> str:
+    """A folder, a pattern of shards, or a local data set behind ``hf:``."""
+    kind, colon, name = source.partition(":")
+    if kind == "torchvision" and colon:
+        return source
+    if kind == "hf" and colon:
+        path, mark, configuration = name.partition("#")
+        return f"hf:{os.path.abspath(path)}{mark}{configuration}" if Path(path).exists() else source  # noqa: PTH100
+    return os.path.abspath(source)  # noqa: PTH100
