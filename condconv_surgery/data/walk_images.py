@@ -35,6 +35,7 @@ NOT_IMAGES = (
 KNOWN_BY_CONTENT = ("PNG", "JPEG", "GIF", "WEBP", "AVIF", "BMP", "TIFF", "PPM", "JPEG2000", "MPO", "HEIF")
 ALIEN_FOLDERS = ("__MACOSX", "@eaDir", "$RECYCLE.BIN", "lost+found")
 RUN_FILES = ("recipe.toml", "metrics.jsonl", "state.safetensors")
+RUN_LOCK = "run.lock"  # of a run that has just begun
 
 
 def is_hidden(name: str) -> bool:
@@ -43,7 +44,7 @@ def is_hidden(name: str) -> bool:
 
 
 def visible_folders(root: Path) -> list[str]:
-    """Names of the folders directly in ``root``, sorted, without hidden ones and without folders of finished runs."""
+    """Names of the folders directly in ``root``, sorted, without hidden ones and without folders of runs."""
     found = [entry for entry in entries_of(root) if not is_hidden(entry.name) and entry.is_dir()]
     return sorted(entry.name for entry in found if not _is_run(Path(entry.path)))
 
@@ -162,4 +163,4 @@ def _reads_heic() -> bool:
 
 
 def _is_run(folder: Path) -> bool:
-    return sum((folder / name).is_file() for name in RUN_FILES) > 1
+    return (folder / RUN_LOCK).is_file() or sum((folder / name).is_file() for name in RUN_FILES) > 1

@@ -19,6 +19,7 @@ from condconv_surgery.errors import InputError
 from condconv_surgery.recipe.toml_text import to_toml
 from condconv_surgery.recipe.training_options import TrainingOptions
 from condconv_surgery.recipe.training_sections import DataOptions
+from condconv_surgery.training.state.run_lock import LOCK
 
 IMAGE = Image.new("RGB", (4, 4), (200, 30, 90))
 
@@ -170,6 +171,10 @@ def test_a_run_inside_the_data_is_not_a_class(tmp_path: Path) -> None:
     IMAGE.save(run / "curves.png")
     (run / "recipe.toml").touch()
     (run / "metrics.jsonl").touch()
+    assert scan(tmp_path).classes == ("cat", "dog")
+    begun = tmp_path / "begun"
+    begun.mkdir()
+    (begun / LOCK).touch()
     assert scan(tmp_path).classes == ("cat", "dog")
 
 

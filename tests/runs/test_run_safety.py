@@ -135,6 +135,12 @@ def test_a_recipe_with_relative_paths_resumes_from_another_folder(
     assert finetune(small_net(), options, resume=True).epochs == 3  # as it was typed
 
 
+def test_a_run_inside_its_data_is_trained_and_resumed(folder: Path) -> None:
+    options = options_for(folder).updated({"output": str(folder / "run")})
+    assert finetune(small_net(), options, callback=StopAt(5, signal.SIGTERM)).classes == ("class0", "class1", "class2")
+    assert finetune(small_net(), options, resume=True).epochs == 3
+
+
 def test_a_stopped_run_has_curves(folder: Path) -> None:
     options = options_for(folder)
     finetune(small_net(), options, callback=StopAt(2, signal.SIGTERM))
