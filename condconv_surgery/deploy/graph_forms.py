@@ -89,7 +89,7 @@ def choose_forms(cases: Mapping[str, LayerCase], form: str, preferred: Sequence[
     """The form of each layer by its name.
 
     form: for all layers (``INSTEAD`` where a layer is simpler), or ``"auto"``: for each the first possible one of
-        ``preferred``, the forms that a runtime takes, best first.
+        ``preferred``, the forms that a runtime takes, best first for a dense k x k kernel (``_order`` for others).
     Raises ``InputError`` for an unknown form, or one that the runtime or some layer cannot have.
     """
     if form not in ("auto", *FORMS):
@@ -100,7 +100,7 @@ def choose_forms(cases: Mapping[str, LayerCase], form: str, preferred: Sequence[
 
 
 def _form(name: str, case: LayerCase, form: str, preferred: Sequence[str]) -> str:
-    possible = [own for own in preferred if case.why_not(own) is None]
+    possible = [own for own in _order(case, preferred) if case.why_not(own) is None]
     wanted = [own for own in (form, *INSTEAD.get(form, ())) if own in possible]
     if wanted:
         return wanted[0]
@@ -112,6 +112,23 @@ def _form(name: str, case: LayerCase, form: str, preferred: Sequence[str]) -> st
         f"Possible for it: {', '.join(possible) or 'no form of this runtime'}.",
         _advice(case, form) if possible else "collapse, or convert without this layer",
     )
+
+
+def _order(case: LayerCase, preferred: Sequence[str]) -> Sequence[str]:
+    """``preferred``, and where a runtime takes loops what is faster than one for this geometry.
+
+    In ONNX Runtime one depthwise convolution with a computed kernel takes longer than four with constant ones; for more
+    images their sums cost more than the loop.
+    """
+    if "loop" not in preferred:
+        return preferred
+    geometry = case.layer.geometry
+    first: tuple[str, ...] = ()
+    if geometry.pointwise:
+        first = ("scale", "kernel", "matmul")
+    elif geometry.depthwise and case.batch == 1:
+        first = ("scale", "sum")
+    return [*first, *(own for own in preferred if own not in first)]
 
 
 def _advice(case: LayerCase, form: str) -> str:

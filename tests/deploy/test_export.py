@@ -29,13 +29,13 @@ def run(path: Path, images: Tensor) -> Tensor:
 
 slow = pytest.mark.slow  # an export takes seconds
 CASES = [
-    (CondConv(4), "auto", {"loop"}),
+    (CondConv(4), "auto", {"matmul", "loop"}),
     pytest.param(ODConv(4), "taps", {"taps", "sum"}, marks=slow),
     (ODConv(1, spatial=False), "scale", {"scale"}),
-    pytest.param(ODConv(4), "auto", {"loop"}, marks=slow),
+    pytest.param(ODConv(4), "auto", {"matmul", "loop"}, marks=slow),
     pytest.param(CondConv(3), "sum", {"sum"}, marks=slow),
     pytest.param(DynamicConv(4), "matmul", {"matmul"}, marks=slow),
-    pytest.param(ODConv(1), "auto", {"loop"}, marks=slow),
+    pytest.param(ODConv(1), "auto", {"scale", "loop"}, marks=slow),
     pytest.param(ODConv(4, gates="sigmoid"), "matmul", {"matmul"}, marks=slow),
 ]
 
@@ -159,7 +159,7 @@ def test_latency_of_the_file_against_the_original(condconv: Run, tmp_path: Path)
     for row in rows:
         assert row["ratio"] == pytest.approx(row["median"] / row["original"])
         assert row["repeats"] >= 5
-        assert row["forms"] == {"loop": 1}
+        assert row["forms"] == {"matmul": 1}
     code, _, err = condconv("report", artifact, "--runtime", "ncnn")
     assert code == 2
     assert "--runtime onnx" in err

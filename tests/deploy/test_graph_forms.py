@@ -112,13 +112,14 @@ def test_a_layer_under_two_names_stays_one() -> None:
 
 
 def test_the_forms_that_are_chosen() -> None:
-    """By processor time of whole networks in ONNX Runtime: scales around a static convolution, else a loop."""
-    for variant, forms in (
-        (ODConv(1, spatial=False), ["scale", "scale"]),
-        (ODConv(1), ["scale", "loop"]),
-        (CondConv(4), ["loop", "loop"]),
+    """Of a 1x1, a dense and a depthwise layer for ONNX Runtime, by processor time of whole networks."""
+    convolutions = (nn.Conv2d(4, 8, 1), nn.Conv2d(8, 8, 3), nn.Conv2d(8, 8, 3, groups=8))
+    for variant, batch, forms in (
+        (ODConv(1, spatial=False), None, ["scale", "scale", "scale"]),
+        (ODConv(1), None, ["scale", "loop", "loop"]),
+        (CondConv(4), None, ["matmul", "loop", "loop"]),
+        (CondConv(4), 1, ["kernel", "kernel", "sum"]),
     ):
-        convolutions = (nn.Conv2d(4, 8, 1), nn.Conv2d(8, 8, 3))
         model = nn.Sequential(*(conditional_like(one, variant) for one in convolutions)).eval()
-        assert list(serving_form(model, form="auto", preferred=Onnx.preferred, batch=None)[1].values()) == forms
-    assert set(serving_form(model, form="auto", preferred=Onnx.preferred, batch=1)[1].values()) == {"kernel"}
+        chosen = serving_form(model, form="auto", preferred=Onnx.preferred, batch=batch)[1]
+        assert list(chosen.values()) == forms
