@@ -1,0 +1,141 @@
+"""``docs/evidence.md`` and its figure, from the recorded studies under ``benchmarks/results``.
+
+    python -m benchmarks.studies.evidence_page
+
+Each study is a folder with the ``study.json`` that ``condconv compare`` or ``endless_study collect`` wrote. A test
+holds the page to the records.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from condconv_surgery.recipe.study_record import ArmRecord, StudyRecord
+from condconv_surgery.reporting import StudyReport
+from condconv_surgery.reporting.render.matplotlib_figures import make_figure, remove_frame
+from condconv_surgery.reporting.render.number_format import human, percent
+from condconv_surgery.reporting.render.plots import SERIES
+from condconv_surgery.reporting.study.paired_difference import difference_of
+from condconv_surgery.reporting.study.study_results import points
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGE, FIGURE = ROOT / "docs" / "evidence.md", ROOT / "docs" / "images" / "evidence.png"
+TEXT = Path(__file__).with_name("evidence.md")
+"""The page without its table and what stands below each study."""
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """One study. name: of the task, short. longer: the arm that trains the static network for about the time of a
+    converted one, ``""`` where there is none. between: pairs of arms whose difference is stated too.
+    """
+
+    folder: str
+    name: str
+    longer: str = ""
+    between: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def record(self) -> StudyRecord:
+        return StudyReport.read(ROOT / "benchmarks" / "results" / self.folder).record
+
+    def compared(self) -> list[ArmRecord]:
+        """The arms that are compared with the static network."""
+        record = self.record
+        return [arm for arm in record.arms if arm.runs and arm.name not in (record.baseline, self.longer)]
+
+
+STUDIES = (
+    Evidence(
+        "endless-emoji",
+        "endless emoji",
+        longer="static, twice the steps",
+        between=(("condconv:4", "condconv:4, noise"), ("odconv:4, sigmoid gates, hidden 64", "odconv:1")),
+    ),
+)
+
+HEADERS = ("set", "arm", "seeds", "parameters", "MACs", "top-1, %", "equal steps", "equal time")
+
+
+def page(studies: tuple[Evidence, ...] = STUDIES) -> str:
+    """The whole page, as Markdown."""
+    protocols = "\n\n".join(f"## {_capital(study.name)}\n\n{_details(study)}" for study in studies)
+    return TEXT.read_text(encoding="utf-8").replace("{table}", _table(studies)).replace("{protocols}", protocols)
+
+
+def figure(studies: tuple[Evidence, ...] = STUDIES) -> Figure:
+    """A row for each arm: its difference to the static network at equal steps and, hollow, at equal time."""
+    rows = [(study, arm) for study in studies for arm in study.compared()]
+    drawn = make_figure(8.0, 1.2 + 0.5 * len(rows))
+    axes = drawn.subplots()
+    for y, (study, arm) in enumerate(rows):
+        colour = SERIES[1 + studies.index(study) % (len(SERIES) - 1)]
+        for name, face, shift in ((study.record.baseline, colour, 0.0), (study.longer, "none", 0.25)):
+            if name and study.record.arm(name).runs:
+                found = difference_of(arm, study.record.arm(name))
+                axes.errorbar(
+                    100 * found.mean, y + shift, xerr=100 * found.half, fmt="o", color=colour, mfc=face, capsize=3
+                )
+    axes.axvline(0, color=SERIES[0], linewidth=0.8, zorder=0)
+    axes.set_yticks(range(len(rows)), [f"{study.name}: {arm.name}" for study, arm in rows])
+    axes.set_ylim(len(rows) - 0.4, -0.7)
+    axes.set_xlabel("points of top-1 over static, 95% interval; hollow: equal time")
+    remove_frame(axes)
+    return drawn
+
+
+def _table(studies: tuple[Evidence, ...]) -> str:
+    lines = [HEADERS, *(row for study in studies for row in _rows(study))]
+    head, *body = ("| " + " | ".join(line) + " |" for line in lines)
+    return "\n".join([head, "|---|---|" + "---:|" * (len(HEADERS) - 2), *body])
+
+
+def _rows(study: Evidence) -> list[tuple[str, ...]]:
+    record = study.record
+    static = record.arm(record.baseline)
+    rows = [_row(study.name, static, static, ("baseline", ""))]
+    if study.longer and record.arm(study.longer).runs:
+        longer = record.arm(study.longer)
+        rows.append(_row("", longer, static, (points(difference_of(longer, static)), "baseline")))
+    for arm in study.compared():
+        differences = [
+            points(difference_of(arm, record.arm(name))) if name and record.arm(name).runs else ""
+            for name in (record.baseline, study.longer)
+        ]
+        rows.append(_row("", arm, static, (differences[0], differences[1])))
+    return rows
+
+
+def _row(name: str, arm: ArmRecord, static: ArmRecord, differences: tuple[str, str]) -> tuple[str, ...]:
+    top1 = sum(run.top1 for run in arm.runs) / len(arm.runs)
+    macs = ""
+    if arm.cost.macs and static.cost.macs:
+        macs = human(arm.cost.macs) if arm.cost.macs == static.cost.macs else percent(static.cost.macs, arm.cost.macs)
+    parameters = "" if arm.cost.parameters is None else human(arm.cost.parameters)
+    return (name, arm.name, str(len(arm.runs)), parameters, macs, f"{100 * top1:.1f}", *differences)
+
+
+def _details(study: Evidence) -> str:
+    record, report = study.record, StudyReport(study.record)
+    lines = [f"**{report.verdict}**", "\n".join(f"- {sentence}" for sentence in record.protocol)]
+    done = {arm.name: arm for arm in record.arms if arm.runs}
+    pairs = [pair for pair in study.between if set(pair) <= set(done)]
+    lines += [f"{one} minus {other}: {points(difference_of(done[one], done[other]))} points." for one, other in pairs]
+    rates = ", ".join(f"{arm.name} {arm.lr:g}" for arm in done.values() if arm.lr)
+    lines.append(f"Learning rates chosen: {rates}. {' '.join(report.results.notes)}")
+    lines.append(f"Environment: {', '.join(f'{name} {value}' for name, value in record.environment.items())}.")
+    return "\n\n".join(lines)
+
+
+def _capital(text: str) -> str:
+    return text[0].upper() + text[1:]
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page(), encoding="utf-8")
+    figure().savefig(FIGURE, format="png", dpi=110)
