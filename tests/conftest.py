@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -53,13 +53,16 @@ def condconv(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 
 
 @pytest.fixture
-def interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Run Triton's kernels on the CPU by its interpreter, which is requested above."""
+def interpreted(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Run Triton's kernels on the CPU by its interpreter, which is requested above, and not the C++ ones."""
     from condconv_surgery.ops.backends.triton import availability
+    from tests.switched_kernels import kernels
 
     if torch.cuda.is_available():
         pytest.skip("compiled here")
     monkeypatch.setattr(availability, "is_here", lambda device: True)
+    with kernels(on=False):
+        yield
 
 
 @pytest.fixture(scope="session")
