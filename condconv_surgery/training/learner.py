@@ -163,7 +163,7 @@ class Learner:
         if self.skipped > SKIPS_ALLOWED:
             raise DivergedError(
                 f"Loss scaling skipped {self.skipped} steps in a row, to step {step + 1}.",
-                "",
+                "Gradients are not finite in float16, even at a small loss scale.",
                 'engine.precision="bf16" or "fp32", or a smaller optimizer.lr=..., in a new run',
             )
 

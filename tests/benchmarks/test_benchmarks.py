@@ -23,6 +23,7 @@ from benchmarks.setting import Setting
 from benchmarks.timing import interleaved, ratio
 from benchmarks.trainer_overhead import main as measure_training
 from benchmarks.turns import Loop, process_seconds, take_turns
+from condconv_surgery import native
 from condconv_surgery.layers import ConvGeometry, conditional_like
 from condconv_surgery.recipe import CondConv
 from tests.geometries import GEOMETRIES, without_bias
@@ -83,7 +84,8 @@ def test_the_command_writes_its_environment(tmp_path: Path, capsys: pytest.Captu
         main(["layers", *few, "--pixels", "64", "--seconds", "0", "--out", str(tmp_path)])
     finally:
         torch.set_num_threads(threads)
-    written = json.loads((tmp_path / "layers.json").read_text())
+    name = "native-layers.json" if native.is_enabled() else "layers.json"
+    written = json.loads((tmp_path / name).read_text())
     assert len(written["results"]) == 2 * len(sites(("resnet18",)))
     assert written["environment"]["torch"] == torch.__version__
     assert "geometric mean of 10" in capsys.readouterr().out

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -253,6 +254,7 @@ def test_a_signal_to_the_whole_group_saves_and_ends_as_documented(
         stdout=subprocess.PIPE,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         start_new_session=True,
+        preexec_fn=partial(signal.signal, number, signal.SIG_DFL),  # nohup, under which tests may run, ignores SIGHUP
     )
     for _ in range(600):
         if (run / "metrics.jsonl").exists() or process.poll() is not None:

@@ -75,8 +75,10 @@ def test_the_options_of_each_command_exist(page: str) -> None:
     group = typer.main.get_command(app)
     assert isinstance(group, typer.core.TyperGroup)
     for _, name, *arguments in commands(page):
-        known = {option for p in group.commands[name].params for option in (*p.opts, *p.secondary_opts)}
-        unknown = [word for word in arguments if re.match(r"--?[a-z]", word) and word.split("=")[0] not in known]
+        whole = name.startswith("-")  # an option of condconv itself
+        command, words = (group, (name, *arguments)) if whole else (group.commands[name], arguments)
+        known = {option for p in command.params for option in (*p.opts, *p.secondary_opts)}
+        unknown = [word for word in words if re.match(r"--?[a-z]", word) and word.split("=")[0] not in known]
         assert not unknown, f"{page}: condconv {name} has no {unknown}"
 
 

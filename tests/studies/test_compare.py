@@ -152,7 +152,10 @@ def test_without_a_gain_the_static_network_is_kept(data: Path, tmp_path: Path) -
 
 
 def killed_study(arguments: list[str]) -> int:
-    process = multiprocessing.get_context("fork").Process(target=study_and_exit, args=(arguments,))
+    """In a fork of a process that has computed nothing: the threads of autograd cannot be forked."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.small_study"])
+    process = context.Process(target=study_and_exit, args=(arguments,))
     process.start()
     process.join(120)
     return process.exitcode or 0

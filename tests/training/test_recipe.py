@@ -23,6 +23,7 @@ from condconv_surgery.training.learner import Learner
 from condconv_surgery.training.monitor.nonfinite import first_nonfinite, first_nonfinite_gradient
 from condconv_surgery.training.objective import balanced_weights, classification_loss
 from condconv_surgery.training.optimization.optimizers import OPTIMIZERS, make_optimizer
+from condconv_surgery.training.optimization.weight_average import decay_at
 from condconv_surgery.training.schedule import lr_factor
 from condconv_surgery.training.state.run_state import read_state, save_state
 from tests.small_networks import small_net
@@ -71,14 +72,15 @@ def test_step_and_constant_schedules_agree_with_torch() -> None:
     assert lr_factor(49, 50, ScheduleOptions(shape="constant")) == 1.0
 
 
-def test_average_is_torchs_formula() -> None:
+def test_an_average_takes_in_each_step_with_its_decay() -> None:
     model = small_net(dropout=0.0)
     it = learner(model, engine={"ema": 0.75}, optimizer={"lr": 0.1}, schedule={"warmup": 0.0})
     expected = None
     for step in range(4):
         it.step([BATCH], step, 4)
         now = model.head.weight.detach().clone()
-        expected = now if expected is None else 0.75 * expected + 0.25 * now
+        decay = decay_at(step, 0.75)
+        expected = now if expected is None else decay * expected + (1 - decay) * now
     torch.testing.assert_close(it.scored.head.weight, expected)  # type: ignore[union-attr]
 
 

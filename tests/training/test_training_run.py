@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -157,6 +158,15 @@ def test_the_same_seed_gives_the_same_weights_whatever_the_workers(folder: Path)
         assert_same(weights(one), weights(third))
 
 
+@pytest.fixture
+def hang_up_ends() -> Iterator[None]:
+    """SIGHUP as a terminal has it: nohup, under which tests may run, ignores it, and so does a run then."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.usefixtures("hang_up_ends")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 @pytest.mark.parametrize("at", [1, STEPS_PER_EPOCH, STEPS_PER_EPOCH + 2, 3 * STEPS_PER_EPOCH])
 def test_a_stopped_run_goes_on_to_the_same_weights(folder: Path, number: int, at: int) -> None:
