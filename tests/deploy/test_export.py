@@ -29,24 +29,24 @@ def run(path: Path, images: Tensor) -> Tensor:
 
 slow = pytest.mark.slow  # an export takes seconds
 CASES = [
-    (CondConv(4), "auto", {"matmul", "loop"}),
-    pytest.param(ODConv(4), "taps", {"taps", "sum"}, marks=slow),
-    (ODConv(1, spatial=False), "scale", {"scale"}),
-    pytest.param(ODConv(4), "auto", {"matmul", "loop"}, marks=slow),
-    pytest.param(CondConv(3), "sum", {"sum"}, marks=slow),
-    pytest.param(DynamicConv(4), "matmul", {"matmul"}, marks=slow),
-    pytest.param(ODConv(1), "auto", {"scale", "loop"}, marks=slow),
-    pytest.param(ODConv(4, gates="sigmoid"), "matmul", {"matmul"}, marks=slow),
+    (CondConv(4), "auto", "loop, matmul"),
+    pytest.param(ODConv(4), "taps", "sum, taps", marks=slow),
+    (ODConv(1, spatial=False), "scale", "scale"),
+    pytest.param(ODConv(4), "auto", "loop, matmul", marks=slow),
+    pytest.param(CondConv(3), "sum", "sum", marks=slow),
+    pytest.param(DynamicConv(4), "matmul", "matmul", marks=slow),
+    pytest.param(ODConv(1), "auto", "loop, scale", marks=slow),
+    pytest.param(ODConv(4, gates="sigmoid"), "matmul", "matmul", marks=slow),
 ]
 
 
 @pytest.mark.parametrize(("variant", "form", "forms"), CASES, ids=str)
 @torch.no_grad()
-def test_equal_at_every_batch_and_size(variant: Variant, form: str, forms: set[str], tmp_path: Path) -> None:
+def test_equal_at_every_batch_and_size(variant: Variant, form: str, forms: str, tmp_path: Path) -> None:
     model, path = mixed(variant), tmp_path / "m.onnx"
     result = cs.export(model, path, form=form, dynamic_size=True, size=32)
     assert result.difference < 1e-5
-    assert set(result.forms.values()) == forms
+    assert ", ".join(sorted(set(result.forms.values()))) == forms
     assert len(result.shapes) == 6
     for shape in ((1, 3, 32, 32), (5, 3, 48, 80), (2, 3, 33, 47)):
         images = torch.randn(shape)
