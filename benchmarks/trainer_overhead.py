@@ -62,6 +62,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 def trainer(run: Run) -> Callable[[], object]:
     """A function that runs one step, and writes the files of an epoch at its end."""
+    run.folder.mkdir(parents=True, exist_ok=True)  # as the lock of a run does
     run.begin()
     batches, order = run.data.batches_from(0), run.data.order
 

@@ -74,6 +74,7 @@ def test_a_step_synchronises_once_and_its_loss_is_read_later(tmp_path: Path, cla
     }
     options, views = TrainingOptions().updated({"output": str(tmp_path / "run"), **sections}), Views()
     run = Run(small_net(DynamicConv(experts=2)), options, World(), StopRequest(), views)
+    run.folder.mkdir(parents=True, exist_ok=True)  # as the lock of a run does
     run.begin()
     batches = iter([next(run.data.batches_from(0)) for _ in range(6)])
     with ScalarReads() as scalars, Reads() as reads:
