@@ -18,7 +18,9 @@ def test_the_name_is_found(name: str) -> None:
     for split in range(len(parts), 0, -1):
         try:
             value = importlib.import_module(".".join(parts[:split]))
-        except ModuleNotFoundError:
+        except ModuleNotFoundError as error:
+            if not f"{error.name}".startswith("condconv_surgery"):
+                pytest.skip(f"{error.name} is not installed")
             continue
         for part in parts[split:]:
             value = getattr(value, part)
