@@ -89,7 +89,8 @@ def test_a_lightning_module(tmp_path: Path) -> None:
     torch.manual_seed(0)
     module = cs.convert(Classifier(), cs.CondConv(experts=2), example=IMAGES[:2], include=include).model
     before = weights_of(module)
-    trainer = lightning.Trainer(max_steps=1, logger=False, enable_progress_bar=False, enable_model_summary=False)
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    trainer = lightning.Trainer(max_steps=1, default_root_dir=tmp_path, **quiet)
     trainer.fit(module.train(), DataLoader(TensorDataset(IMAGES, LABELS), batch_size=8))
     require_moved(before, module)
     trainer.save_checkpoint(tmp_path / "module.ckpt", weights_only=True)
