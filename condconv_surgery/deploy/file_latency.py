@@ -17,6 +17,7 @@ from condconv_surgery.deploy.collapse_mixtures import make_plain, require_collap
 from condconv_surgery.deploy.export_model import export
 from condconv_surgery.deploy.mean_mixtures import mixture_of_zeros
 from condconv_surgery.layers import conditional_layers, routers
+from condconv_surgery.runtime.timed_turns import median_and_spread, seconds_of, timed_turns
 from condconv_surgery.surgery.copy_model import copy_of
 
 
@@ -67,13 +68,12 @@ def file_latency(
     _, *shape = result.shapes[0]
     rows = []
     for count in batches if batch is None else (batch,):
-        times, original = _in_turns(sessions, torch.randn(count, *shape).numpy(), seconds, clock)
-        low, median, high = statistics.quantiles(times, n=4)
-        base = statistics.median(original)
+        images = torch.randn(count, *shape).numpy()
+        calls = [_timed(session, images, clock) for session in sessions]
+        times, original = timed_turns(calls, seconds, warm_up=1)  # the first call allocates
+        (median, spread), base = median_and_spread(times), statistics.median(original)
         threads = torch.get_num_threads()
-        rows.append(
-            FileLatency(count, median, high - low, base, median / base, len(times), threads, result.form_counts())
-        )
+        rows.append(FileLatency(count, median, spread, base, median / base, len(times), threads, result.form_counts()))
     return rows
 
 
@@ -85,17 +85,6 @@ def _session(path: Path) -> Any:
     return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
 
-def _in_turns(
-    sessions: Sequence[Any], images: Any, seconds: float, clock: Callable[[], float]
-) -> tuple[list[float], list[float]]:
-    """Seconds of each call of either session. In turns: a slow moment affects both."""
-    times: tuple[list[float], list[float]] = [], []
-    for session in sessions:  # the first call allocates
-        session.run(None, {"images": images})
-    begin = time.perf_counter()
-    while len(times[0]) < 5 or time.perf_counter() - begin < seconds:
-        for session, own in zip(sessions, times, strict=True):
-            start = clock()
-            session.run(None, {"images": images})
-            own.append(clock() - start)
-    return times
+def _timed(session: Any, images: Any, clock: Callable[[], float]) -> Callable[[], float]:
+    """Calls the session, and returns how long that took."""
+    return lambda: seconds_of(lambda: session.run(None, {"images": images}), torch.device("cpu"), clock)

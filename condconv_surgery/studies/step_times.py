@@ -6,12 +6,13 @@ import statistics
 import time
 from collections.abc import Mapping
 from contextlib import ExitStack
+from functools import partial
 from itertools import islice
 
-import torch
 from torch import nn
 
 from condconv_surgery.recipe.training_options import TrainingOptions
+from condconv_surgery.runtime.timed_turns import seconds_of
 from condconv_surgery.training.batches.loaders import TrainAndVal
 from condconv_surgery.training.distributed.world import World
 from condconv_surgery.training.monitor.callback import Callback
@@ -47,11 +48,8 @@ def measure_step_seconds(
         begin, rounds, going = time.perf_counter(), 0, True
         while going:
             for name, run in runs.items():
-                _synchronize(world.device)
-                start = time.perf_counter()
-                run.learner.step(batches, 0, run.data.order.steps)
-                _synchronize(world.device)
-                times[name].append(time.perf_counter() - start)
+                step = partial(run.learner.step, batches, 0, run.data.order.steps)
+                times[name].append(seconds_of(step, world.device))
             rounds += 1
             over = rounds >= MOST + WARM_UP or time.perf_counter() - begin > seconds * len(runs)
             going = world.gather(rounds < FEWEST + WARM_UP or not over)[0]
@@ -67,8 +65,3 @@ def epochs_in_equal_time(step_seconds: Mapping[str, float], epochs: int) -> dict
     """
     slowest = max(step_seconds.values())
     return {name: max(1, round(epochs * slowest / own)) for name, own in step_seconds.items()}
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import platform
 import statistics
-import time
-from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +14,7 @@ from condconv_surgery.reporting.measure.forward_arguments import materialized
 from condconv_surgery.reporting.measure.original_model import Original
 from condconv_surgery.runtime.model_call import call
 from condconv_surgery.runtime.modes import device_of, in_mode
+from condconv_surgery.runtime.timed_turns import median_and_spread, seconds_of, timed_turns
 
 
 @dataclass(frozen=True)
@@ -48,9 +46,8 @@ def measure_latency(
     inputs = materialized(arguments, device)
     with in_mode(model, training=False), torch.inference_mode():
         times, original = _alternating(model, inputs, device, seconds, warm_up)
-    median, base = statistics.median(times), statistics.median(original)
-    low, _, high = statistics.quantiles(times, n=4)
-    return Latency(batch, median, high - low, base, median / base, len(times), warm_up)
+    (median, spread), base = median_and_spread(times), statistics.median(original)
+    return Latency(batch, median, spread, base, median / base, len(times), warm_up)
 
 
 def environment(device: torch.device) -> dict[str, str]:
@@ -61,31 +58,15 @@ def environment(device: torch.device) -> dict[str, str]:
 
 def _alternating(
     model: nn.Module, inputs: tuple[Any, ...], device: torch.device, seconds: float, warm_up: int
-) -> tuple[list[float], list[float]]:
-    """Seconds of each pass of the model and of its original. Alternating: a slow moment affects both."""
-    converted: list[float] = []
-    original: list[float] = []
+) -> list[list[float]]:
+    """Seconds of each pass of the model, and of its original."""
     plain = Original(model)
-    begin = time.perf_counter()
-    rounds = 0
-    while rounds < warm_up + 5 or time.perf_counter() - begin < seconds:
-        for swapped, times in ((nullcontext(), converted), (plain.in_place(), original)):
-            with swapped:
-                elapsed = _timed(lambda: call(model, inputs), device)
-            if rounds >= warm_up:
-                times.append(elapsed)
-        rounds += 1
-    return converted, original
 
+    def converted() -> float:
+        return seconds_of(lambda: call(model, inputs), device)
 
-def _timed(call: Callable[[], Any], device: torch.device) -> float:
-    _synchronize(device)
-    begin = time.perf_counter()
-    call()
-    _synchronize(device)
-    return time.perf_counter() - begin
+    def original() -> float:
+        with plain.in_place():
+            return seconds_of(lambda: call(model, inputs), device)
 
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    return timed_turns([converted, original], seconds, warm_up)
