@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -121,22 +120,12 @@ def _without_kernels(model: str, protocol: Protocol) -> str:
 
 def _times(model: str, protocol: Protocol, on: bool) -> str:
     """CondConv with 4 experts over static: one image, 32 images, a training step of 32."""
-    with _kernels(on):
+    with native.kernels(on):
         found: list[Spread] = []
         for batch, mode in MODES:
             steps = contender_steps(model, {"condconv4": CondConv(experts=4)}, batch, mode)
             found.append(protocol.measure(steps, at_least=0.2 if batch == 1 else 0.0).ratios["condconv4"])
     return ", ".join(map(str, found))
-
-
-@contextmanager
-def _kernels(on: bool) -> Iterator[None]:
-    before = native.is_enabled()
-    native.enable() if on else native.disable()
-    try:
-        yield
-    finally:
-        native.enable() if before else native.disable()
 
 
 ROWS: dict[str, Callable[[str, Protocol], str]] = {

@@ -1,4 +1,4 @@
-"""Switch for the compiled C++ kernels: ``enable``, ``disable``, ``is_enabled``, ``is_built``, ``describe``.
+"""Switch for the compiled C++ kernels: ``enable``, ``disable``, ``kernels``, and what is in use.
 
 They run on x86 processors with AVX2 or AVX-512. ``pip install`` builds them where it finds g++ and torch, and a program
 uses them from then on. ``CONDCONV_NATIVE=0`` turns them off; with ``CONDCONV_NATIVE=1`` their absence is an error, and
@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import importlib
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
-__all__ = ["describe", "disable", "enable", "is_built", "is_enabled"]
+__all__ = ["describe", "disable", "enable", "is_built", "is_enabled", "kernels"]
 
 
 def enable() -> None:
@@ -25,6 +27,17 @@ def enable() -> None:
 def disable() -> None:
     """Compute with torch's operators again."""
     _switch().disable()
+
+
+@contextmanager
+def kernels(on: bool) -> Iterator[None]:
+    """Enabled or disabled inside, and afterwards as before. Raises as ``enable``."""
+    before = is_enabled()
+    enable() if on else disable()
+    try:
+        yield
+    finally:
+        enable() if before else disable()
 
 
 def is_enabled() -> bool:

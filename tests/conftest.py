@@ -55,8 +55,8 @@ def condconv(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 @pytest.fixture
 def interpreted(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Run Triton's kernels on the CPU by its interpreter, which is requested above, and not the C++ ones."""
+    from condconv_surgery.native import kernels
     from condconv_surgery.ops.backends.triton import availability
-    from tests.switched_kernels import kernels
 
     if torch.cuda.is_available():
         pytest.skip("compiled here")

@@ -13,15 +13,16 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from condconv_surgery import native
 from condconv_surgery.layers import CondConv2d, ConvGeometry, Mixture, ODConv2d
+from condconv_surgery.native import kernels
 from condconv_surgery.ops.backends.cpp.cpp_convolution import fast_convolve, supports
 from condconv_surgery.ops.choose_implementation import choose
 from condconv_surgery.ops.conditional_conv2d import conditional_conv2d
 from condconv_surgery.ops.implementations import blockwise
 from condconv_surgery.recipe import CondConv
 from tests.geometries import GEOMETRIES, without_bias
+from tests.needs_kernels import needs_kernels
 from tests.ops.test_implementations import MIXTURES, make_case, values_and_gradients
 from tests.reference import per_sample_loop
-from tests.switched_kernels import kernels, needs_kernels
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding=.same. with even kernel")  # the reference loop
 

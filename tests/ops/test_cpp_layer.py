@@ -11,9 +11,10 @@ from torch import nn
 
 from condconv_surgery.errors import InputError
 from condconv_surgery.layers import ConditionalConv2d, conditional_like
+from condconv_surgery.native import kernels
 from condconv_surgery.ops.backends.cpp import load_kernels
 from condconv_surgery.recipe import CondConv, DynamicConv, ODConv, Variant
-from tests.switched_kernels import kernels, needs_kernels
+from tests.needs_kernels import needs_kernels
 from tests.variant_cases import scramble
 
 pytestmark = needs_kernels

@@ -12,10 +12,11 @@ from torch.nn.utils import parametrizations, parametrize
 
 from condconv_surgery.layers import ConvGeometry
 from condconv_surgery.layers.router_base import Router, make_router
+from condconv_surgery.native import kernels
 from condconv_surgery.ops.backends.cpp import load_kernels
 from condconv_surgery.ops.backends.cpp.cpp_routing import pool
 from condconv_surgery.recipe import CondConv, DynamicConv, ODConv, Variant
-from tests.switched_kernels import kernels, needs_kernels
+from tests.needs_kernels import needs_kernels
 
 pytestmark = needs_kernels
 

@@ -10,13 +10,13 @@ import torch
 
 from condconv_surgery.errors import InputError
 from condconv_surgery.layers import ConvGeometry, Mixture, conditional_like
+from condconv_surgery.native import kernels
 from condconv_surgery.ops.conditional_conv2d import conditional_conv2d
 from condconv_surgery.ops.implementations import IMPLEMENTATIONS, blockwise, legal_implementations
 from condconv_surgery.ops.per_sample import block_sizes as blocking
 from condconv_surgery.recipe import CondConv, DynamicConv, ODConv, Variant
 from tests.geometries import GEOMETRIES, without_bias
 from tests.reference import per_sample_loop
-from tests.switched_kernels import kernels
 from tests.variant_cases import scramble
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding=.same. with even kernel")  # the reference loop

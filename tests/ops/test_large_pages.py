@@ -11,9 +11,10 @@ import pytest
 import torch
 
 from condconv_surgery.layers import Mixture
+from condconv_surgery.native import kernels
 from condconv_surgery.ops import large_pages as pages
 from condconv_surgery.ops.large_pages import LARGE, in_large_pages
-from tests.switched_kernels import kernels, needs_kernels
+from tests.needs_kernels import needs_kernels
 
 SMAPS = Path("/proc/self/smaps")
 THP = Path("/sys/kernel/mm/transparent_hugepage/enabled")

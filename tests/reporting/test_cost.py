@@ -13,11 +13,11 @@ from torch.profiler import ProfilerActivity
 
 from condconv_surgery import CondConv, ODConv, convert
 from condconv_surgery.layers import conditional_layers
+from condconv_surgery.native import kernels
 from condconv_surgery.reporting.measure.latency import measure_latency
 from condconv_surgery.reporting.measure.memory_and_latency import measure_cost
 from condconv_surgery.reporting.measure.original_model import Original
 from condconv_surgery.reporting.measure.peak_activations import peak_activations
-from tests.switched_kernels import kernels
 from tests.variant_cases import EVERY_VARIANT
 
 
