@@ -10,7 +10,6 @@ import argparse
 import os
 import statistics
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -21,6 +20,7 @@ from torchvision.datasets import ImageFolder
 from torchvision.io import ImageReadMode, decode_image
 from torchvision.transforms import v2
 
+from benchmarks.timing import interleaved, use_clock
 from condconv_surgery.data.image_dataset import Draw, ImageDataset
 from condconv_surgery.data.image_folders import scan
 from condconv_surgery.models.preprocess import EvaluationTransform
@@ -41,6 +41,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5, help="turns of each loader")
     options = parser.parse_args()
     torch.set_num_threads(1)
+    use_clock("cpu")
     with tempfile.TemporaryDirectory() as folder:
         print(listing_line(Path(folder), options.files, options.rounds), flush=True)
         for name, size in SIZES.items():
@@ -56,7 +57,7 @@ def listing_line(folder: Path, files: int, rounds: int) -> str:
         (root / f"class{label:03}").mkdir(parents=True)
         for number in range(files // CLASSES):
             os.close(os.open(root / f"class{label:03}" / f"{number:06}.jpg", os.O_CREAT | os.O_WRONLY))
-    times = in_turns({"ours": lambda: scan(root), "torchvision": lambda: ImageFolder(str(root))}, rounds)
+    times = interleaved({"ours": lambda: scan(root), "torchvision": lambda: ImageFolder(str(root))}, rounds)
     return f"listing {files} files      {_line(times, 1, 's')}"
 
 
@@ -68,7 +69,7 @@ def reading_line(root: Path, name: str, part: str, rounds: int) -> str:
         tensors_of(root, part),
     )
     count = len(theirs)
-    times = in_turns(
+    times = interleaved(
         {
             "ours": lambda: [ours[Draw(0, index)] for index in range(count)],
             "torchvision": lambda: [theirs[index] for index in range(count)],
@@ -104,17 +105,6 @@ def tensors_of(root: Path, part: str) -> Callable[[int], torch.Tensor]:
     return lambda index: transform(decode_image(files[index][0], ImageReadMode.RGB))
 
 
-def in_turns(what: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
-    """The median processor time of each, in seconds, after one call that is not counted."""
-    times: dict[str, list[float]] = {name: [] for name in what}
-    for number in range(rounds + 1):
-        for name in list(what) if number % 2 == 0 else reversed(what):
-            start = time.process_time()
-            what[name]()
-            times[name].append(time.process_time() - start)
-    return {name: statistics.median(own[1:]) for name, own in times.items()}
-
-
 def write_photos(root: Path, size: tuple[int, int], count: int) -> Path:
     """JPEGs with smooth shapes and fine noise, in two classes."""
     rng = np.random.default_rng(0)
@@ -128,9 +118,10 @@ def write_photos(root: Path, size: tuple[int, int], count: int) -> Path:
     return root
 
 
-def _line(times: dict[str, float], factor: float, unit: str) -> str:
-    shown = ", ".join(f"{name} {factor * value:.3g} {unit}" for name, value in times.items())
-    return f"{shown}; ours / torchvision {times['ours'] / times['torchvision']:.2f}"
+def _line(times: dict[str, list[float]], factor: float, unit: str) -> str:
+    medians = {name: statistics.median(own) for name, own in times.items()}
+    shown = ", ".join(f"{name} {factor * value:.3g} {unit}" for name, value in medians.items())
+    return f"{shown}; ours / torchvision {medians['ours'] / medians['torchvision']:.2f}"
 
 
 if __name__ == "__main__":
