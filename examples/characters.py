@@ -17,7 +17,7 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont
 
 CHARACTERS = string.digits + string.ascii_letters
-SIDE, MARGIN = 32, 3
+SIDE, PADDING = 32, 3
 
 
 def write_characters(fonts: Path, folder: Path) -> int:
@@ -50,9 +50,9 @@ def drawn(file: Path) -> Iterator[Image.Image]:
     for character, (left, _, right, _) in zip(CHARACTERS, boxes, strict=True):
         image = Image.new("L", (side, side), 255)
         ImageDraw.Draw(image).text(((side - right + left) / 2 - left, -top), character, fill=0, font=font)
-        small = image.resize((SIDE - 2 * MARGIN, SIDE - 2 * MARGIN), Image.Resampling.LANCZOS)
+        small = image.resize((SIDE - 2 * PADDING, SIDE - 2 * PADDING), Image.Resampling.LANCZOS)
         framed = Image.new("L", (SIDE, SIDE), 255)
-        framed.paste(small, (MARGIN, MARGIN))
+        framed.paste(small, (PADDING, PADDING))
         yield framed
 
 

@@ -9,16 +9,17 @@ holds the page to the records.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from condconv_surgery.recipe.study_record import ArmRecord, StudyRecord
+from condconv_surgery.recipe.study_record import StudyRecord
 from condconv_surgery.reporting import StudyReport
 from condconv_surgery.reporting.render.matplotlib_figures import make_figure, remove_frame
 from condconv_surgery.reporting.render.number_format import human, percent
 from condconv_surgery.reporting.render.plots import SERIES
-from condconv_surgery.reporting.study.paired_difference import difference_of
-from condconv_surgery.reporting.study.study_results import points
+from condconv_surgery.reporting.study.paired_difference import Difference, difference_of
+from condconv_surgery.reporting.study.study_results import ArmResult, points
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -40,14 +41,17 @@ class Evidence:
     longer: str = ""
     between: tuple[tuple[str, str], ...] = ()
 
+    @cached_property
+    def report(self) -> StudyReport:
+        return StudyReport.read(ROOT / "benchmarks" / "results" / self.folder)
+
     @property
     def record(self) -> StudyRecord:
-        return StudyReport.read(ROOT / "benchmarks" / "results" / self.folder).record
+        return self.report.record
 
-    def compared(self) -> list[ArmRecord]:
+    def compared(self) -> list[ArmResult]:
         """The arms that are compared with the static network."""
-        record = self.record
-        return [arm for arm in record.arms if arm.runs and arm.name not in (record.baseline, self.longer)]
+        return [arm for arm in self.report.results.arms if arm.name not in (self.record.baseline, self.longer)]
 
 
 STUDIES = (
@@ -75,9 +79,8 @@ def figure(studies: tuple[Evidence, ...] = STUDIES) -> Figure:
     axes = drawn.subplots()
     for y, (study, arm) in enumerate(rows):
         colour = SERIES[1 + studies.index(study) % (len(SERIES) - 1)]
-        for name, face, shift in ((study.record.baseline, colour, 0.0), (study.longer, "none", 0.25)):
-            if name and study.record.arm(name).runs:
-                found = difference_of(arm, study.record.arm(name))
+        for found, face, shift in ((arm.difference, colour, 0.0), (_at_equal_time(study, arm), "none", 0.25)):
+            if found is not None:
                 axes.errorbar(
                     100 * found.mean, y + shift, xerr=100 * found.half, fmt="o", color=colour, mfc=face, capsize=3
                 )
@@ -96,32 +99,40 @@ def _table(studies: tuple[Evidence, ...]) -> str:
 
 
 def _rows(study: Evidence) -> list[tuple[str, ...]]:
-    record = study.record
-    static = record.arm(record.baseline)
-    rows = [_row(study.name, static, static, ("baseline", ""))]
-    if study.longer and record.arm(study.longer).runs:
-        longer = record.arm(study.longer)
-        rows.append(_row("", longer, static, (points(difference_of(longer, static)), "baseline")))
-    for arm in study.compared():
-        differences = [
-            points(difference_of(arm, record.arm(name))) if name and record.arm(name).runs else ""
-            for name in (record.baseline, study.longer)
-        ]
-        rows.append(_row("", arm, static, (differences[0], differences[1])))
+    static = study.record.arm(study.record.baseline).cost
+    rows = []
+    for arm in sorted(study.report.results.arms, key=lambda arm: arm.name not in (study.record.baseline, study.longer)):
+        cost, longer = arm.record.cost, _at_equal_time(study, arm)
+        rows.append(
+            (
+                study.name if arm.difference is None else "",
+                arm.name,
+                str(len(arm.record.runs)),
+                "" if cost.parameters is None else human(cost.parameters),
+                _macs(cost.macs, static.macs),
+                f"{100 * arm.top1:.1f}",
+                "baseline" if arm.difference is None else points(arm.difference),
+                "baseline" if arm.name == study.longer else "" if longer is None else points(longer),
+            )
+        )
     return rows
 
 
-def _row(name: str, arm: ArmRecord, static: ArmRecord, differences: tuple[str, str]) -> tuple[str, ...]:
-    top1 = sum(run.top1 for run in arm.runs) / len(arm.runs)
-    macs = ""
-    if arm.cost.macs and static.cost.macs:
-        macs = human(arm.cost.macs) if arm.cost.macs == static.cost.macs else percent(static.cost.macs, arm.cost.macs)
-    parameters = "" if arm.cost.parameters is None else human(arm.cost.parameters)
-    return (name, arm.name, str(len(arm.runs)), parameters, macs, f"{100 * top1:.1f}", *differences)
+def _at_equal_time(study: Evidence, arm: ArmResult) -> Difference | None:
+    """The difference of a converted arm to the static network that trained longer."""
+    if not study.longer or arm not in study.compared() or not study.record.arm(study.longer).runs:
+        return None
+    return difference_of(arm.record, study.record.arm(study.longer))
+
+
+def _macs(macs: int | None, static: int | None) -> str:
+    if not macs or not static:
+        return ""
+    return human(macs) if macs == static else percent(static, macs)
 
 
 def _details(study: Evidence) -> str:
-    record, report = study.record, StudyReport(study.record)
+    record, report = study.record, study.report
     lines = [f"**{report.verdict}**", "\n".join(f"- {sentence}" for sentence in record.protocol)]
     done = {arm.name: arm for arm in record.arms if arm.runs}
     pairs = [pair for pair in study.between if set(pair) <= set(done)]
