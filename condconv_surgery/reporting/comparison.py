@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from textwrap import fill
@@ -26,7 +26,7 @@ class Comparison:
 
     def to_dict(self) -> dict[str, Any]:
         """``answer``, ``differences`` to the first model, and ``models``: the dictionary of each report."""
-        differences = [None if d is None else {**asdict(d), "low": d.low, "high": d.high} for d in self.differences]
+        differences = [difference and difference.to_dict() for difference in self.differences]
         models = [report.to_dict() for report in self.reports]
         return {"answer": comparison_answer(self.reports), "differences": differences, "models": models}
 

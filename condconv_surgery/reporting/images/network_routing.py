@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
@@ -68,13 +68,12 @@ class Routing:
         return f"Accuracy gain of routing: {points(self.gain)} points, 95% interval ({both}, {self.images} images)."
 
     def to_dict(self) -> dict[str, Any]:
-        gain = self.gain
         return {
             "images": self.images,
             "classes": list(self.classes),
             "accuracy": self.accuracy,
             "mean_gate_accuracy": self.mean_gate_accuracy,
-            "gain": None if gain is None else {**asdict(gain), "low": gain.low, "high": gain.high},
+            "gain": self.gain and self.gain.to_dict(),
             "held_out": self.predictions.held_out,
             "verdict": self.verdict,
             "files": list(self.predictions.images),

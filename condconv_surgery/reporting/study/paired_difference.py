@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 from condconv_surgery.errors import InputError
 from condconv_surgery.recipe.study_record import ArmRecord
@@ -29,6 +30,10 @@ class Difference:
     @property
     def high(self) -> float:
         return self.mean + self.half
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields, and the ends of the interval."""
+        return {**asdict(self), "low": self.low, "high": self.high}
 
 
 def difference_of(arm: ArmRecord, baseline: ArmRecord) -> Difference:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from condconv_surgery.recipe.study_record import ArmCost, ArmRecord, StudyRecord
@@ -34,12 +34,11 @@ class ArmResult:
         return float((sum((run.top1 - self.top1) ** 2 for run in self.record.runs) / (count - 1)) ** 0.5)
 
     def to_dict(self) -> dict[str, Any]:
-        found = self.difference
         return {
             "name": self.name,
             "top1": self.top1,
             "spread": self.spread,
-            "difference": None if found is None else {**asdict(found), "low": found.low, "high": found.high},
+            "difference": self.difference and self.difference.to_dict(),
         }
 
 
