@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from typing import Any
 
 from condconv_surgery.reporting.study.binomial_interval import binomial_interval
@@ -67,7 +68,7 @@ class Predictions:
     where: str = ""
     unreadable: tuple[str, ...] = ()
 
-    @property
+    @cached_property
     def correct(self) -> str:
         """A digit for each image, 1 right and 0 wrong, as ``paired_difference`` takes it; empty without targets."""
         if self.targets is None or None in self.labels:
