@@ -115,6 +115,15 @@ def test_models_on_different_images_are_not_compared(plain: Report) -> None:
     assert both.to_dict()["answer"].startswith("The accuracies are not of the same images")
 
 
+def test_images_without_labels_are_not_those_of_a_recorded_accuracy(plain: Report) -> None:
+    model = replace(predicted(plain, "1110"), recorded=RecordedAccuracy(0.5, 10))
+    assert model.predictions is not None
+    unlabelled = replace(model, predictions=replace(model.predictions, labels=(None,) * 4))
+    for form, expected in ((model, ("0.75", "4")), (unlabelled, ("0.5", "10"))):
+        row = next(csv.DictReader(Comparison((form,)).to_csv().splitlines()))
+        assert (row["accuracy"], row["images"]) == expected
+
+
 def test_plots_of_a_comparison_have_error_bars_and_counts(plain: Report) -> None:
     figure = accuracy_against_cost(
         [predicted(plain, "1110" * 25), replace(plain, title="r", recorded=RecordedAccuracy(0.5))]

@@ -37,19 +37,28 @@ class Measurements:
     @property
     def accuracy(self) -> float | None:
         """Top-1 on the images; without images, the value that the run recorded."""
-        measured = self.predictions.accuracy if self.predictions else None
-        if measured is not None:
-            return measured
+        if self.predictions and self.measured:
+            return self.predictions.accuracy
         return self.recorded.top1 if self.recorded else None
+
+    @property
+    def measured(self) -> bool:
+        """Is ``accuracy`` that on the images, not the recorded one?"""
+        return self.predictions is not None and self.predictions.accuracy is not None
+
+    @property
+    def accuracy_images(self) -> int:
+        """Number of images of ``accuracy``; 0 where it is not known."""
+        if self.predictions and self.measured:
+            return len(self.predictions.images)
+        return self.recorded.images if self.recorded else 0
 
     @property
     def accuracy_interval(self) -> tuple[float, float] | None:
         """95% interval of ``accuracy`` over images; ``None`` where their number is not known."""
-        if self.predictions and self.predictions.interval:
-            return self.predictions.interval
-        if self.recorded and self.recorded.images:
-            return binomial_interval(round(self.recorded.top1 * self.recorded.images), self.recorded.images)
-        return None
+        if self.accuracy is None or not self.accuracy_images:
+            return None
+        return binomial_interval(round(self.accuracy * self.accuracy_images), self.accuracy_images)
 
     @property
     def latency(self) -> Latency | None:

@@ -44,7 +44,7 @@ def caveats(models: Sequence[Measurements]) -> list[str]:
     names = unique_short_names([model.title for model in models])
     if measured and any(own.images != measured[0].images for own in measured):
         notes.append("The models were measured on different images, so their differences are not known.")
-    recorded = {names[m.title]: m.recorded for m in models if m.recorded and _measured(m) is None}
+    recorded = {names[m.title]: m.recorded for m in models if m.recorded and not m.measured}
     if recorded:
         each = "; ".join(f"{name} on {score.where}" for name, score in recorded.items())
         notes.append(f"* as its own run recorded: {each}. To measure all on the same images, give images.")
@@ -85,8 +85,7 @@ def _top1(model: Measurements) -> str:
     assert model.accuracy is not None
     interval = model.accuracy_interval
     certainty = f" ({100 * interval[0]:.1f} to {100 * interval[1]:.1f}, 95% interval)" if interval else ""
-    if _measured(model) is not None:
-        assert model.predictions is not None
+    if model.predictions and model.measured:
         own = model.predictions
         where = f"{len(own.images)} images of {own.where}{_trained_on(own)}"
     else:
@@ -119,14 +118,10 @@ def _of_recorded(models: Sequence[Measurements]) -> str:
     known = [model for model in models if model.accuracy is not None]
     if len(known) < 2:
         return "Only costs are compared: fewer than two accuracies are known. Images would give them."
-    places = {model.recorded.where if _measured(model) is None and model.recorded else "" for model in known}
+    places = {model.recorded.where if model.recorded and not model.measured else "" for model in known}
     recorded = all(model.recorded and model.recorded.images for model in known)
     if len(places) == 1 and recorded and "" not in places:
         return (
             f"Each run recorded its top-1 on the same {places.pop()}; the certainty of a difference needs the images."
         )
     return "The accuracies are not of the same images, so they do not say which model is better."
-
-
-def _measured(model: Measurements) -> float | None:
-    return model.predictions.accuracy if model.predictions else None

@@ -63,8 +63,7 @@ def to_csv(models: Sequence[Measurements]) -> str:
         profile, latency = model.profile, model.latency
         sizes = [profile.parameters, profile.macs.total, profile.weight_bytes]
         accuracy = "" if model.accuracy is None else model.accuracy
-        images = len(model.predictions.images) if model.predictions else model.recorded and model.recorded.images
-        scores = [accuracy, *(model.accuracy_interval or ("", "")), images or ""]
+        scores = [accuracy, *(model.accuracy_interval or ("", "")), model.accuracy_images or ""]
         paired = ("", "") if difference is None else (difference.mean, difference.half)
         rows.append([model.title, *sizes, latency.median if latency else "", *scores, *paired])
     return csv_text(rows)
@@ -84,5 +83,4 @@ def _top1(model: Measurements) -> str:
     """``93.3%``; with a star where it is what a run recorded."""
     if model.accuracy is None:
         return "-"
-    measured = model.predictions is not None and model.predictions.accuracy is not None
-    return f"{model.accuracy:.1%}{'' if measured or model.recorded is None else ' *'}"
+    return f"{model.accuracy:.1%}{'' if model.measured else ' *'}"

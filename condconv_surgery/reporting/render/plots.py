@@ -126,16 +126,10 @@ def _bars(model: Measurements) -> tuple[float, float]:
 
 def _counted(models: Sequence[Measurements]) -> str:
     """The number of images behind the accuracies, and what the bars are."""
-    counts = {
-        len(m.predictions.images)
-        if m.predictions and m.predictions.correct
-        else (m.recorded.images if m.recorded else 0)
-        for m in models
-    }
-    if counts == {0}:
+    counts = sorted({model.accuracy_images for model in models} - {0})
+    if not counts:
         return ""
-    numbers = sorted(counts - {0})
-    which = f"{numbers[0]}" if len(numbers) == 1 else f"{numbers[0]} to {numbers[-1]}"
+    which = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
     return f"({which} images, bars: 95%)"
 
 

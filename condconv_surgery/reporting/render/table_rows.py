@@ -63,7 +63,7 @@ def latency_line(cost: Cost) -> str:
 
 def tiles(model: Measurements) -> list[tuple[str, str, str]]:
     """(what, value, what it is compared with) of the first values that a reader looks for."""
-    profile, latency, predictions = model.profile, model.latency, model.predictions
+    profile, latency = model.profile, model.latency
     rows = [
         ("parameters", human(profile.parameters), percent(profile.parameters_before, profile.parameters)),
         ("MACs per image", human(profile.macs.total), percent(profile.macs_before, profile.macs.total)),
@@ -78,8 +78,7 @@ def tiles(model: Measurements) -> list[tuple[str, str, str]]:
     if model.accuracy is not None:
         interval = model.accuracy_interval
         note = f"{100 * interval[0]:.1f} to {100 * interval[1]:.1f}, 95% interval" if interval else ""
-        measured = predictions is not None and predictions.accuracy is not None
-        found.append(("top-1", f"{model.accuracy:.1%}", note if measured else "as its run recorded"))
+        found.append(("top-1", f"{model.accuracy:.1%}", note if model.measured else "as its run recorded"))
     if model.routing and model.routing.mean_gate_accuracy is not None:
         found.append(("with mean gates", f"{model.routing.mean_gate_accuracy:.1%}", "the same network without routing"))
     return found
