@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from condconv_surgery.reporting.images.paired_models import differences_to_first
 from condconv_surgery.reporting.images.predictions import Predictions
 from condconv_surgery.reporting.measure.measurements import Measurements
-from condconv_surgery.reporting.render.number_format import human, percent
+from condconv_surgery.reporting.render.number_format import human, percent, span
 from condconv_surgery.reporting.render.short_names import unique_short_names
 from condconv_surgery.reporting.study.paired_difference import Difference
 from condconv_surgery.reporting.study.study_results import points
@@ -84,7 +84,7 @@ def _top1(model: Measurements) -> str:
     """``top-1 93.3% (90.3 to 95.4, 95% interval) on 359 images of digits``."""
     assert model.accuracy is not None
     interval = model.accuracy_interval
-    certainty = f" ({100 * interval[0]:.1f} to {100 * interval[1]:.1f}, 95% interval)" if interval else ""
+    certainty = f" ({span(interval)}, 95% interval)" if interval else ""
     if model.predictions and model.measured:
         own = model.predictions
         where = f"{len(own.images)} images of {own.where}{_trained_on(own)}"

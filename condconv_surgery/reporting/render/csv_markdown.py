@@ -9,7 +9,7 @@ from condconv_surgery.reporting.measure.measurements import Measurements
 from condconv_surgery.reporting.render import prediction_tables, table_rows
 from condconv_surgery.reporting.render.answers import report_answer
 from condconv_surgery.reporting.render.csv_text import csv_text
-from condconv_surgery.reporting.render.number_format import human
+from condconv_surgery.reporting.render.number_format import human, span
 
 COLUMNS = (
     "name",
@@ -78,7 +78,7 @@ def _totals(rows: list[table_rows.Row], converted: bool) -> list[str]:
 def _prediction_lines(predictions: Predictions) -> list[str]:
     rows = [
         f"| {row.name} | {row.images} | {row.right} | {row.accuracy:.1%} "
-        f"| {100 * row.interval[0]:.1f} to {100 * row.interval[1]:.1f} | {row.confused[0] if row.confused else ''} |"
+        f"| {span(row.interval)} | {row.confused[0] if row.confused else ''} |"
         for row in prediction_tables.worst_first(predictions)
     ]
     head = [

@@ -172,6 +172,6 @@ def templates() -> jinja2.Environment:
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )
-    for name in ("human", "human_bytes", "percent"):
+    for name in ("human", "human_bytes", "percent", "span"):
         environment.filters[name] = getattr(number_format, name)
     return environment

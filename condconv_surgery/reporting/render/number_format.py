@@ -1,4 +1,4 @@
-"""Format numbers for people: three significant digits and a unit, signed percents."""
+"""Format numbers for people: three significant digits and a unit, signed percents, intervals."""
 
 from __future__ import annotations
 
@@ -42,6 +42,15 @@ def percent(before: float, after: float) -> str:
         return "+0.0%" if after == 0 else "new"
     change = 100.0 * (after - before) / before
     return f"{change:+.0f}%" if abs(change) >= 100 else f"{round(change, 1) or 0.0:+.1f}%"  # never -0.0%
+
+
+def span(interval: tuple[float, float]) -> str:
+    """The ends of an interval of shares, in percent.
+
+    >>> span((0.9031, 0.9544))
+    '90.3 to 95.4'
+    """
+    return f"{100 * interval[0]:.1f} to {100 * interval[1]:.1f}"
 
 
 def _scaled(count: float, step: float, units: tuple[str, ...]) -> str:

@@ -7,6 +7,7 @@ from rich.text import Text
 
 from condconv_surgery.reporting.images.predictions import ClassAccuracy, Predictions
 from condconv_surgery.reporting.render.csv_text import csv_text
+from condconv_surgery.reporting.render.number_format import span
 
 WORST = 5
 """Classes and confusions that a terminal shows."""
@@ -47,7 +48,7 @@ def summary_lines(predictions: Predictions) -> list[str]:
     interval = predictions.interval
     if predictions.accuracy is None or interval is None:
         return [predictions.caveats]
-    top = f"Top-1 {predictions.accuracy:.1%} ({100 * interval[0]:.1f} to {100 * interval[1]:.1f}, 95% interval) on "
+    top = f"Top-1 {predictions.accuracy:.1%} ({span(interval)}, 95% interval) on "
     top += f"{len(predictions.images)} images of {predictions.where}. {predictions.caveats}".strip()
     worst = [f"{row.name} {row.right}/{row.images}" for row in worst_first(predictions)]
     confused = [f"{name} as {other} ({count})" for count, name, other in confusions(predictions)]

@@ -11,7 +11,7 @@ from condconv_surgery.reporting.measure.cost_table import CONVENTION, PLAIN_CONV
 from condconv_surgery.reporting.measure.measurements import Measurements
 from condconv_surgery.reporting.measure.memory_and_latency import Cost
 from condconv_surgery.reporting.measure.other_counters import predicted
-from condconv_surgery.reporting.render.number_format import human, human_bytes, human_time, percent
+from condconv_surgery.reporting.render.number_format import human, human_bytes, human_time, percent, span
 
 Row = tuple[str, str, str, str]
 """What, before, after, change: formatted."""
@@ -77,7 +77,7 @@ def tiles(model: Measurements) -> list[tuple[str, str, str]]:
         found.append(("latency", human_time(latency.median), ratio))
     if model.accuracy is not None:
         interval = model.accuracy_interval
-        note = f"{100 * interval[0]:.1f} to {100 * interval[1]:.1f}, 95% interval" if interval else ""
+        note = f"{span(interval)}, 95% interval" if interval else ""
         found.append(("top-1", f"{model.accuracy:.1%}", note if model.measured else "as its run recorded"))
     if model.routing and model.routing.mean_gate_accuracy is not None:
         found.append(("with mean gates", f"{model.routing.mean_gate_accuracy:.1%}", "the same network without routing"))
