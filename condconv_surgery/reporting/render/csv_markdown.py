@@ -42,7 +42,6 @@ def to_csv(profile: Profile) -> str:
 def to_markdown(model: Measurements) -> str:
     """The totals, memory and latency, a table of the layers with MACs, the routing and the counting convention."""
     profile, cost, routing, provenance = model.profile, model.cost, model.routing, model.provenance.rows()
-    totals = [*table_rows.summary_rows(profile), *(table_rows.cost_rows(cost) if cost else [])]
     lines = [
         f"# {model.title}",
         "",
@@ -50,7 +49,7 @@ def to_markdown(model: Measurements) -> str:
         "",
         f"Input {profile.input}; {profile.converted} of {profile.multiplying} layers conditional.",
         "",
-        *_totals(totals, profile.converted > 0),
+        *_total_lines(model),
         "",
         *_layer_lines(profile),
         "",
@@ -68,11 +67,10 @@ def to_markdown(model: Measurements) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _totals(rows: list[table_rows.Row], converted: bool) -> list[str]:
-    if not converted:  # nothing has changed
-        return ["| | |", "|---|---:|", *(f"| {name} | {after} |" for name, _, after, _ in rows)]
-    lines = [f"| {name} | {before} | {after} | {change} |" for name, before, after, change in rows]
-    return ["| | before | after | change |", "|---|---:|---:|---:|", *lines]
+def _total_lines(model: Measurements) -> list[str]:
+    headers, rows = table_rows.totals(model.profile, model.cost)
+    head = "| " + "".join(f"| {header} " if header else "| " for header in headers) + "|"
+    return [head, "|---|" + "---:|" * len(headers), *("| " + " | ".join(row) + " |" for row in rows)]
 
 
 def _prediction_lines(predictions: Predictions) -> list[str]:

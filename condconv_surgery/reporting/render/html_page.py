@@ -115,11 +115,12 @@ def _predictions(predictions: Predictions | None) -> dict[str, Any]:
 
 def _context(model: Measurements) -> dict[str, Any]:
     layers = table_rows.multiplying(model.profile)
+    headers, totals = table_rows.totals(model.profile, model.cost)
     return {
         "title": model.title,
         "profile": model.profile,
-        "summary": table_rows.summary_rows(model.profile),
-        "costs": table_rows.cost_rows(model.cost) if model.cost else [],
+        "headers": headers,
+        "totals": totals,
         "environment": table_rows.latency_line(model.cost) if model.cost else "",
         "layers": layers,
         "largest": max((layer.macs.total for layer in layers), default=1) or 1,

@@ -17,6 +17,14 @@ Row = tuple[str, str, str, str]
 """What, before, after, change: formatted."""
 
 
+def totals(profile: Profile, cost: Cost | None) -> tuple[tuple[str, ...], Sequence[tuple[str, ...]]]:
+    """The headers behind the name, and the rows; of an unconverted network, where nothing changed, only the values."""
+    rows = [*summary_rows(profile), *(cost_rows(cost) if cost else [])]
+    if profile.converted:
+        return ("before", "after", "change"), rows
+    return ("",), [(name, after) for name, _, after, _ in rows]
+
+
 def summary_rows(profile: Profile) -> list[Row]:
     """The totals. The change of a part of the MACs is relative to all MACs before."""
     macs, before = profile.macs, profile.macs_before

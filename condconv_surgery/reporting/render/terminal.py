@@ -25,10 +25,7 @@ WIDTH = 80
 
 def render_profile(profile: Profile, title: str, width: int = WIDTH, cost: Cost | None = None) -> RenderableType:
     """Totals, memory and latency, layers, what is not listed and the counting convention, for ``width`` columns."""
-    totals = [*table_rows.summary_rows(profile), *(table_rows.cost_rows(cost) if cost else [])]
-    headers = [("", False), ("before", True), ("after", True), ("change", True)]
-    if not profile.converted:  # nothing has changed
-        headers, totals = [("", False), ("", True)], [(name, after) for name, _, after, _ in totals]  # type: ignore[misc]
+    headers, totals = table_rows.totals(profile, cost)
     notes = [
         table_rows.convention(profile),
         table_rows.other_counters(profile),
@@ -38,7 +35,7 @@ def render_profile(profile: Profile, title: str, width: int = WIDTH, cost: Cost 
         Text(title, style="bold"),
         Text(f"input {profile.input}", style="dim"),
         Text(""),
-        simple_table(headers, totals),
+        simple_table([("", False), *((header, True) for header in headers)], totals),
         Text(""),
         _layers(profile, width),
         Text(""),
