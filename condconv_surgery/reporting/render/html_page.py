@@ -108,7 +108,6 @@ def _predictions(predictions: Predictions | None) -> dict[str, Any]:
         "by_class": prediction_tables.worst_first(predictions) if predictions else [],
         "confusions": prediction_tables.confusions(predictions) if predictions else [],
         "calibration": prediction_tables.calibration_line(predictions) if predictions else "",
-        "most_classes": MAX_CONFUSION,
         "most_confusions": MAX_CONFUSION,
     }
 
