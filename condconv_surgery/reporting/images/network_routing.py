@@ -37,7 +37,7 @@ class Routing:
     gain: Difference | None
     changed: int
     attention: tuple[tuple[str, float], ...]
-    source: LabelledImages | None = None
+    source: LabelledImages
 
     @property
     def images(self) -> int:

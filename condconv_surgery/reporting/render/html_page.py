@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
-from condconv_surgery.data.decode_image import read_image
 from condconv_surgery.reporting.images.network_routing import Routing
 from condconv_surgery.reporting.images.paired_models import differences_to_first
 from condconv_surgery.reporting.images.predictions import Predictions
@@ -152,8 +151,7 @@ def _images_and_classes(routing: Routing | None) -> dict[str, Any]:
 
 def _thumbnail(routing: Routing, index: int) -> str:
     """A JPEG as a data URI."""
-    source, file = routing.source, routing.predictions.images[index]
-    image = read_image(file) if source is None else source.decode(index)
+    image = routing.source.decode(index)
     image.thumbnail((THUMBNAIL, THUMBNAIL))
     out = io.BytesIO()
     image.save(out, "JPEG", quality=80)
