@@ -103,7 +103,7 @@ class Study:
 
     def rates(self, name: str) -> dict[float, ScoredRun]:
         """The runs of an arm's search that are done, by learning rate."""
-        files = self.folder.glob(f"search-{file_name(name)}-*.json")
+        files = self.folder.glob(f"search-{file_name(name)}-[0-9]*.json")
         runs = [ScoredRun(**json.loads(file.read_text())["run"]) for file in files]
         return {run.lr: run for run in sorted(runs, key=lambda run: run.lr or 0) if run.lr}
 

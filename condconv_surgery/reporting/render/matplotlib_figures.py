@@ -47,12 +47,12 @@ def heat_map(
 
     columns: their names; by default their numbers. labels: of the horizontal axis and of the colours.
     """
-    from matplotlib.colors import LinearSegmentedColormap
+    from matplotlib.colors import LinearSegmentedColormap, to_rgba
 
     count = max(map(len, rows))
     figure = make_figure(0.5 * count + 4, 0.22 * len(rows) + 1.6)
     axes = figure.subplots()
-    colours = LinearSegmentedColormap.from_list("heat", [(HEAT, 0.0), (HEAT, STRONGEST)])
+    colours = LinearSegmentedColormap.from_list("heat", [to_rgba(HEAT, 0.0), to_rgba(HEAT, STRONGEST)])
     image = axes.imshow(rows, aspect="auto", cmap=colours, vmin=0.0, vmax=1.0, interpolation="nearest")
     axes.set_title(title, fontsize=10)
     axes.set_yticks(range(len(names)), names, fontsize=8.5)
