@@ -33,7 +33,8 @@ TEXT = Path(__file__).with_name("evidence.md")
 @dataclass(frozen=True)
 class Evidence:
     """One study. name: of the task, short. longer: the arm that trains the static network for about the time of a
-    converted one, ``""`` where there is none. between: pairs of arms whose difference is stated too.
+    converted one, ``""`` where there is none or the whole study has equal time. between: pairs of arms whose difference
+    is stated too.
     """
 
     folder: str
@@ -48,6 +49,19 @@ class Evidence:
     @property
     def record(self) -> StudyRecord:
         return self.report.record
+
+    @property
+    def name_of_longer(self) -> str:
+        """The arm that others are compared with at equal time."""
+        return self.record.baseline if self.record.settings.get("budget") == "time" else self.longer
+
+    def differences(self, arm: ArmResult) -> tuple[Difference | None, Difference | None]:
+        """To the static network at equal steps, and at equal time; ``None`` where the study does not say."""
+        if self.name_of_longer == self.record.baseline:
+            return None, arm.difference
+        if arm not in self.compared() or not self.longer or not self.record.arm(self.longer).runs:
+            return arm.difference, None
+        return arm.difference, difference_of(arm.record, self.record.arm(self.longer))
 
     def compared(self) -> list[ArmResult]:
         """The arms that are compared with the static network."""
@@ -64,6 +78,7 @@ STUDIES = (
 )
 
 HEADERS = ("set", "arm", "seeds", "parameters", "MACs", "top-1, %", "equal steps", "equal time")
+BASELINE = "baseline"
 
 
 def page(studies: tuple[Evidence, ...] = STUDIES) -> str:
@@ -79,7 +94,7 @@ def figure(studies: tuple[Evidence, ...] = STUDIES) -> Figure:
     axes = drawn.subplots()
     for y, (study, arm) in enumerate(rows):
         colour = SERIES[1 + studies.index(study) % (len(SERIES) - 1)]
-        for found, face, shift in ((arm.difference, colour, 0.0), (_at_equal_time(study, arm), "none", 0.25)):
+        for found, face, shift in zip(study.differences(arm), (colour, "none"), (0.0, 0.25), strict=True):
             if found is not None:
                 axes.errorbar(
                     100 * found.mean, y + shift, xerr=100 * found.half, fmt="o", color=colour, mfc=face, capsize=3
@@ -102,7 +117,10 @@ def _rows(study: Evidence) -> list[tuple[str, ...]]:
     static = study.record.arm(study.record.baseline).cost
     rows = []
     for arm in sorted(study.report.results.arms, key=lambda arm: arm.name not in (study.record.baseline, study.longer)):
-        cost, longer = arm.record.cost, _at_equal_time(study, arm)
+        cost = arm.record.cost
+        steps, time = ("" if found is None else points(found) for found in study.differences(arm))
+        if arm.difference is None:
+            steps = "" if study.name_of_longer == arm.name else BASELINE
         rows.append(
             (
                 study.name if arm.difference is None else "",
@@ -111,18 +129,11 @@ def _rows(study: Evidence) -> list[tuple[str, ...]]:
                 "" if cost.parameters is None else human(cost.parameters),
                 _macs(cost.macs, static.macs),
                 f"{100 * arm.top1:.1f}",
-                "baseline" if arm.difference is None else points(arm.difference),
-                "baseline" if arm.name == study.longer else "" if longer is None else points(longer),
+                steps,
+                BASELINE if arm.name == study.name_of_longer else time,
             )
         )
     return rows
-
-
-def _at_equal_time(study: Evidence, arm: ArmResult) -> Difference | None:
-    """The difference of a converted arm to the static network that trained longer."""
-    if not study.longer or arm not in study.compared() or not study.record.arm(study.longer).runs:
-        return None
-    return difference_of(arm.record, study.record.arm(study.longer))
 
 
 def _macs(macs: int | None, static: int | None) -> str:
