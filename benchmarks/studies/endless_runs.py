@@ -21,7 +21,7 @@ import condconv_surgery as cs
 from benchmarks.studies.endless_arms import ARMS, Arm
 from condconv_surgery.layers import conditional_layers
 from condconv_surgery.layers.gate_statistics import total_variation
-from condconv_surgery.recipe.study_record import ScoredRun
+from condconv_surgery.recipe.study_record import ScoredRun, SearchRun
 from condconv_surgery.recipe.training_sections import LayerOptions, OptimizerOptions, ScheduleOptions
 from condconv_surgery.reporting import profile
 from condconv_surgery.reporting.measure.expert_similarity import measure_experts
@@ -31,7 +31,7 @@ from examples.endless_emoji import MEAN, STD, EndlessEmoji
 
 BATCH, BASE_STEPS, BASE_LR, STEPS = 64, 20_000, 4e-3, 10_000
 TEST_BATCHES, TEST_SIZE = 32, 256
-RATES, SEARCH_SEED = (4e-3, 8e-3, 16e-3), 1
+RATES = (4e-3, 8e-3, 16e-3)
 SCHEDULE = ScheduleOptions(warmup=0.05, final_lr=0.0)
 
 
@@ -92,27 +92,32 @@ class Study:
             pixels = torch.from_numpy(np.array(stored[step])).float()
             yield Batch((pixels / 255 - MEAN) / STD, torch.from_numpy(rows[step]))
 
-    def search(self, name: str, lr: float) -> None:
+    def search(self, name: str, lr: float, seed: int) -> None:
         """One run of an arm with a learning rate, scored on validation images."""
-        self._run(name, SEARCH_SEED, lr, self.folder / f"search-{file_name(name)}-{lr:g}.json", "validation")
+        self._run(name, seed, lr, self.folder / f"search-{file_name(name)}-{lr:g}-{seed}.json", "validation")
 
     def run(self, name: str, seed: int) -> None:
         """One run of an arm with the best of its rates, scored on test images."""
         lr = self.rate(self.arms[name].rate_of or name)
         self._run(name, seed, lr, self.folder / f"{file_name(name)}-{seed}.json", "test")
 
-    def rates(self, name: str) -> dict[float, ScoredRun]:
-        """The runs of an arm's search that are done, by learning rate."""
-        files = self.folder.glob(f"search-{file_name(name)}-[0-9]*.json")
-        runs = [ScoredRun(**json.loads(file.read_text())["run"]) for file in files]
-        return {run.lr: run for run in sorted(runs, key=lambda run: run.lr or 0) if run.lr}
+    def rates(self, name: str) -> list[SearchRun]:
+        """The search of an arm, as far as it is done: by learning rate, means over its seeds."""
+        found: dict[float, list[ScoredRun]] = {}
+        for file in sorted(self.folder.glob(f"search-{file_name(name)}-[0-9]*.json")):
+            run = ScoredRun(**json.loads(file.read_text())["run"])
+            found.setdefault(run.lr or 0.0, []).append(run)
+        return [
+            SearchRun(lr, statistics.mean(run.top1 for run in runs), seconds=sum(run.seconds or 0.0 for run in runs))
+            for lr, runs in sorted(found.items())
+        ]
 
     def rate(self, name: str) -> float:
         """The best learning rate of an arm. Exits where its search is not over."""
         found = self.rates(name)
-        if set(found) < set(RATES):
+        if {run.lr for run in found} < set(RATES):
             raise SystemExit(f"{name}: the search has {len(found)} of {len(RATES)} rates. Run search first.")
-        return max(found, key=lambda lr: found[lr].top1)
+        return max(found, key=lambda run: run.val_top1 or 0.0).lr
 
     def _run(self, name: str, seed: int, lr: float, file: Path, part: str) -> None:
         """Train and score; writes ``file``. Nothing if another process has it, or it is done."""
