@@ -11,7 +11,7 @@ from condconv_surgery.ops.geometry import ConvGeometry
 from condconv_surgery.ops.implementations import IMPLEMENTATIONS, legal_implementations
 from condconv_surgery.ops.mixture import Mixture, same_kernel_for_all
 from condconv_surgery.ops.per_sample.per_sample_conv import counts_as_cpu
-from condconv_surgery.ops.tracing_state import is_exporting, is_intercepted
+from condconv_surgery.ops.tracing_state import is_exporting, is_exporting_to_onnx, is_intercepted
 
 _choices: dict[tuple[object, ...], str] = {}
 
@@ -27,6 +27,8 @@ def choose(x: Tensor, experts: Tensor, mixture: Mixture, geometry: ConvGeometry)
     if batch == 1:
         return "static" if same_kernel_for_all(mixture) and not scales_belong_in_the_kernel(x, geometry) else "plain"
     names = candidates(mixture, geometry, is_exporting(), counts_as_cpu(x))
+    if is_exporting_to_onnx() and not isinstance(batch, int):
+        names = [name for name in names if IMPLEMENTATIONS[name].jit_traceable]
     if len(names) == 1:
         return names[0]
     preferred = preferred_implementation(x, experts, mixture, geometry)

@@ -36,6 +36,11 @@ def is_exporting() -> bool:
     return torch.compiler.is_exporting() and bool(getattr(torch.compiler, "_is_exporting_flag", True))
 
 
+def is_exporting_to_onnx() -> bool:
+    """Whether ``torch.onnx.export`` traces through ``torch.export``."""
+    return is_exporting() and torch.onnx.is_in_onnx_export()
+
+
 def is_jit_traced() -> bool:
     """Whether ``torch.jit.trace`` records, or an exporter that is built on it: sizes become part of the program only
     as arguments of operators, and what Python decides by them is decided for every later call."""

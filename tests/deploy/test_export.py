@@ -13,6 +13,7 @@ from condconv_surgery.deploy import export_model
 from condconv_surgery.recipe import CondConv, DynamicConv, InputSpec, ODConv, Variant
 from condconv_surgery.training import fit_heads
 from tests.conftest import Run
+from tests.dynamic_batch import dynamic_batch
 from tests.exports.one_export import try_export
 from tests.small_networks import mixed, small_net
 from tests.variant_cases import scramble
@@ -81,6 +82,24 @@ def test_a_program_that_needs_torch_alone(tmp_path: Path) -> None:
     program = torch.export.load(path, extra_files=extra).module()
     torch.testing.assert_close(program(images), model(images), rtol=1e-4, atol=1e-5)
     assert json.loads(extra["metadata.json"])["size"] == [3, 32, 32]
+
+
+@pytest.mark.parametrize("variant", [CondConv(2), ODConv(2)], ids=str)
+@torch.no_grad()
+def test_torchs_own_exporter_takes_any_batch(variant: Variant, tmp_path: Path) -> None:
+    """ONNX has the groups of a convolution as a constant: the batch cannot be among them."""
+    model, path = mixed(variant), tmp_path / "m.onnx"
+    torch.onnx.export(
+        model,
+        (torch.randn(2, 3, 32, 32),),
+        path,
+        input_names=["images"],
+        dynamic_shapes=({0: dynamic_batch()},),
+        verbose=False,
+    )
+    for batch in (1, 5):
+        images = torch.randn(batch, 3, 32, 32)
+        torch.testing.assert_close(run(path, images), model(images), rtol=1e-4, atol=1e-5)
 
 
 def test_what_cannot_be_exported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

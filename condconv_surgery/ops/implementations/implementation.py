@@ -16,7 +16,7 @@ class Implementation(Protocol):
 
     exportable: made of torch's operators, for any batch, so that an exported program runs without this package.
     jit_traceable: the operators that it calls for one batch compute any other batch too: none has the batch as a
-    constant argument (the groups of a convolution).
+    constant argument (the groups of a convolution, which ONNX has as a constant too).
     chosen_on_cpu, chosen_on_gpu: worth an estimate there (``ops.choose_implementation``). scales_kernels: it can take
     ``in_scale`` and ``out_scale`` into its kernels. scales_are_in_its_cost: ``seconds`` holds for scaled kernels too.
     """
