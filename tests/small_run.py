@@ -14,15 +14,15 @@ import signal
 import sys
 from pathlib import Path
 
-import torch
-
 from condconv_surgery.recipe import CondConv, TrainingOptions
 from condconv_surgery.training import finetune
 from condconv_surgery.training import learner as learner_module
+from condconv_surgery.training import run as run_module
 from tests.small_networks import small_net
 
 
 def main(arguments: list[str]) -> int:
+    without_curves()
     options = TrainingOptions.from_dict(json.loads(Path(arguments[0]).read_text()))
     for argument in arguments[1:]:
         if argument.startswith("kill:") and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
@@ -34,10 +34,9 @@ def main(arguments: list[str]) -> int:
     return 128 + result.stopped_by if result.stopped_by else 0
 
 
-def run_and_exit(arguments: list[str]) -> None:
-    """``main`` as the whole of a forked process."""
-    torch.set_num_threads(1)
-    sys.exit(main(arguments))
+def without_curves() -> None:
+    """Drawing takes longer than these runs."""
+    run_module.draw_curves = lambda rows, path: None
 
 
 def kill_before(fatal: int) -> None:

@@ -14,11 +14,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from condconv_surgery.studies import compare, run_study
+from condconv_surgery.studies import arm_costs, compare, run_study
 from tests.small_networks import small_net
-from tests.small_run import kill_before
+from tests.small_run import kill_before, without_curves
 
 MEASURED = ("seconds", "step_seconds", "latency", "latency_ratio")
 """What a repeated study measures again."""
@@ -44,6 +42,8 @@ def without_times(value: Any) -> Any:
 
 
 def main(arguments: list[str]) -> int:
+    without_curves()
+    arm_costs.SECONDS = 0.1
     given = json.loads(Path(arguments[0]).read_text())
     for argument in arguments[1:]:
         count = int(argument.rpartition(":")[2])
@@ -67,12 +67,6 @@ def kill_before_record(count: int) -> None:
         original(*args)
 
     run_study.write_record = write_record
-
-
-def study_and_exit(arguments: list[str]) -> None:
-    """``main`` as the whole of a forked process."""
-    torch.set_num_threads(1)
-    sys.exit(main(arguments))
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 import time
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -21,6 +20,7 @@ from condconv_surgery.recipe import TrainingOptions, recipe_of
 from condconv_surgery.recipe.option_rules import all_rules
 from condconv_surgery.reporting.images.recorded_accuracy import recorded_accuracy
 from tests.conftest import Run
+from tests.forked import command_line, forked
 from tests.images import write_images
 
 
@@ -245,25 +245,17 @@ def test_a_signal_to_the_whole_group_saves_and_ends_as_documented(
     data: Path, tmp_path: Path, number: int, code: int
 ) -> None:
     """As a terminal sends Ctrl-C and a cluster SIGTERM: to the reading processes too."""
-    run = tmp_path / "my run"
+    run, output = tmp_path / "my run", tmp_path / "output"
     settings = ["--image-size", 32, "--batch-size", 6, "--workers", 2, "--epochs", 5000]
-    command = [sys.executable, "-m", "condconv_surgery", "finetune", *PLAIN, "--data", data, "-o", run, *settings]
-    process = subprocess.Popen(
-        [*map(str, command)],
-        stderr=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        start_new_session=True,
-        preexec_fn=partial(signal.signal, number, signal.SIG_DFL),  # nohup, under which tests may run, ignores SIGHUP
-    )
-    for _ in range(600):
-        if (run / "metrics.jsonl").exists() or process.poll() is not None:
-            break
+    command = [*map(str, ["finetune", *PLAIN, "--data", data, "-o", run, *settings])]
+    process = forked(command_line, command, number, output=output)
+    while not (run / "metrics.jsonl").exists() and process.is_alive():
         time.sleep(0.1)
-    os.killpg(process.pid, number)
-    _, err = process.communicate(timeout=120)
-    assert process.returncode == code, err.decode()
-    assert "state saved" in err.decode()
-    assert f"Resume: condconv finetune -o '{run}' --resume\n" in err.decode()
+    os.killpg(process.pid or 0, number)
+    process.join(120)
+    err = output.read_text()
+    assert process.exitcode == code, err
+    assert "state saved" in err
+    assert f"Resume: condconv finetune -o '{run}' --resume\n" in err
     assert {"state.safetensors", "curves.png"} <= {path.name for path in run.iterdir()}
     assert not (run / "run.lock").exists()

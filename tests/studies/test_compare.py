@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import signal
 from pathlib import Path
@@ -35,9 +34,11 @@ from condconv_surgery.studies.step_times import epochs_in_equal_time
 from condconv_surgery.training.distributed.world import World
 from condconv_surgery.training.learner import Learner
 from condconv_surgery.training.monitor.callback import Callback, StepView
+from tests import small_study
+from tests.forked import forked
 from tests.images import write_images
 from tests.small_networks import small_net
-from tests.small_study import study_and_exit, study_options, without_times
+from tests.small_study import study_options, without_times
 
 ARMS = ["static", "condconv:2"]
 
@@ -152,16 +153,11 @@ def test_without_a_gain_the_static_network_is_kept(data: Path, tmp_path: Path) -
 
 
 def killed_study(arguments: list[str]) -> int:
-    """In a fork of a process that has computed nothing: the threads of autograd cannot be forked."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.small_study"])
-    process = context.Process(target=study_and_exit, args=(arguments,))
-    process.start()
+    process = forked(small_study.main, arguments, output=Path(arguments[0]).with_suffix(".txt"))
     process.join(120)
     return process.exitcode or 0
 
 
-@pytest.mark.skipif(torch.__version__ < "2.11", reason="its autograd does not run in a forked process")
 def test_a_study_that_was_killed_ends_with_the_same_record(data: Path, tmp_path: Path) -> None:
     given = {"arms": ARMS, "options": study_options(), "data": str(data), "seeds": 2, "rates": 2}
     whole, killed = tmp_path / "whole.json", tmp_path / "killed.json"

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
+from tests import small_study
+from tests.forked import forked, several
 from tests.images import write_images
 from tests.small_study import study_options
-
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.slow
@@ -26,16 +23,13 @@ def test_processes_give_the_record_of_one(tmp_path: Path) -> None:
             "arms": ["static", "condconv:2"],
             "options": study_options(),
             "data": str(data),
-            "seeds": 2,
-            "rates": 2,
         }
         file = tmp_path / f"{processes}.json"
         file.write_text(json.dumps({**given, "seeds": 2, "rates": 2, "output": str(output)}))
-        torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-        command = [sys.executable, *(torchrun if processes > 1 else []), "-m", "tests.small_study", str(file)]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stderr
+        how = (small_study.main,) if processes == 1 else (several, small_study.main, processes, 0)
+        process = forked(*how, [str(file)], output=file.with_suffix(".txt"))
+        process.join(300)
+        assert process.exitcode == 0, file.with_suffix(".txt").read_text()
         records.append(json.loads((output / "study.json").read_text())["record"])
     one, two = records
     assert one["settings"] == two["settings"]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import random
 import signal
@@ -11,6 +10,7 @@ import subprocess
 import sys
 import time
 from contextlib import suppress
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
@@ -23,9 +23,10 @@ from condconv_surgery.training import evaluate
 from condconv_surgery.training.batches.loaders import input_spec, open_data
 from condconv_surgery.training.distributed.world import World
 from condconv_surgery.training.state.run_state import LAST, read_state
+from tests import small_run
+from tests.forked import forked, several
 from tests.images import find_training_images, write_images
 from tests.small_networks import small_net
-from tests.small_run import run_and_exit
 
 ROOT = Path(__file__).parents[2]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "default", "PYTHONFAULTHANDLER": "1"}
@@ -48,24 +49,35 @@ def options_for(folder: Path, name: str, epochs: int = 2, **sections: object) ->
     )
 
 
-def launch(options: TrainingOptions, *arguments: str, processes: int = 1, restarts: int = 0) -> subprocess.Popen[bytes]:
+def launch(options: TrainingOptions, *arguments: str, processes: int = 1, restarts: int = 0) -> BaseProcess:
+    file, output = written(options)
+    if processes == 1:
+        return forked(small_run.main, [file, *arguments], output=output)
+    return forked(several, small_run.main, processes, restarts, [file, *arguments], output=output)
+
+
+def finish(process: BaseProcess, options: TrainingOptions) -> None:
+    process.join(300)
+    assert process.exitcode == 0, written(options)[1].read_text()
+
+
+def run(options: TrainingOptions, *arguments: str, processes: int = 1, restarts: int = 0) -> None:
+    finish(launch(options, *arguments, processes=processes, restarts=restarts), options)
+
+
+def run_by_torchrun(options: TrainingOptions, processes: int) -> None:
+    """As a user starts it."""
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    command = [sys.executable, *torchrun, "-m", "tests.small_run", written(options)[0]]
+    done = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def written(options: TrainingOptions) -> tuple[str, Path]:
+    """A file with the options, and one for what is printed."""
     file = Path(options.output).with_suffix(".json")
     file.write_text(json.dumps(options.to_dict()))
-    torchrun = [
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        f"--nproc-per-node={processes}",
-        f"--max-restarts={restarts}",
-    ]
-    command = [sys.executable, *(torchrun if processes > 1 else []), "-m", "tests.small_run", str(file), *arguments]
-    return subprocess.Popen(command, cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-
-
-def finish(process: subprocess.Popen[bytes]) -> str:
-    output, _ = process.communicate(timeout=300)
-    assert process.returncode == 0, output.decode()
-    return output.decode()
+    return str(file), file.with_suffix(".txt")
 
 
 def rows(options: TrainingOptions) -> list[dict[str, float]]:
@@ -94,8 +106,8 @@ def test_processes_train_as_one(folder: Path, processes: int) -> None:
     alone, together = (
         options_for(folder, name, **sections).updated({"data": {"max_bad": 2}}) for name in ("alone", "together")
     )
-    finish(launch(alone))
-    finish(launch(together, processes=processes))
+    run(alone)
+    run_by_torchrun(together, processes)
     for options in (alone, together):
         state = read_state(Path(options.output) / LAST)
         assert sorted(state.facts["unreadable"]) == sorted(map(str, spoilt))
@@ -109,7 +121,7 @@ def test_processes_train_as_one(folder: Path, processes: int) -> None:
 def test_what_is_scored_is_what_is_saved(folder: Path) -> None:
     """Batch norms have seen other images in each process; those of the first are saved, and all score with them."""
     options = options_for(folder, "run", engine={"ema": 0.9})
-    finish(launch(options, "norm", processes=2))
+    run(options, "norm", processes=2)
     model = load(Path(options.output) / "last.safetensors", model=small_net())
     scores = evaluate(model, open_data(options, input_spec(model, options), World()).val_loader)
     assert scores is not None
@@ -121,8 +133,8 @@ def test_a_sharded_model_trains_as_a_whole_one(folder: Path) -> None:
     engine = {"ema": 0.5, "save_every": 2}
     alone = options_for(folder, "alone", engine=engine, optimizer={"lr": 0.01, "accumulate": 2})
     sharded = options_for(folder, "sharded", engine={**engine, "shard": True}, optimizer=alone.to_dict()["optimizer"])
-    finish(launch(alone))
-    finish(launch(sharded, processes=2))
+    run(alone)
+    run(sharded, processes=2)
     for one, other in zip(rows(alone), rows(sharded), strict=True):
         for name in ("train_loss", "train_top1", "val_loss", "val_top1"):
             assert one[name] == pytest.approx(other[name], abs=1e-5), name
@@ -134,8 +146,8 @@ def test_a_sharded_model_trains_as_a_whole_one(folder: Path) -> None:
 def test_a_sharded_run_goes_on_exactly(folder: Path) -> None:
     engine = {"shard": True, "ema": 0.5, "save_every": 2}
     whole, cut = options_for(folder, "whole", engine=engine), options_for(folder, "cut", engine=engine)
-    finish(launch(whole, processes=2))
-    finish(launch(cut, "resume", "kill:1:5", processes=2, restarts=1))
+    run(whole, processes=2)
+    run(cut, "resume", "kill:1:5", processes=2, restarts=1)
     assert_same(whole, cut)
 
 
@@ -143,45 +155,22 @@ def test_a_sharded_run_goes_on_exactly(folder: Path) -> None:
 def test_a_killed_process_is_restarted_to_the_same_weights(folder: Path) -> None:
     whole = options_for(folder, "whole", engine={"save_every": 2})
     cut = options_for(folder, "cut", engine={"save_every": 2})
-    finish(launch(whole, processes=2))
-    finish(launch(cut, "resume", "kill:1:5", processes=2, restarts=1))
+    run(whole, processes=2)
+    run(cut, "resume", "kill:1:5", processes=2, restarts=1)
     assert_same(whole, cut)
-
-
-class Forked:
-    """Runs in processes that start with torch already imported: twenty starts cost what one does."""
-
-    def __init__(self) -> None:
-        self.context = multiprocessing.get_context("forkserver")
-        self.context.set_forkserver_preload(["tests.small_run"])
-
-    def start(self, options: TrainingOptions) -> multiprocessing.process.BaseProcess:
-        file = Path(options.output).with_suffix(".json")
-        file.write_text(json.dumps(options.to_dict()))
-        process = self.context.Process(target=run_and_exit, args=([str(file), "resume"],))
-        process.start()
-        return process
-
-    def finish(self, options: TrainingOptions) -> float:
-        process = self.start(options)
-        began = time.monotonic()
-        process.join(300)
-        assert process.exitcode == 0
-        return time.monotonic() - began
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 def test_twenty_stops_at_random_moments_change_nothing(folder: Path, number: int) -> None:
-    forked = Forked()
     whole = options_for(folder, "whole", epochs=20, engine={"save_every": 2})
-    forked.finish(whole)
+    run(whole)
     output = Path(whole.output)
     duration = (output / "last.safetensors").stat().st_mtime - (output / "recipe.toml").stat().st_mtime
     rng, stopped = random.Random(number), 0
     for attempt in range(60):
         cut = options_for(folder, f"cut{attempt}", epochs=20, engine={"save_every": 2})
-        process = forked.start(cut)
+        process = launch(cut)
         while not (Path(cut.output) / "recipe.toml").exists() and process.is_alive():
             time.sleep(0.002)
         time.sleep(rng.uniform(0, 0.9) * duration)
@@ -192,7 +181,7 @@ def test_twenty_stops_at_random_moments_change_nothing(folder: Path, number: int
             continue  # it was done before the signal
         stopped += 1
         assert process.exitcode == (-number if number == signal.SIGKILL else 128 + number)
-        forked.finish(cut)
+        run(cut, "resume")
         assert_same(whole, cut)
         assert rows(whole)[-1]["val_loss"] == rows(cut)[-1]["val_loss"]
         if stopped == 20:
