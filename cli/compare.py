@@ -93,7 +93,7 @@ def _study(study: StudyOptions, options: TrainingOptions, ctx: typer.Context, as
     if not is_first():
         return
     if not report.complete:
-        raise typer.Exit(130)
+        raise typer.Exit(128 + report.stopped_by)
     if as_json:
         print_json(report.to_dict())
     else:
@@ -107,8 +107,8 @@ def _quick(options: TrainingOptions, ctx: typer.Context, as_json: bool) -> None:
     found = quick_check(options.model, options, display=lambda: callback_in_flags(ctx))
     if not is_first():
         return
-    if found is None:
-        raise typer.Exit(130)
+    if isinstance(found, int):
+        raise typer.Exit(128 + found)
     if as_json:
         print_json(found.to_dict())
     else:

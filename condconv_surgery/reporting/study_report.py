@@ -23,11 +23,15 @@ class StudyReport:
         report = StudyReport.read("study")     # what compare or write wrote
         print(report.verdict)
 
-    complete: all runs that were planned are done.
+    stopped_by: the number of the signal that ended the study early, 0 when all runs that were planned are done.
     """
 
     record: StudyRecord
-    complete: bool = True
+    stopped_by: int = 0
+
+    @property
+    def complete(self) -> bool:
+        return not self.stopped_by
 
     @cached_property
     def results(self) -> StudyResults:

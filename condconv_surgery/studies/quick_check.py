@@ -98,12 +98,12 @@ def quick_check(
     output: str | Path | None = None,
     display: Callable[[], Callback] | None = None,
     progress: bool = True,
-) -> QuickCheck | None:
+) -> QuickCheck | int:
     """Train the unconverted network for the budget and for twice of it; say whether conversion can pay.
 
     Takes the arguments of ``compare``. Both runs start from ``model``, each with a learning-rate schedule of its own
-    length; the last epoch of each is scored. ``None`` when a signal stopped it: the same call goes on.
-    Raises as ``compare`` does.
+    length; the last epoch of each is scored. Returns the number of the signal that stopped it, where one did: the same
+    call goes on. Raises as ``compare`` does.
     """
     given = study_inputs(model, options, data, output)
     display = display or (console_display if progress else Callback)
@@ -117,7 +117,7 @@ def quick_check(
             callback = display() if world.is_first else Callback()
             result = train_run(trained, run, world, request, callback, resume=True, images=images)
             if not is_over(result, run):
-                return None
+                return result.stopped_by
             last = load(f"{run.output}/last.safetensors", model=copy.deepcopy(original), trust=run.trust)
             train.append(correct_images(last, even_subset(parts.train, MOST_IMAGES), run, world))
             val.append(correct_images(last, parts.val, run, world))

@@ -92,7 +92,8 @@ class Study:
         request: StopRequest,
         display: Display,
     ) -> None:
-        self.options, self.training, self.parts, self.world = options, given.training, given.parts, world
+        self.options, self.training, self.parts = options, given.training, given.parts
+        self.world, self.request = world, request
         original, training, parts = given.original, given.training, given.parts
         self.folder, self.note = Path(training.output), display().note if world.is_first else Callback().note
         self.models = ArmModels(original, parts.train, input_spec(original, training))
@@ -112,7 +113,7 @@ class Study:
             row = self.runs.run(planned, self.record.arm(planned.arm.name))
             if row is None:
                 self.note("Stopped; everything so far is saved. The same call continues the study.")
-                return StudyReport(self.record, complete=False)
+                return StudyReport(self.record, stopped_by=self.request.number)
             self._keep(self.record.with_arm(row))
             self.runs.clean(planned)
         if self.world.is_first:
@@ -132,7 +133,6 @@ class Study:
             return replace(before, settings=self.settings, protocol=self._protocol(before))
         if self.world.is_first:
             make_folder(self.folder)
-        self.note(f"Data: {self.parts.origin}")
         self.note("Converting, and measuring the time of a training step of each arm ...")
         seconds = self._step_seconds()
         epochs = dict.fromkeys(seconds, self.training.schedule.epochs)

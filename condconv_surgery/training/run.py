@@ -295,5 +295,5 @@ class Run:
             best_top1=self.progress.best_top1 if self.progress.best_epoch else None,
             best_epoch=self.progress.best_epoch,
             unreadable=tuple(self.unreadable.names),
-            stopped_by=int(self.request.signal or signal.SIGTERM) if stopped else 0,
+            stopped_by=self.request.number if stopped else 0,
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ import condconv_surgery as cs
 from condconv_surgery.reporting import StudyReport
 from tests.conftest import Run
 from tests.images import write_images
+from tests.training.test_training_run import StopAt
 
 MODEL = "tests.small_networks:small_net"
 QUICK = ("--image-size", 16, "--batch-size", 8, "--workers", 0, "--epochs", 1, "--lr", 0.01)
@@ -38,6 +40,7 @@ def test_a_study_from_the_command_line(condconv: Run, data: Path, tmp_path: Path
     assert err.count("best epoch 1: validation top-1 0.") == 2
     assert "train loss" not in err  # the epochs of each run
     assert "18 training, 6 validation and 6 test images" in err
+    assert err.count("Data: ") == 1
     report = StudyReport.read(tmp_path / "study")
     assert report.verdict in " ".join(out.split())
     recipe = (tmp_path / "study/runs/condconv-2-layers.router_lr-2-0.01-1/recipe.toml").read_text()
@@ -63,6 +66,26 @@ def test_quick_says_what_limits_the_network(condconv: Run, data: Path, tmp_path:
     found = json.loads(out)
     assert found["limit"] in ("data", "mostly data", "capacity")
     assert not (tmp_path / "study/study.json").exists()
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)])
+@pytest.mark.parametrize("quick", [(), ("--quick",)])
+def test_a_signal_ends_a_study_with_its_exit_code(
+    condconv: Run,
+    data: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    number: int,
+    code: int,
+    quick: tuple[str],
+) -> None:
+    monkeypatch.setattr("condconv_surgery.training.monitor.progress_display.console_display", lambda: StopAt(2, number))
+    before = signal.signal(number, signal.default_int_handler)  # nohup, under which tests may run, ignores SIGHUP
+    try:
+        given = ("--arm", "static", "--arm", "condconv:2", *quick)
+        assert condconv("compare", MODEL, "--data", data, "-o", tmp_path / "study", *QUICK, *given)[0] == code
+    finally:
+        signal.signal(number, before)
 
 
 @pytest.mark.parametrize(

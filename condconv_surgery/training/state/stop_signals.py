@@ -12,13 +12,21 @@ SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP"
 
 
 class StopRequest:
-    """``signal`` is the first signal received, 0 for none. A second Ctrl-C interrupts immediately, as usual."""
+    """``signal`` is the first signal received, 0 for none. A second Ctrl-C interrupts immediately, as usual.
+
+    All processes of a run stop when one of them has received a signal.
+    """
 
     def __init__(self) -> None:
         self.signal = 0
 
     def __bool__(self) -> bool:
         return self.signal != 0
+
+    @property
+    def number(self) -> int:
+        """What stopped the processes: the signal that this one received, else SIGTERM."""
+        return int(self.signal or signal.SIGTERM)
 
     def receive(self, number: int, frame: FrameType | None) -> None:
         if self and number == signal.SIGINT:
