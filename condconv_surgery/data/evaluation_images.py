@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
 from condconv_surgery.data.find_data import divide, find_parts, folder_parts, is_folder, require_data
-from condconv_surgery.data.image_folders import scan
+from condconv_surgery.data.image_folders import ImageFiles, scan
 from condconv_surgery.data.labelled_images import LabelledImages
 from condconv_surgery.errors import InputError
 from condconv_surgery.recipe.toml_text import from_toml
 from condconv_surgery.recipe.training_sections import DataOptions
 
-RECIPE, CHECK = "recipe.toml", "data.json"
-"""Files of a run directory: the options of the run, and the data check before it."""
+RECIPE, CHECK, IMAGES = "recipe.toml", "data.json", "images.jsonl"
+"""Files of a run directory: its options, the data check before it, and its images in order."""
 
 
 class EvaluationImages(NamedTuple):
@@ -50,9 +51,9 @@ def is_run(folder: str) -> bool:
 
 
 def validation_images_of(run: Path) -> EvaluationImages:
-    """The validation images of a run, by the options in its recipe.
+    """The validation images of a run: those that it recorded, else those of the split by its recipe.
 
-    Raises ``InputError`` when the data have changed since, so that another split would be measured.
+    Raises ``InputError`` when the data have changed since, so that others would be measured.
     """
     options = from_toml((run / RECIPE).read_text(encoding="utf-8"), str(run / RECIPE))
     if options.data.streaming:
@@ -63,6 +64,8 @@ def validation_images_of(run: Path) -> EvaluationImages:
         )
     require_data(options.data)
     divided = divide(find_parts(options.data), options.data, options.seed)
+    if isinstance(divided.val, ImageFiles) and (run / IMAGES).is_file():
+        return _recorded_images(divided.val, run, options.data.folder)
     before, now = _counts(run), (len(divided.train), len(divided.val))
     if before is not None and before != now:
         raise InputError(
@@ -72,6 +75,28 @@ def validation_images_of(run: Path) -> EvaluationImages:
             f'data="{options.data.folder}" with images that the run did not train on',
         )
     return EvaluationImages(divided.val, True, f"{options.data.folder} (validation images of {run})")
+
+
+def _recorded_images(val: ImageFiles, run: Path, folder: str) -> EvaluationImages:
+    """The validation images that the run recorded and that are still there, with its classes.
+
+    Images and classes may have been added or removed meanwhile.
+    """
+    rows = [json.loads(line) for line in (run / IMAGES).read_text(encoding="utf-8").splitlines()]
+    classes = tuple(dict.fromkeys(name for part, name, _ in rows if part == "train"))  # in order: the images are
+    recorded = [(file, classes.index(name)) for part, name, file in rows if part == "val"]
+    found = [(file, label) for file, label in recorded if (val.root / file).is_file()]
+    if not found:
+        raise InputError(
+            f"None of the {len(recorded)} validation images of {run} is left in {val.root}.",
+            f"{run / IMAGES} lists them.",
+            'restore the folder, or data="FOLDER" with images that the run did not train on',
+        )
+    files, labels = zip(*found, strict=True)
+    few = "" if len(found) == len(recorded) else f"{len(found)} of the {len(recorded)} "
+    return EvaluationImages(
+        replace(val, classes=classes, files=files, labels=labels), True, f"{folder} ({few}validation images of {run})"
+    )
 
 
 def _counts(run: Path) -> tuple[int, int] | None:

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from condconv_surgery.data.evaluation_images import find_evaluation_images
-from condconv_surgery.data.find_data import divide, find_parts
+from condconv_surgery.data.find_data import divide, find_data, find_parts
 from condconv_surgery.data.image_folders import ImageFiles, find_unlabelled_images, scan
 from condconv_surgery.data.labelled_images import LabelledImages
 from condconv_surgery.data.three_parts import find_three_parts
@@ -19,6 +19,7 @@ from condconv_surgery.errors import InputError
 from condconv_surgery.recipe.toml_text import to_toml
 from condconv_surgery.recipe.training_options import TrainingOptions
 from condconv_surgery.recipe.training_sections import DataOptions
+from condconv_surgery.training.state.image_record import write_image_record
 from condconv_surgery.training.state.run_lock import LOCK
 
 IMAGE = Image.new("RGB", (4, 4), (200, 30, 90))
@@ -239,4 +240,32 @@ def test_a_run_directory_gives_the_validation_images_of_the_run(tmp_path: Path) 
     with pytest.raises(
         InputError, match=r"16 training and 4 validation images then, 24 and 6 now(.|\n)*did not train on"
     ):
+        find_evaluation_images(options(run))
+
+
+def test_the_validation_images_of_a_run_are_those_that_it_recorded(tmp_path: Path) -> None:
+    """Images that are added or removed later would give another split, with images that the run trained on."""
+    fill(tmp_path / "images", 10)
+    chosen = TrainingOptions().updated({"data": {"folder": str(tmp_path / "images")}})
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "recipe.toml").write_text(to_toml(chosen))
+    train, val = find_data(chosen.data, chosen.seed)
+    assert isinstance(train, ImageFiles)
+    assert isinstance(val, ImageFiles)
+    write_image_record(run, train, val)
+    train.path(0).unlink()
+    fill(tmp_path / "images", 15, ("bird", "cat", "dog"))
+    assert find_data(chosen.data, chosen.seed)[1].fingerprint() != val.fingerprint()
+    found = find_evaluation_images(options(run))
+    assert isinstance(found.images, ImageFiles)
+    assert (found.images.classes, found.images.files, found.images.labels) == (val.classes, val.files, val.labels)
+    val.path(0).unlink()
+    found = find_evaluation_images(options(run))
+    assert isinstance(found.images, ImageFiles)
+    assert found.images.files == val.files[1:]
+    assert found.where == f"{tmp_path / 'images'} (3 of the 4 validation images of {run})"
+    for index in range(1, len(val)):
+        val.path(index).unlink()
+    with pytest.raises(InputError, match=r"None of the 4 validation images of (.|\n)*restore the folder"):
         find_evaluation_images(options(run))

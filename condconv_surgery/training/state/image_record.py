@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from condconv_surgery.data.evaluation_images import IMAGES
 from condconv_surgery.data.image_folders import ImageFiles, printable
 from condconv_surgery.errors import InputError, listed
 from condconv_surgery.recipe import InputSpec
@@ -21,8 +22,6 @@ from condconv_surgery.training.batches.loaders import Data, open_data
 from condconv_surgery.training.distributed.world import World
 from condconv_surgery.training.state.run_files import write_text
 from condconv_surgery.training.state.run_state import State
-
-IMAGES = "images.jsonl"
 
 
 def write_image_record(folder: Path, train: object, val: object) -> None:
