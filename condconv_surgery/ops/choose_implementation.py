@@ -27,7 +27,7 @@ def choose(x: Tensor, experts: Tensor, mixture: Mixture, geometry: ConvGeometry)
     if batch == 1:
         return "static" if same_kernel_for_all(mixture) and not scales_belong_in_the_kernel(x, geometry) else "plain"
     names = candidates(mixture, geometry, is_exporting(), counts_as_cpu(x))
-    if is_exporting_to_onnx() and not isinstance(batch, int):
+    if is_exporting_to_onnx() and type(batch) is not int:  # a symbol
         names = [name for name in names if IMPLEMENTATIONS[name].jit_traceable]
     if len(names) == 1:
         return names[0]

@@ -10,8 +10,17 @@ from torch import Tensor, nn
 
 
 def hash_weights(model: nn.Module) -> str:
-    """The hash of the model's state dict, which an artifact stores to say what it was made from."""
-    return hash_tensors(model.state_dict())
+    """The hash of the model's state dict, which an artifact stores to say what it was made from.
+
+    Extra states that are no tensors, and tensors whose bytes are not their values (sparse, quantised), do not count.
+    """
+    state = model.state_dict()
+    return hash_tensors({name: value for name, value in state.items() if is_plain_tensor(value)})
+
+
+def is_plain_tensor(value: object) -> bool:
+    """Whether it is a tensor whose bytes are its values: neither sparse nor quantised."""
+    return isinstance(value, Tensor) and value.layout == torch.strided and not value.is_quantized
 
 
 def hash_tensors(tensors: Mapping[str, Tensor], *, prefix: str = "", headers: bool = True) -> str:

@@ -11,12 +11,13 @@ from torch._ops import OpOverload
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.nn.parameter import is_lazy
+from torch.optim.swa_utils import AveragedModel
 
 from condconv_surgery.errors import InputError
 
 
 def accept(model: object, *, inplace: bool = False, prove: bool = False) -> nn.Module:
-    """The module inside ``DataParallel``, ``DistributedDataParallel`` and ``torch.compile``.
+    """The module inside ``DataParallel``, ``DistributedDataParallel``, ``AveragedModel`` and ``torch.compile``.
 
     Raises ``InputError`` when it is not supported: no ``nn.Module``, TorchScript, a graph of ATen operators, lazy
     layers, sharded parameters; weights on the meta device with ``prove``; a ``DistributedDataParallel`` in place, which
@@ -41,7 +42,7 @@ def running_eagerly(model: nn.Module) -> Iterator[None]:
 
 
 def _inside(model: nn.Module, inplace: bool) -> nn.Module:
-    while isinstance(model, (DataParallel, DistributedDataParallel)) or _is_compiled(model):
+    while isinstance(model, (DataParallel, DistributedDataParallel, AveragedModel)) or _is_compiled(model):
         if inplace and isinstance(model, DistributedDataParallel):
             raise InputError(
                 "A DistributedDataParallel cannot be converted in place: it has registered its parameters already.",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torchvision
+from safetensors.torch import save_file
 from torch import nn
 
 import condconv_surgery as cs
@@ -339,3 +341,40 @@ def test_a_detector_has_no_head_that_may_be_random(tmp_path: Path) -> None:
     torch.save(without, tmp_path / "m.pt")
     with pytest.raises(InputError, match="it lacks 'roi_heads"):
         load_model(tmp_path / "m.pt", arch=f"torchvision:{name}")
+
+
+def test_a_checkpoint_in_several_files_is_read_by_its_index(tmp_path: Path) -> None:
+    state, folder = small().state_dict(), tmp_path / "shards"
+    folder.mkdir()
+    files = [f"model-0000{number}-of-00002.safetensors" for number in (1, 2)]
+    parts = [dict(list(state.items())[number::2]) for number in range(2)]
+    for file, part in zip(files, parts, strict=True):
+        save_file(part, folder / file)
+    index = folder / "model.safetensors.index.json"
+    places = {name: file for file, part in zip(files, parts, strict=True) for name in part}
+    index.write_text(json.dumps({"metadata": {}, "weight_map": places}))
+    read = load_model(f"{index}").state_dict()
+    assert all(torch.equal(read[name], tensor) for name, tensor in state.items())
+    for path in (folder, folder / files[1]):  # a part alone is never taken for the whole
+        with pytest.raises(InputError, match=f"Try: {re.escape(str(index))}"):
+            load_model(f"{path}")
+    (folder / files[0]).unlink()
+    with pytest.raises(InputError, match=f"{files[0]} does not exist"):
+        load_model(f"{index}")
+    index.write_text("{}")
+    with pytest.raises(cs.SurgeryError, match="weight_map names the file of each tensor"):
+        load_model(f"{index}")
+
+
+def test_the_only_weights_are_taken_whatever_their_key(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path, state = tmp_path / "run.pt", small().state_dict()
+    optimizer = {"state": {0: {"momentum_buffer": torch.ones(2)}}, "param_groups": []}
+    torch.save({"step": 3, "my_net": state, "optimizer": optimizer}, path)
+    read = load_model(f"{path}").state_dict()
+    assert all(torch.equal(read[name], tensor) for name, tensor in state.items())
+    assert "took the weights under 'my_net'" in caplog.text
+    torch.save({"generator": state, "discriminator": under("", state, 0.5)}, path)
+    with pytest.raises(
+        InputError, match=r"several sets of weights(.|\n)*Try: torch\.save\(torch\.load\(.*\['generator'\]"
+    ):
+        load_model(f"{path}")

@@ -121,7 +121,7 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(
     before = path.read_bytes()
     model = nn.Conv2d(3, 3, 1)
     monkeypatch.setattr(nn.Conv2d, "get_extra_state", lambda self: object())  # not a tensor
-    with pytest.raises(InputError, match="Only tensors can be saved"):
+    with pytest.raises(InputError, match="Only dense tensors can be saved"):
         cs.save(model, path)
     assert path.read_bytes() == before
     assert list(path.parent.iterdir()) == [path]

@@ -29,3 +29,16 @@ def test_meta_tensors_count_by_header_and_strides_do_not_count() -> None:
     image = torch.randn(1, 3, 4, 4)
     assert hash_tensors({"a": image}) == hash_tensors({"a": image.to(memory_format=torch.channels_last)})
     assert hash_tensors({"a": image}, prefix="x") != hash_tensors({"a": image})
+
+
+def test_states_that_are_no_dense_tensors_do_not_count() -> None:
+    class Counting(nn.Linear):
+        def get_extra_state(self) -> dict[str, int]:
+            return {"calls": 3}
+
+    torch.manual_seed(0)
+    plain = nn.Linear(2, 2)
+    counting = Counting(2, 2)
+    counting.register_buffer("graph", torch.eye(3).to_sparse())
+    counting.load_state_dict(plain.state_dict(), strict=False)
+    assert hash_weights(counting) == hash_weights(plain)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.nn.utils import parametrizations, parametrize, prune
+from torch.optim.swa_utils import AveragedModel
 
 import condconv_surgery as cs
 from condconv_surgery.errors import InputError, ProofError
@@ -386,7 +387,9 @@ def test_frozen_layers_stay_frozen(x: Tensor) -> None:
     assert [name for name, parameter in converted[1].named_parameters() if parameter.requires_grad] == ["bias"]
 
 
-@pytest.mark.parametrize("wrap", [DataParallel, torch.compile], ids=["DataParallel", "torch.compile"])
+@pytest.mark.parametrize(
+    "wrap", [DataParallel, torch.compile, AveragedModel], ids=["DataParallel", "torch.compile", "AveragedModel"]
+)
 def test_a_wrapper_is_taken_off(wrap: Callable[[nn.Module], nn.Module], x: Tensor, tmp_path: Path) -> None:
     plain = net().eval()
     conversion = cs.convert(wrap(plain), cs.CondConv(), example=x, include=["1"])

@@ -16,7 +16,7 @@ from condconv_surgery.models.artifact.json_values import STORED
 from condconv_surgery.models.artifact.skeleton import Skeleton
 from condconv_surgery.models.checkpoints.file_type import SAFETENSORS, file_kind, require_file
 from condconv_surgery.recipe import Recipe
-from condconv_surgery.runtime.tensor_hash import hash_tensors
+from condconv_surgery.runtime.tensor_hash import hash_tensors, is_plain_tensor
 
 MAGIC = "condconv-surgery"
 _WANTED = "An artifact is one whole .safetensors file that save wrote."
@@ -108,9 +108,12 @@ def unique_tensors(state: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, 
     aliases: dict[str, str] = {}
     first: dict[tuple[object, ...], str] = {}
     for name, tensor in state.items():
-        if not isinstance(tensor, Tensor):
+        if not is_plain_tensor(tensor):
+            kind = "sparse or quantised tensor" if isinstance(tensor, Tensor) else type(tensor).__name__
             raise InputError(
-                f"The state of {name!r} is a {type(tensor).__name__}.", "Only tensors can be saved without pickle."
+                f"The state of {name!r} is a {kind}.",
+                "Only dense tensors can be saved without pickle.",
+                "a buffer with persistent=False, or torch.save(model.state_dict(), FILE)",
             )
         key = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype, tensor.device)
         if tensor.numel() and key in first:

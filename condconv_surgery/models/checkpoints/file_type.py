@@ -18,6 +18,9 @@ SAFETENSORS = "a safetensors file"
 SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt", ".tar")
 """Of files of weights."""
 
+INDEX = ".index.json"
+"""The end of the name of the index of a checkpoint in several files."""
+
 MAX_RATIO = 200
 """A zip that unpacks to more than this many times its size is not a checkpoint."""
 
@@ -62,7 +65,13 @@ def require_file(path: Path) -> None:
 
 
 def model_files(folder: Path) -> list[Path]:
-    """The files of weights directly in ``folder``: those called best or model first, then the newest."""
+    """The files of weights directly in ``folder``: those called best or model first, then the newest.
+
+    Of a checkpoint in several files its index alone.
+    """
+    indices = sorted(folder.glob(f"*{INDEX}"))
+    if indices:
+        return indices
     files = [path for path in folder.iterdir() if path.is_file() and path.suffix in SUFFIXES]
     return sorted(files, key=lambda path: (not path.stem.endswith(("best", "model")), -path.stat().st_mtime, path.name))
 
