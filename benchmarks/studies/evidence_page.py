@@ -75,6 +75,7 @@ STUDIES = (
         longer="static, twice the steps",
         between=(("condconv:4", "condconv:4, noise"), ("odconv:4, sigmoid gates, hidden 64", "odconv:1")),
     ),
+    Evidence("digits", "digits"),
 )
 
 HEADERS = ("set", "arm", "seeds", "parameters", "MACs", "top-1, %", "equal steps", "equal time")
