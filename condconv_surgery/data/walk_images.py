@@ -68,6 +68,8 @@ def loose_images(root: Path) -> list[str]:
 
 def why_no_image(path: Path) -> str | None:
     """``None`` for an image, else the reason to skip the file."""
+    if path.exists() and not path.is_file():
+        return "not a regular file"  # a named pipe: reading it would wait for ever
     suffix = path.suffix.lower()
     if suffix in SUFFIXES:
         return None
@@ -107,7 +109,7 @@ class _Walk:
             for entry in entries_of(self.root / relative):
                 base = entry.name
                 below = f"{relative}{os.sep}{base}"
-                if base[0] != "." and base[base.rfind(".") :].lower() in _SUFFIXES and not entry.is_dir():
+                if base[0] != "." and base[base.rfind(".") :].lower() in _SUFFIXES and entry.is_file():
                     found.append(below)  # most entries, by the fewest calls: there may be millions
                 elif is_hidden(base):
                     skipped["hidden"] += 1

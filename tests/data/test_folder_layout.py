@@ -223,6 +223,15 @@ def test_names_in_another_encoding_can_be_printed_and_stored(tmp_path: Path) -> 
     assert len(images.fingerprint()) == 64
 
 
+def test_a_named_pipe_is_skipped(tmp_path: Path) -> None:
+    """Opening it would wait for ever."""
+    fill(tmp_path)
+    for name in ("pipe.png", "pipe"):
+        os.mkfifo(tmp_path / "cat" / name)
+    images = scan(tmp_path)
+    assert (len(images), images.skipped) == (4, (("not a regular file", 2),))
+
+
 def test_a_run_directory_gives_the_validation_images_of_the_run(tmp_path: Path) -> None:
     fill(tmp_path / "images", 10)
     chosen = TrainingOptions().updated({"seed": 3, "data": {"folder": str(tmp_path / "images")}})

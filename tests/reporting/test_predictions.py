@@ -13,9 +13,11 @@ import torch
 from torch import nn
 
 import condconv_surgery as cs
+from condconv_surgery.errors import InputError
 from condconv_surgery.recipe import Recipe, TrainingOptions, attach_recipe
 from condconv_surgery.recipe.toml_text import to_toml
 from condconv_surgery.reporting import Predictions, report
+from condconv_surgery.reporting.images.report_images import find_images_to_predict
 from condconv_surgery.reporting.render.prediction_tables import confusions, predictions_csv, summary_lines, worst_first
 from condconv_surgery.reporting.study.binomial_interval import binomial_interval
 from tests.images import write_images
@@ -115,6 +117,15 @@ def test_predict_of_a_run_takes_its_validation_images(tmp_path: Path) -> None:
     (run / "recipe.toml").write_text(to_toml(TrainingOptions().updated({"data": {"folder": str(folder)}})))
     found = cs.predict(brightest("class0", "class1", "class2"), run)
     assert (len(found.images), found.held_out, found.caveats) == (6, True, "")
+
+
+def test_predict_of_a_run_whose_data_are_gone_is_an_error(tmp_path: Path) -> None:
+    """A run directory has an image, its curves, which is none of the run's."""
+    run = write_images(tmp_path / "run")
+    (run / "recipe.toml").write_text(to_toml(TrainingOptions().updated({"data": {"folder": str(tmp_path / "gone")}})))
+    (run / "curves.png").write_bytes((run / "class0/00.png").read_bytes())
+    with pytest.raises(InputError, match=r"There is no .*gone"):
+        find_images_to_predict(run)
 
 
 def test_an_unconverted_network_has_a_report_without_gates(tmp_path: Path) -> None:

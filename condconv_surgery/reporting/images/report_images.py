@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from condconv_surgery.data.decode_image import UnreadableImageError
-from condconv_surgery.data.evaluation_images import find_evaluation_images
+from condconv_surgery.data.evaluation_images import find_evaluation_images, is_run
 from condconv_surgery.data.find_data import is_folder
 from condconv_surgery.data.image_folders import ImageFiles, find_unlabelled_images
 from condconv_surgery.data.labelled_images import LabelledImages, even_subset
@@ -80,7 +80,7 @@ def find_images_to_predict(source: str | Path, limit: int | None = None) -> Repo
         return find_images(source, sys.maxsize if limit is None else limit)
     except InputError:
         folder = Path(source)
-        if not folder.is_dir() or not is_folder(options) or not loose_images(folder):
+        if is_run(options.folder) or not is_folder(options) or not folder.is_dir() or not loose_images(folder):
             raise
     paths = find_unlabelled_images(folder, sys.maxsize if limit is None else limit)
     files = tuple(str(path.relative_to(folder)) for path in paths)
