@@ -190,7 +190,8 @@ def _require_all(name: str, loaded: dict[str, Any]) -> None:
         raise InputError(
             f"{PREFIX}{name} holds the weights of a converted network, which its config.json does not describe.",
             "save_pretrained keeps tensors and configuration, not the recipe of the conversion.",
-            'condconv_surgery.save(model, "model.safetensors") where it was trained, and that file here',
+            'condconv_surgery.save(model, "FILE") where it was trained; or convert the original again in the same way, '
+            f'then .model.load_state_dict(safetensors.torch.load_file("{name}/model.safetensors"))',
         )
     if missing or mismatched:
         raise InputError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import condconv_surgery as cs
@@ -181,8 +183,15 @@ def test_what_cannot_be_loaded_is_said(folder: Path, tmp_path: Path) -> None:
     assert torch.equal(model(IMAGES).logits, resnet()(IMAGES).logits)
     converted = cs.convert(model, cs.CondConv(experts=2)).model
     converted.save_pretrained(tmp_path / "converted")
-    with pytest.raises(InputError, match=r"weights of a converted network(.|\n)*condconv_surgery\.save\(model"):
+    words = r"weights of a converted network(.|\n)*condconv_surgery\.save\(model(.|\n)*load_file\(\"(.*)\"\)"
+    with pytest.raises(InputError, match=words) as caught:
         load_model(f"{tmp_path / 'converted'}")
+    again = cs.convert(model, cs.CondConv(experts=2), prove=False).model  # as the error says
+    found = re.search(words, str(caught.value))
+    assert found is not None
+    nn.init.zeros_(again.classifier[1].weight)
+    again.load_state_dict(load_file(found[3]))
+    assert torch.equal(again(IMAGES).logits, converted(IMAGES).logits)
     with pytest.raises(InputError, match=r"Unknown class of transformers 'pipeline'(.|\n)*save_pretrained"):
         load_model("transformers:pipeline", weights="none")
 
