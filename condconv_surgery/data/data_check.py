@@ -33,7 +33,7 @@ class DataCheck:
     skipped: files that are not read, unreadable: images that cannot be decoded; both by reason.
     unreadable_images: the reason by name.
     equal, near: validation images that are equal, or nearly equal, to a training image.
-    duplicate_names: some of these.
+    duplicate_names: some of these. split_off: as in ``DividedData``.
     """
 
     train: int
@@ -50,6 +50,7 @@ class DataCheck:
     equal: int = 0
     near: int = 0
     duplicate_names: tuple[str, ...] = ()
+    split_off: bool = False
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -73,9 +74,11 @@ class DataCheck:
         if self.unreadable_images:
             lines[-1] += f" ({listed(list(self.unreadable_images))})"
         if self.equal or self.near:
+            grouped = "data.group_duplicates=True keeps them on one side of a split."
             lines.append(
                 f"Duplicates: {self.equal} validation images equal a training image, {self.near} nearly "
-                f"({self.duplicate_names[0]}). data.group_duplicates=True keeps them on one side of a split."
+                f"({self.duplicate_names[0]}). "
+                + (grouped if self.split_off else "Remove them from one of the two parts.")
             )
         return lines
 
@@ -122,6 +125,7 @@ def describe(divided: DividedData, limit: int | None = None) -> DataCheck:
         len(equal),
         len(near),
         tuple(val_read[index].name for index in sorted(equal | near)[:20]),
+        divided.split_off,
     )
 
 

@@ -46,12 +46,16 @@ class DataParts:
 
 @dataclass(frozen=True)
 class DividedData:
-    """``train`` and ``val`` of a run, and a sentence that says where the validation images come from."""
+    """``train`` and ``val`` of a run, and a sentence that says where the validation images come from.
+
+    split_off: ``val`` was split off from the training images; the data have no validation part.
+    """
 
     train: LabelledImages
     val: LabelledImages
     origin: str
     unread: tuple[str, ...] = ()
+    split_off: bool = False
 
 
 def find_data(options: DataOptions, seed: int) -> tuple[LabelledImages, LabelledImages]:
@@ -76,7 +80,7 @@ def divide(parts: DataParts, options: DataOptions, seed: int) -> DividedData:
         origin += f" {parts.test.where} is not used: test images do not select."
     if parts.unread:
         origin += f" Not read: {', '.join(parts.unread[:5])}."
-    return DividedData(train, val, origin, parts.unread)
+    return DividedData(train, val, origin, parts.unread, split_off=parts.val is None)
 
 
 def find_parts(options: DataOptions) -> DataParts:

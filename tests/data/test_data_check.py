@@ -68,7 +68,14 @@ def test_duplicates_across_the_parts(tmp_path: Path) -> None:
     check = check_data(str(tmp_path))
     assert (check.equal, check.near) == (1, 1)
     assert {Path(name).name for name in check.duplicate_names} == {"same.bmp", "smaller.jpg"}
-    assert any("Duplicates: 1 validation images equal a training image, 1 nearly" in line for line in check.lines())
+    line = check.lines()[-1]
+    assert line.startswith("Duplicates: 1 validation images equal a training image, 1 nearly")
+    assert line.endswith("Remove them from one of the two parts.")  # there is no split that could group them
+    alone = check_data(str(tmp_path / "val"))
+    assert "Duplicates" not in "".join(alone.lines())
+    photo(20).save(tmp_path / "val/cat/copy.bmp")
+    lines = [check_data(str(tmp_path / "val"), seed=seed).lines()[-1] for seed in range(20)]
+    assert any(line.endswith("data.group_duplicates=True keeps them on one side of a split.") for line in lines)
 
 
 def test_flat_and_unlike_images_are_no_duplicates(tmp_path: Path) -> None:
