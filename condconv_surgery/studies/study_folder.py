@@ -7,9 +7,9 @@ import shlex
 from pathlib import Path
 from typing import Any
 
+from condconv_surgery.data.evaluation_images import IMAGES
 from condconv_surgery.errors import DamagedFileError, InputError
 from condconv_surgery.recipe.study_record import StudyRecord
-from condconv_surgery.training.state.image_record import IMAGES
 from condconv_surgery.training.state.resume import flattened
 from condconv_surgery.training.state.run_files import write_text
 from condconv_surgery.training.state.run_state import BEFORE, LAST

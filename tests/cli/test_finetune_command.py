@@ -20,8 +20,8 @@ from condconv_surgery.recipe import TrainingOptions, recipe_of
 from condconv_surgery.recipe.option_rules import all_rules
 from condconv_surgery.reporting.images.recorded_accuracy import recorded_accuracy
 from tests.conftest import Run
-from tests.forked import command_line, forked
 from tests.images import write_images
+from tests.training.forked import command_line, forked
 
 
 @pytest.fixture

@@ -35,10 +35,10 @@ from condconv_surgery.training.distributed.world import World
 from condconv_surgery.training.learner import Learner
 from condconv_surgery.training.monitor.callback import Callback, StepView
 from tests import small_study
-from tests.forked import forked
 from tests.images import write_images
 from tests.small_networks import small_net
 from tests.small_study import study_options, without_times
+from tests.training.forked import forked
 
 ARMS = ["static", "condconv:2"]
 

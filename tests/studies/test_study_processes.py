@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from tests import small_study
-from tests.forked import forked, several
 from tests.images import write_images
 from tests.small_study import study_options
+from tests.training.forked import forked, several
 
 
 @pytest.mark.slow

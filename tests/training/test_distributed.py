@@ -24,9 +24,9 @@ from condconv_surgery.training.batches.loaders import input_spec, open_data
 from condconv_surgery.training.distributed.world import World
 from condconv_surgery.training.state.run_state import LAST, read_state
 from tests import small_run
-from tests.forked import forked, several
 from tests.images import find_training_images, write_images
 from tests.small_networks import small_net
+from tests.training.forked import forked, several
 
 ROOT = Path(__file__).parents[2]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "default", "PYTHONFAULTHANDLER": "1"}
