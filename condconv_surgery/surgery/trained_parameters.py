@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from torch import nn
 from torch.optim import Optimizer
 
-from condconv_surgery.errors import InputError
+from condconv_surgery.errors import InputError, listed
 from condconv_surgery.layers.routed_block import ROUTER
 from condconv_surgery.recipe import Variant
 from condconv_surgery.surgery.conversion_plan import Plan
@@ -44,6 +44,18 @@ def frozen_notes(sites: Sequence[ConvSite], variant: Variant) -> tuple[str, ...]
     return (
         f"{len(frozen)} of {len(sites)} layers to convert are frozen (requires_grad=False), so their {experts} and "
         "routers are frozen too: requires_grad_(True) on a layer lets it learn",
+    )
+
+
+def hook_notes(sites: Sequence[ConvSite]) -> tuple[str, ...]:
+    """A note where a weight to be converted has hooks of its own (``register_hook``): its experts have none."""
+    kinds = ("_backward_hooks", "_post_accumulate_grad_hooks")
+    hooked = [site.name for site in sites if any(getattr(site.module.weight, kind, None) for kind in kinds)]
+    if not hooked:
+        return ()
+    return (
+        f"hooks on the weight of {listed(hooked)} are not on its experts: register them again, on the weight "
+        "[E, O, I, k, k] of the converted layer",
     )
 
 

@@ -148,6 +148,15 @@ class Lora(nn.Module, BaseTunerLayer):
         return y
 
 
+@pytest.mark.parametrize("inplace", [True, False])
+def test_hooks_on_weights_are_noted(inplace: bool) -> None:
+    net = make_net()
+    net[1].a.weight.register_hook(lambda grad: 2 * grad)
+    net[1].b.weight.register_post_accumulate_grad_hook(lambda parameter: None)
+    (note,) = cs.convert(net, cs.CondConv(4), example=X, inplace=inplace).plan.notes
+    assert note.startswith("hooks on the weight of 1.a, 1.b are not on its experts")
+
+
 def test_layers_inside_an_adapter_are_skipped() -> None:
     net = make_net()
     net[1].b = Lora(net[1].b)
