@@ -12,19 +12,43 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from condconv_surgery.layers import ConditionalConv2d
+from condconv_surgery.ops.conditional_conv2d import conditional_conv2d
+from condconv_surgery.ops.implementations import legal_implementations
 from condconv_surgery.recipe import Variant
 
 Layer = ConditionalConv2d[Variant]
+TORCH_WAYS = ("grouped", "bmm", "unfold", "mix-outputs", "mix-inputs")
 
 
-def contenders(layer: Layer) -> dict[str, Callable[[Tensor], Tensor]]:
-    """``ours`` and every other implementation that supports ``layer``, by name."""
+def contenders(layer: Layer, torch_ways: bool = False) -> dict[str, Callable[[Tensor], Tensor]]:
+    """``ours`` and every other implementation that supports ``layer``, by name.
+
+    torch_ways: also compositions of torch's operators. Without the compiled kernels ``ours`` is another contender,
+    which is for the caller to add: the switch is one for the process, and has to be off in the backward pass too.
+    """
     others: dict[str, Callable[[Tensor], Tensor]] = {"ours": layer, "loop": SampleLoop(layer)}
     if type(layer.variant).__name__ == "ODConv":
         others["authors"] = AuthorsODConv(layer)
     else:
         others["timm"] = TimmCondConv(layer)
+    if torch_ways:
+        mixture = layer.route(torch.zeros(2, layer.in_channels, 1, 1, device=layer.weight.device))
+        legal = legal_implementations(2, mixture, layer.geometry)
+        others |= {name: Forced(layer, name) for name in TORCH_WAYS if name in legal}
     return others
+
+
+class Forced(nn.Module):
+    """One implementation of ``ops.implementations``."""
+
+    def __init__(self, layer: Layer, implementation: str) -> None:
+        super().__init__()
+        self.layer = layer
+        self.implementation = implementation
+
+    def forward(self, x: Tensor) -> Tensor:
+        layer = self.layer
+        return conditional_conv2d(x, layer.weight, layer.bias, layer.route(x), layer.geometry, self.implementation)
 
 
 class SampleLoop(nn.Module):

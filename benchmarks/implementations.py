@@ -53,7 +53,7 @@ def measure_implementations(
 ) -> list[ImplementationTimes]:
     """Every legal implementation of every layer, in eval and in training."""
     measure = partial(_measure, batch=batch, repeats=repeats, seconds=seconds, setting=setting)
-    return measure_each(sites, variants, measure, implementations_line)
+    return list(measure_each(sites, variants, measure, implementations_line))
 
 
 def implementations_line(result: ImplementationTimes) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -37,9 +38,17 @@ class Site:
     def __str__(self) -> str:
         g = self.geometry
         stride = "" if g.stride == (1, 1) else f"/{g.stride[0]}"
-        kind = " dw" if g.depthwise else ""
-        kernel = f"{g.kernel_size[0]}x{g.kernel_size[1]}{stride}{kind}"
+        dilation = "" if g.dilation == (1, 1) else f" dilation {g.dilation[0]}"
+        kind = " dw" if g.depthwise else f" {g.groups} groups" if g.groups > 1 else ""
+        kernel = f"{g.kernel_size[0]}x{g.kernel_size[1]}{stride}{dilation}{kind}"
         return f"{self.model} {kernel} {g.in_channels}->{g.out_channels} @{self.size[0]}"
+
+    @property
+    def macs(self) -> int:
+        """Multiply-accumulates of one image, approximately: padding is not counted."""
+        return self.geometry.weight_numel * math.prod(
+            n // s for n, s in zip(self.size, self.geometry.stride, strict=True)
+        )
 
     def conv(self) -> nn.Conv2d:
         """An ``nn.Conv2d`` of this geometry, without bias."""

@@ -15,8 +15,9 @@ import torchvision
 from torch import Tensor, nn
 
 from benchmarks.contenders import SampleLoop
+from benchmarks.protocol import Measurement, Protocol
 from benchmarks.setting import USUAL, Setting
-from benchmarks.timing import interleaved, ratio
+from benchmarks.timing import interleaved
 from condconv_surgery import native
 from condconv_surgery.layers import conditional_layers
 from condconv_surgery.recipe import Variant
@@ -27,13 +28,12 @@ OTHERS = ("grouped", "loop")  # the form of timm and of ODConv's authors, and a 
 
 @dataclass(frozen=True)
 class ModelResult:
-    """Times of one model, batch and mode. ratios: each contender / the static model. floor: see ``roofline``."""
+    """Times of one model, batch and mode; the ratios are to the static model. floor: see ``roofline``."""
 
     model: str
     batch: int
     mode: str
-    static_milliseconds: float
-    ratios: dict[str, float]
+    times: Measurement
     floor: dict[str, float]
 
     def as_json(self) -> dict[str, object]:
@@ -46,7 +46,7 @@ def measure_model(
     variants: dict[str, Variant],
     batch: int,
     mode: str,
-    repeats: int,
+    protocol: Protocol,
     others: bool,
     pixels: int = 224,
     setting: Setting = USUAL,
@@ -54,11 +54,10 @@ def measure_model(
     """The static model and its conversion to each variant, timed in one run."""
     models, steps = _contenders(name, variants, batch, mode, others, pixels, setting)
     at_least = 0.05 if setting.device != "cpu" else 0.2 if batch == 1 else 0.0
-    times = interleaved(steps, repeats, at_least)
-    seconds = statistics.median(times["static"])
+    times = protocol.measure(steps, at_least)
+    seconds = times.seconds["static"].median
     floor = {v: roofline(models[v], seconds, setting) for v in variants} if batch == 1 and mode == "eval" else {}
-    ratios = {who: ratio(times, who, "static") for who in models if who != "static"}
-    return ModelResult(name, batch, mode, 1e3 * seconds, ratios, floor)
+    return ModelResult(name, batch, mode, times, floor)
 
 
 def contender_steps(

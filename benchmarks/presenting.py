@@ -31,20 +31,29 @@ def environment(threads: int) -> dict[str, object]:
 
 
 def layer_table(results: Sequence[LayerResult]) -> str:
-    """One line per geometry, then the geometric means."""
-    lines = [f"{'layer':36} {'variant':10} {'mode':5} {'static ms':>9} {'ours/static':>11} {'speed-up':>9}  over"]
-    for r in results:
-        lines.append(
-            f"{r.site:36} {r.variant:10} {r.mode:5} {r.milliseconds['static']:9.2f} {r.against_static:11.2f}"
-            f" {r.speedup:9.2f}  {r.best_other}"
-        )
+    """One line per geometry, the geometric means, and the lines of layers at which another contender is faster."""
+    lines = [f"{'layer':36} {'variant':10} {'mode':5} {'static ms':>9}  {'ours/static':16}  {'speed-up':16}  over"]
+    lines += [_layer_line(r) for r in results]
     for variant, mode in dict.fromkeys((r.variant, r.mode) for r in results):
-        chosen = [r.speedup for r in results if (r.variant, r.mode) == (variant, mode)]
+        chosen = [r for r in results if (r.variant, r.mode) == (variant, mode)]
+        speedups = [r.speedup.median for r in chosen]
+        rival = "authors" if "authors" in chosen[0].times.ratios else "timm"
+        of_rival = geometric_mean([r.times.ratios[rival].median for r in chosen])
         lines.append(
-            f"{'geometric mean of ' + str(len(chosen)):36} {variant:10} {mode:5} {'':21} {geometric_mean(chosen):9.2f}"
-            f"  worst {min(chosen):.2f}"
+            f"{'geometric mean of ' + str(len(chosen)):36} {variant:10} {mode:5} over {rival} {of_rival:.2f},"
+            f" over the best other {geometric_mean(speedups):.2f} worst {min(speedups):.2f}"
         )
+    below = [r for r in results if r.speedup.median < 1.0]
+    sure = sum(r.speedup.upper < 1.0 for r in below)
+    lines += [f"below 1.0: {len(below)} of {len(results)}, by more than the spread: {sure}", *map(_layer_line, below)]
     return "\n".join(lines)
+
+
+def _layer_line(r: LayerResult) -> str:
+    return (
+        f"{r.site:36} {r.variant:10} {r.mode:5} {1e3 * r.times.seconds['static'].median:9.2f}"
+        f"  {r.against_static!s:16}  {r.speedup!s:16}  {r.best_other}"
+    )
 
 
 def model_table(results: Sequence[ModelResult]) -> str:
@@ -52,8 +61,9 @@ def model_table(results: Sequence[ModelResult]) -> str:
     lines = []
     for r in results:
         floors = {who: f" [{value:.2f}]" for who, value in r.floor.items()}
-        cells = [f"{who} {value:.2f}{floors.get(who, '')}" for who, value in r.ratios.items()]
-        lines.append(f"{r.model:16} batch {r.batch:3} {r.mode:5} {r.static_milliseconds:9.1f} ms   " + "  ".join(cells))
+        cells = [f"{who} {value}{floors.get(who, '')}" for who, value in r.times.ratios.items() if who != "static"]
+        milliseconds = 1e3 * r.times.seconds["static"].median
+        lines.append(f"{r.model:16} batch {r.batch:3} {r.mode:5} {milliseconds:9.1f} ms   " + "  ".join(cells))
     return "\n".join(lines)
 
 

@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -26,7 +27,7 @@ MIN_REPEATS = 5
 MAX_OTHERS = 0.1
 """Cores that other processes may use: a tenth of one changes a ratio by less than repeats differ."""
 
-SECONDS_BEFORE = 2.0
+SECONDS_BEFORE = 0.5
 """Of looking at other processes before a measurement."""
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
@@ -46,6 +47,11 @@ class Spread:
         lower, median, upper = statistics.quantiles(values, n=4, method="inclusive")
         return cls(lower, median, upper)
 
+    @property
+    def inverse(self) -> Spread:
+        """Of the ratios the other way round."""
+        return Spread(1 / self.upper, 1 / self.median, 1 / self.lower)
+
     def __str__(self) -> str:
         return f"{self.median:.2f} ({self.lower:.2f}-{self.upper:.2f})"
 
@@ -63,6 +69,14 @@ class Measurement:
     def as_json(self) -> dict[str, object]:
         """Plain values for JSON."""
         return asdict(self)
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> Measurement:
+        """The inverse of ``as_json``."""
+        spreads = {
+            part: {name: Spread(**spread) for name, spread in values[part].items()} for part in ("seconds", "ratios")
+        }
+        return cls(**{**values, **spreads})
 
 
 @dataclass(frozen=True)

@@ -14,13 +14,15 @@ import torch
 pytest.importorskip("timm")
 
 from benchmarks.__main__ import main
-from benchmarks.contenders import contenders
+from benchmarks.contenders import TORCH_WAYS, contenders
 from benchmarks.layer_times import TOLERANCE, VARIANTS, LayerResult, check_layer
 from benchmarks.model_geometries import MODELS, QUICK, Site, sites
 from benchmarks.model_times import roofline
 from benchmarks.presenting import geometric_mean, layer_table
+from benchmarks.protocol import Measurement, OtherLoad, Spread
 from benchmarks.setting import Setting
 from benchmarks.timing import interleaved, ratio
+from benchmarks.timm_geometries import drawn_sites, kind_of
 from benchmarks.trainer_overhead import main as measure_training
 from benchmarks.turns import Loop, process_seconds, take_turns
 from condconv_surgery import native
@@ -36,8 +38,9 @@ COMPARABLE = ["3x3", "1x1", "1x1 strided", "1x1 groups", "depthwise", "depthwise
 @pytest.mark.parametrize("name", COMPARABLE)
 def test_every_contender_computes_our_function(name: str, variant: str) -> None:
     site = Site("table", ConvGeometry.make(**without_bias(GEOMETRIES[name])), (12, 12), 1)
-    differences = check_layer(site, VARIANTS[variant], batch=3)
-    assert set(differences) == {"ours", "loop", "timm" if variant == "condconv4" else "authors"}
+    differences = check_layer(site, VARIANTS[variant], batch=3, torch_ways=True)
+    assert set(differences) - set(TORCH_WAYS) == {"ours", "loop", "timm" if variant == "condconv4" else "authors"}
+    assert bool(set(differences) & set(TORCH_WAYS)) == (variant != "odconv1" or "1x1" not in name)
     assert all(value <= TOLERANCE for value in differences.values()), differences
 
 
@@ -71,14 +74,91 @@ def test_the_floor_counts_every_expert_once(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_the_table_ends_in_geometric_means() -> None:
-    milliseconds = {"static": 1.0, "ours": 1.0, "loop": 2.0}
-    results = [LayerResult(f"layer {s}", 1, "condconv4", "eval", milliseconds, 1.0, "loop", s) for s in (1.0, 4.0)]
+    results = [result_of(f"layer {of_loop}", loop=of_loop, timm=4.0) for of_loop in (0.5, 8.0)]
     assert geometric_mean([1.0, 4.0]) == pytest.approx(2.0)
-    assert layer_table(results).splitlines()[-1].split()[-3:] == ["2.00", "worst", "1.00"]
+    *_, means, below, slow = layer_table(results).splitlines()
+    assert means.endswith("over timm 4.00, over the best other 1.41 worst 0.50")
+    assert below == "below 1.0: 1 of 2, by more than the spread: 1"
+    assert slow.startswith("layer 0.5 ")
+    assert slow.endswith(" 0.50 (0.45-0.55)  loop")
 
 
+def result_of(site: str, **ratios: float) -> LayerResult:
+    """A measured layer, whose contenders take ``ratios`` of our time."""
+    by_name = {"ours": 1.0, "static": 2.0, **ratios}
+    spreads = {name: Spread(0.9 * value, value, 1.1 * value) for name, value in by_name.items()}
+    return LayerResult(site, 1, "condconv4", "eval", Measurement(spreads, spreads, 5, 1, 0.0))
+
+
+def test_ratios_the_other_way_round_keep_their_order() -> None:
+    assert result_of("layer", loop=1.0).against_static == Spread(1 / 2.2, 1 / 2.0, 1 / 1.8)
+
+
+def test_a_result_survives_its_file() -> None:
+    result = result_of("layer", loop=1.0)
+    assert LayerResult.from_json(json.loads(json.dumps(result.as_json()))) == result
+
+
+@pytest.fixture
+def few_families(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Instead of a minute of building a model of each family."""
+    models = ["mobilenetv3_small_050", "resnext50_32x4d", "inception_v3"]
+    monkeypatch.setattr("benchmarks.timm_geometries._a_model_of_each_family", lambda choose: models)
+
+
+@pytest.mark.usefixtures("few_families")
+def test_geometries_are_drawn_by_a_seed_and_of_every_kind() -> None:
+    found = drawn_sites(30, seed=1)
+    assert found == drawn_sites(30, seed=1) != drawn_sites(30, seed=2)
+    assert len({(site.geometry, site.size) for site in found}) == 30
+    kinds = {kind_of(site.geometry) for site in found}
+    assert kinds >= {"dense 1x1", "dense 3x3 strided", "dense other", "dense 5x5", "depthwise 5x5", "grouped 3x3"}
+    for site in found:  # what the seed drew is what timm's layer computes
+        assert site.conv()(torch.empty(0, site.geometry.in_channels, *site.size)).dim() == 4
+
+
+@pytest.fixture
+def quiet(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No other process, and no wait to see that."""
+    monkeypatch.setattr(OtherLoad, "cores", lambda self: 0.0)
+    monkeypatch.setattr("benchmarks.protocol.SECONDS_BEFORE", 0.0)
+    monkeypatch.setattr("benchmarks.protocol.keep_pages", lambda: None)
+
+
+@pytest.mark.usefixtures("few_families", "quiet")
+def test_a_run_that_was_stopped_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["layers", "--variants", "condconv4", "--batch", "1", "--seconds", "0", "--out", str(tmp_path)]
+    command += ["--threads", str(torch.get_num_threads())]
+    main([*command, "--generated", "1"])
+    (path,) = tmp_path.iterdir()
+    first = json.loads(path.read_text())["results"]
+    assert {result["mode"] for result in first} == {"eval", "train"}
+    main([*command, "--generated", "2", "--resume"])
+    both = json.loads(path.read_text())["results"]
+    assert both[:2] == first
+    assert len(both) == 4
+    assert "geometric mean of 2" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match=r"under other conditions: batch(.|\n)*without --resume"):
+        main([*command, "--generated", "1", "--resume", "--batch", "2"])
+
+
+def test_a_busy_machine_has_no_figures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(OtherLoad, "cores", lambda self: 1.5)
+    monkeypatch.setattr("benchmarks.protocol.SECONDS_BEFORE", 0.0)
+    monkeypatch.setattr("benchmarks.protocol.keep_pages", lambda: None)
+    for what in ("layers", "models"):
+        small = ["--quick", "--models", "resnet18", "--variants", "condconv4", "--batch", "1", "--pixels", "32"]
+        small += ["--threads", str(torch.get_num_threads())]
+        with pytest.raises(SystemExit, match=r"used 1\.50 cores before(.|\n)*--max-others 1\.6"):
+            main([what, *small, "--out", str(tmp_path)])
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.usefixtures("quiet")
 def test_the_command_writes_its_environment(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    few = ["--models", "resnet18", "--variants", "condconv4", "--batch", "1", "--repeats", "1"]
+    few = ["--models", "resnet18", "--variants", "condconv4", "--batch", "1"]
     threads = torch.get_num_threads()
     try:
         main(["layers", *few, "--pixels", "64", "--seconds", "0", "--out", str(tmp_path)])
