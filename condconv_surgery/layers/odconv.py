@@ -37,7 +37,7 @@ from condconv_surgery.layers.start_directions import (
 from condconv_surgery.ops.dispatch import route
 from condconv_surgery.ops.geometry import ConvGeometry
 from condconv_surgery.ops.mixture import Mixture
-from condconv_surgery.ops.router_forms import Attention
+from condconv_surgery.ops.router_forms import Attention, GatedAttention, SigmoidGates
 from condconv_surgery.ops.tracing_state import norm_parts
 from condconv_surgery.recipe import ODConv, Variant
 
@@ -107,8 +107,9 @@ class ODConvRouter(Router):
         assert temperature is not None
         return Attention(reduce, norm, self.activation == "relu", self._heads(), temperature)
 
-    def whole_form(self) -> Attention | None:
-        return None if self._modules.get("linear") is not None else self.fusable_form()
+    def whole_form(self) -> Attention | GatedAttention:
+        linear, form = self._modules.get("linear"), self.fusable_form()
+        return form if linear is None else GatedAttention(form, SigmoidGates(linear, self.bias_factor))
 
     def mixture_of(self, parts: list[Tensor | None]) -> Mixture:
         """From the outputs of the heads of channels, filters, positions and experts."""

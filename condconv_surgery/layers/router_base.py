@@ -15,7 +15,7 @@ from condconv_surgery.ops.dispatch import pool, route
 from condconv_surgery.ops.geometry import ConvGeometry
 from condconv_surgery.ops.graph_node import as_node, is_traced
 from condconv_surgery.ops.mixture import Mixture
-from condconv_surgery.ops.router_forms import RouterForm
+from condconv_surgery.ops.router_forms import RouterForm, WholeForm
 from condconv_surgery.ops.tracing_state import linear_parts
 from condconv_surgery.recipe import VARIANTS, Variant
 
@@ -58,9 +58,9 @@ class Router(nn.Module):
         """What ``mix`` computes, where a backend may fuse it into one call (``ops.router_forms``); else None."""
         return None
 
-    def whole_form(self) -> RouterForm | None:
-        """``fusable_form`` where its outputs are the whole mixture: the gate alone, or in_scale, out_scale, spatial and
-        gate. A backend may then compute the layer in one call; else None."""
+    def whole_form(self) -> WholeForm | None:
+        """A form whose outputs are the whole mixture, with which a backend may compute the layer in one call: the gate
+        alone, or in_scale, out_scale, spatial and gate. Else None."""
         return None
 
     def mixture_of(self, parts: list[Tensor | None]) -> Mixture:

@@ -18,7 +18,7 @@ from condconv_surgery.ops.backends.eager import EagerBackend
 from condconv_surgery.ops.backends.triton.triton_backend import TritonBackend
 from condconv_surgery.ops.geometry import ConvArguments, ConvGeometry
 from condconv_surgery.ops.mixture import Mixture
-from condconv_surgery.ops.router_forms import RouterForm
+from condconv_surgery.ops.router_forms import RouterForm, WholeForm
 
 _backends: list[Backend] = [CppBackend(), TritonBackend(), EagerBackend()]
 
@@ -78,7 +78,7 @@ def backend_for(
 
 
 def fast_layer(
-    x: Tensor, experts: Tensor, bias: Tensor | None, form: RouterForm, geometry: ConvGeometry
+    x: Tensor, experts: Tensor, bias: Tensor | None, form: WholeForm, geometry: ConvGeometry
 ) -> Tensor | None:
     """A whole layer by a backend's fast path, [B, O, H', W'], or None. form: as in ``Backend.fast_layer``."""
     for method in _fast_layer:

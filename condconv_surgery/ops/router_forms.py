@@ -31,4 +31,13 @@ class Attention(NamedTuple):
     temperature: Tensor
 
 
+class GatedAttention(NamedTuple):
+    """An attention whose last head is absent, and in its place the gates, from the pooled input itself."""
+
+    attention: Attention
+    gates: SigmoidGates
+
+
 RouterForm = SigmoidGates | Attention
+WholeForm = RouterForm | GatedAttention
+"""Of a router whose outputs are a whole mixture."""

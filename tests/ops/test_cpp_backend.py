@@ -55,6 +55,13 @@ MORE = {
     ),
     "depthwise, large kernel": dict(in_channels=2, out_channels=2, kernel_size=9, padding=4, groups=2),
     "large kernel": dict(in_channels=3, out_channels=16, kernel_size=9, padding=4),
+    "groups, stride 2": dict(in_channels=24, out_channels=36, kernel_size=3, stride=2, padding=1, groups=3),
+    "groups of several panels and chunks": dict(in_channels=60, out_channels=80, kernel_size=3, padding=1, groups=2),
+    "groups, 1x1 of several chunks": dict(in_channels=180, out_channels=24, kernel_size=1, stride=2, groups=2),
+    "groups, uneven everything": dict(
+        in_channels=6, out_channels=10, kernel_size=(3, 2), stride=(2, 1), padding=(2, 0), dilation=(1, 2), groups=2
+    ),
+    "single chunk, more samples than are mixed together": dict(in_channels=4, out_channels=40, kernel_size=3),
 }
 
 
@@ -111,7 +118,7 @@ class TestCompiled:
         for batch in (1, 2, 7):
             x, experts, bias, mixture = make_case(geometry, MIXTURES[parts], batch, False, torch.float32)
             if not taken(x, experts, geometry):
-                assert (geometry.groups > 1 and not geometry.depthwise) or geometry.pointwise
+                assert geometry.pointwise
                 return
             leaves = [t for t in (x, experts, *mixture) if t is not None]
             expected = values_and_gradients(per_sample_loop(x, experts, bias, mixture, geometry), leaves)
@@ -233,8 +240,11 @@ class TestCompiled:
         assert not supports(x, torch.randn(2, 16, 8, 17, 17), geometry)
         pointwise = ConvGeometry.make(8, 16, 1)
         assert taken(x, torch.randn(2, 16, 8, 1, 1), pointwise)
-        assert not taken(torch.randn(2, 8, 15, 15), torch.randn(2, 16, 8, 1, 1), pointwise)
-        assert taken(torch.randn(1, 8, 15, 15), torch.randn(2, 16, 8, 1, 1), pointwise)
+        assert taken(torch.randn(2, 8, 15, 15), torch.randn(2, 16, 8, 1, 1), pointwise)
+        pointwise = ConvGeometry.make(256, 160, 1)  # many weights at more than 200 positions
+        for batch, side, expected in ((2, 15, False), (2, 14, True), (1, 15, True)):
+            image, weights = torch.empty(batch, 256, side, side), torch.empty(2, 160, 256, 1, 1)
+            assert taken(image, weights, pointwise) == expected
         with kernels(on=False):
             assert not taken(x, experts, geometry)
 

@@ -20,11 +20,13 @@ from tests.reference import per_sample_loop
 pytestmark = pytest.mark.skipif(not native.is_enabled(), reason="the kernels are not built")
 
 DENSE, DEPTHWISE = ConvGeometry.make(4, 6, 3, 2, 1), ConvGeometry.make(4, 4, 3, 1, 1, groups=4)
+GROUPED = ConvGeometry.make(4, 6, 3, 1, 1, groups=2)
 ARGUMENTS = {DENSE: ([2, 2], [1, 1], [1, 1], 1), DEPTHWISE: ([1, 1], [1, 1], [1, 1], 4)}
+ARGUMENTS[GROUPED] = ([1, 1], [1, 1], [1, 1], 2)
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # read by the compiler while it traces
-@pytest.mark.parametrize("geometry", [DENSE, DEPTHWISE], ids=["dense", "depthwise"])
+@pytest.mark.parametrize("geometry", [DENSE, GROUPED, DEPTHWISE], ids=["dense", "groups", "depthwise"])
 @pytest.mark.parametrize("parts", ["gate", "everything"])
 def test_convolution_and_gradients_keep_the_contract_of_operators(geometry: ConvGeometry, parts: str) -> None:
     code = load_kernels.kernels()
@@ -37,7 +39,7 @@ def test_convolution_and_gradients_keep_the_contract_of_operators(geometry: Conv
     static = ("test_schema", "test_faketensor")
     torch.library.opcheck(code.convolve_without_autograd, plain, test_utils=static)
     torch.library.opcheck(code.input_gradient, (grad, *plain), test_utils=static)
-    if geometry.groups == 1:
+    if not geometry.depthwise:
         torch.library.opcheck(code.kernel_gradients, (grad, *plain), test_utils=static)
     else:
         part = (grad, *plain[:2], *ARGUMENTS[geometry])
@@ -55,7 +57,10 @@ def test_routers_and_layers_keep_the_contract_of_operators() -> None:
     heads = [part for width in (4, 6, 9, 3) for part in (torch.randn(width, 5), torch.randn(width))]
     routed = (hidden, [], 0.0, True, temperature)
     torch.library.opcheck(code.attention, (pooled, *routed, heads[:2] + heads[6:], 0b1001), test_utils=static)
-    torch.library.opcheck(code.attention_layer, (x, experts, None, *routed, heads, 0b1111, *values), test_utils=static)
+    attended, no_gates = (x, experts, None, *routed), (None, None, 0.0)
+    torch.library.opcheck(code.attention_layer, (*attended, heads, 0b1111, *no_gates, *values), test_utils=static)
+    gated = (*attended, heads[:6], 0b0111, weight, bias, 0.5, *values)
+    torch.library.opcheck(code.attention_layer, gated, test_utils=static)
 
 
 @pytest.mark.parametrize("layer", [CondConv2d(8, 16, 3), ODConv2d(8, 8, 3, groups=8)], ids=["dense", "depthwise"])
@@ -89,7 +94,8 @@ def test_a_profiler_sees_the_kernels() -> None:
         with torch.no_grad():
             layer(x)
     names = {event.key for event in recorded.key_averages()}
-    assert names >= {f"condconv_surgery::cpp_{name}" for name in ("convolve", "kernel_gradients", "sigmoid_layer")}
+    expected = ("convolve_without_autograd", "kernel_gradients", "sigmoid_layer")
+    assert names >= {f"condconv_surgery::cpp_{name}" for name in expected}
 
 
 def test_gradients_are_not_differentiated_again() -> None:

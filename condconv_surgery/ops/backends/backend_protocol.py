@@ -9,7 +9,7 @@ from torch import Tensor
 
 from condconv_surgery.ops.geometry import ConvArguments, ConvGeometry
 from condconv_surgery.ops.mixture import Mixture
-from condconv_surgery.ops.router_forms import RouterForm
+from condconv_surgery.ops.router_forms import RouterForm, WholeForm
 
 
 class Backend(Protocol):
@@ -62,7 +62,7 @@ class Backend(Protocol):
         return None
 
     def fast_layer(
-        self, x: Tensor, experts: Tensor, bias: Tensor | None, form: RouterForm, geometry: ConvGeometry, /
+        self, x: Tensor, experts: Tensor, bias: Tensor | None, form: WholeForm, geometry: ConvGeometry, /
     ) -> Tensor | None:
         """A whole layer that routes for itself, where autograd records nothing, or None.
 

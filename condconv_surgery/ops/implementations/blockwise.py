@@ -23,6 +23,7 @@ from condconv_surgery.ops.implementations.implementation import Implementation
 from condconv_surgery.ops.mixture import Mixture
 from condconv_surgery.ops.per_sample.mix_kernels import empty_gradients, mix_batch
 from condconv_surgery.ops.per_sample.per_sample_conv import empty_output
+from condconv_surgery.ops.tracing_state import are_plain, is_intercepted
 
 MAX_KEPT_SHARE = 3
 """Kernels of a sample with up to this many times the elements of its activations are saved for backward rather than
@@ -54,6 +55,8 @@ class Blockwise(Implementation):
         own = backend.recorded_convolve(x, experts, mixture, arguments)
         if own is not None:
             return own
+        if not torch.is_grad_enabled() and not is_intercepted() and are_plain(x, experts, *mixture):
+            return backend.convolve(x, experts, mixture, arguments)  # the operator takes as long as a small layer
         keep = torch.is_grad_enabled() and _keeps_kernels(x, experts, mixture, geometry)
         y: Tensor = _forward(x, experts, *mixture, *arguments, keep)[0]
         return y

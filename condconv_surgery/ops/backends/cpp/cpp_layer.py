@@ -12,12 +12,12 @@ from condconv_surgery.ops.backends.cpp.cpp_convolution import in_format_of, supp
 from condconv_surgery.ops.backends.cpp.cpp_eligibility import kernels_for
 from condconv_surgery.ops.backends.cpp.cpp_routing import HEADS, attention_arguments
 from condconv_surgery.ops.geometry import ConvGeometry
-from condconv_surgery.ops.router_forms import RouterForm, SigmoidGates
+from condconv_surgery.ops.router_forms import GatedAttention, SigmoidGates, WholeForm
 from condconv_surgery.ops.tracing_state import are_plain, linear_parts
 
 
 def fast_layer(
-    x: Tensor, experts: Tensor, bias: Tensor | None, form: RouterForm, geometry: ConvGeometry
+    x: Tensor, experts: Tensor, bias: Tensor | None, form: WholeForm, geometry: ConvGeometry
 ) -> Tensor | None:
     """[B, I, H, W] -> [B, O, H', W'] by the mixture that ``form`` describes, or None where that is not possible.
 
@@ -38,10 +38,14 @@ def fast_layer(
         parts = linear_parts(form.linear)
         if parts is not None:
             y = code.sigmoid_layer(x, experts, bias, *parts, form.factor, *values)
-    elif len(form.heads) in (1, HEADS) and are_plain(form.temperature):
-        if x.shape[0] > 1 and form.heads[-1] is None and form.heads[-2] is None:
+        return None if y is None else in_format_of(given, y)
+    attention, gates = form if isinstance(form, GatedAttention) else (form, None)
+    if len(attention.heads) in (1, HEADS) and are_plain(attention.temperature):
+        if x.shape[0] > 1 and gates is None and attention.heads[-1] is None and attention.heads[-2] is None:
             return None  # scales alone may be cheaper on the activations
-        routed = attention_arguments(form)
-        if routed is not None:
-            y = code.attention_layer(x, experts, bias, *routed, *values)
+        routed = attention_arguments(attention)
+        of_gates = (None, None) if gates is None else linear_parts(gates.linear)
+        if routed is not None and of_gates is not None:
+            factor = 0.0 if gates is None else gates.factor
+            y = code.attention_layer(x, experts, bias, *routed, *of_gates, factor, *values)
     return None if y is None else in_format_of(given, y)

@@ -111,7 +111,8 @@ def convolution_gradients(
         gradients[0] = _operator("input_gradient")(grad, *given)
     if not any(needs[1:]):
         return gradients
-    if arguments.groups == 1:
+    depthwise = 1 < arguments.groups == x.shape[1] == experts.shape[1]
+    if not depthwise:
         found = iter(_operator("kernel_gradients")(grad, *given))
         gradients[1:] = [None if part is None else next(found) for part in (experts, *mixture)]
     else:  # kernels are small: torch's operators do the rest

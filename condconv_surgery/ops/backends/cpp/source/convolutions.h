@@ -30,10 +30,10 @@ void check_geometry(const Tensor& x, const Tensor& experts, const Geometry& g, i
   const int64_t E = experts.size(0), O = experts.size(1), I = x.size(1);
   STD_TORCH_CHECK(g.sh > 0 && g.sw > 0 && g.dh > 0 && g.dw > 0 && g.ph >= 0 && g.pw >= 0, "a stride or dilation below ",
                   "1, or a padding below 0");
-  STD_TORCH_CHECK(groups == 1 || (groups == I && O == I), groups, " groups: the kernels are for 1, or for as many as ",
-                  "channels and filters");
+  STD_TORCH_CHECK(groups > 0 && I % groups == 0 && O % groups == 0, groups, " groups of ", I, " channels and ", O,
+                  " filters");
   require(x, x.sizes(), "x");
-  require(experts, {E, O, groups == 1 ? I : 1, g.kh, g.kw}, "experts");
+  require(experts, {E, O, I / groups, g.kh, g.kw}, "experts");
   STD_TORCH_CHECK(x.size(2) + 2 * g.ph > g.dh * (g.kh - 1) && x.size(3) + 2 * g.pw > g.dw * (g.kw - 1),
                   "Kernel size can't be greater than actual input size: x has the sizes ", text(x.sizes()),
                   ", the experts ", text(experts.sizes()));
@@ -60,6 +60,10 @@ void check_mixture(const Tensor& x, const Tensor& experts, const Mixture& mixtur
   if (mixture.out_scale) require(*mixture.out_scale, {B, experts.size(1)}, "the scale of the output");
 }
 
+bool is_depthwise(const Tensor& x, const Tensor& experts, int64_t groups) {
+  return groups > 1 && groups == x.size(1) && groups == experts.size(1);
+}
+
 Sizes output_sizes(const Tensor& x, const Tensor& experts, const Geometry& g) {
   return {x.size(0), experts.size(1), g.outputs(x.size(2), true), g.outputs(x.size(3), false)};
 }
@@ -71,7 +75,7 @@ Tensor convolve(const Tensor& x, const Tensor& experts, const Maybe& gate, const
   const Mixture mixture{gate, spatial, in_scale, out_scale};
   check_mixture(x, experts, mixture);
   const Tensor y = empty(output_sizes(x, experts, g));
-  const auto function = groups == 1 ? kernels().convolve : kernels().depthwise_convolve;
+  const auto function = is_depthwise(x, experts, groups) ? kernels().depthwise_convolve : kernels().convolve;
   function(view_of(x), view_of(experts), mixture.gates(), g, data_to(y));
   return y;
 }
@@ -85,17 +89,19 @@ Tensor input_gradient(const Tensor& grad, const Tensor& x, const Tensor& experts
   check_mixture(x, experts, mixture);
   require(grad, output_sizes(x, experts, g), "the gradient");
   const Tensor to_x = empty({x.size(0), x.size(1), x.size(2), x.size(3)});
-  const auto function = groups == 1 ? kernels().input_gradient : kernels().depthwise_input_gradient;
+  const bool depthwise = is_depthwise(x, experts, groups);
+  const auto function = depthwise ? kernels().depthwise_input_gradient : kernels().input_gradient;
   function(view_of(grad), view_of(x), view_of(experts), mixture.gates(), g, data_to(to_x));
   return to_x;
 }
 
-// Of a dense layer: the gradients of the experts and of those parts of the mixture that are present, in their order.
+// Of a layer that is not depthwise: the gradients of the experts and of those parts of the mixture that are present, in
+// their order.
 std::vector<Tensor> kernel_gradients(const Tensor& grad, const Tensor& x, const Tensor& experts, const Maybe& gate,
                                      const Maybe& spatial, const Maybe& in_scale, const Maybe& out_scale,
                                      const Sizes& stride, const Sizes& padding, const Sizes& dilation, int64_t groups) {
-  STD_TORCH_CHECK(groups == 1, groups, " groups: the gradients of kernels are for dense layers");
   const Geometry g = checked_geometry(x, experts, stride, padding, dilation, groups);
+  STD_TORCH_CHECK(!is_depthwise(x, experts, groups), "depthwise layers have an operator of their own");
   const Mixture mixture{gate, spatial, in_scale, out_scale};
   check_mixture(x, experts, mixture);
   require(grad, output_sizes(x, experts, g), "the gradient");
@@ -114,8 +120,8 @@ std::vector<Tensor> kernel_gradients(const Tensor& grad, const Tensor& x, const 
 // The gradient of each sample's kernel, [B, C, 1, kh, kw].
 Tensor depthwise_kernel_gradient(const Tensor& grad, const Tensor& x, const Tensor& experts, const Sizes& stride,
                                  const Sizes& padding, const Sizes& dilation, int64_t groups) {
-  STD_TORCH_CHECK(groups == x.size(1), groups, " groups of a depthwise layer with ", x.size(1), " channels");
   const Geometry g = checked_geometry(x, experts, stride, padding, dilation, groups);
+  STD_TORCH_CHECK(is_depthwise(x, experts, groups), groups, " groups of ", x.size(1), " channels: not depthwise");
   require(grad, output_sizes(x, experts, g), "the gradient");
   const Tensor to_kernels = empty({x.size(0), x.size(1), 1, g.kh, g.kw});
   kernels().depthwise_kernel_gradient(view_of(grad), view_of(x), g, data_to(to_kernels));

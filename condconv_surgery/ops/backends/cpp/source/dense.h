@@ -8,6 +8,7 @@ namespace {
 
 constexpr int64_t FEW_SAMPLES = 4;  // up to here kernels are mixed from the experts unpacked, then packed as a panel
 constexpr int64_t MAX_POSITIONS = 4096;  // at a time: their sums are 512 KB for a panel, 256 KB with AVX2
+constexpr int64_t FEW_POSITIONS = 128;   // of a single chunk at a time: 16 KB
 constexpr int64_t PARTS = 4;             // of a panel's positions, so that threads have equal work
 // Panels that read the same channels while they are in the first level of cache (1x1), or in the second.
 constexpr int64_t POINTWISE_TOGETHER = 4, TOGETHER = 2;
@@ -17,16 +18,16 @@ constexpr int64_t LEAST_INPUT = 2 << 20, MOST_INPUT = 8 << 20;
 
 int64_t samples_at_a_time(const View& x, PadAmounts m, const Experts& experts) {
   const int64_t map = (x.size(2) + m.top + m.bottom) * (x.size(3) + m.left + m.right);
-  const int64_t bytes = 4 * experts.experts * experts.filters * experts.channels * experts.taps;
+  const int64_t bytes = 4 * experts.experts * experts.expert_step;
   const int64_t channels = std::max(x.size(1), POINTWISE_TOGETHER * WIDE);  // the sums are as large
   return std::max<int64_t>(1, std::clamp(2 * bytes, LEAST_INPUT, MOST_INPUT) / (4 * channels * map));
 }
 
-// How many panels read the same input in turn: one where each thread has few, where many experts fill the cache, and
-// where a single sample has little to read.
+// How many panels read the same input in turn: one where each thread has few, where many experts fill the cache, where
+// a single sample has little to read, and in groups, each of which has its own input.
 int64_t panels_together(const Experts& experts, int64_t taps, int64_t samples) {
   const int64_t most = taps == 1 ? POINTWISE_TOGETHER : TOGETHER, rows = most * (taps == 1 ? POINTWISE_DEPTH : DEPTH);
-  const bool small = samples > 1 && rows * experts.experts <= ROWS_OF_ALL;
+  const bool small = experts.groups == 1 && samples > 1 && rows * experts.experts <= ROWS_OF_ALL;
   return small && experts.panels() >= 2 * most * condconv::thread_count() ? most : 1;
 }
 
@@ -60,18 +61,20 @@ class UnitConvolution {
         mixed_first_(gates.gate && samples_ <= std::min(FEW_SAMPLES, experts.experts) && buffers.packer.mixes()) {
     buffers_.packed.resize(mixed_first_ ? 0 : unit.panels * experts.experts * step_);
     buffers_.mixed.resize(std::min(SAMPLES, samples_) * step_);
-    buffers_.sums.assign(unit.panels * samples_ * positions_ * WIDE, 0.f);
+    const int64_t sums = single() ? std::min(FEW_POSITIONS, positions_) : unit.panels * samples_ * positions_;
+    buffers_.sums.assign(sums * WIDE, 0.f);
   }
 
   void compute(float* y, int64_t size) {
-    for (size_t i = 0; i < chunks_.size(); i++) add(chunks_[i], i + 1 < chunks_.size() ? &chunks_[i + 1] : nullptr);
-    for (int64_t p = 0; p < unit_.panels; p++)
-      for (int64_t b = 0; b < samples_; b++) write(p, b, y, size);
+    for (size_t i = 0; i < chunks_.size(); i++)
+      add(chunks_[i], i + 1 < chunks_.size() ? &chunks_[i + 1] : nullptr, y, size);
+    for (int64_t p = 0; p < unit_.panels && !single(); p++)
+      for (int64_t b = 0; b < samples_; b++) write(p, b, 0, positions_, sums(p, b), y, size);
   }
 
  private:
   // Some samples at a time, and each panel in turn for them.
-  void add(const Chunk& chunk, const Chunk* next) {
+  void add(const Chunk& chunk, const Chunk* next, float* y, int64_t size) {
     const Sizes offsets = offsets_of(chunk, phase_, image_.channel);
     for (int64_t p = 0; p < unit_.panels && !mixed_first_; p++)
       for (int64_t e = 0; e < experts_.experts; e++)
@@ -83,7 +86,7 @@ class UnitConvolution {
         mix(p, chunk, first, last);
         for (int64_t b = first; b < last; b++) {
           const bool again = b + 1 == last && p + 1 < unit_.panels;  // the same samples for the next panel
-          multiply(p, chunk, offsets, b, b - first, again ? first : std::min(b + 1, samples_ - 1));
+          multiply(p, chunk, offsets, b, b - first, again ? first : std::min(b + 1, samples_ - 1), y, size);
         }
       }
     }
@@ -119,17 +122,19 @@ class UnitConvolution {
   }
 
   // Multiplies a sample by its mixed kernel, for a panel; ``next`` is the sample after it.
-  void multiply(int64_t p, const Chunk& chunk, const Sizes& offsets, int64_t b, int64_t place, int64_t next) {
+  void multiply(int64_t p, const Chunk& chunk, const Sizes& offsets, int64_t b, int64_t place, int64_t next, float* y,
+                int64_t size) {
     float* own = buffers_.mixed.data() + place * step_;
     const float* kernel = gates_.gate ? own : packed(p);
+    const int64_t channel = experts_.first_channel(unit_.panel) + chunk.first;
     if (gates_.spatial || gates_.before) {
       const int64_t sample = unit_.first + b;
       const float* spatial = gates_.spatial ? gates_.spatial + sample * experts_.taps : nullptr;
-      const float* before = gates_.before ? gates_.before + sample * experts_.channels + chunk.first : nullptr;
+      const float* before = gates_.before ? gates_.before + sample * experts_.all_channels() + channel : nullptr;
       scale_rows(spatial, before, phase_.taps, chunk.depth, kernel, own);
       kernel = own;
     }
-    const float* base = image_.data + chunk.first * image_.channel;
+    const float* base = image_.data + channel * image_.channel;
     // the first panel asks for the next sample, the last for the experts
     Lines first, then;
     if (p == 0 && b + 1 < samples_)
@@ -138,20 +143,34 @@ class UnitConvolution {
     // neighbouring taps read the same cache lines
     const int64_t count = experts_.count(unit_.panel + p);
     const auto multiply_tiles = phase_.taps.size() == 1 ? tiles_for<Ask::EVERY>(count) : tiles_for<Ask::SECOND>(count);
-    multiply_tiles(base + b * image_.sample, phase_.positions.data() + unit_.from, positions_, offsets.data(),
-                   chunk.depth, kernel, sums(p, b), (next - b) * image_.sample, first, then);
+    const float* image = base + b * image_.sample;
+    const int64_t *positions = phase_.positions.data() + unit_.from, beyond = (next - b) * image_.sample;
+    const int64_t* offset = offsets.data();
+    if (!single())
+      return multiply_tiles(image, positions, positions_, offset, chunk.depth, kernel, sums(p, b), beyond, first, then);
+    // the sums of a single chunk are written at once, from the first level of cache
+    float* few = buffers_.sums.data();
+    for (int64_t from = 0; from < positions_; from += FEW_POSITIONS) {
+      const int64_t to = std::min(from + FEW_POSITIONS, positions_);
+      const int64_t after = to < positions_ ? positions[to] - positions[from] : beyond;
+      std::fill_n(few, (to - from) * WIDE, 0.f);
+      const Lines lines = from == 0 ? first : Lines();
+      multiply_tiles(image, positions + from, to - from, offset, chunk.depth, kernel, few, after, lines, {});
+      write(p, b, from, to, few, y, size);
+    }
   }
 
-  // Writes the sums of a sample and panel to their output maps.
-  void write(int64_t p, int64_t b, float* y, int64_t size) {
+  // Writes the sums of a sample and panel for some positions to their output maps.
+  void write(int64_t p, int64_t b, int64_t from, int64_t to, const float* sum, float* y, int64_t size) const {
     const int64_t count = experts_.count(unit_.panel + p);
-    const int64_t map = (unit_.first + b) * experts_.filters + (unit_.panel + p) * WIDE;
-    const float *scale = gates_.after ? gates_.after + map : nullptr, *sum = sums(p, b);
-    if (phase_.in_order) return transpose_back(sum, positions_, count, scale, y + map * size + unit_.from, size);
+    const int64_t map = (unit_.first + b) * experts_.all_filters() + experts_.first_filter(unit_.panel + p);
+    const float* scale = gates_.after ? gates_.after + map : nullptr;
+    const int64_t start = unit_.from + from;
+    if (phase_.in_order) return transpose_back(sum, to - from, count, scale, y + map * size + start, size);
     for (int64_t f = 0; f < count; f++) {
       float* out = y + (map + f) * size;
-      for (int64_t i = 0; i < positions_; i++)
-        out[phase_.outputs[unit_.from + i]] = (scale ? scale[f] : 1.f) * sum[i * WIDE + f];
+      for (int64_t i = 0; i < to - from; i++)
+        out[phase_.outputs[start + i]] = (scale ? scale[f] : 1.f) * sum[i * WIDE + f];
     }
   }
 
@@ -160,6 +179,7 @@ class UnitConvolution {
   int64_t lines_by_tile(const Chunk& chunk) const { return std::max<int64_t>(1, chunk.depth / 2 * lines_at_once()); }
   float* packed(int64_t p) { return buffers_.packed.data() + p * experts_.experts * step_; }
   float* sums(int64_t p, int64_t b) { return buffers_.sums.data() + (p * samples_ + b) * positions_ * WIDE; }
+  bool single() const { return chunks_.size() == 1; }
 
   const Experts& experts_;
   const Phase& phase_;
@@ -206,7 +226,7 @@ void convolve_phases(const View& x, const Experts& experts, const Gates& gates, 
   const int64_t some = samples_at_a_time(x, pads, experts), panels = experts.panels();
   int64_t written = 0;
   for (const Phase& phase : phases) written += phase.positions.size();
-  const int64_t count = B * experts.filters * height * width;
+  const int64_t count = B * experts.all_filters() * height * width;
   in_large_pages(y, count);
   if (written < height * width) std::fill_n(y, count, 0.f);
   // a padded image is scaled while it is copied; without padding the kernels are scaled, which saves the copy
@@ -214,7 +234,7 @@ void convolve_phases(const View& x, const Experts& experts, const Gates& gates, 
   const Gates of_kernels{gates.gate, gates.spatial, pads.any() ? nullptr : gates.before, gates.after};
   for (int64_t b = 0; b < B; b += some) {
     const int64_t n = std::min(some, B - b);
-    const Image image(x.data + b * I * H * W, n, I, H, W, before ? before + b * experts.channels : nullptr, pads);
+    const Image image(x.data + b * I * H * W, n, I, H, W, before ? before + b * I : nullptr, pads);
     for (const Phase& phase : phases) {
       const Shares shares(panels, phase.positions.size(), panels_together(experts, phase.taps.size(), n));
       parallel_for(0, shares.count, 1, [&](int64_t begin, int64_t end) {
@@ -274,7 +294,7 @@ void convolve(const View& all, const View& experts, const Gates& gates, const Ge
   const Geometry& g = visited.g;
   const int64_t height = g.outputs(x.size(2), true), width = g.outputs(x.size(3), false);
   const Phase phase = forward_phase(g, x.size(3) + 2 * g.pw, height, width);
-  convolve_phases(x, Experts(experts, false), gates, {phase}, {g.ph, g.ph, g.pw, g.pw}, height, width, y);
+  convolve_phases(x, Experts(experts, x, false), gates, {phase}, {g.ph, g.ph, g.pw, g.pw}, height, width, y);
 }
 
 // The gradient of the input [B, I, H, W] from that of the output.
@@ -301,7 +321,7 @@ void input_gradient(const View& grad, const View& x, const View& experts, const 
   });
   const Gates transposed{gates.gate, gates.spatial, gates.after, gates.before};
   const PadAmounts pads{tall.before, tall.after, wide.before, wide.after};
-  convolve_phases(grad, Experts(experts, true), transposed, phases, pads, height, width, to_x);
+  convolve_phases(grad, Experts(experts, x, true), transposed, phases, pads, height, width, to_x);
 }
 
 }  // namespace

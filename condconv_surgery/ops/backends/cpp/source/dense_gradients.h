@@ -88,6 +88,8 @@ class UnitGradient {
         chunk_(chunk),
         sums_(sums),
         positions_(input.phase.positions.size()),
+        channel_(experts_.first_channel(panel) + chunk.first),
+        filter_(experts_.first_filter(panel)),
         step_(chunk.depth * WIDE),
         rows_(offsets_of(chunk, input.phase, input.image.channel)),
         packed_(experts_.experts * step_),
@@ -130,8 +132,8 @@ class UnitGradient {
 
   // Writes the gradient of the kernel of one sample of the image.
   void multiply(int64_t sample, int64_t place) {
-    const float* base = input_.image.data + sample * input_.image.sample + chunk_.first * input_.image.channel;
-    const float* grad = input_.grad + ((input_.first + sample) * experts_.filters + panel_ * WIDE) * positions_;
+    const float* base = input_.image.data + sample * input_.image.sample + channel_ * input_.image.channel;
+    const float* grad = input_.grad + ((input_.first + sample) * experts_.all_filters() + filter_) * positions_;
     float* of_kernel = of_kernel_.data() + place * step_;
     std::fill_n(of_kernel, step_, 0.f);
     for (int64_t p = 0; p < positions_; p += POSITIONS) {
@@ -150,7 +152,8 @@ class UnitGradient {
   // scales.
   void differentiate_scales(int64_t b, const float* mixture, float* d) {
     const Gates& gates = input_.gates;
-    const int64_t taps = experts_.taps, channels = experts_.channels, filter = b * experts_.filters + panel_ * WIDE;
+    const int64_t taps = experts_.taps, channels = experts_.all_channels();
+    const int64_t filter = b * experts_.all_filters() + filter_;
     const float* spatial = gates.spatial ? gates.spatial + b * taps : nullptr;
     float padded[WIDE], to_after[WIDE];
     for (int64_t f = 0; f < WIDE; f++)
@@ -158,7 +161,7 @@ class UnitGradient {
     Widest after[PIECES], of_filters[PIECES] = {};
     for (int i = 0; i < PIECES; i++) after[i] = load_widest(padded + i * WIDEST);
     std::fill(of_taps_.begin(), of_taps_.end(), 0.f);
-    for (int64_t channel = chunk_.first; channel < chunk_.first + chunk_.channels; channel++) {
+    for (int64_t channel = channel_; channel < channel_ + chunk_.channels; channel++) {
       const float before = gates.before ? gates.before[b * channels + channel] : 1.f;
       Widest of_channel = {};
       for (int64_t tap = 0; tap < taps; tap++)
@@ -185,6 +188,7 @@ class UnitGradient {
   const Chunk& chunk_;
   const Sums sums_;
   const int64_t positions_;
+  const int64_t channel_, filter_;  // the first ones
   const int64_t step_;  // floats from one expert's panel, or one sample's, to the next
   const Sizes rows_;
   Buffer packed_, mixtures_, of_taps_, of_kernel_, side_;
@@ -216,7 +220,7 @@ void kernel_gradients(const View& grad, const View& all, const View& weight, con
   const Visited visited(all, geometry);
   const View& x = visited.x;
   const Geometry& g = visited.g;
-  const Experts experts(weight, false);
+  const Experts experts(weight, x, false);
   const PadAmounts pads{g.ph, g.ph, g.pw, g.pw};
   const Phase phase = forward_phase(g, x.size(3) + 2 * g.pw, grad.size(2), grad.size(3));
   const auto chunks = chunks_of(experts, experts.taps, DEPTH);
@@ -227,9 +231,9 @@ void kernel_gradients(const View& grad, const View& all, const View& weight, con
   const int64_t some = pads.any() ? samples_at_a_time(x, pads, experts) : B;
   const Slices of_gate(gates.gate, panels * parts, B * experts.experts);
   const Slices of_spatial(gates.spatial, panels * parts, B * experts.taps);
-  const Slices of_before(gates.before, panels, B * experts.channels);
-  const Slices of_after(gates.after, parts, B * experts.filters);
-  in_large_pages(to.experts, size * experts.filters);
+  const Slices of_before(gates.before, experts.panels_of_group, B * I);
+  const Slices of_after(gates.after, parts, B * experts.all_filters());
+  in_large_pages(to.experts, size * experts.all_filters());
   const Slices total(some < B, panels, size * WIDE);  // carried from one pass to the next
   for (int64_t b = 0; b < B; b += some) {
     const int64_t n = std::min(some, B - b);
@@ -245,8 +249,8 @@ void kernel_gradients(const View& grad, const View& all, const View& weight, con
           sum += experts.experts * chunk.first * experts.taps * WIDE;
         else
           own.assign(experts.experts * chunk.depth * WIDE, 0.f), sum = own.data();
-        UnitGradient gradient(input, panel, chunk,
-                              {sum, of_gate[unit], of_spatial[unit], of_before[panel], of_after[part]});
+        float* before = of_before[panel % experts.panels_of_group];  // groups have channels of their own
+        UnitGradient gradient(input, panel, chunk, {sum, of_gate[unit], of_spatial[unit], before, of_after[part]});
         gradient.add(n);
         if (b + n == B) gradient.unpack(to.experts);
       }

@@ -51,7 +51,7 @@ struct Attention {  // weight is null where a head is absent; the last one is a 
   float temperature;
 };
 
-// x: [B, I, H, W]. experts: [E, O, I/G, kh, kw], dense (G = 1) or depthwise (G = I = O). y, grad: [B, O, H', W'].
+// x: [B, I, H, W]. experts: [E, O, I/G, kh, kw], with any G; depthwise: G = I = O. y, grad: [B, O, H', W'].
 struct Kernels {
   void (*convolve)(const View& x, const View& experts, const Gates&, const Geometry&, float* y);
   void (*input_gradient)(const View& grad, const View& x, const View& experts, const Gates&, const Geometry&,

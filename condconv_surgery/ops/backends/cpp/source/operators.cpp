@@ -56,7 +56,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(condconv_surgery, library) {
   library.def("cpp_attention(Tensor pooled, " ATTENTION ") -> Tensor[]");
   library.def("cpp_sigmoid_layer(" LAYER
               "Tensor? bias, Tensor weight, Tensor? router_bias, float factor, " SINGLE_VALUES ") -> Tensor?");
-  library.def("cpp_attention_layer(" LAYER "Tensor? bias, " ATTENTION ", " SINGLE_VALUES ") -> Tensor?");
+  library.def("cpp_attention_layer(" LAYER "Tensor? bias, " ATTENTION
+              ", Tensor? gates, Tensor? gates_bias, float factor, " SINGLE_VALUES ") -> Tensor?");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(condconv_surgery, CPU, library) {

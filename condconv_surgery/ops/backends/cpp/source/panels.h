@@ -129,53 +129,85 @@ inline void transpose(Vec* r) {
   }
 }
 
-// to[j * to_step + i] = scale[j] * from[i * step + j] for i and j below 8; no scale: ones.
-inline void transpose(const float* from, int64_t step, const float* scale, float* to, int64_t to_step) {
-  Vec r[LANES];
-  for (int i = 0; i < LANES; i++) r[i] = load(from + i * step);
+// to[j * to_step + i] = scale[j] * from[i * step + j] for i below 8 and j below ``columns``; no scale: ones. Only the
+// first ``rows`` of eight are read, the others are zeros.
+inline void transpose(const float* from, int64_t step, int64_t rows, const float* scale, float* to, int64_t to_step,
+                      int64_t columns) {
+  Vec r[LANES], some[LANES] = {};  // only ``some`` has a variable index, so that the others stay in registers
+  if (rows == LANES) {
+    for (int i = 0; i < LANES; i++) r[i] = load(from + i * step);
+  } else {
+    for (int i = 0; i < rows; i++) some[i] = load(from + i * step);
+    for (int i = 0; i < LANES; i++) r[i] = some[i];
+  }
   transpose(r);
-  for (int i = 0; i < LANES; i++) store(to + i * to_step, scale ? scale[i] * r[i] : r[i]);
+  if (columns == LANES) {
+    for (int i = 0; i < LANES; i++) store(to + i * to_step, scale ? scale[i] * r[i] : r[i]);
+  } else {
+    for (int i = 0; i < LANES; i++) some[i] = r[i];
+    for (int i = 0; i < columns; i++) store(to + i * to_step, scale ? scale[i] * some[i] : some[i]);
+  }
 }
 
 // to[k][f] = from[f][k] for the rows of a panel at ``from + f * step``, of which ``count`` exist; the others are zeros.
 void transpose_rows(const float* from, int64_t step, int64_t count, int64_t depth, float* to) {
   for (int64_t first = 0; first < WIDE; first += LANES) {
+    const int64_t some = std::clamp<int64_t>(count - first, 0, LANES);
     int64_t k = 0;
-    for (; first + LANES <= count && k + LANES <= depth; k += LANES)
-      transpose(from + first * step + k, step, nullptr, to + k * WIDE + first, WIDE);
-    for (; k < depth; k++)
-      for (int64_t f = first; f < first + LANES; f++) to[k * WIDE + f] = f < count ? from[f * step + k] : 0.f;
+    for (; some > 0 && k + LANES <= depth; k += LANES)
+      transpose(from + first * step + k, step, some, nullptr, to + k * WIDE + first, WIDE, LANES);
+    for (; k < depth; k++) {
+      store(to + k * WIDE + first, Vec{});
+      for (int64_t f = first; f < first + some; f++) to[k * WIDE + f] = from[f * step + k];
+    }
   }
 }
 
 // to[f][p] = scale[f] * from[p][f] for ``count`` filters of a panel whose rows are ``step`` apart; no scale: ones.
 void transpose_back(const float* from, int64_t positions, int64_t count, const float* scale, float* to, int64_t step) {
   for (int64_t first = 0; first < count; first += LANES) {
+    const int64_t some = std::min(LANES, count - first);
     int64_t p = 0;
-    for (; first + LANES <= count && p + LANES <= positions; p += LANES)
-      transpose(from + p * WIDE + first, WIDE, scale ? scale + first : nullptr, to + first * step + p, step);
+    for (; p + LANES <= positions; p += LANES) {
+      const float* of_these = scale ? scale + first : nullptr;
+      transpose(from + p * WIDE + first, WIDE, LANES, of_these, to + first * step + p, step, some);
+    }
     for (; p < positions; p++)
-      for (int64_t f = first; f < std::min(first + LANES, count); f++)
+      for (int64_t f = first; f < first + some; f++)
         to[f * step + p] = scale ? scale[f] * from[p * WIDE + f] : from[p * WIDE + f];
   }
 }
 
-// The experts [E, O, I, kh, kw] as seen by a convolution, or by its transpose, whose filters are the input's channels.
+// The experts [E, O, I/G, kh, kw] as seen by a convolution of x [B, I, H, W], or by its transpose, whose filters are
+// the channels of x. filters, channels: of one group. A panel has filters of one group.
 struct Experts {
   const float* weight;
-  int64_t experts, filters, channels, taps, expert_step, filter_step, channel_step;
+  int64_t groups, experts, filters, channels, taps, expert_step, filter_step, channel_step, panels_of_group;
 
-  Experts(const View& t, bool transposed)
+  Experts(const View& t, const View& x, bool transposed)
       : weight(t.data),
+        groups(x.size(1) / t.size(2)),
         experts(t.size(0)),
-        filters(t.size(transposed ? 2 : 1)),
-        channels(t.size(transposed ? 1 : 2)),
+        filters(transposed ? t.size(2) : t.size(1) / groups),
+        channels(transposed ? t.size(1) / groups : t.size(2)),
         taps(t.size(3) * t.size(4)),
         expert_step(t.size(1) * t.size(2) * taps),
         filter_step(transposed ? taps : t.size(2) * taps),
-        channel_step(transposed ? t.size(2) * taps : taps) {}
-  int64_t panels() const { return (filters + WIDE - 1) / WIDE; }
-  int64_t count(int64_t panel) const { return std::min(WIDE, filters - panel * WIDE); }
+        channel_step(transposed ? t.size(2) * taps : taps),
+        panels_of_group((filters + WIDE - 1) / WIDE) {}
+  int64_t panels() const { return groups * panels_of_group; }
+  int64_t all_filters() const { return groups * filters; }
+  int64_t all_channels() const { return groups * channels; }
+  int64_t count(int64_t panel) const { return std::min(WIDE, filters - first_of_group(panel)); }
+  int64_t first_filter(int64_t panel) const { return panel / panels_of_group * filters + first_of_group(panel); }
+  int64_t first_channel(int64_t panel) const { return panel / panels_of_group * channels; }
+  const float* start(int64_t panel) const {
+    const int64_t of_group = filters * channels * taps;
+    return weight + panel / panels_of_group * of_group + first_of_group(panel) * filter_step;
+  }
+
+ private:
+  int64_t first_of_group(int64_t panel) const { return panel % panels_of_group * WIDE; }
 };
 
 // Taps and their positions: all of a convolution; of its transpose those of one phase of the stride.
@@ -225,8 +257,9 @@ class Packer {
       return;
     }
     find(chunk);
+    if (count < WIDE) std::fill_n(to, chunk.depth * WIDE, 0.f);
     for (int64_t k = 0; k < chunk.depth; k++)
-      for (int64_t f = 0; f < WIDE; f++) to[k * WIDE + f] = f < count ? from[f * experts_.filter_step + at_[k]] : 0.f;
+      for (int64_t f = 0; f < count; f++) to[k * WIDE + f] = from[f * experts_.filter_step + at_[k]];
   }
 
   // For few samples: mix first, then transpose.
@@ -253,8 +286,8 @@ class Packer {
 
   // The cache lines that will be read for some panels of a chunk, as offsets from the first; mixes: by ``mix``.
   const float* lines_of(int64_t panel, int64_t panels, const Chunk& chunk, Sizes& lines) const {
-    const int64_t of_row = (chunk.depth + LINE - 1) / LINE, first = panel * WIDE;
-    const int64_t filters = std::min(panels * WIDE, experts_.filters - first);
+    const int64_t of_row = (chunk.depth + LINE - 1) / LINE;
+    const int64_t filters = (panels - 1) * WIDE + experts_.count(panel + panels - 1);
     lines.resize(filters * experts_.experts * of_row);
     int64_t* line = lines.data();
     for (int64_t f = 0; f < filters; f++)
@@ -273,7 +306,7 @@ class Packer {
 
  private:
   const float* start(int64_t panel, const Chunk& chunk) const {
-    return experts_.weight + panel * WIDE * experts_.filter_step + chunk.first * experts_.channel_step;
+    return experts_.start(panel) + chunk.first * experts_.channel_step;
   }
   // All taps of a channel, which are contiguous; one tap of the filters too.
   void pack_channel(const float* from, int64_t count, float* to) const {

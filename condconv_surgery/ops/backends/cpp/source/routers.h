@@ -123,7 +123,7 @@ void add_bias(const Tensor& y, const float* gate, const Tensor& bias) {
 Tensor convolve_routed(const Tensor& x, const Tensor& experts, const Maybe& bias, const Gates& gates, const Geometry& g,
                        int64_t groups) {
   const Tensor y = empty(output_sizes(x, experts, g));
-  const auto function = groups == 1 ? kernels().convolve : kernels().depthwise_convolve;
+  const auto function = is_depthwise(x, experts, groups) ? kernels().depthwise_convolve : kernels().convolve;
   function(view_of(x), view_of(experts), gates, g, data_to(y));
   if (bias) add_bias(y, gates.gate, *bias);
   return y;
@@ -150,10 +150,11 @@ Maybe sigmoid_layer(const Tensor& x, const Tensor& experts, const Maybe& bias, c
   return convolve_routed(x, experts, bias, {gate, nullptr, nullptr, nullptr}, g, groups);
 }
 
-// A whole layer of ODConv or DynamicConv.
+// A whole layer of ODConv or DynamicConv. gates: in place of the last head, a map as in ``sigmoid_layer``.
 Maybe attention_layer(const Tensor& x, const Tensor& experts, const Maybe& bias, const Parts& reduce, const Parts& norm,
-                      double eps, bool relu, const Tensor& temperature, const Parts& heads, int64_t present, int64_t sh,
-                      int64_t sw, int64_t ph, int64_t pw, int64_t dh, int64_t dw, int64_t groups) {
+                      double eps, bool relu, const Tensor& temperature, const Parts& heads, int64_t present,
+                      const Maybe& gates, const Maybe& gates_bias, double factor, int64_t sh, int64_t sw, int64_t ph,
+                      int64_t pw, int64_t dh, int64_t dw, int64_t groups) {
   const AttentionParts parts{reduce, norm, eps, relu, temperature, heads, present};
   if (!is_layer(x, experts, bias) || !parts.is_supported(x.size(0), x.size(1))) return {};
   const Geometry g{experts.size(3), experts.size(4), sh, sw, ph, pw, dh, dw};
@@ -161,8 +162,9 @@ Maybe attention_layer(const Tensor& x, const Tensor& experts, const Maybe& bias,
   const int64_t B = x.size(0), I = x.size(1), E = experts.size(0);
   const int64_t widths[] = {I, experts.size(1), g.kh * g.kw, E};
   const condconv::Attention form = parts.form();
-  if (!form.heads[3].weight && E > 1) return {};
-  int64_t columns = I;
+  if (!form.heads[3].weight && !gates && E > 1) return {};
+  if (gates && (form.heads[3].weight || !is_map(*gates, gates_bias, I) || gates->size(0) != E)) return {};
+  int64_t columns = gates ? I + E : I;
   for (int i = 0; i < condconv::MAX_HEADS; i++) {
     if (form.heads[i].weight && form.heads[i].outputs != widths[i]) return {};
     columns += form.heads[i].outputs;
@@ -173,6 +175,7 @@ Maybe attention_layer(const Tensor& x, const Tensor& experts, const Maybe& bias,
     if (form.heads[i].weight) outputs[i] = next, next += B * form.heads[i].outputs;
   kernels().pool(view_of(x), pooled);
   kernels().attention(pooled, B, form, outputs);
+  if (gates) kernels().sigmoid_gates(pooled, B, map_of(*gates, gates_bias), factor, outputs[3] = next);
   return convolve_routed(x, experts, bias, {outputs[3], outputs[2], outputs[0], outputs[1]}, g, groups);
 }
 
