@@ -13,17 +13,17 @@ from pathlib import Path
 import torch
 
 from benchmarks.conversion_cost import conversion_table, measure_conversion
+from benchmarks.geometries.model_geometries import MODELS, QUICK, Site, sites
+from benchmarks.geometries.timm_geometries import drawn_sites
 from benchmarks.implementations import implementations_line, measure_implementations
 from benchmarks.layer_overhead import measure_overhead
 from benchmarks.layer_times import VARIANTS, LayerResult, LayerRun, measure_layers
-from benchmarks.model_geometries import MODELS, QUICK, Site, sites
 from benchmarks.model_times import measure_model, peak_training_bytes
 from benchmarks.presenting import environment, layer_table, model_table, plot_experts, write_json
 from benchmarks.protocol import MAX_OTHERS, MIN_REPEATS, Protocol
 from benchmarks.reproduce import PAGES, reproduce
 from benchmarks.setting import Setting
 from benchmarks.timing import use_clock
-from benchmarks.timm_geometries import drawn_sites
 from condconv_surgery import native
 from condconv_surgery.errors import InputError
 from condconv_surgery.recipe import CondConv, Variant

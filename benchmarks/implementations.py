@@ -8,8 +8,8 @@ from functools import partial
 
 import torch
 
+from benchmarks.geometries.model_geometries import Site
 from benchmarks.layer_times import evaluation, measure_each, random_input, routed_layer, training
-from benchmarks.model_geometries import Site
 from benchmarks.setting import USUAL, Setting
 from benchmarks.timing import interleaved, milliseconds
 from condconv_surgery.ops.autocast import autocast

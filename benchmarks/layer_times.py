@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.contenders import TORCH_WAYS, Layer, contenders
-from benchmarks.model_geometries import Site
+from benchmarks.geometries.model_geometries import Site
 from benchmarks.protocol import Measurement, Protocol, Spread
 from benchmarks.setting import USUAL, Setting
 from benchmarks.timing import interleaved

@@ -15,14 +15,14 @@ pytest.importorskip("timm")
 
 from benchmarks.__main__ import main
 from benchmarks.contenders import TORCH_WAYS, contenders
+from benchmarks.geometries.model_geometries import MODELS, QUICK, Site, sites
+from benchmarks.geometries.timm_geometries import drawn_sites, kind_of
 from benchmarks.layer_times import TOLERANCE, VARIANTS, LayerResult, check_layer
-from benchmarks.model_geometries import MODELS, QUICK, Site, sites
 from benchmarks.model_times import roofline
 from benchmarks.presenting import geometric_mean, layer_table
 from benchmarks.protocol import Measurement, OtherLoad, Spread
 from benchmarks.setting import Setting
 from benchmarks.timing import interleaved, ratio
-from benchmarks.timm_geometries import drawn_sites, kind_of
 from benchmarks.trainer_overhead import main as measure_training
 from benchmarks.turns import Loop, process_seconds, take_turns
 from condconv_surgery import native
@@ -103,7 +103,7 @@ def test_a_result_survives_its_file() -> None:
 def few_families(monkeypatch: pytest.MonkeyPatch) -> None:
     """Instead of a minute of building a model of each family."""
     models = ["mobilenetv3_small_050", "resnext50_32x4d", "inception_v3"]
-    monkeypatch.setattr("benchmarks.timm_geometries._a_model_of_each_family", lambda choose: models)
+    monkeypatch.setattr("benchmarks.geometries.timm_geometries._a_model_of_each_family", lambda choose: models)
 
 
 @pytest.mark.usefixtures("few_families")

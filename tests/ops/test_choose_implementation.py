@@ -14,8 +14,8 @@ from torch import nn
 
 pytest.importorskip("timm")  # as the benchmarks do
 
+from benchmarks.geometries.model_geometries import sites
 from benchmarks.layer_times import VARIANTS
-from benchmarks.model_geometries import sites
 from condconv_surgery.layers import CondConv2d, ODConv2d, conditional_like
 from condconv_surgery.ops import choose_implementation as choice
 from condconv_surgery.ops.choose_implementation import candidates, choose, estimate

@@ -10,7 +10,7 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from benchmarks.model_geometries import Site
+from benchmarks.geometries.model_geometries import Site
 from condconv_surgery.layers import ConvGeometry
 from condconv_surgery.layers.conv2d_subclasses import geometry_of
 

@@ -1,0 +1,1 @@
+"""The geometries that are measured: those of torchvision models, and drawn ones of timm."""
