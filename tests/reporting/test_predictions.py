@@ -91,6 +91,12 @@ def test_what_is_not_known_is_empty() -> None:
         assert unknown.rows()[0]["correct"] == ""
 
 
+def test_unreadable_images_are_named() -> None:
+    left_out = ("a.jpg (truncated)", "b.jpg (no file)", "c.jpg (empty)", "d.jpg (empty)")
+    for count, names in ((1, "a.jpg (truncated)"), (4, "a.jpg (truncated), b.jpg (no file), c.jpg (empty) and 1 more")):
+        assert replace(FOUND, unreadable=left_out[:count]).caveats.endswith(f"Left out as unreadable: {names}.")
+
+
 def test_predict_reads_any_data(tmp_path: Path) -> None:
     folder = write_images(tmp_path / "images", classes=3, each=5)
     found = cs.predict(brightest("class0", "class1", "class2"), folder)

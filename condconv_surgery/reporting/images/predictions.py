@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any
 
+from condconv_surgery.errors import listed
 from condconv_surgery.reporting.study.binomial_interval import binomial_interval
 
 BINS = 15
@@ -149,7 +150,7 @@ class Predictions:
         if self.correct and not self.held_out:
             parts.append("The data have no validation part: the model may have been trained on these images.")
         if self.unreadable:
-            parts.append(f"{len(self.unreadable)} unreadable images are left out, such as {self.unreadable[0]}.")
+            parts.append(f"Left out as unreadable: {listed(self.unreadable)}.")
         return " ".join(parts)
 
     def rows(self) -> list[dict[str, Any]]:
