@@ -45,8 +45,15 @@ def several(function: Callable[..., int], processes: int, restarts: int, *argume
         max_restarts=restarts,
         start_method="fork" if FORKS else "spawn",
     )
-    codes = elastic_launch(config, function)(*arguments)
+    codes = elastic_launch(config, _in_group)(function, *arguments)
     return max(codes.values())
+
+
+def _in_group(function: Callable[..., int], *arguments: object) -> int:
+    """In each process of the group. A fork leaves torch's thread pool broken. Here one thread makes it anew; those of
+    autograd would all do it at once, and abort."""
+    torch.set_num_threads(1)
+    return function(*arguments)
 
 
 def command_line(arguments: list[str], number: int) -> int:
