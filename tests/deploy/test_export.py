@@ -84,7 +84,6 @@ def test_a_program_that_needs_torch_alone(tmp_path: Path) -> None:
     assert json.loads(extra["metadata.json"])["size"] == [3, 32, 32]
 
 
-@pytest.mark.filterwarnings("ignore:.*LeafSpec.*is deprecated:FutureWarning")  # by torch 2.10 itself
 @pytest.mark.parametrize("variant", [CondConv(2), ODConv(2)], ids=str)
 @torch.no_grad()
 def test_torchs_own_exporter_takes_any_batch(variant: Variant, tmp_path: Path) -> None:
