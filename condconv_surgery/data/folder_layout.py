@@ -97,7 +97,7 @@ class _Folder:
     def of(cls, path: Path) -> _Folder:
         shown = [entry for entry in entries_of(path) if not is_hidden(entry.name)]
         files = islice((entry for entry in shown if not entry.is_dir()), LOOKED_AT)
-        images = any(why_no_image(Path(entry.path)) is None for entry in files)
+        images = any(why_no_image(entry) is None for entry in files)
         return cls(path, frozenset(visible_folders(path)), images)
 
     @property

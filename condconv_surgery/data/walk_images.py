@@ -62,13 +62,14 @@ def images_below(root: Path, names: Iterable[str]) -> tuple[dict[str, list[str]]
 
 def loose_images(root: Path) -> list[str]:
     """Names of the images directly in ``root``, sorted."""
-    files = [entry.name for entry in entries_of(root) if not is_hidden(entry.name) and not entry.is_dir()]
-    return sorted(name for name in files if why_no_image(root / name) is None)
+    files = (entry for entry in entries_of(root) if not is_hidden(entry.name) and not entry.is_dir())
+    return sorted(entry.name for entry in files if why_no_image(entry) is None)
 
 
-def why_no_image(path: Path) -> str | None:
+def why_no_image(entry: os.DirEntry[str]) -> str | None:
     """``None`` for an image, else the reason to skip the file."""
-    if path.exists() and not path.is_file():
+    path = Path(entry.path)
+    if not entry.is_file() and path.exists():
         return "not a regular file"  # a named pipe: reading it would wait for ever
     suffix = path.suffix.lower()
     if suffix in SUFFIXES:
@@ -116,7 +117,7 @@ class _Walk:
                 elif entry.is_dir():
                     if self.enters(Path(entry.path), outside, skipped):
                         waiting.append((below, outside or entry.is_symlink()))
-                elif reason := why_no_image(Path(entry.path)):
+                elif reason := why_no_image(entry):
                     skipped[reason] += 1
                 else:
                     found.append(below)
