@@ -65,7 +65,7 @@ def validation_images_of(run: Path) -> EvaluationImages:
     require_data(options.data)
     divided = divide(find_parts(options.data), options.data, options.seed)
     if isinstance(divided.val, ImageFiles) and (run / IMAGES).is_file():
-        return _recorded_images(divided.val, run, options.data.folder)
+        return _recorded_validation(divided.val, run, options.data.folder)
     before, now = _counts(run), (len(divided.train), len(divided.val))
     if before is not None and before != now:
         raise InputError(
@@ -77,26 +77,30 @@ def validation_images_of(run: Path) -> EvaluationImages:
     return EvaluationImages(divided.val, True, f"{options.data.folder} (validation images of {run})")
 
 
-def _recorded_images(val: ImageFiles, run: Path, folder: str) -> EvaluationImages:
+def _recorded_validation(val: ImageFiles, run: Path, folder: str) -> EvaluationImages:
     """The validation images that the run recorded and that are still there, with its classes.
 
     Images and classes may have been added or removed meanwhile.
     """
-    rows = [json.loads(line) for line in (run / IMAGES).read_text(encoding="utf-8").splitlines()]
+    rows = recorded_images(run)
     classes = tuple(dict.fromkeys(name for part, name, _ in rows if part == "train"))  # in order: the images are
-    recorded = [(file, classes.index(name)) for part, name, file in rows if part == "val"]
-    found = [(file, label) for file, label in recorded if (val.root / file).is_file()]
+    recorded = [(name, file) for part, name, file in rows if part == "val"]
+    found = [(name, file) for name, file in recorded if (val.root / file).is_file()]
     if not found:
         raise InputError(
             f"None of the {len(recorded)} validation images of {run} is left in {val.root}.",
             f"{run / IMAGES} lists them.",
             'restore the folder, or data="FOLDER" with images that the run did not train on',
         )
-    files, labels = zip(*found, strict=True)
     few = "" if len(found) == len(recorded) else f"{len(found)} of the {len(recorded)} "
-    return EvaluationImages(
-        replace(val, classes=classes, files=files, labels=labels), True, f"{folder} ({few}validation images of {run})"
-    )
+    images = replace(val, classes=classes).recorded(found)
+    return EvaluationImages(images, True, f"{folder} ({few}validation images of {run})")
+
+
+def recorded_images(run: Path) -> list[tuple[str, str, str]]:
+    """Part, class and path from the folder of its part, of each image that a run recorded, in its order."""
+    lines = (run / IMAGES).read_text(encoding="utf-8").splitlines()
+    return [(part, name, file) for part, name, file in map(json.loads, lines)]
 
 
 def _counts(run: Path) -> tuple[int, int] | None:

@@ -50,6 +50,12 @@ class ImageFiles(LabelledImages):
     def subset(self, indices: Sequence[int]) -> ImageFiles:
         return replace(self, files=tuple(self.files[i] for i in indices), labels=tuple(self.labels[i] for i in indices))
 
+    def recorded(self, rows: Iterable[tuple[str, str]]) -> ImageFiles:
+        """The same folder with other images: the class and the file of each."""
+        numbers = {name: number for number, name in enumerate(self.classes)}
+        pairs = [(file, numbers[name]) for name, file in rows]
+        return replace(self, files=tuple(file for file, _ in pairs), labels=tuple(label for _, label in pairs))
+
     def key(self, index: int) -> str:
         return self.files[index]  # without the root: a folder may move
 

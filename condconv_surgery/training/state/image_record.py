@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from condconv_surgery.data.evaluation_images import IMAGES
+from condconv_surgery.data.evaluation_images import IMAGES, recorded_images
 from condconv_surgery.data.image_folders import ImageFiles, printable
 from condconv_surgery.errors import InputError, listed
 from condconv_surgery.recipe import InputSpec
@@ -44,9 +44,9 @@ def with_recorded_images(
         return data, []
     if not isinstance(train, ImageFiles) or not isinstance(val, ImageFiles):
         return data, []
-    rows = [json.loads(line) for line in (folder / IMAGES).read_text(encoding="utf-8").splitlines()]
+    rows = recorded_images(folder)
     gone = _require_only_unreadable_gone(rows, train, val, state.facts.get("unreadable", []))
-    train, val = (_with_files(of, [row for row in rows if row[0] == part]) for part, of in _parts(train, val))
+    train, val = (of.recorded([row[1:] for row in rows if row[0] == part]) for part, of in _parts(train, val))
     again = open_data(options, spec, world, (train, val))
     divided = data.divided and replace(data.divided, train=train, val=val)
     were = "image was" if gone == 1 else "images were"
@@ -82,11 +82,6 @@ def _is_among(names: Sequence[str], root: Path, file: str) -> bool:
     """Is the file one of these names? The folder may have moved since."""
     tail = os.sep + printable(str(Path(root.name) / file))
     return any(name.endswith(tail) for name in names)
-
-
-def _with_files(images: ImageFiles, rows: Sequence[Sequence[str]]) -> ImageFiles:
-    numbers = {name: number for number, name in enumerate(images.classes)}
-    return replace(images, files=tuple(file for *_, file in rows), labels=tuple(numbers[name] for _, name, _ in rows))
 
 
 def _changed(folder: Path, added: list[Any], lost: list[Any], moved: list[Any]) -> InputError:
