@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from dataclasses import dataclass
 
 import torch
@@ -59,21 +60,32 @@ class Site:
 
 
 def sites(models: tuple[str, ...] = MODELS, pixels: int = 224) -> list[Site]:
-    """Every distinct convolution except the stem and those on pooled features, which ``convert`` skips too."""
-    counts: dict[tuple[str, ConvGeometry, tuple[int, int]], int] = {}
-
-    def note(name: str, module: nn.Module, arguments: tuple[torch.Tensor, ...]) -> None:
-        if not isinstance(module, nn.Conv2d) or module.in_channels == 3:
-            return
-        height, width = arguments[0].shape[2:]
-        if (height, width) != (1, 1):
-            key = (name, geometry_of(module), (height, width))
-            counts[key] = counts.get(key, 0) + 1
-
+    """Every distinct convolution of these torchvision models."""
+    found = []
     for name in models:
         with torch.device("meta"):
             model = torchvision.models.get_model(name, weights=None).eval()
-            for module in model.modules():
-                module.register_forward_pre_hook(lambda m, a, name=name: note(name, m, a))
-            model(torch.empty(1, 3, pixels, pixels))
-    return [Site(*key, count) for key, count in counts.items()]
+        counts = Counter((geometry_of(conv), size) for conv, size in calls_of_convolutions(model, pixels))
+        found += [Site(name, geometry, size, count) for (geometry, size), count in counts.items()]
+    return found
+
+
+def calls_of_convolutions(model: nn.Module, pixels: int) -> list[tuple[nn.Conv2d, tuple[int, int]]]:
+    """Each call of a convolution by a model on the meta device, and the size of its input.
+
+    Except the stem and those on pooled features, which ``convert`` skips too.
+    """
+    calls: list[tuple[nn.Conv2d, tuple[int, int]]] = []
+
+    def note(module: nn.Module, arguments: tuple[torch.Tensor, ...]) -> None:
+        assert isinstance(module, nn.Conv2d)
+        height, width = arguments[0].shape[2:]
+        if module.in_channels > 3 and (height, width) != (1, 1):
+            calls.append((module, (height, width)))
+
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            module.register_forward_pre_hook(note)
+    with torch.device("meta"):
+        model(torch.empty(1, 3, pixels, pixels))
+    return calls

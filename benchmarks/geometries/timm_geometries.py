@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import random
-from collections import defaultdict
-from collections.abc import Iterator
+from collections import Counter, defaultdict
 from dataclasses import replace
 
 import torch
-from torch import nn
 
-from benchmarks.geometries.model_geometries import Site
+from benchmarks.geometries.model_geometries import Site, calls_of_convolutions
 from condconv_surgery.layers import ConvGeometry
 from condconv_surgery.layers.conv2d_subclasses import geometry_of
 
@@ -58,32 +56,21 @@ def _a_model_of_each_family(choose: random.Random) -> list[str]:
     return names
 
 
-def _sites_of(name: str) -> Iterator[Site]:
-    """Convolutions with zero padding, but for the stem and those that see a single position."""
+def _sites_of(name: str) -> list[Site]:
+    """The distinct convolutions with zero padding of a model of timm."""
     import timm
-
-    counts: dict[tuple[ConvGeometry, tuple[int, int]], int] = {}
-
-    def note(module: nn.Module, arguments: tuple[torch.Tensor, ...]) -> None:
-        assert isinstance(module, nn.Conv2d)
-        height, width = arguments[0].shape[2:]
-        if module.in_channels > 3 and (height, width) != (1, 1) and module.padding_mode == "zeros":
-            key = _padded_alike(geometry_of(module)), (height, width)
-            counts[key] = counts.get(key, 0) + 1
 
     try:
         with torch.device("meta"):
             model = timm.create_model(name).eval()
-            side = min(model.default_cfg["input_size"][-1], MAX_PIXELS)
-            side = model.default_cfg["input_size"][-1] if model.default_cfg.get("fixed_input_size") else side
-            for module in model.modules():
-                if isinstance(module, nn.Conv2d):
-                    module.register_forward_pre_hook(note)
-            model(torch.empty(1, 3, side, side))
+        side = model.default_cfg["input_size"][-1]
+        fixed = model.default_cfg.get("fixed_input_size")
+        calls = calls_of_convolutions(model, side if fixed else min(side, MAX_PIXELS))
     except (RuntimeError, NotImplementedError, AssertionError, ValueError, TypeError, KeyError):
-        return  # a model that looks at values, or at a size of its own, has none on the meta device
-    for (geometry, size), count in counts.items():
-        yield Site(name, geometry, size, count)
+        return []  # a model that looks at values, or at a size of its own, has none on the meta device
+    zeros = [(conv, size) for conv, size in calls if conv.padding_mode == "zeros"]
+    counts = Counter((_padded_alike(geometry_of(conv)), size) for conv, size in zeros)
+    return [Site(name, geometry, size, count) for (geometry, size), count in counts.items()]
 
 
 def _padded_alike(geometry: ConvGeometry) -> ConvGeometry:
