@@ -118,11 +118,16 @@ def test_geometries_are_drawn_by_a_seed_and_of_every_kind() -> None:
 
 
 @pytest.fixture
-def quiet(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No other process, and no wait to see that."""
-    monkeypatch.setattr(OtherLoad, "cores", lambda self: 0.0)
+def no_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Other processes are not watched before a measurement, and memory stays as it is."""
     monkeypatch.setattr("benchmarks.protocol.SECONDS_BEFORE", 0.0)
     monkeypatch.setattr("benchmarks.protocol.keep_pages", lambda: None)
+
+
+@pytest.fixture
+def quiet(no_wait: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No other process."""
+    monkeypatch.setattr(OtherLoad, "cores", lambda self: 0.0)
 
 
 @pytest.mark.usefixtures("few_families", "quiet")
@@ -144,10 +149,9 @@ def test_a_run_that_was_stopped_goes_on(
         main([*command, "--generated", "1", "--resume", "--batch", "2"])
 
 
+@pytest.mark.usefixtures("no_wait")
 def test_a_busy_machine_has_no_figures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(OtherLoad, "cores", lambda self: 1.5)
-    monkeypatch.setattr("benchmarks.protocol.SECONDS_BEFORE", 0.0)
-    monkeypatch.setattr("benchmarks.protocol.keep_pages", lambda: None)
     for what in ("layers", "models"):
         small = ["--quick", "--models", "resnet18", "--variants", "condconv4", "--batch", "1", "--pixels", "32"]
         small += ["--threads", str(torch.get_num_threads())]
