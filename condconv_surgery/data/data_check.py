@@ -27,7 +27,8 @@ BEFORE_A_RUN = 2000  # images of each part, evenly from all classes
 class DataCheck:
     """Facts about the images of a run.
 
-    train, val, classes: numbers of images and the class names. counts: training images of each class.
+    train, val, classes: numbers of images and the class names. counts, val_counts: training and validation images of
+    each class.
     validation: where the validation images come from. checked: how many images were decoded; the facts below are about
     these. sizes: smallest, median and largest (width, height) by area. modes: converted modes, by name.
     skipped: files that are not read, unreadable: images that cannot be decoded; both by reason.
@@ -40,6 +41,7 @@ class DataCheck:
     val: int
     classes: tuple[str, ...]
     counts: tuple[int, ...]
+    val_counts: tuple[int, ...]
     validation: str
     checked: int = 0
     sizes: tuple[tuple[int, int], ...] = ()
@@ -52,8 +54,20 @@ class DataCheck:
     duplicate_names: tuple[str, ...] = ()
     split_off: bool = False
 
+    @property
+    def without_training(self) -> tuple[str, ...]:
+        """Classes that no training image shows."""
+        return tuple(name for name, count in zip(self.classes, self.counts, strict=True) if not count)
+
+    @property
+    def without_validation(self) -> tuple[str, ...]:
+        """Classes that training images show, and no validation image."""
+        both = zip(self.classes, self.counts, self.val_counts, strict=True)
+        return tuple(name for name, trained, validated in both if trained and not validated)
+
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        absent = {"without_training": self.without_training, "without_validation": self.without_validation}
+        return asdict(self) | absent
 
     def lines(self) -> list[str]:
         """The check as at most ten lines."""
@@ -64,6 +78,8 @@ class DataCheck:
             f"Classes: smallest {self.classes[low]} ({self.counts[low]}), largest {self.classes[high]} "
             f"({self.counts[high]} training images).",
             f"Validation: {self.validation}",
+            *_without("training", "which cannot be learnt", self.without_training, len(self.classes)),
+            *_without("validation", "which top-1 does not measure", self.without_validation, len(self.classes)),
         ]
         if self.sizes:
             small, middle, large = (f"{width}x{height}" for width, height in self.sizes)
@@ -115,6 +131,7 @@ def describe(divided: DividedData, limit: int | None = None) -> DataCheck:
         len(val),
         train.classes,
         tuple(train.counts()),
+        tuple(val.counts()),
         divided.origin,
         len(facts),
         (areas[0], areas[len(areas) // 2], areas[-1]) if areas else (),
@@ -171,6 +188,11 @@ def _skipped(train: LabelledImages, val: LabelledImages) -> dict[str, int]:
     """Of both folders, or once of the one that was split."""
     roots = {str(getattr(part, "root", "")): dict(getattr(part, "skipped", ())) for part in (train, val)}
     return dict(sum((Counter(found) for found in roots.values()), Counter[str]()))
+
+
+def _without(part: str, effect: str, names: tuple[str, ...], classes: int) -> list[str]:
+    """A line about classes that have no images in a part; none where every class has some."""
+    return [f"Without {part} images: {listed(names)} ({len(names)} of {classes} classes), {effect}."] if names else []
 
 
 def _most(found: dict[str, int], most: int = 5) -> Iterator[tuple[str, int]]:

@@ -11,7 +11,7 @@ from condconv_surgery.cli.main import app
 from PIL import Image
 from typer.testing import CliRunner
 
-from condconv_surgery.data.data_check import check_data
+from condconv_surgery.data.data_check import DataCheck, check_data
 from condconv_surgery.data.duplicates import duplicate_groups
 from condconv_surgery.data.find_data import find_data, find_parts
 from condconv_surgery.errors import InputError
@@ -56,6 +56,39 @@ def test_the_facts_of_a_folder(tmp_path: Path) -> None:
     assert "Classes: smallest dog (7), largest cat (10 training images)." in lines
     assert any("chosen by the seed 0" in line for line in lines)
     assert json.loads(json.dumps(check.to_dict()))["unreadable"]["empty"] == 1
+
+
+def test_a_class_without_validation_images_is_named(tmp_path: Path) -> None:
+    for name, numbers in (("cat", range(4)), ("dog", range(4, 8)), ("owl", range(8, 12))):
+        write_photos(tmp_path / "train" / name, numbers)
+    write_photos(tmp_path / "val/cat", range(20, 22))
+    found = json.loads(CliRunner().invoke(app, ["check", "--data", str(tmp_path), "--json"]).stdout)
+    assert (found["counts"], found["val_counts"]) == ([4, 4, 4], [2, 0, 0])
+    assert (found["without_training"], found["without_validation"]) == ([], ["dog", "owl"])
+    lines = check_data(str(tmp_path)).lines()
+    assert "Without validation images: dog, owl (2 of 3 classes), which top-1 does not measure." in lines
+    write_photos(tmp_path / "val/dog", range(22, 24))
+    write_photos(tmp_path / "val/owl", range(24, 26))
+    assert not [line for line in check_data(str(tmp_path)).lines() if line.startswith("Without")]
+
+
+def test_a_class_that_a_set_declares_and_does_not_show_is_named() -> None:
+    lines = DataCheck(2, 1, ("cat", "dog", "elk"), (2, 0, 0), (0, 1, 0), "a split.", 3).lines()
+    assert "Without training images: dog, elk (2 of 3 classes), which cannot be learnt." in lines
+    assert "Without validation images: cat (1 of 3 classes), which top-1 does not measure." in lines
+
+
+def test_a_check_with_every_line_has_ten() -> None:
+    found = DataCheck(
+        *(2, 2, ("cat", "dog"), (2, 0), (0, 2), "a split.", 4, ((8, 8), (8, 9), (9, 9))),
+        modes={"CMYK": 1},
+        skipped={"hidden": 1},
+        unreadable={"empty": 1},
+        unreadable_images={"a.png": "empty"},
+        equal=1,
+        duplicate_names=("b.png",),
+    )
+    assert len(found.lines()) == 10
 
 
 def test_duplicates_across_the_parts(tmp_path: Path) -> None:
