@@ -6,14 +6,16 @@ import json
 import os
 import sys
 from collections.abc import Iterable
+from contextlib import suppress
 from typing import Any
 
 from condconv_surgery.errors import listed
 
 
 def say(line: str = "") -> None:
-    """Print a line on stderr."""
-    print(line, file=sys.stderr, flush=True)
+    """Print a line on stderr, where there is one: a log on a full disk or a closed pipe fails no command."""
+    with suppress(OSError):
+        print(line, file=sys.stderr, flush=True)
 
 
 def say_by_reason(title: str, reasons: Iterable[tuple[str, str]]) -> None:

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from condconv_surgery.data.image_dataset import Batch
-from condconv_surgery.errors import InputError
+from condconv_surgery.errors import InputError, one_line
 from condconv_surgery.models.artifact.save_load import save
 from condconv_surgery.recipe import Recipe, recipe_of
 from condconv_surgery.recipe.toml_text import to_toml
@@ -275,9 +275,13 @@ class Run:
         return self.result(stopped=True)
 
     def draw(self) -> None:
-        """Draw the curves of the epochs so far."""
+        """Draw the curves of the epochs so far. Where that fails, on a full disk, a note says so: the rest is saved."""
         if self.world.is_first and (rows := read_rows(self.folder / METRICS)):
-            draw_curves(rows, self.folder / CURVES)
+            try:
+                draw_curves(rows, self.folder / CURVES)
+            except Exception as error:  # matplotlib has files of its own, too
+                why = getattr(error, "given", one_line(error)).rstrip(".")
+                self.callback.note(f"No curves: {why}. Everything else is saved; resume=True draws them later.")
 
     def result(self, stopped: bool = False) -> TrainingResult:
         rows = read_rows(self.folder / METRICS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import socket
@@ -108,6 +109,19 @@ def test_a_stale_lock_is_noted(folder: Path) -> None:
     assert finetune(small_net(), options, callback=callback).epochs == 1
     assert "process 99999999" in callback.lines[0]
     assert "taken over" in callback.lines[0]
+
+
+def test_a_full_disk_is_said_before_a_run(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*args: object) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    options = options_for(folder, epochs=1)
+    monkeypatch.setattr("condconv_surgery.training.state.run_lock.os.write", full)
+    with pytest.raises(InputError, match=r"run cannot be written: No space left on device(.|\n)*with space left"):
+        finetune(small_net(), options)
+    assert not Path(options.output).exists()
+    monkeypatch.undo()
+    assert finetune(small_net(), options).epochs == 1
 
 
 def test_a_new_folder_is_removed_when_nothing_was_written(folder: Path) -> None:

@@ -14,7 +14,13 @@ from rich.console import Console
 from condconv_surgery.recipe import CondConv, TrainingOptions
 from condconv_surgery.training import finetune
 from condconv_surgery.training.monitor import progress_display as module
-from condconv_surgery.training.monitor.callback import Callback, CallbackPair, EpochRow, StepView
+from condconv_surgery.training.monitor.callback import (
+    Callback,
+    CallbackPair,
+    DispensableCallback,
+    EpochRow,
+    StepView,
+)
 from condconv_surgery.training.monitor.progress_display import PlainLines, ProgressBar, console_display
 from condconv_surgery.training.monitor.training_curves import draw_curves
 from condconv_surgery.training.tally import Tally
@@ -64,7 +70,9 @@ def test_a_terminal_has_a_bar_and_times_at_any_width(width: int) -> None:
 
 
 def test_stderr_that_is_no_terminal_has_plain_lines() -> None:
-    assert isinstance(console_display(), PlainLines)
+    display = console_display()
+    assert isinstance(display, DispensableCallback)
+    assert isinstance(display.callback, PlainLines)
 
 
 def test_both_callbacks_get_everything() -> None:

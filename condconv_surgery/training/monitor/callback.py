@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -90,44 +91,68 @@ class Callback:
         """``finetune`` returns ``result``, after ``close``. next_call: the call to make next; may be empty."""
 
 
-class CallbackPair(Callback):
+class ForwardingCallback(Callback):
+    """Hands every call to ``forward``, by the name of the method."""
+
+    def forward(self, name: str, *values: object) -> None:
+        raise NotImplementedError
+
+    def rewind(self, step: int) -> None:
+        self.forward("rewind", step)
+
+    def note(self, line: str) -> None:
+        self.forward("note", line)
+
+    def begin(self, lines: Sequence[str]) -> None:
+        self.forward("begin", lines)
+
+    def step(self, view: StepView) -> None:
+        self.forward("step", view)
+
+    def epoch(self, row: EpochRow) -> None:
+        self.forward("epoch", row)
+
+    def gates(self, epoch: int, uses: dict[str, ExpertUse]) -> None:
+        self.forward("gates", epoch, uses)
+
+    def flush(self) -> None:
+        self.forward("flush")
+
+    def close(self) -> None:
+        self.forward("close")
+
+    def end(self, result: TrainingResult, next_call: str) -> None:
+        self.forward("end", result, next_call)
+
+
+class CallbackPair(ForwardingCallback):
     """Calls two callbacks, one after the other."""
 
     def __init__(self, one: Callback, other: Callback) -> None:
         self.callbacks = (one, other)
 
-    def rewind(self, step: int) -> None:
+    def forward(self, name: str, *values: object) -> None:
         for callback in self.callbacks:
-            callback.rewind(step)
+            getattr(callback, name)(*values)
 
-    def note(self, line: str) -> None:
-        for callback in self.callbacks:
-            callback.note(line)
 
-    def begin(self, lines: Sequence[str]) -> None:
-        for callback in self.callbacks:
-            callback.begin(lines)
+class DispensableCallback(ForwardingCallback):
+    """Calls a callback until it fails, which must not end a run: it writes to a full disk or a closed terminal.
 
-    def step(self, view: StepView) -> None:
-        for callback in self.callbacks:
-            callback.step(view)
+    failed: called once, with the error.
+    """
 
-    def epoch(self, row: EpochRow) -> None:
-        for callback in self.callbacks:
-            callback.epoch(row)
+    def __init__(self, callback: Callback, failed: Callable[[Exception], object] = lambda error: None) -> None:
+        self.callback, self.failed = callback, failed
+        self.works = True
 
-    def gates(self, epoch: int, uses: dict[str, ExpertUse]) -> None:
-        for callback in self.callbacks:
-            callback.gates(epoch, uses)
-
-    def flush(self) -> None:
-        for callback in self.callbacks:
-            callback.flush()
-
-    def close(self) -> None:
-        for callback in self.callbacks:
-            callback.close()
-
-    def end(self, result: TrainingResult, next_call: str) -> None:
-        for callback in self.callbacks:
-            callback.end(result, next_call)
+    def forward(self, name: str, *values: object) -> None:
+        if not self.works:
+            return
+        try:
+            getattr(self.callback, name)(*values)
+        except Exception as error:  # of a file system, a terminal or TensorBoard's own
+            self.works = False
+            with suppress(Exception):
+                self.callback.close()  # it may have threads
+            self.failed(error)

@@ -10,7 +10,13 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
-from condconv_surgery.training.monitor.callback import Callback, CallbackPair, EpochRow, StepView
+from condconv_surgery.training.monitor.callback import (
+    Callback,
+    CallbackPair,
+    DispensableCallback,
+    EpochRow,
+    StepView,
+)
 from condconv_surgery.training.monitor.run_summary import best_line
 from condconv_surgery.training.state.progress import TrainingResult
 
@@ -141,9 +147,9 @@ class Timing:
 
 
 def console_display() -> Callback:
-    """A bar when stderr is a terminal, else plain lines."""
+    """A bar when stderr is a terminal, else plain lines; silent once stderr fails (a log on a full disk)."""
     console = Console(stderr=True)
-    return ProgressBar(console) if console.is_terminal else PlainLines()
+    return DispensableCallback(ProgressBar(console) if console.is_terminal else PlainLines())
 
 
 def displayed(callback: Callback | None, progress: bool) -> Callback:

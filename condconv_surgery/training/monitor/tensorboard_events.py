@@ -5,10 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from condconv_surgery.errors import InputError
+from condconv_surgery.errors import InputError, one_line
 from condconv_surgery.recipe.training_options import TrainingOptions
 from condconv_surgery.training.distributed.world import World
-from condconv_surgery.training.monitor.callback import Callback, CallbackPair, EpochRow, StepView
+from condconv_surgery.training.monitor.callback import (
+    Callback,
+    CallbackPair,
+    DispensableCallback,
+    EpochRow,
+    StepView,
+)
 from condconv_surgery.training.monitor.expert_use import ExpertUse
 
 if TYPE_CHECKING:
@@ -67,10 +73,18 @@ class TensorBoard(Callback):
 
 
 def make_callback(options: TrainingOptions, callback: Callback | None, world: World) -> Callback:
-    """The caller's callback, and TensorBoard where the options ask for it; silent in every process but the first."""
+    """The caller's callback, and TensorBoard where the options ask for it; silent in every process but the first.
+
+    Events that cannot be written, on a full disk, are noted once; the run goes on without them.
+    """
     if not world.is_first:
         return Callback()
     callback = callback or Callback()
-    if options.engine.tensorboard:
-        return CallbackPair(callback, TensorBoard(Path(options.output) / "tensorboard"))
-    return callback
+    if not options.engine.tensorboard:
+        return callback
+    events, note = TensorBoard(Path(options.output) / "tensorboard"), callback.note
+
+    def failed(error: Exception) -> None:
+        note(f"TensorBoard events end after step {events.at}: {one_line(error)}. The run goes on without them.")
+
+    return CallbackPair(callback, DispensableCallback(events, failed))

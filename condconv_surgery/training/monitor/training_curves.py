@@ -6,11 +6,13 @@ from pathlib import Path
 from typing import Any
 
 from condconv_surgery.models.artifact.atomic_write import replacing
-from condconv_surgery.training.state.run_files import failing_resumably
 
 
 def draw_curves(rows: list[dict[str, Any]], path: Path) -> None:
-    """Draw the rows of ``metrics.jsonl`` as a PNG: loss at the left, top-1 at the right, train and validation."""
+    """Draw the rows of ``metrics.jsonl`` as a PNG: loss at the left, top-1 at the right, train and validation.
+
+    Raises ``InputError`` when the file cannot be written; one that was there before is unchanged.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # imported here: it takes half a second
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
@@ -27,5 +29,5 @@ def draw_curves(rows: list[dict[str, Any]], path: Path) -> None:
         axes.set_ylabel(label)
         axes.grid(alpha=0.3)
         axes.legend()
-    with failing_resumably(), replacing(path) as temporary:
+    with replacing(path) as temporary:
         figure.savefig(temporary, format="png", dpi=120)

@@ -47,11 +47,16 @@ def make_folder(path: Path) -> None:
         probe.touch()
         probe.unlink()
     except OSError as error:
-        raise InputError(
-            f"{path} cannot be written: {error.strerror or error}.",
-            "The output must be a folder that can be created or written.",
-            'output="RUN"',
-        ) from error
+        raise cannot_write(path, error) from error
+
+
+def cannot_write(folder: Path, error: OSError) -> InputError:
+    """The error for a run's folder in which no file can be made or filled."""
+    return InputError(
+        f"{folder} cannot be written: {error.strerror or error}.",
+        "The output must be a folder that can be created or written, with space left.",
+        'output="RUN"',
+    )
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:

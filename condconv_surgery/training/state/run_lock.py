@@ -18,7 +18,7 @@ from typing import IO, Any, ClassVar
 
 from condconv_surgery.errors import InputError
 from condconv_surgery.training.distributed.world import World
-from condconv_surgery.training.state.run_files import make_folder
+from condconv_surgery.training.state.run_files import cannot_write, make_folder
 
 if sys.platform != "win32":  # there the file alone decides
     import fcntl
@@ -45,7 +45,7 @@ class RunLock:
     def acquire(self) -> str:
         """Take the lock. Returns a note about a run that ended without freeing it, else an empty string.
 
-        Raises ``InputError`` when another run holds it.
+        Raises ``InputError`` when another run holds it, or the file cannot be filled.
         """
         if self._key() in self.held:
             raise self._taken({"pid": os.getpid(), "host": socket.gethostname()})
@@ -57,10 +57,11 @@ class RunLock:
             raise self._taken(owner)
         self.file, self.beaten = file, time.monotonic()
         self.held.add(self._key())
-        file.seek(0)
-        file.truncate()
-        json.dump({"pid": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%F %T %z")}, file)
-        file.flush()
+        try:
+            self._write(file)
+        except OSError as error:  # a full disk
+            self.release()
+            raise cannot_write(self.path.parent, error) from error
         return f"{_who(owner)} ended without freeing {self.path}; the lock is taken over." if owner else ""
 
     def beat(self) -> None:
@@ -73,9 +74,17 @@ class RunLock:
     def release(self) -> None:
         if self.file is not None:
             self.held.discard(self._key())
-            self.path.unlink(missing_ok=True)
+            with suppress(OSError):  # a disk that has become read-only; the system frees the lock all the same
+                self.path.unlink()
             self.file.close()
             self.file = None
+
+    def _write(self, file: IO[str]) -> None:
+        """Name the owner."""
+        owner = {"pid": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%F %T %z")}
+        file.seek(0)
+        file.truncate()
+        os.write(file.fileno(), json.dumps(owner).encode())  # not through the buffer, which closing would write again
 
     def _open(self) -> tuple[IO[str], bool]:
         """The file, and whether the system has locked it. One that was removed meanwhile is made again."""
