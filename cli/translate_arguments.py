@@ -23,7 +23,9 @@ from condconv_surgery.recipe.toml_text import parse_setting
 from condconv_surgery.recipe.training_options import FINETUNE_CALL
 
 CALLS = {
-    'precision="bfloat16"(?=, or leave base=)': "--bf16",
+    'precision="bfloat16"': "--bf16",
+    'precision="int8"': "--int8",
+    'precision="exact"': "leave --bf16 and --int8 out",
     re.escape(ALL_OPTIONS): "condconv finetune --print-recipe",
     re.escape(FINETUNE_CALL): "condconv finetune MODEL --data FOLDER -o RUN",
     r"convert\(model, CondConv\(experts=4\)\)": "condconv convert MODEL -o FILE.safetensors",

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 from torch import nn
 
 from condconv_surgery.errors import InputError
 from condconv_surgery.models.artifact import save_load
 from condconv_surgery.models.artifact.delta import Base, DeltaRecord
+from condconv_surgery.models.artifact.rounded_experts import RoundedExperts
 from condconv_surgery.models.checkpoints.allowlist import trusted
 from condconv_surgery.models.hub_source import artifact_file
 from condconv_surgery.models.sources import base_of_name, load_model
 from condconv_surgery.models.torchvision_source import published_weights
 
-PRECISIONS = ("exact", "bfloat16")
+Precision = Literal["exact", "bfloat16", "int8"]
+PRECISIONS = get_args(Precision)
 
 
 def save(
@@ -24,8 +26,8 @@ def save(
     *,
     alone: bool = True,
     base: str | Path | nn.Module | None = None,
-    precision: Literal["exact", "bfloat16"] = "exact",
-) -> DeltaRecord | None:
+    precision: Precision = "exact",
+) -> DeltaRecord | RoundedExperts | None:
     """Write ``model``, converted or not, so that ``load(path)`` gives it back with bit-identical outputs.
 
     The recipe is the model's own, updated from its modules. A model that differs from what its source builds, or has no
@@ -36,23 +38,25 @@ def save(
         too, for ``load(path, model=skeleton)``.
     base: the model that was converted, as ``load_model`` takes it or itself. The file then holds what the base has not:
         a delta file, for which ``load`` needs the same base, compared by its SHA-256.
-    precision: of the differences from the base's weights. ``"bfloat16"`` halves the file; the ``error`` of the record
-        that is returned is the largest difference of a weight. Routers, biases and norms stay exact.
+    precision: of the experts: ``"bfloat16"`` halves them, ``"int8"``, with a scale for each filter, takes a quarter;
+        they are floats again when loaded. With ``base``, of the differences from its weights, ``"bfloat16"`` only.
+        Routers, biases, norms and plain layers stay exact. The ``error`` of the record that is returned is the largest
+        difference of a weight.
 
-    Raises ``InputError`` when the file cannot be written, would not be enough, a tensor has no values or the base has
-    none of them; an existing file is then unchanged.
+    Raises ``InputError`` when the file cannot be written, would not be enough, a tensor has no values, the base has
+    none of them or no experts would get smaller; an existing file is then unchanged.
     """
     if precision not in PRECISIONS:
         raise InputError(
-            f"precision is {precision!r}.", f"It must be one of: {', '.join(PRECISIONS)}.", 'precision="bfloat16"'
+            f"precision is {precision!r}.", f"It must be one of: {', '.join(PRECISIONS)}.", 'precision="int8"'
         )
-    if base is None and precision != "exact":
+    if base is not None and precision == "int8":
         raise InputError(
-            f'precision="{precision}" without base=.',
-            "Differences from a base are rounded; a whole file has the dtypes of the model.",
-            'base="torchvision:NAME", the model that was converted',
+            'precision="int8" with base=.',
+            "Differences from a base are rounded to bfloat16; int8 is for the experts of a whole file.",
+            'precision="bfloat16", or leave base= out',
         )
-    return save_load.save(model, path, alone=alone, base=_base(base), rounded=precision != "exact")
+    return save_load.save(model, path, alone=alone, base=_base(base), precision=precision)
 
 
 def load(

@@ -5,13 +5,15 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from torch import nn
 
 from condconv_surgery.models.artifact.container import read_recipe
+from condconv_surgery.models.artifact.delta import DeltaRecord
+from condconv_surgery.models.artifact.rounded_experts import RoundedExperts
 from condconv_surgery.models.classifier_logits import is_classifier
-from condconv_surgery.models.delta_base import save
+from condconv_surgery.models.delta_base import Precision, save
 from condconv_surgery.models.hub_source import PREFIX, WEIGHTS, require_hub
 from condconv_surgery.models.sources import load_model
 from condconv_surgery.recipe import recipe_of
@@ -30,7 +32,7 @@ def save_pretrained(
     license: str = "",
     scores: Mapping[str, float] | None = None,
     base: str | Path | nn.Module | None = None,
-    precision: Literal["exact", "bfloat16"] = "exact",
+    precision: Precision = "exact",
 ) -> Path:
     """Write ``model.safetensors``, ``config.json`` and ``README.md`` into ``folder``, and return it.
 
@@ -38,7 +40,7 @@ def save_pretrained(
 
     name: ``OWNER/NAME`` in the card; by default the folder's. license: of the original weights, where the source does
     not say it. scores: for the card, 0 to 1, as ``{"top-1 on my images": 0.91}``. base, precision: see ``save``: the
-    file then holds what the base has not.
+    file then holds what the base has not, or its experts in fewer bits.
 
     Raises as ``save``.
     """
@@ -54,7 +56,8 @@ def save_pretrained(
         scores=scores or {},
         license=license or _license(model),
         classifier=is_classifier(model),
-        base=record.base if record else "",
+        base=record.base if isinstance(record, DeltaRecord) else "",
+        experts=record.precision if isinstance(record, RoundedExperts) else "",
         error=record.error if record else 0.0,
     )
     (folder / "config.json").write_text(config(recipe, facts), encoding="utf-8")

@@ -21,7 +21,8 @@ class CardFacts:
 
     name: ``OWNER/NAME``. parameters, macs: before and after conversion, MACs per image. scores: 0 to 1, by their name.
     license: of the original weights; empty when unknown. classifier: the model has logits.
-    base, error: of a delta file, and the largest difference of a weight that it gives.
+    base: of a delta file. experts: their precision in the file, where that is not the model's. error: the largest
+    difference of a weight that the file gives.
     """
 
     name: str
@@ -31,6 +32,7 @@ class CardFacts:
     license: str
     classifier: bool
     base: str = ""
+    experts: str = ""
     error: float = 0.0
 
 
@@ -65,6 +67,7 @@ def _table(recipe: Recipe, facts: CardFacts) -> str:
     kinds = Counter(f"{row.variant.kind}, {row.variant.experts} experts" for row in recipe.layers)
     names = [row.names[0] for row in recipe.layers]
     spec = recipe.input
+    holds = f"differences from {facts.base}" if facts.base else facts.experts and f"experts in {facts.experts}"
     rows: list[tuple[str, Any]] = [
         ("original", recipe.source.name or "a network of its own"),
         ("license of the original", facts.license or "unknown: ask its authors before you use it"),
@@ -75,7 +78,7 @@ def _table(recipe: Recipe, facts: CardFacts) -> str:
         ("input", f"{spec.channels}x{spec.height}x{spec.width}, mean {_numbers(spec.mean)}, std {_numbers(spec.std)}"),
         ("classes", ", ".join(recipe.classes)),
         *((name, f"{score:.4f}") for name, score in facts.scores.items()),
-        ("file", f"differences from {facts.base}; weights off by at most {facts.error:.2g}" if facts.base else ""),
+        ("file", f"{holds}; weights off by at most {facts.error:.2g}" if holds else ""),
     ]
     return "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows if value)])
 

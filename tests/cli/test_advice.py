@@ -218,7 +218,8 @@ MISTAKES: dict[str, Callable[[], list[str]]] = {
     "a layer to keep that is not there": collapsing("--keep", "layer4.*"),
     "fewer than no layers to keep": collapsing("--keep", "-1"),
     "a limit of no images": collapsing("--limit", "0"),
-    "a delta in bfloat16 without a base": artifact("share", "made.safetensors", "-o", "shared", "--bf16"),
+    "a delta in int8": artifact("share", "made.safetensors", "-o", "a.safetensors", "--int8", "--base", "file.pt"),
+    "bfloat16 and int8": artifact("share", "made.safetensors", "-o", "shared", "--bf16", "--int8"),
     "one file without a base": artifact("share", "made.safetensors", "-o", "small.safetensors"),
     "no place to share": artifact("share", "made.safetensors"),
 }

@@ -158,8 +158,9 @@ def test_the_command_writes_a_folder_or_a_delta_file(model: nn.Module, tmp_path:
     ("arguments", "message"),
     [
         ([], "No output was named"),
-        (["-o", "x", "--bf16"], "--bf16 without --base"),
-        (["-o", "x.safetensors"], "is one file, without --base"),
+        (["-o", "x", "--int8", "--base", "b"], "--int8 with --base"),
+        (["-o", "x", "--int8", "--bf16"], "--int8 with --bf16"),
+        (["-o", "x.safetensors"], "is one file, without --base, --bf16 or --int8"),
         (["-o", "x.safetensors", "--base", "b", "--push", "a/b"], "is one file, with --push a/b"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",

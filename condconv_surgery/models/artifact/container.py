@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -13,10 +14,13 @@ from torch import Tensor
 from condconv_surgery.errors import DamagedFileError, InputError
 from condconv_surgery.models.artifact.delta import Base, DeltaRecord, decode
 from condconv_surgery.models.artifact.json_values import STORED
+from condconv_surgery.models.artifact.rounded_experts import RoundedExperts, restore_experts
 from condconv_surgery.models.artifact.skeleton import Skeleton
 from condconv_surgery.models.checkpoints.file_type import SAFETENSORS, file_kind, require_file
 from condconv_surgery.recipe import Recipe
 from condconv_surgery.runtime.tensor_hash import hash_tensors, is_plain_tensor
+
+R = TypeVar("R")
 
 MAGIC = "condconv-surgery"
 _WANTED = "An artifact is one whole .safetensors file that save wrote."
@@ -67,6 +71,7 @@ def read(path: Path, trust: tuple[str, ...] = ()) -> Content:
         aliases = _json(path, metadata, "aliases", dict)
         skeleton = _json(path, metadata, "skeleton", list) if "skeleton" in metadata else None
         delta = _delta(path, metadata) if "delta" in metadata else None
+        rounded = _rounded(path, metadata) if "rounded" in metadata else None
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
     known = tensors if delta is None else {*tensors, *delta.equal, *delta.repeated}
     unknown = [first for first in aliases.values() if not isinstance(first, str) or first not in known]
@@ -74,6 +79,11 @@ def read(path: Path, trust: tuple[str, ...] = ()) -> Content:
         raise damaged(path, f"an alias points to {unknown[0]!r}, which is not there")
     if hash_tensors(tensors, headers=False) != metadata.get("tensors_sha256"):
         raise damaged(path, "its tensors are not the ones that were written")
+    if rounded is not None:
+        try:
+            tensors = restore_experts(tensors, rounded)
+        except (AttributeError, IndexError, KeyError, RuntimeError, TypeError) as error:
+            raise damaged(path, f"its rounded experts cannot be read ({type(error).__name__}: {error})") from error
     stored = {name: tensors.pop(name) for name in list(tensors) if skeleton is not None and name.startswith(STORED)}
     return Content(path, recipe, tensors, aliases, skeleton, metadata.get("undescribed", ""), stored, delta)
 
@@ -91,6 +101,14 @@ def read_delta(path: str | Path) -> DeltaRecord | None:
     with _opened(path) as file:
         metadata = _metadata(path, file)
         return _delta(path, metadata) if "delta" in metadata else None
+
+
+def read_rounded(path: str | Path) -> RoundedExperts | None:
+    """Which experts a file holds in fewer bits; ``None`` where all are exact. Raises as ``load`` does."""
+    path = Path(path)
+    with _opened(path) as file:
+        metadata = _metadata(path, file)
+        return _rounded(path, metadata) if "rounded" in metadata else None
 
 
 def is_artifact(path: Path) -> bool:
@@ -157,12 +175,20 @@ def _metadata(path: Path, file: Any) -> dict[str, str]:
 
 
 def _delta(path: Path, metadata: dict[str, str]) -> DeltaRecord:
+    return _record(path, metadata, "delta", DeltaRecord.from_dict)
+
+
+def _rounded(path: Path, metadata: dict[str, str]) -> RoundedExperts:
+    return _record(path, metadata, "rounded", RoundedExperts.from_dict)
+
+
+def _record(path: Path, metadata: dict[str, str], key: str, from_dict: Callable[[dict[str, Any]], R]) -> R:
     try:
-        return DeltaRecord.from_dict(_json(path, metadata, "delta", dict))
+        return from_dict(_json(path, metadata, key, dict))
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         if isinstance(error, DamagedFileError):
             raise
-        raise damaged(path, f"its delta is not the JSON that save writes ({type(error).__name__})") from error
+        raise damaged(path, f"its {key} is not the JSON that save writes ({type(error).__name__})") from error
 
 
 def _json(path: Path, metadata: dict[str, str], key: str, kind: type) -> Any:

@@ -32,6 +32,7 @@ from condconv_surgery.models.artifact.container import (
 )
 from condconv_surgery.models.artifact.delta import Base, DeltaRecord, encode
 from condconv_surgery.models.artifact.json_values import UndescribableError
+from condconv_surgery.models.artifact.rounded_experts import RoundedExperts, round_experts
 from condconv_surgery.models.artifact.skeleton import describe, rebuild, transient_tensors
 from condconv_surgery.models.build_model import build, put_conditional, replace_heads
 from condconv_surgery.models.checkpoints.allowlist import trusted
@@ -49,9 +50,9 @@ UNCHECKED_WIDTH = 1024
 
 
 def save(
-    model: nn.Module, path: str | Path, *, alone: bool = True, base: Base | None = None, rounded: bool = False
-) -> DeltaRecord | None:
-    """``delta_base.save`` with a base that is loaded. rounded: differences of weights in bfloat16."""
+    model: nn.Module, path: str | Path, *, alone: bool = True, base: Base | None = None, precision: str = "exact"
+) -> DeltaRecord | RoundedExperts | None:
+    """``delta_base.save`` with a base that is loaded."""
     path = Path(path)
     require_values(model.state_dict())
     tensors, aliases = unique_tensors(model.state_dict())
@@ -67,14 +68,18 @@ def save(
         )
     if "skeleton" in metadata:
         tensors |= stored | {name: tensor.detach().clone() for name, tensor in transient_tensors(model).items()}
-    delta = None
+    record: DeltaRecord | RoundedExperts | None = None
     if base is not None:
-        tensors, delta = encode(tensors, base, rounded)
-        metadata["delta"] = json.dumps(delta.to_dict())
+        tensors, record = encode(tensors, base, rounded=precision == "bfloat16")
+        metadata["delta"] = json.dumps(record.to_dict())
+    elif precision != "exact":
+        names = [f"{name}.weight" for names, _ in named_layers(model, ConditionalConv2d) for name in names]
+        tensors, record = round_experts(tensors, names, precision)
+        metadata["rounded"] = json.dumps(record.to_dict())
     metadata["tensors_sha256"] = hash_tensors(tensors, headers=False)
     with replacing(path) as temporary:
         save_file(tensors, temporary, metadata)
-    return delta
+    return record
 
 
 def why_not_alone(model: nn.Module) -> str:
