@@ -10,7 +10,7 @@ from condconv_surgery.errors import InputError
 from condconv_surgery.recipe import TrainingOptions
 from condconv_surgery.recipe.toml_text import parse_setting
 
-from .console import print_json
+from .output.console import print_json
 from .translate_arguments import to_flags
 
 

@@ -9,8 +9,8 @@ import typer
 
 from condconv_surgery.errors import InputError
 
-from .console import print_json, say, say_by_reason
-from .convert import writable
+from .output.console import print_json, say, say_by_reason
+from .output.output_path import writable
 
 if TYPE_CHECKING:
     from condconv_surgery.deploy import Collapse

@@ -12,8 +12,8 @@ from condconv_surgery.recipe import TrainingOptions
 from condconv_surgery.recipe.study_arms import DEFAULT_ARMS, parse_arms
 from condconv_surgery.recipe.study_options import BUDGETS, StudyOptions
 
-from .console import is_first, print_json, say
 from .finetune import callback_in_flags, effective_options
+from .output.console import is_first, print_json, say
 from .rule_options import flags_that_are_set, with_rule_options
 
 if TYPE_CHECKING:

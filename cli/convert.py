@@ -10,14 +10,15 @@ import typer
 from condconv_surgery.errors import InputError
 from condconv_surgery.recipe import STARTS, VARIANTS, Selection, Upcycling, Variant, make_variant
 
-from .console import print_json, say, say_by_reason
-from .next_step import next_step
+from .output.console import print_json, say
+from .output.conversion_output import conversion_facts, plan_facts, print_plan, say_conversion
+from .output.output_path import writable
 from .translate_arguments import to_flags
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from condconv_surgery.surgery import Conversion, ModelPlan, Plan
+    from condconv_surgery.surgery import Conversion, Plan
 
 AnyPlan = TypeVar("AnyPlan", bound="Plan")
 Patterns = Annotated[list[str] | None, typer.Option(help='Layer names, a glob ("layer4.*") or re:REGEX; repeatable.')]
@@ -128,13 +129,13 @@ def convert(
     to_dtypes(conversion.model, stored)
     assert path is not None
     used = start_of(layer, upcycling) if layer.experts > 1 else None
-    summary = _summary(model, path, layer, conversion, used, calibration is not None)  # an error here leaves no file
+    facts = conversion_facts(model, path, layer, conversion, used, calibration is not None)  # an error leaves no file
     save(conversion.model, path)
-    summary["dtype"] = " and ".join(sorted({str(kind).removeprefix("torch.") for kind in stored.values()})) or None
+    facts["dtype"] = " and ".join(sorted({str(kind).removeprefix("torch.") for kind in stored.values()})) or None
     if as_json:
-        print_json(summary)
+        print_json(facts)
     else:
-        _say_summary(summary, conversion, trusted)
+        say_conversion(facts, conversion, trusted)
 
 
 def _check_sizes(input_size: int | None, tolerance: float | None) -> None:
@@ -142,22 +143,6 @@ def _check_sizes(input_size: int | None, tolerance: float | None) -> None:
         raise InputError(f"--input-size is {input_size}.", "It must be at least 1 pixel.", "--input-size 224")
     if tolerance is not None and not tolerance >= 0:
         raise InputError(f"--tolerance is {tolerance}.", "It must be 0 or more.", "--tolerance 1e-4")
-
-
-def writable(output: Path | None, suffix: str = ".safetensors") -> Path:
-    """The output path, checked before any work is done."""
-    import os
-
-    if output is None:
-        raise InputError("No output was named.", "-o names the file to write.", f"-o model.condconv{suffix}")
-    if output.suffix != suffix:
-        raise InputError(f"-o {output} does not end in {suffix}.", "It must.", f"-o {output.with_suffix(suffix)}")
-    folder = output.parent
-    if output.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
-        raise InputError(
-            f"-o {output} cannot be written.", f"{folder} must be a folder that exists and is writable.", "another -o"
-        )
-    return output
 
 
 def _convert(
@@ -198,109 +183,6 @@ def _show_plan(model: nn.Module, selection: Selection, variant: Variant, ctx: ty
 
     plan = _in_flags(make_plan(model, variant, inplace=True, **asdict(selection)), ctx)
     if as_json:
-        print_json(
-            {
-                "variant": variant.kind,
-                "experts": variant.experts,
-                "routers": [{"block": router.block, "layers": router.layers} for router in plan.routers],
-                "to_convert": [
-                    {
-                        "name": site.name,
-                        "calls": site.calls,
-                        "input": site.input,
-                        "followed_by": plan.followers.by_layer.get(site.name, ()),
-                    }
-                    for site in plan.to_convert
-                ],
-                "skipped": _skipped(plan),
-                "notes": [*plan.notes, *plan.followers.notes()],
-            }
-        )
-        return
-    _print_plan(plan)
-    say(f"Would convert {len(plan.to_convert)} layers and skip {len(plan.skipped)}. Nothing was changed (--dry-run).")
-
-
-def _print_plan(plan: ModelPlan) -> None:
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(box=box.SIMPLE_HEAD)
-    table.add_column("layer", overflow="fold")
-    table.add_column("input", no_wrap=True)
-    table.add_column("plan", overflow="fold")
-    block_of = {name: router.block for router in plan.routers for name in router.layers}
-    for site in plan.to_convert:
-        shape = "x".join(map(str, site.input[1:])) if site.input else ""
-        times = f", called {site.calls} times" if site.calls > 1 else ""
-        routed = f", routed by {block_of[site.name]}" if site.name in block_of else ""
-        then = f", then {', '.join(plan.followers.by_layer[site.name])}" if site.name in plan.followers.by_layer else ""
-        table.add_row(site.name, shape, f"convert{times}{routed}{then}")
-    for skip in plan.skipped:
-        table.add_row(skip.name, "", f"skip: {skip.reason}")
-    Console().print(table)
-    for note in (*plan.notes, *plan.followers.notes()):
-        say(f"Note: {note}")
-
-
-def _summary(
-    source: str, path: Path, variant: Variant, conversion: Conversion, start: str | None, calibrated: bool
-) -> dict[str, Any]:
-    from condconv_surgery.recipe import recipe_of
-    from condconv_surgery.reporting import profile
-
-    totals = profile(conversion.model)
-    recipe, difference = recipe_of(conversion.model), conversion.difference
-    assert difference is not None
-    return {
-        "output": str(path),
-        "source": recipe.source.name if recipe and recipe.source.name else source,
-        "variant": variant.kind,
-        "experts": variant.experts,
-        "start": start,
-        "calibrated": calibrated,
-        "converted": len(conversion.plan.to_convert),
-        "routers": len(conversion.plan.to_convert) - sum(len(router.layers) - 1 for router in conversion.plan.routers),
-        "skipped": _skipped(conversion.plan),
-        "parameters": {"before": totals.parameters_before, "after": totals.parameters},
-        "macs": {"before": totals.macs_before, "after": totals.macs.total},
-        "difference": {
-            "eval": difference.eval and difference.eval.absolute,
-            "train": difference.train and difference.train.absolute,
-        },
-    }
-
-
-def _skipped(plan: Plan) -> list[dict[str, str]]:
-    return [{"name": skip.name, "reason": skip.reason} for skip in plan.skipped]
-
-
-def _say_summary(summary: dict[str, Any], conversion: Conversion, trust: tuple[str, ...]) -> None:
-    def change(name: str, unit: float, suffix: str) -> str:
-        before, after = summary[name]["before"], summary[name]["after"]
-        return f"{before / unit:.2f}{suffix} -> {after / unit:.2f}{suffix} ({after / before - 1:+.1%})"
-
-    converted, skipped = summary["converted"], summary["skipped"]
-    say(f"Source      {summary['source']}")
-    how = f"to {summary['variant']}, {summary['experts']} experts each"
-    say(f"Converted   {converted} of {converted + len(skipped)} layers {how}")
-    if summary["routers"] < converted:
-        say(f"Routers     {summary['routers']}, {len(conversion.plan.routers)} of them for a whole block")
-    if summary["start"] not in (None, "noise"):
-        along = (
-            "in which the images differ most" if summary["calibrated"] else "drawn at random (--data finds better ones)"
-        )
-        say(f"Start       {summary['start']}: equal experts, routers along directions {along}")
-    say_by_reason("Skipped", ((row["name"], row["reason"]) for row in skipped))
-    for note in conversion.plan.notes:
-        say(f"Note        {note}")
-    say(f"Parameters  {change('parameters', 1e6, 'M')}")
-    say(f"MACs        {change('macs', 1e6, 'M')} per image")
-    for mode, gap in summary["difference"].items():
-        text = "not compared (see the note)" if gap is None else f"{gap:.2g} at most between original and converted"
-        say(f"Difference  {mode}: {text}")
-    if summary["dtype"]:
-        say(f"Stored      in {summary['dtype']}, as it came; converted and compared in float32")
-    say(f"Wrote       {summary['output']}")
-    say(f"Next        {next_step(conversion.model, Path(summary['output']), trust)}")
+        print_json(plan_facts(plan, variant))
+    else:
+        print_plan(plan)

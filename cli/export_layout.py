@@ -9,8 +9,8 @@ import typer
 
 from condconv_surgery.errors import InputError, unknown_name
 
-from .console import print_json, say
-from .convert import writable
+from .output.console import print_json, say
+from .output.output_path import writable
 
 TARGETS = {"onnx": ".onnx", "pt2": ".pt2", "openvino": ".xml", "litert": ".tflite", "ncnn": ".param"}
 """The suffix of each runtime's file."""

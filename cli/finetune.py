@@ -12,7 +12,7 @@ from condconv_surgery.errors import InputError
 from condconv_surgery.recipe import TrainingOptions
 from condconv_surgery.recipe.toml_text import from_toml, parse_setting, to_toml
 
-from .console import is_first, print_json, say
+from .output.console import is_first, print_json, say
 from .rule_options import flags_that_are_set, with_rule_options
 from .translate_arguments import to_flags
 

@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
-from .console import print_json, say, say_by_reason
-from .convert import writable
+from .output.console import print_json, say, say_by_reason
+from .output.output_path import writable
 
 
 def fold(

@@ -14,12 +14,12 @@ from condconv_surgery.errors import SurgeryError
 from .check import check
 from .collapse import collapse
 from .compare import compare
-from .console import say
 from .convert import convert
 from .export_layout import export
 from .finetune import finetune
 from .fold import fold
 from .import_layout import import_
+from .output.console import say
 from .predict import predict
 from .report import report
 from .share import share

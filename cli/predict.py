@@ -9,7 +9,7 @@ import typer
 
 from condconv_surgery.errors import InputError
 
-from .console import print_json, say
+from .output.console import print_json, say
 from .report import load_for_report, own_split
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ import typer
 
 from condconv_surgery.errors import InputError, unknown_name
 
-from .console import print_json, say
+from .output.console import print_json, say
 
 if TYPE_CHECKING:
     from torch import nn

@@ -9,8 +9,8 @@ import typer
 
 from condconv_surgery.errors import InputError
 
-from .console import print_json, say
-from .convert import writable
+from .output.console import print_json, say
+from .output.output_path import writable
 
 if TYPE_CHECKING:
     from torch import nn

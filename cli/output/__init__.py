@@ -1,0 +1,1 @@
+"""What commands print, and the paths that they write."""
