@@ -21,8 +21,10 @@ from torch import nn
 from condconv_surgery.errors import InputError, SurgeryError
 from condconv_surgery.models.artifact.strict_fill import fill_foreign, modern_names
 from condconv_surgery.models.checkpoints.adapt_outer_layers import adapt
+from condconv_surgery.models.checkpoints.computed_weights import plain_weights
 from condconv_surgery.models.checkpoints.read_checkpoint import read_weights
 from condconv_surgery.models.checkpoints.state_names import fitting_names
+from condconv_surgery.models.checkpoints.tensor_kinds import require_kinds_of
 from condconv_surgery.recipe import InputSpec, Recipe, Source, attach_recipe
 from condconv_surgery.runtime.modes import input_of_stem
 
@@ -106,11 +108,14 @@ def named_source(
 
 def _fill_from_file(model: nn.Module, source: Source, options: LoadOptions) -> dict[str, int]:
     """Copy the weights of a file into ``model``; returns the width of its head, by name, if that became another one."""
-    own = modern_names(read_weights(Path(options.weights), options.trust))
+    own = plain_weights(
+        modern_names(read_weights(Path(options.weights), options.trust)), model.state_dict().keys(), options.weights
+    )
     state = fitting_names(own, model)
     heads: dict[str, int] = {}
     if options.num_classes is None:
         state, heads = adapt(model, state, own, options.weights)
+    require_kinds_of(model, state, options.weights)
     try:
         fill_foreign(model, state, options.weights, source)
     except InputError as error:

@@ -18,11 +18,13 @@ from condconv_surgery.models.artifact.strict_fill import fill_foreign, modern_na
 from condconv_surgery.models.build_model import build
 from condconv_surgery.models.checkpoints.adapt_outer_layers import adapt
 from condconv_surgery.models.checkpoints.allowlist import trusted
+from condconv_surgery.models.checkpoints.computed_weights import plain_weights
 from condconv_surgery.models.checkpoints.outer_layers import shapes_of
 from condconv_surgery.models.checkpoints.read_checkpoint import read_checkpoint
 from condconv_surgery.models.checkpoints.recognise_architecture import recognise, recognise_module
 from condconv_surgery.models.checkpoints.recognise_body import recognise_body
 from condconv_surgery.models.checkpoints.state_names import fitting_names
+from condconv_surgery.models.checkpoints.tensor_kinds import require_floats, require_kinds_of
 from condconv_surgery.models.factory_source import FACTORY, named, package_of, require_trusted
 from condconv_surgery.models.hub_source import FOLDER, HUB
 from condconv_surgery.models.layouts.layout_registry import PLAIN, Layout, layout_of
@@ -138,6 +140,9 @@ def _load_checkpoint(text: str, options: LoadOptions) -> nn.Module:
         attach_recipe(content, Recipe(source=source, input=_input_spec(content, source)))
         return content
     own = modern_names(dict(content.state_dict()) if isinstance(content, nn.Module) else content)
+    if options.arch is None:
+        require_floats(own, text)
+        own = plain_weights(own, (), text)
     state = fitting_names(own)
     arch = None if options.arch is None else with_classes(named(options.arch), options.num_classes)
     layout = layout_of(state)
@@ -155,10 +160,12 @@ def _load_checkpoint(text: str, options: LoadOptions) -> nn.Module:
     model = build(plain, (*options.trust, package_of(plain)))  # naming a factory is trusting its package
     heads: dict[str, int] = {}
     if layout is PLAIN:
+        own = plain_weights(own, model.state_dict().keys(), text)
         state = fitting_names(own, model)
         if options.num_classes is None:
             state, heads = adapt(model, state, own, text)
     read = layout.read(model, state)
+    require_kinds_of(model, read, text)
     try:
         fill_foreign(model, read, text, plain)
     except InputError as error:

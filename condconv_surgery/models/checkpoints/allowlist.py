@@ -86,7 +86,7 @@ DATA_NAMES: dict[str, tuple[str, ...]] = {
             "core.multiarray._reconstruct",
             "_core.multiarray.scalar",
             "_core.multiarray._reconstruct",
-            *(f"dtypes.{kind}DType" for kind in ("Bool", "Int32", "Int64", "Float32", "Float64")),
+            *(f"dtypes.{kind}DType" for kind in ("Bool", "UInt8", "Int32", "Int64", "Float16", "Float32", "Float64")),
         )
     ),
     "pathlib": ("pathlib.Path", "pathlib.PosixPath", "pathlib.PurePosixPath", "pathlib._local.PosixPath"),

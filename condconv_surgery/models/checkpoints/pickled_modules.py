@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
 from condconv_surgery.errors import DamagedFileError, InputError, SurgeryError
-from condconv_surgery.models.checkpoints.allowlist import resolve, trusted
+from condconv_surgery.models.checkpoints.allowlist import DATA_NAMES, resolve, trusted
 
 _FORBIDDEN = ("GLOBAL", "Can only", "Trying to call")
 """Parts of the messages of torch's restricted unpickler for a forbidden name; its other errors mean a damaged file."""
@@ -46,6 +46,7 @@ def load_pickle(path: Path, trust: str | tuple[str, ...] = ()) -> Any:
     allowed = _allowed(names, packages, path)
     try:
         with _ONE_AT_A_TIME, safe_globals(allowed), warnings.catch_warnings():  # type: ignore[arg-type]
+            warnings.filterwarnings("ignore", "Validating sparse tensor|TypedStorage is deprecated", UserWarning)
             warnings.filterwarnings("ignore", "Detected pickle protocol", UserWarning)  # 3 is read like 2
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # the file's own arguments reach constructors: anything may go wrong there
@@ -109,8 +110,9 @@ def _names(path: Path) -> list[str]:
 
 
 def _allowed(names: list[str], trust: tuple[str, ...], path: Path) -> list[tuple[Any, str]]:
+    of_arrays = [name for name in DATA_NAMES["numpy"] if name.startswith("numpy.dtypes.")] if "numpy" in trust else []
     try:
-        return [(resolve(name, trust), name) for name in names]
+        return [(resolve(name, trust), name) for name in (*names, *of_arrays)]  # a pickle names dtypes by their letters
     except InputError as error:
         content = f"{path} is a pickle of more than tensors (a module, or a training state with its options)."
         raise InputError(f"{content} {error.given}", error.allowed, error.fix) from error

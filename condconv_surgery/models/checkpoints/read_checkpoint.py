@@ -6,7 +6,6 @@ Training scripts nest the weights in dicts; prefixes before their names are for 
 from __future__ import annotations
 
 import json
-import logging
 import re
 from pathlib import Path
 from typing import Any
@@ -18,31 +17,11 @@ from torch import Tensor, nn
 from condconv_surgery.errors import DamagedFileError, InputError
 from condconv_surgery.models.checkpoints.file_type import INDEX, REFUSALS, SAFETENSORS, file_kind
 from condconv_surgery.models.checkpoints.pickled_modules import check_module, load_pickle
-
-AVERAGED = ("state_dict_ema", "model_ema", "ema", "ema_state_dict", "params_ema", "teacher")
-"""Keys under which training scripts store averaged weights (DINO's teacher averages the student's)."""
-
-NESTS = (
-    *AVERAGED,
-    "state_dict",
-    "model_state_dict",
-    "model_state",
-    "model",
-    "net",
-    "weights",
-    "params",
-    "module",
-    "student",
-)
-"""Keys under which training scripts store weights; the first that holds some is taken."""
+from condconv_surgery.models.checkpoints.tensor_kinds import dense
+from condconv_surgery.models.checkpoints.weight_sets import find_weights
 
 SHARD = re.compile(r"-\d{5}-of-(?!00001)\d{5}$")
 """The end of the name, without suffix, of one of several files of a checkpoint."""
-
-_LOG = logging.getLogger("condconv_surgery")
-
-MAX_DEPTH = 4
-"""Limit of nested dicts; a pickled dict may contain itself."""
 
 
 def read_checkpoint(path: Path, trust: tuple[str, ...] = ()) -> dict[str, Tensor] | nn.Module:
@@ -90,9 +69,9 @@ def _read_file(path: Path, trust: tuple[str, ...]) -> dict[str, Tensor] | nn.Mod
         allowed, fix = REFUSALS[kind]
         raise InputError(f"{path} is {kind}.", allowed, fix.format(path=path))
     content = _load_safetensors(path) if kind == SAFETENSORS else load_pickle(path, trust)
-    weights = _find_weights(content, path)
+    weights = find_weights(content, path)
     if not isinstance(weights, nn.Module):
-        return weights
+        return dense(weights, f"{path}")
     wrapped = isinstance(weights, (nn.DataParallel, nn.parallel.DistributedDataParallel))
     inner = getattr(weights, "module", None) if wrapped else None
     return check_module(inner if isinstance(inner, nn.Module) else weights, path)
@@ -111,52 +90,3 @@ def _load_safetensors(path: Path) -> dict[str, Any]:
         raise DamagedFileError(
             f"{path} cannot be read as safetensors: {error}.", "It must be whole.", "copy or download it again"
         ) from error
-
-
-def _find_weights(content: Any, path: Path) -> dict[str, Tensor] | nn.Module:
-    """The weights in what a file holds; a log line names the set taken, and the others where there are several."""
-    weights, key = _weights_in(content)
-    if weights is None:
-        weights, key = _weights_under_another_key(content, path)
-    others = [nest for nest in NESTS if key not in ("", nest) and _weights_in(content.get(nest))[0] is not None]
-    if key:
-        averaged = " (averaged)" if key in AVERAGED else ""
-        instead = f", not those under {', '.join(others)}" if others else ""
-        _LOG.warning("%s: took the weights under %r%s%s", path, key, averaged, instead)
-    return weights
-
-
-def _weights_in(content: Any, depth: int = 0) -> tuple[dict[str, Tensor] | nn.Module | None, str]:
-    """The weights in ``content``, or ``None``; and the key of ``NESTS`` that holds them, ``""`` for itself."""
-    if isinstance(content, nn.Module):
-        return content, ""
-    if not isinstance(content, dict) or depth > MAX_DEPTH:
-        return None, ""
-    tensors = {str(name): value for name, value in content.items() if isinstance(value, Tensor)}
-    if not tensors or len(tensors) < len(content):
-        for nest in NESTS:
-            weights, _ = _weights_in(content.get(nest), depth + 1)
-            if weights is not None:
-                return weights, nest
-    return (tensors, "") if len(tensors) > len(content) / 2 else (None, "")
-
-
-def _weights_under_another_key(content: Any, path: Path) -> tuple[dict[str, Tensor] | nn.Module, str]:
-    """The only weights directly in a dict, and their key. Raises ``InputError`` where there are none or several."""
-    items = content.items() if isinstance(content, dict) else ()
-    found = {str(key): weights for key, value in items if (weights := _weights_in(value)[0]) is not None}
-    if len(found) == 1:
-        key, weights = found.popitem()
-        return weights, key
-    fix = f"torch.load('{path}', weights_only=True)[{next(iter(found))!r}]" if found else "model.state_dict()"
-    raise InputError(
-        f"{path} holds {'several sets of weights' if found else 'no weights'}: {_described(content)}.",
-        f"They must be the whole file, the only ones, or under one of: {', '.join(NESTS)}.",
-        f"torch.save({fix}, 'model.pt')",
-    )
-
-
-def _described(content: Any) -> str:
-    if not isinstance(content, dict):
-        return f"a {type(content).__name__}"
-    return f"keys {', '.join(map(str, list(content)[:6]))}" if content else "an empty dict"

@@ -7,6 +7,7 @@ and the key encoder of MoCo, DINO's student and teacher) with heads, queues and 
 from __future__ import annotations
 
 import logging
+import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import TypeVar
@@ -24,6 +25,9 @@ NETWORKS = (
 
 WRAPPERS = ("module", "_orig_mod", "model", "net", "network")
 """Modules that hold the network of a wrapper, beside little else: a loss with weights."""
+
+AVERAGED_WORDS = frozenset(("ema", "swa", "avg", "average", "averaged", "polyak", "shadow"))
+"""Words in names of averaged weights: ``swa_model``, ``netG_ema``. They are taken before others."""
 
 OPTIONAL = ("num_batches_tracked",)
 
@@ -54,6 +58,12 @@ def fitting_names(state: dict[str, Tensor], model: nn.Module | None = None) -> d
     return taken
 
 
+def is_averaged(name: str) -> bool:
+    """Whether a name says that it is of averaged weights."""
+    words = re.findall(r"[a-z]+", re.sub(r"([A-Z]+)", r"_\1", name).lower())
+    return not AVERAGED_WORDS.isdisjoint(words)
+
+
 def parts_of(state: dict[str, Tensor]) -> list[dict[str, Tensor]]:
     """The tensors under each prefix that a quarter of all names have, without it; the likeliest network first."""
     prefixes = sorted(_prefixes_of(state, minimum=max(len(state) // 4, 1)), key=_preference)
@@ -82,7 +92,10 @@ def _of_model(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
     most = max(found.values())
     if not most:
         return _of_network(state)
-    part = parts[min((prefix for prefix, count in found.items() if count == most), key=_preference)]
+    prefix = min((prefix for prefix, count in found.items() if count == most), key=_preference)
+    part = parts[prefix]
+    if is_averaged(prefix):
+        _LOG.warning("took the averaged weights, whose names begin with %r", prefix)
     tops = {name.partition(".")[0] for name in wanted}
     outer = outer_layers(shapes_of(wanted))
     needed = [name for name in wanted if not name.endswith(OPTIONAL)]
@@ -100,7 +113,8 @@ def _of_network(state: dict[str, Tensor]) -> dict[str, Tensor]:
     while True:
         tops = Counter(name.partition(".")[0] if "." in name else "" for name in part)
         network = next((name for name in WRAPPERS if tops[name] >= 0.9 * len(part)), None)
-        network = network or next((name for name in NETWORKS if tops[name] * 4 >= len(part)), None)
+        averaged = [name for name in tops if is_averaged(name)]
+        network = network or next((name for name in (*averaged, *NETWORKS) if tops[name] * 4 >= len(part)), None)
         if len(tops) == 1 and "" not in tops:
             network = next(iter(tops))
         if network is None or (len(tops) > 1 and _is_a_part(network, tops)):
@@ -125,7 +139,7 @@ def _prefixes_of(names: Iterable[str], minimum: int) -> list[str]:
 def _preference(prefix: str) -> tuple[int, int]:
     parts = prefix.split(".")
     rank = min((NETWORKS.index(part) for part in parts if part in NETWORKS), default=len(NETWORKS))
-    return (rank, len(parts))
+    return (-1 if any(map(is_averaged, parts)) else rank, len(parts))
 
 
 def _under(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
