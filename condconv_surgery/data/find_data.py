@@ -6,13 +6,13 @@ Every command reads its images here: ``finetune`` and ``compare`` divide the par
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from condconv_surgery.data.duplicates import duplicate_groups
 from condconv_surgery.data.folder_layout import FolderParts, find_parts_of
-from condconv_surgery.data.hub_datasets import find_hub, require_datasets
+from condconv_surgery.data.hub_datasets import hub_images, load_splits, require_datasets, split_names
 from condconv_surgery.data.image_folders import require_folder, scan
 from condconv_surgery.data.labelled_images import LabelledImages, split, with_classes_of
 from condconv_surgery.data.torchvision_datasets import find_torchvision, require_known, second_part
@@ -87,14 +87,10 @@ def find_parts(options: DataOptions) -> DataParts:
     """The parts of the data that ``options`` name. Raises ``InputError`` for missing or unusable data."""
     source, val = options.folder, options.val
     kind, _, name = source.partition(":")
-    if kind in ("torchvision", "hf"):
-        sets: Mapping[str, LabelledImages] = (
-            find_torchvision(name, Path(options.root), options.download) if kind == "torchvision" else find_hub(options)
-        )
-        if kind == "torchvision" and val:
-            sets = {"train": sets["train"], "val": sets[second_part(name)]}
-        given = {role: Part(_title(images, role), lambda images=images: images) for role, images in sets.items()}  # type: ignore[misc]
-        return DataParts(sets["train"], given["train"].where, given.get("val"), given.get("test"))
+    if kind == "torchvision":
+        return _torchvision_parts(options, name)
+    if kind == "hf":
+        return _hub_parts(options)
     if is_shards(source):
         return DataParts(scan_shards(source), source, Part(val, lambda: scan_shards(val)) if val else None)
     parts = folder_parts(options)
@@ -166,6 +162,22 @@ def _part(root: Path | None) -> Part | None:
     return None if root is None else Part(str(root), lambda: scan(root, min_classes=1))
 
 
-def _title(images: LabelledImages, role: str) -> str:
-    title = str(getattr(images, "title", ""))
-    return title if title.endswith(role) else f"{title} {role}"
+def _torchvision_parts(options: DataOptions, name: str) -> DataParts:
+    sets = find_torchvision(name, Path(options.root), options.download)
+    if options.val:
+        sets = {"train": sets["train"], "val": sets[second_part(name)]}
+    given = {role: Part(f"{images.title} {role}", lambda images=images: images) for role, images in sets.items()}  # type: ignore[misc]
+    return DataParts(sets["train"], given["train"].where, given.get("val"), given.get("test"))
+
+
+def _hub_parts(options: DataOptions) -> DataParts:
+    """The splits of ``hf:PATH_OR_NAME``; each is read when it is asked for: a test split may have no labels."""
+    rows = load_splits(options, streaming=False)
+    names = split_names(list(rows), options)
+    titles = {role: f"{options.folder.partition(':')[2]} {name}" for role, name in names.items()}
+    given = {
+        role: Part(titles[role], lambda role=role, name=name: hub_images(rows[name], titles[role], options))  # type: ignore[misc]
+        for role, name in names.items()
+    }
+    unread = tuple(f"the split {name}" for name in rows if name not in names.values())
+    return DataParts(given["train"].find(), given["train"].where, given.get("val"), given.get("test"), unread)

@@ -11,7 +11,7 @@ from PIL import Image
 
 from condconv_surgery.data.folder_layout import role_of
 from condconv_surgery.data.labelled_images import Rows
-from condconv_surgery.errors import InputError
+from condconv_surgery.errors import InputError, one_line
 from condconv_surgery.recipe.training_sections import DataOptions
 
 
@@ -28,38 +28,57 @@ class HubImages(Rows):
         return open_cell(self.data[self.indices[index]][self.column])
 
 
-def find_hub(options: DataOptions) -> dict[str, HubImages]:
-    """The images of ``hf:PATH_OR_NAME`` by part: ``train``, and ``val`` and ``test`` where it has such splits.
-
-    Raises ``InputError`` for missing data and for columns that a classifier cannot be trained on.
-    """
-    rows = load_splits(options, streaming=False)
-    title = options.folder.partition(":")[2]
-    return {
-        role: _images(rows[name], f"{title} {name}", options) for role, name in split_names(list(rows), options).items()
-    }
+def hub_images(rows: Any, title: str, options: DataOptions) -> HubImages:
+    """The images of a split. Raises ``InputError`` for columns that a classifier cannot be trained on."""
+    image, label = columns(rows.features, title, options)
+    raw = list(rows[label])
+    names = getattr(rows.features[label], "names", None)
+    if any(value is None or value == -1 for value in raw):
+        raise InputError(f"{title} has images without a label.", "Each needs one.", "filter the data set first")
+    classes = tuple(names) if names else tuple(map(str, sorted(set(raw))))
+    numbers = {name: i for i, name in enumerate(classes)}
+    labels = tuple(map(int, raw)) if names else tuple(numbers[str(value)] for value in raw)
+    return HubImages(title, undecoded(rows, image), classes, labels, tuple(range(len(labels))), image)
 
 
 def load_splits(options: DataOptions, streaming: bool) -> dict[str, Any]:
     """Every split by name, as the ``datasets`` library returns it. Raises ``InputError``."""
     datasets = require_datasets()
-    place, _, config = options.folder.partition(":")[2].partition("#")
+    place, config = place_of(options.folder)
     path = Path(place)
     try:
         if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
             loaded = datasets.load_from_disk(place)
             if streaming:
                 loaded = {n: d.to_iterable_dataset() for n, d in _by_name(loaded).items()}
-        else:
-            loaded = datasets.load_dataset(place, config or None, streaming=streaming)
-    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        elif path.is_file():
+            loaded = datasets.load_dataset(str(path.parent.absolute()), data_files=path.name, streaming=streaming)
+        else:  # absolute: a folder may be called like a format, parquet
+            where = str(path.absolute()) if path.exists() else place
+            loaded = datasets.load_dataset(where, config or None, streaming=streaming)
+    except Exception as error:  # its readers have no base class in common
         raise InputError(
-            f"hf:{place} can't be read: {first.rstrip('.')}.",
-            "It is a folder that the datasets library reads (save_to_disk, parquet, imagefolder) or a name on the hub.",
+            f"hf:{place} can't be read: {one_line(error).rstrip('.')}.",
+            "It is what the datasets library reads (save_to_disk, parquet, imagefolder) or a name on the hub.",
             'data="hf:FOLDER", or data="hf:NAME#CONFIG"',
         ) from error
     return _by_name(loaded)
+
+
+def place_of(source: str) -> tuple[str, str]:
+    """The path or the name in ``hf:PATH_OR_NAME#CONFIG``, and the configuration. A path may contain ``#``.
+
+    Raises ``InputError`` when there is neither.
+    """
+    name = source.partition(":")[2]
+    if not name:
+        raise InputError(
+            f'data="{source}" names no data set.',
+            "A path or a name follows hf:.",
+            'data="hf:FOLDER", or data="hf:NAME"',
+        )
+    place, _, config = name.partition("#")
+    return (name, "") if Path(name).exists() else (place, config)
 
 
 def require_datasets() -> Any:
@@ -88,9 +107,14 @@ def split_names(names: list[str], options: DataOptions) -> dict[str, str]:
             )
         if role:
             parts[role] = name
+    others = [name for name in names if name != options.val]
+    if "train" not in parts and options.val and len(others) == 1:
+        parts["train"] = others[0]
     if "train" not in parts:
         raise InputError(
-            f"{options.folder} has the splits {', '.join(names)}.", "One must be named train.", "rename one"
+            f"{options.folder} has the splits {', '.join(names)}.",
+            "One must be named train; of two splits the one that is not data.val is it.",
+            f'data.val="{names[-1]}"' if len(names) == 2 else 'rename one: DatasetDict(train=rows["NAME"], ...)',
         )
     if options.val:
         if options.val not in names:
@@ -126,27 +150,15 @@ def columns(features: Any, title: str, options: DataOptions) -> tuple[str, str]:
 
 
 def open_cell(cell: Any) -> Image.Image:
-    """The image in an undecoded cell, from its bytes, else its path. Raises ``OSError`` for an empty cell."""
+    """The image in an undecoded cell, from its bytes, else its path. Raises ``FileNotFoundError`` for an empty cell."""
     if not cell or (cell.get("bytes") is None and not cell.get("path")):
-        raise OSError("no image")
+        raise FileNotFoundError("no image in the row")
     return Image.open(io.BytesIO(cell["bytes"]) if cell.get("bytes") is not None else cell["path"])
 
 
 def undecoded(rows: Any, column: str) -> Any:
     """``rows`` with images as bytes."""
     return rows.cast_column(column, require_datasets().Image(decode=False))
-
-
-def _images(rows: Any, title: str, options: DataOptions) -> HubImages:
-    image, label = columns(rows.features, title, options)
-    raw = list(rows[label])
-    names = getattr(rows.features[label], "names", None)
-    if any(value is None or value == -1 for value in raw):
-        raise InputError(f"{title} has images without a label.", "Each needs one.", "filter the data set first")
-    classes = tuple(names) if names else tuple(sorted(set(map(str, raw)), key=lambda n: (len(n), n)))
-    numbers = {name: i for i, name in enumerate(classes)}
-    labels = tuple(map(int, raw)) if names else tuple(numbers[str(value)] for value in raw)
-    return HubImages(title, undecoded(rows, image), classes, labels, tuple(range(len(labels))), image)
 
 
 def _require_classes(kind: Any, where: str) -> None:

@@ -18,7 +18,7 @@ from PIL import Image
 
 from condconv_surgery.data.folder_layout import find_parts_of
 from condconv_surgery.data.labelled_images import LabelledImages
-from condconv_surgery.data.walk_images import images_below, loose_images, visible_folders
+from condconv_surgery.data.walk_images import entries_of, images_below, loose_images, visible_folders
 from condconv_surgery.errors import InputError
 
 LAYOUT = "An image folder holds FOLDER/CLASS/*.png, or FOLDER/train/CLASS/*.png and FOLDER/val/CLASS/*.png."
@@ -108,7 +108,16 @@ def _nothing_labelled(root: Path, skipped: Mapping[str, int]) -> InputError:
         reason = f"{loose} images are directly in it, not in class folders"
     else:
         reason = "no images in class folders" + (f" (skipped: {_counted(skipped)})" if skipped else "")
-    return InputError(f"{root} has no labelled images: {reason}.", LAYOUT, _fix(skipped, 'data="FOLDER"'))
+    return InputError(f"{root} has no labelled images: {reason}.", LAYOUT, _fix(skipped, _other_kind(root)))
+
+
+def _other_kind(root: Path) -> str:
+    """What to type for a folder of shards or of a data set that the ``datasets`` library reads."""
+    names = [entry.name for entry in entries_of(root)]
+    if any(name.endswith(".tar") for name in names):
+        return f'data="{root}/*.tar"'
+    of_datasets = any(name.endswith((".parquet", ".arrow")) or name == "dataset_dict.json" for name in names)
+    return f'data="hf:{root}"' if of_datasets else 'data="FOLDER"'
 
 
 def _empty_classes(root: Path, empty: Mapping[str, Mapping[str, int]]) -> InputError:

@@ -146,6 +146,8 @@ def even_subset(images: L, limit: int) -> L:
 
 def with_classes_of(train: LabelledImages, val: L, where: str) -> L:
     """``val`` with the class numbers of ``train``. Raises ``InputError`` for a class that ``train`` does not have."""
+    if val.classes == train.classes:  # two classes may have one name: ImageNet has two kinds of crane
+        return val
     unknown = sorted(set(val.classes) - set(train.classes))
     if unknown:
         raise InputError(
@@ -162,4 +164,6 @@ def logit_of_each_class(folder: tuple[str, ...], model: tuple[str, ...]) -> Tens
     """The index in the logits of each class of the folder, if the model has all their names."""
     if not model or not set(folder) <= set(model):
         return None
+    if folder == model:  # with two classes of one name, too
+        return torch.arange(len(model))
     return torch.tensor([model.index(name) for name in folder])

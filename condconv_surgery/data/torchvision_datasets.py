@@ -11,7 +11,7 @@ import torchvision
 from PIL import Image
 
 from condconv_surgery.data.labelled_images import Rows
-from condconv_surgery.errors import InputError, unknown_name
+from condconv_surgery.errors import InputError, one_line, unknown_name
 
 Part = dict[str, Any]
 BY_FLAG: tuple[Part, Part] = ({"train": True}, {"train": False})
@@ -98,7 +98,7 @@ def require_known(name: str) -> None:
             "your own loop with the functions of condconv_surgery.training",
         )
     if name.lower() not in SETS:
-        raise unknown_name("data set of torchvision", name, SETS, 'data="torchvision:cifar10"')
+        raise unknown_name("data set of torchvision", name.lower(), SETS, 'data="torchvision:cifar10"')
 
 
 def _images(title: str, root: Path, part: Part, download: bool) -> TorchvisionImages:
@@ -108,11 +108,12 @@ def _images(title: str, root: Path, part: Part, download: bool) -> TorchvisionIm
     how = {"download": True} if download and ("download" in taken or title in ("EMNIST", "QMNIST")) else {}
     try:
         data = cls(**where, **part, **how)
-    except (RuntimeError, OSError, ImportError, ValueError) as error:
+    except Exception as error:  # of damaged files, whatever their readers raise
+        why = str(error).strip().rstrip(".") or one_line(error)
         raise InputError(
-            f"torchvision's {title} can't be read from {root}: {str(error).strip().rstrip('.')}.",
+            f"torchvision's {title} can't be read from {root}: {why}.",
             "Its files must be stored as torchvision downloads them.",
-            'data.download=True, or data.root="FOLDER"',
+            'data.root="FOLDER" with these files' if download else 'data.download=True, or data.root="FOLDER"',
         ) from error
     labels = _labels(data)
     return TorchvisionImages(title, data, _classes(data, labels), labels, tuple(range(len(labels))))

@@ -14,19 +14,26 @@ import io
 import itertools
 import json
 import re
+import shlex
 import tarfile
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
 from PIL import Image
-from torchvision.datasets.folder import IMG_EXTENSIONS
 
+from condconv_surgery.data.image_folders import printable
 from condconv_surgery.data.labelled_images import LabelledImages
+from condconv_surgery.data.walk_images import SUFFIXES, is_hidden
 from condconv_surgery.errors import InputError
 
-LAYOUT = "A shard holds pairs: NAME.png (or .jpg, .webp) and NAME.cls (or NAME.json with a label)."
+LAYOUT = "A shard holds pairs: NAME.png (or .jpg, .webp) and NAME.cls (or NAME.json with a label). A NAME has no dot."
+PATTERN = "A pattern names plain tar files: a glob, or braces such as {000..127} and {a,b}."
+GZIP = b"\x1f\x8b"
+MOST_CLASSES = 1_000_000
+READ_AFTER_END = 1 << 20
 
 
 class ShardEntry(NamedTuple):
@@ -45,14 +52,16 @@ class ShardEntry(NamedTuple):
 
 @dataclass(frozen=True)
 class ShardImages(LabelledImages):
-    """Labelled images in tar files."""
+    """Labelled images in tar files. skipped: how many entries were not read, by reason."""
 
     classes: tuple[str, ...]
     labels: tuple[int, ...]
     entries: tuple[ShardEntry, ...]
+    root: str = field(default="", compare=False)
+    skipped: tuple[tuple[str, int], ...] = ()
 
     def name(self, index: int) -> str:
-        return f"{self.entries[index].shard}/{self.entries[index].name}"
+        return printable(f"{self.entries[index].shard}/{self.entries[index].name}")
 
     def key(self, index: int) -> str:
         return f"{Path(self.entries[index].shard).name}/{self.entries[index].name}"
@@ -72,16 +81,15 @@ def scan_shards(pattern: str) -> ShardImages:
     Class names are those in ``classes.txt`` beside the shards (one per line), else the numbers or the names in the
     ``.cls`` files. Raises ``InputError`` for shards that are missing, compressed or hold something else.
     """
-    paths = find_shards(pattern)
-    pairs = [pair for path in paths for pair in _pairs(path)]
+    paths, skipped = find_shards(pattern), Counter[str]()
+    pairs = [pair for path in paths for pair in _pairs(path, skipped)]
     if not pairs:
-        raise InputError(f"{pattern} has no labelled images.", LAYOUT, 'data="train-{000..007}.tar"')
+        raise _nothing_labelled(pattern, skipped)
     entries, raw = zip(*pairs, strict=True)
     classes = _class_names(raw, paths[0].with_name("classes.txt"))
     numbers = {name: number for number, name in enumerate(classes)}
-    return ShardImages(
-        classes, tuple(label if isinstance(label, int) else numbers[label] for label in raw), tuple(entries)
-    )
+    labels = tuple(label if isinstance(label, int) else numbers[label] for label in raw)
+    return ShardImages(classes, labels, tuple(entries), pattern, tuple(sorted(skipped.items())))
 
 
 def find_shards(pattern: str) -> list[Path]:
@@ -92,16 +100,19 @@ def find_shards(pattern: str) -> list[Path]:
             "Shards are read from a file system, each image at its offset.",
             'download or mount them, then data="FOLDER/SHARDS.tar"',
         )
+    if Path(pattern).is_dir():
+        raise InputError(
+            f"{pattern} is a folder.", "Shards are validated on shards.", f'data.val="{Path(pattern) / "*.tar"}"'
+        )
     paths: list[Path] = []
     for name in expand_braces(pattern):
         found = sorted(glob.glob(name)) if re.search(r"[*?\[]", name) else [name]  # noqa: PTH207  # absolute ones too
-        missing = not found or not Path(found[0]).is_file()
-        if missing or not name.endswith(".tar"):
-            raise InputError(
-                f"There is no {name}." if missing else f"{name} is not a .tar file.",
-                "A pattern names plain tar files: a glob, or braces such as {000..127} and {a,b}.",
-                'data="train-{000..127}.tar"' if missing else "gunzip it: images are read at their offsets",
-            )
+        if not found or not Path(found[0]).is_file():
+            raise InputError(f"There is no {name}.", PATTERN, 'data="train-{000..127}.tar"')
+        if name.endswith(("gz", "GZ")):
+            raise _compressed(name)
+        if not name.endswith(".tar"):
+            raise InputError(f"{name} is not a .tar file.", PATTERN, 'data="NAME.tar"')
         paths += map(Path, found)
     return paths
 
@@ -127,49 +138,69 @@ def expand_braces(pattern: str) -> list[str]:
     return ["".join(chosen) for chosen in itertools.product(*choices)]
 
 
-def _pairs(path: Path) -> list[tuple[ShardEntry, int | str]]:
-    """Each image of a shard with its label as it is written."""
-    images: dict[str, ShardEntry] = {}
-    labels: dict[str, int | str] = {}
+def _pairs(path: Path, skipped: Counter[str]) -> list[tuple[ShardEntry, int | str]]:
+    """Each image of a shard with its label as it is written. What has no label or image is counted in ``skipped``."""
+    found: dict[str, dict[str, ShardEntry]] = {"image": {}, "cls": {}, "json": {}}
+    for entry in _entries(path):
+        folder, _, base = entry.name.rpartition("/")
+        stem, _, ending = base.partition(".")
+        kind = "image" if f".{ending.lower()}" in SUFFIXES else ending.lower()
+        if any(map(is_hidden, entry.name.split("/"))):
+            skipped["hidden"] += 1
+        elif kind not in found:
+            skipped[f"not an image (.{printable(ending)})"] += 1
+        elif found[kind].setdefault(f"{folder}/{stem}", entry) is not entry:
+            skipped["further ones of the same name"] += 1
+    images, labels = found["image"], found["json"] | found["cls"]
+    if images and not labels:
+        fix = f'tar -xf {shlex.quote(str(path))}, then data="FOLDER", if folders are the classes'
+        raise InputError(f"{path} has images and no labels.", LAYOUT, fix)
+    for key, entry in images.items():
+        if key not in labels:
+            raise InputError(f"{path} has no label for {printable(entry.name)}.", LAYOUT, "write the shard again")
+    if alone := sum(key not in images for key in labels):
+        skipped["label without an image"] += alone
+    return [(entry, _label(labels[key])) for key, entry in images.items()]
+
+
+def _entries(path: Path) -> Iterator[ShardEntry]:
+    """The files in a shard. Raises ``InputError`` for one that is not read to its end, as ``tarfile`` does silently."""
     try:
-        with tarfile.open(path, "r:") as tar:
+        with path.open("rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
             for member in tar:
-                if not member.isfile():
-                    continue
-                folder, _, base = member.name.rpartition("/")
-                stem, _, ending = base.partition(".")
-                key, entry = f"{folder}/{stem}", ShardEntry(str(path), member.name, member.offset_data, member.size)
-                if f".{ending.lower()}" in IMG_EXTENSIONS:
-                    images[key] = entry
-                elif ending in ("cls", "json"):
-                    labels[key] = _label(entry, ending)
+                if member.isfile():
+                    yield ShardEntry(str(path), member.name, member.offset_data, member.size)
+            file.seek(tar.offset)
+            rest = file.read(READ_AFTER_END)
     except (tarfile.TarError, OSError) as error:
-        raise InputError(f"{path} is not a complete tar file: {error}.", LAYOUT, "write the shard again") from error
-    unlabelled = next((key for key in images if key not in labels), None)
-    if unlabelled is not None:
-        raise InputError(f"{path} has no label for {images[unlabelled].name}.", LAYOUT, "write the shard again")
-    return [(entry, labels[key]) for key, entry in images.items()]
+        if _is_compressed(path):
+            raise _compressed(str(path)) from error
+        raise _incomplete(path, str(error)) from error
+    if len(rest) < tarfile.BLOCKSIZE:
+        raise _incomplete(path, "the mark of its end is missing")
+    if rest.strip(b"\0"):
+        raise _incomplete(path, f"what follows byte {tar.offset} is neither a file nor the end")
 
 
-def _label(entry: ShardEntry, ending: str) -> int | str:
-    text = entry.read().decode("utf-8", "replace").strip()
+def _label(entry: ShardEntry) -> int | str:
+    text = entry.read().decode("utf-8", "backslashreplace").strip()
     value: object = text
-    if ending == "json":
+    if entry.name.lower().endswith(".json"):
         try:
             value = json.loads(text)["label"]
         except (json.JSONDecodeError, KeyError, TypeError) as error:
             raise InputError(f"{entry.shard}: {entry.name} has no label.", LAYOUT, '{"label": 3}') from error
-    elif re.fullmatch(r"\d+", text):
+    elif re.fullmatch(r"[+-]?\d+", text):
         value = int(text)
     if isinstance(value, str) and value:
         return value
-    if type(value) is int and value >= 0:
+    if type(value) is int and 0 <= value < MOST_CLASSES:
         return value
-    kind = "many labels" if isinstance(value, list) else f"the label {value!r}"
+    is_list = isinstance(value, list)
     raise InputError(
-        f"{entry.shard}: {entry.name} has {kind}.",
-        "finetune trains classifiers: each image has one class, a whole number from 0 or a name.",
-        "your own loop with the functions of condconv_surgery.training",
+        f"{entry.shard}: {entry.name} has {'many labels' if is_list else f'the label {value!r}'}.",
+        "finetune trains classifiers: each image has one class, a name or a number from 0 on without large gaps.",
+        "your own loop with the functions of condconv_surgery.training" if is_list else "write the shard again",
     )
 
 
@@ -184,7 +215,13 @@ def _class_names(labels: Sequence[int | str], names: Path) -> tuple[str, ...]:
         return tuple(texts)
     if not names.is_file():
         return tuple(str(number) for number in range(max(numbers) + 1))
-    lines = tuple(line.strip() for line in names.read_text(encoding="utf-8").splitlines() if line.strip())
+    text = names.read_bytes().decode("utf-8-sig", "backslashreplace")
+    lines = tuple(line.strip() for line in text.splitlines() if line.strip())
+    repeated = next((name for name, count in Counter(lines).items() if count > 1), None)
+    if repeated is not None:
+        raise InputError(
+            f"{names} has the name {repeated} more than once.", "A name for each class.", "tell them apart by a number"
+        )
     if max(numbers) >= len(lines):
         raise InputError(
             f"{names} has {len(lines)} names, but there is a label {max(numbers)}.",
@@ -192,3 +229,28 @@ def _class_names(labels: Sequence[int | str], names: Path) -> tuple[str, ...]:
             "add them",
         )
     return lines
+
+
+def _nothing_labelled(pattern: str, skipped: Mapping[str, int]) -> InputError:
+    ranked = sorted(skipped.items(), key=lambda item: -item[1])
+    found = ", ".join(f"{count} {why}" for why, count in ranked[:4]) + (", ..." if len(ranked) > 4 else "")
+    return InputError(
+        f"{pattern} has no labelled images{f' (skipped: {found})' if found else ''}.", LAYOUT, "write the shards again"
+    )
+
+
+def _incomplete(path: Path, why: str) -> InputError:
+    return InputError(f"{path} is not a complete tar file: {why}.", LAYOUT, "write the shard again")
+
+
+def _is_compressed(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(len(GZIP)) == GZIP
+
+
+def _compressed(name: str) -> InputError:
+    return InputError(
+        f"{name} is compressed: its images cannot be read at their offsets.",
+        PATTERN,
+        f"gunzip < {shlex.quote(name)} > PLAIN.tar",
+    )

@@ -16,8 +16,8 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from condconv_surgery.data.find_data import find_data, require_data
-from condconv_surgery.data.labelled_images import LabelledImages
-from condconv_surgery.data.torchvision_datasets import SETS
+from condconv_surgery.data.labelled_images import LabelledImages, logit_of_each_class, with_classes_of
+from condconv_surgery.data.torchvision_datasets import SETS, TorchvisionImages
 from condconv_surgery.data.webdataset_shards import expand_braces, scan_shards
 from condconv_surgery.errors import InputError
 from condconv_surgery.recipe import TrainingOptions
@@ -102,12 +102,40 @@ def test_every_named_set_is_torchvisions() -> None:
         ("torchvision:cifar11", r"Unknown data set of torchvision 'cifar11'.\n.*cifar10"),
         ("torchvision:celeba", "has many labels per image"),
         ("torchvision:vocdetection", "has boxes"),
+        ("torchvision:CIFAR", r"Unknown data set of torchvision 'cifar'.\n.*Nearest: cifar10, cifar100"),
         ("torchvision:cifar10", r"CIFAR10 can't be read(.|\n)*data.download=True"),
     ],
 )
 def test_torchvision_sets_that_are_refused(tmp_path: Path, name: str, message: str) -> None:
     with pytest.raises(InputError, match=message):
         find_data(DataOptions(folder=name, root=str(tmp_path)), 0)
+
+
+def test_torchvision_files_that_are_damaged_or_cannot_be_downloaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_mnist(tmp_path)
+    (tmp_path / "MNIST/raw/train-labels-idx1-ubyte").write_bytes(struct.pack(">II", 2049, 18) + b"\1\2")
+    with pytest.raises(InputError, match=r"MNIST can't be read from (.|\n)*stored as torchvision downloads them"):
+        find_data(DataOptions(folder="torchvision:mnist", root=str(tmp_path)), 0)
+
+    def offline(*args: object, **how: object) -> None:
+        raise OSError("no network")
+
+    monkeypatch.setattr("torchvision.datasets.cifar.download_and_extract_archive", offline)
+    with pytest.raises(InputError, match=r"no network\.(.|\n)*") as caught:
+        find_data(DataOptions(folder="torchvision:cifar10", root=str(tmp_path), download=True), 0)
+    assert "download" not in caught.value.fix  # it is what was tried
+
+
+def test_classes_of_one_name_keep_their_numbers() -> None:
+    """ImageNet has two kinds of crane."""
+    names = ("crane", "dog", "crane")
+    train, val = (TorchvisionImages("t", None, names, (0, 1, 2), (0, 1, 2)) for _ in range(2))
+    assert with_classes_of(train, val, "val").labels == (0, 1, 2)
+    logits = logit_of_each_class(names, names)
+    assert logits is not None
+    assert logits.tolist() == [0, 1, 2]
 
 
 def write_shards(
@@ -165,7 +193,7 @@ def test_class_names_of_shards(tmp_path: Path) -> None:
         (lambda i: {"json": {"label": [0, 1]}}, "has many labels"),
         (lambda i: {"json": {"label": 0.5}}, "has the label 0.5"),
         (lambda i: {"json": {"class": 1}}, "has no label"),
-        (lambda i: {"txt": "a caption"}, "has no label for 00000.png"),
+        (lambda i: {"txt": "a caption"}, "has images and no labels"),
         (lambda i: {"cls": i if i % 2 else "odd"}, "Some labels are numbers and some are names"),
     ],
 )
@@ -174,6 +202,12 @@ def test_shards_of_other_tasks_are_refused(
 ) -> None:
     write_shards(tmp_path, label=label)
     with pytest.raises(InputError, match=message):
+        scan_shards(str(tmp_path / "s-*.tar"))
+
+
+def test_an_image_without_a_label_among_others_is_named(tmp_path: Path) -> None:
+    write_shards(tmp_path, label=lambda i: {"txt": "a caption"} if i == 4 else {"cls": 0})
+    with pytest.raises(InputError, match=r"has no label for 00004\.png"):
         scan_shards(str(tmp_path / "s-*.tar"))
 
 
@@ -190,7 +224,7 @@ def test_shards_that_are_not_there(tmp_path: Path) -> None:
         require_data(DataOptions(folder="https://somewhere/s-000.tar"))
     with tarfile.open(tmp_path / "z.tar.gz", "w:gz"):
         pass
-    with pytest.raises(InputError, match=r"not a \.tar file(.|\n)*gunzip"):
+    with pytest.raises(InputError, match=r"is compressed(.|\n)*gunzip"):
         require_data(DataOptions(folder=str(tmp_path / "z.tar.gz")))
     (tmp_path / "x.tar").write_bytes(b"no tar at all" * 100)
     with pytest.raises(InputError, match="is not a complete tar file"):

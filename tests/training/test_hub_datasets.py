@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from PIL import Image
 
 from condconv_surgery.data.calibration_images import calibration_images
+from condconv_surgery.data.data_check import check_data
 from condconv_surgery.data.decode_image import decode_image
 from condconv_surgery.data.evaluation_images import find_evaluation_images
-from condconv_surgery.data.find_data import find_data, require_data
+from condconv_surgery.data.find_data import find_data, find_parts, require_data
 from condconv_surgery.data.hub_streams import find_streams
 from condconv_surgery.data.labelled_images import LabelledImages
 from condconv_surgery.errors import InputError, TrainingError
@@ -23,6 +26,7 @@ from condconv_surgery.training.batches.loaders import open_data
 from condconv_surgery.training.distributed.world import World
 from condconv_surgery.training.monitor.callback import Callback, StepView
 from condconv_surgery.training.state.run_state import LAST, State, read_state, save_state
+from condconv_surgery.training.state.written_options import with_absolute_paths
 from tests.images import write_images
 from tests.small_networks import small_net
 from tests.training.test_data_sources import assert_same, options_for, pixels
@@ -114,6 +118,88 @@ def test_columns_that_cannot_be_told(rows: Path, tmp_path: Path) -> None:
     assert len(train) + len(val) == 24
     with pytest.raises(InputError, match="can't be read"):
         find_data(DataOptions(folder=f"hf:{tmp_path / 'nowhere'}"), 0)
+
+
+def named_rows(names: Sequence[object], kind: str | None = None) -> Any:
+    """A row for each label; ``kind``: the type of the column, else a ClassLabel."""
+    datasets = pytest.importorskip("datasets")
+    label = datasets.Value(kind) if kind else datasets.ClassLabel(names=["cat", "dog"])
+    images = [Image.new("RGB", (8, 8), (i, 0, 0)) for i in range(len(names))]
+    features = datasets.Features({"image": datasets.Image(), "label": label})
+    return datasets.Dataset.from_dict({"image": images, "label": list(names)}, features)
+
+
+@pytest.mark.parametrize(
+    ("labels", "kind", "classes"),
+    [
+        (["owl", "zebra", "ant"] * 2, "string", ("ant", "owl", "zebra")),
+        ([200, 5, 17] * 2, "int64", ("5", "17", "200")),
+        ([True, False] * 3, "bool", ("False", "True")),
+    ],
+)
+def test_labels_that_are_no_class_labels_are_sorted(
+    tmp_path: Path, labels: list[object], kind: str, classes: tuple[str, ...]
+) -> None:
+    named_rows(labels, kind).save_to_disk(str(tmp_path / "set"))
+    train = find_parts(DataOptions(folder=f"hf:{tmp_path / 'set'}")).train
+    assert (train.classes, [train.classes[label] for label in train.labels]) == (classes, [str(x) for x in labels])
+
+
+def test_a_test_split_without_labels_is_left_alone(tmp_path: Path) -> None:
+    """As ImageNet's on the hub."""
+    datasets = pytest.importorskip("datasets")
+    test = named_rows([-1] * 4)
+    parts = datasets.DatasetDict(train=named_rows([0, 1] * 5), test=test, unsupervised=test)
+    parts.save_to_disk(str(tmp_path / "set"))
+    check = check_data(f"hf:{tmp_path / 'set'}")
+    assert (check.train, check.val) == (8, 2)
+    assert f"{tmp_path}/set test is not used: test images do not select." in check.validation
+    assert check.validation.endswith("Not read: the split unsupervised.")
+    with pytest.raises(InputError, match="set test has images without a label"):
+        find_evaluation_images(DataOptions(folder=f"hf:{tmp_path / 'set'}"))
+
+
+def test_two_splits_of_other_names(tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    parts = datasets.DatasetDict(first=named_rows([0, 1] * 5), second=named_rows([0] * 4))
+    parts.save_to_disk(str(tmp_path / "set"))
+    place = f"hf:{tmp_path / 'set'}"
+    with pytest.raises(InputError, match=r'the splits first, second(.|\n)*Try: data\.val="second"'):
+        check_data(place)
+    check = check_data(DataOptions(folder=place, val="second"))
+    assert (check.train, check.val, check.validation) == (10, 4, f"{tmp_path}/set second.")
+    assert check.without_validation == ("dog",)
+
+
+@pytest.mark.parametrize("name", ["parquet", "imagefolder", "a#b", "with space"])
+def test_local_folders_of_any_name(rows: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also a name that the datasets library has for a format, and one with the mark of a configuration."""
+    (rows / "parquet").rename(rows / "moved")
+    (rows / "moved").rename(rows / name)
+    monkeypatch.chdir(rows)
+    train, val = find_data(DataOptions(folder=f"hf:{name}"), 0)
+    assert (len(train), len(val)) == (24, 9)
+    file = find_parts(DataOptions(folder=f"hf:{name}/train-0.parquet"))
+    assert (len(file.train), file.val) == (12, None)
+    written = with_absolute_paths(TrainingOptions().updated({"data": {"folder": f"hf:{name}"}, "output": "run"}))
+    assert written.data.folder == f"hf:{rows / name}"
+
+
+def test_sets_without_rows_or_name_and_cells_without_image(tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    (tmp_path / "set").mkdir()
+    named_rows([0, 1] * 5).to_parquet(tmp_path / "set/train.parquet")
+    named_rows([]).to_parquet(tmp_path / "set/validation.parquet")
+    with pytest.raises(InputError, match=r"set can't be read: .*validation"):
+        check_data(f"hf:{tmp_path / 'set'}")
+    datasets.DatasetDict(train=named_rows([])).save_to_disk(str(tmp_path / "nothing"))
+    with pytest.raises(InputError, match="nothing can't be read"):
+        check_data(f"hf:{tmp_path / 'nothing'}")
+    with pytest.raises(InputError, match="names no data set"):
+        check_data("hf:")
+    lost = named_rows([0, 1] * 5).map(lambda row, i: {"image": None if i == 3 else row["image"]}, with_indices=True)
+    lost.save_to_disk(str(tmp_path / "lost"))
+    assert check_data(f"hf:{tmp_path / 'lost'}").unreadable == {"missing": 1}
 
 
 def streamed(rows: Path, run: str, place: str = "parquet", **data: object) -> TrainingOptions:

@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from condconv_surgery.data.hub_datasets import place_of
 from condconv_surgery.recipe.training_options import TrainingOptions
 
 
@@ -34,10 +35,11 @@ def _absolute_file(name: str) -> str:
 
 def _absolute_source(source: str) -> str:
     """A folder, a pattern of shards, or a local data set behind ``hf:``."""
-    kind, colon, name = source.partition(":")
+    kind, colon, _ = source.partition(":")
     if kind == "torchvision" and colon:
         return source
     if kind == "hf" and colon:
-        path, mark, configuration = name.partition("#")
+        path, configuration = place_of(source)
+        mark = "#" if configuration else ""
         return f"hf:{os.path.abspath(path)}{mark}{configuration}" if Path(path).exists() else source  # noqa: PTH100
     return os.path.abspath(source)  # noqa: PTH100
