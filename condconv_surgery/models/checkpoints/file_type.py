@@ -10,10 +10,11 @@ import zipfile
 from pathlib import Path
 
 from condconv_surgery.errors import DamagedFileError, InputError
+from condconv_surgery.models.checkpoints.foreign_files import AN_HTML_PAGE, BY_SUFFIX, REFUSALS
 
 TORCH = "a torch file"
 SAFETENSORS = "a safetensors file"
-"""The two kinds that are read; all others are in ``REFUSALS``."""
+"""The two kinds that are read; all others are in ``foreign_files.REFUSALS``."""
 
 SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt", ".tar")
 """Of files of weights."""
@@ -26,7 +27,7 @@ MAX_RATIO = 200
 
 
 def file_kind(path: Path) -> str:
-    """The kind of the file: ``TORCH``, ``SAFETENSORS``, or one of the keys of ``REFUSALS``."""
+    """The kind of the file: ``TORCH``, ``SAFETENSORS``, or one of the keys of ``foreign_files.REFUSALS``."""
     require_file(path)
     with path.open("rb") as file:
         head = file.read(1024)
@@ -37,15 +38,22 @@ def file_kind(path: Path) -> str:
     for magic, kind in _MAGIC:
         if head.startswith(magic):
             return kind
+    if head[257:262] == b"ustar":
+        return "a tar archive"
+    if not any(head):
+        return "a file of zeros"
     if path.suffix == ".safetensors" or head[8:9] == b"{":
         return SAFETENSORS
     if head[:1] == b"\x80" or head.startswith(b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19"):
         return TORCH
     if head.lstrip()[:1] == b"<":
-        return AN_HTML_PAGE
+        return "an OpenVINO model" if b"<net " in head else AN_HTML_PAGE
+    for kind, suffixes in BY_SUFFIX.items():
+        if path.suffix in suffixes:
+            return kind
     if b"\x00" not in head and _is_text(head):
         return "a text file"
-    if path.suffix in (".pb", ".tflite") or b"saved_model" in head or b"TFL3" in head[:16]:
+    if b"saved_model" in head or b"TFL3" in head[:16]:
         return "a TensorFlow model"
     if path.suffix == ".onnx" or (head[:1] == b"\x08" and (b"onnx" in head or b"pytorch" in head)):
         return "an ONNX model"
@@ -59,9 +67,30 @@ def require_file(path: Path) -> None:
     if not path.exists():
         raise InputError(f"{path} does not exist.", "A model file is needed.", f"ls {path.parent}")
     if path.is_dir():
+        _refuse_other_folder(path)
         found = model_files(path)
         fix = f"{found[0]}" if found else f"ls {path}, which has none"
         raise InputError(f"{path} is a folder.", f"A model file ({', '.join(SUFFIXES)}) is needed.", fix)
+
+
+def refusal(path: Path, kind: str) -> InputError:
+    """The error for a file of a kind in ``foreign_files.REFUSALS``."""
+    allowed, fix = REFUSALS[kind]
+    return InputError(f"{path} is {kind}.", allowed, fix.format(path=path, stem=path.stem))
+
+
+def _refuse_other_folder(path: Path) -> None:
+    """Raise ``InputError`` for a folder that another program wrote as one model."""
+    if (path / ".metadata").is_file():
+        raise InputError(
+            f"{path} is a folder of torch.distributed.checkpoint.",
+            "Its parts are to be put together first, in a file.",
+            f"python -m torch.distributed.checkpoint.format_utils dcp_to_torch {path} model.pt, then model.pt",
+        )
+    if (path / "saved_model.pb").is_file():
+        raise refusal(path, "a TensorFlow model")
+    if path.suffix == ".mlpackage":
+        raise refusal(path, "a Core ML model")
 
 
 def model_files(folder: Path) -> list[Path]:
@@ -98,49 +127,24 @@ def _zip_kind(path: Path) -> str:
         return TORCH
     if any(name.endswith((".keras", "config.json")) for name in names):
         return "a Keras model"
+    if names and all(name.endswith(".npy") for name in names):
+        return "NumPy arrays (.npz)"
     return "a zip archive that is no checkpoint"
 
 
-AN_HTML_PAGE = "an HTML or XML page, perhaps an error page saved under a model's name"
 _PROGRAM = ("archive_format", "models/model.json", "serialized_exported_program.json")
 _MAGIC = (
     (b"\x89HDF\r\n\x1a\n", "an HDF5 file (Keras)"),
     (b"version https://git-lfs", "a Git LFS pointer, not the file itself"),
     (b"\x1f\x8b", "a gzip archive"),
     (b"BZh", "a bzip2 archive"),
+    (b"\xfd7zXZ\0", "an xz archive"),
+    (b"GGUF", "a GGUF file"),
     (b"7z\xbc\xaf", "a 7z archive"),
     (b"\x93NUMPY", "a NumPy array"),
     (b"\x89PNG", "an image"),
     (b"\xff\xd8\xff", "an image"),
 )
-
-_WANTED = "A state dict (.pt, .pth, .safetensors) of a torchvision, timm or your own model is needed."
-REFUSALS = {
-    "an empty file": (_WANTED, "copy or download it again"),
-    AN_HTML_PAGE: (_WANTED, "download it again: less {path}"),
-    "a text file": (_WANTED, "torch.save(model.state_dict(), 'model.pt')"),
-    "a TorchScript archive": (
-        "A scripted or traced module has no layers left to replace. " + _WANTED,
-        "torch.save(torch.jit.load('{path}').state_dict(), 'model.pt') where you trust it",
-    ),
-    "an exported program (.pt2)": (
-        "An exported program has no layers left to replace. " + _WANTED,
-        "torch.save(model.state_dict(), 'model.pt') where the model was exported",
-    ),
-    "a zip that unpacks to far more than a checkpoint can": (_WANTED, "another file"),
-    "a zip archive that is no checkpoint": (_WANTED, "unzip it first, and give the checkpoint inside"),
-    "a Keras model": ("Only PyTorch models have torch layers. " + _WANTED, "the PyTorch version of the model"),
-    "an HDF5 file (Keras)": ("Only PyTorch models have torch layers. " + _WANTED, "the PyTorch version of the model"),
-    "a TensorFlow model": ("Only PyTorch models have torch layers. " + _WANTED, "the PyTorch version of the model"),
-    "an ONNX model": ("ONNX has no PyTorch modules to replace. " + _WANTED, "the PyTorch model it was exported from"),
-    "a Git LFS pointer, not the file itself": (_WANTED, "git lfs pull"),
-    "a gzip archive": (_WANTED, "gunzip or tar xzf it first"),
-    "a bzip2 archive": (_WANTED, "unpack it first"),
-    "a 7z archive": (_WANTED, "unpack it first"),
-    "a NumPy array": (_WANTED, "torch.save(model.state_dict(), 'model.pt')"),
-    "an image": ("Images are not a model: they go into data=. " + _WANTED, 'data="FOLDER"'),
-    "a file of unknown kind": (_WANTED, "torch.save(model.state_dict(), 'model.pt')"),
-}
 
 
 def _is_text(head: bytes) -> bool:

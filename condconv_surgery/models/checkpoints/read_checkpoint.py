@@ -15,7 +15,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from condconv_surgery.errors import DamagedFileError, InputError
-from condconv_surgery.models.checkpoints.file_type import INDEX, REFUSALS, SAFETENSORS, file_kind
+from condconv_surgery.models.checkpoints.file_type import INDEX, SAFETENSORS, file_kind, refusal
+from condconv_surgery.models.checkpoints.foreign_files import REFUSALS
 from condconv_surgery.models.checkpoints.pickled_modules import check_module, load_pickle
 from condconv_surgery.models.checkpoints.tensor_kinds import dense
 from condconv_surgery.models.checkpoints.weight_sets import find_weights
@@ -66,8 +67,7 @@ def _read_shards(index: Path, trust: tuple[str, ...]) -> dict[str, Tensor]:
 def _read_file(path: Path, trust: tuple[str, ...]) -> dict[str, Tensor] | nn.Module:
     kind = file_kind(path)
     if kind in REFUSALS:
-        allowed, fix = REFUSALS[kind]
-        raise InputError(f"{path} is {kind}.", allowed, fix.format(path=path))
+        raise refusal(path, kind)
     content = _load_safetensors(path) if kind == SAFETENSORS else load_pickle(path, trust)
     weights = find_weights(content, path)
     if not isinstance(weights, nn.Module):
