@@ -32,7 +32,7 @@ def save(
 
     The recipe is the model's own, updated from its modules. A model that differs from what its source builds, or has no
     source, is described module by module, with the values of its plain attributes. Training flags, ``requires_grad``
-    and hooks are not saved.
+    (as in a state dict: freeze again after ``load``) and hooks are not saved.
 
     alone: the file must be enough. Without it, a model that cannot be described (hooks, local functions) is written
         too, for ``load(path, model=skeleton)``.

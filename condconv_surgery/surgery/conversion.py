@@ -22,7 +22,7 @@ from condconv_surgery.surgery.conversion_plan import Plan, plan_text
 from condconv_surgery.surgery.fx_trace import Followers, trace_followers
 from condconv_surgery.surgery.lift_functional import undone_on_error
 from condconv_surgery.surgery.proof.assumed_subclasses import unchecked_notes
-from condconv_surgery.surgery.trained_parameters import frozen_notes, hook_notes, require_optimizers
+from condconv_surgery.surgery.trained_parameters import frozen_notes, hook_notes, nonfinite_notes, require_optimizers
 from condconv_surgery.surgery.upcycle import start_of
 
 Patterns = str | LayerFilter | Sequence[str | LayerFilter] | None
@@ -126,7 +126,7 @@ def plan(
     job = Job(inner, wrapper, arguments, variant, selection, upcycling, calibration, inplace, known, prove, tolerance)
     with job.running():
         made = job.decide()
-    of_weights = (*frozen_notes(made.to_convert, variant), *hook_notes(made.to_convert))
+    of_weights = (*nonfinite_notes(inner), *frozen_notes(inner, made.to_convert, variant), *hook_notes(made.to_convert))
     notes = (*made.notes, *unchecked_notes(made.to_convert), *of_weights, *_framework_notes(inner))
     return ModelPlan(made.to_convert, made.skipped, made.modes, notes, made.routers, job=job)
 

@@ -35,16 +35,31 @@ def require_optimizers(optimizers: Optimizer | Sequence[Optimizer], inplace: boo
     return given
 
 
-def frozen_notes(sites: Sequence[ConvSite], variant: Variant) -> tuple[str, ...]:
-    """A note where weights to be converted do not require gradients: their experts and routers will not either."""
+def frozen_notes(model: nn.Module, sites: Sequence[ConvSite], variant: Variant) -> tuple[str, ...]:
+    """A note where parameters do not require gradients: nor will their experts and routers, and no file keeps it."""
+    of_files = "a file does not keep requires_grad: freeze them again after load"
     frozen = [site for site in sites if not site.module.weight.requires_grad]
-    if not frozen:
+    if frozen:
+        experts = f"{len(frozen) * variant.experts} experts"
+        return (
+            f"{len(frozen)} of {len(sites)} layers to convert are frozen (requires_grad=False), so their {experts} and "
+            f"routers are frozen too: requires_grad_(True) on a layer lets it learn; {of_files}",
+        )
+    parameters = list(model.parameters())
+    count = sum(not parameter.requires_grad for parameter in parameters)
+    return (f"{count} of {len(parameters)} parameters are frozen; {of_files}",) if count else ()
+
+
+def nonfinite_notes(model: nn.Module) -> tuple[str, ...]:
+    """A note where weights or statistics of the model are NaN or infinite: equal NaN are no proof."""
+    tensors = dict(model.named_parameters())
+    tensors |= {
+        name: buffer for name, buffer in model.named_buffers() if name.endswith(("running_mean", "running_var"))
+    }
+    bad = [name for name, tensor in tensors.items() if not (tensor.is_meta or bool(tensor.isfinite().all()))]
+    if not bad:
         return ()
-    experts = f"{len(frozen) * variant.experts} experts"
-    return (
-        f"{len(frozen)} of {len(sites)} layers to convert are frozen (requires_grad=False), so their {experts} and "
-        "routers are frozen too: requires_grad_(True) on a layer lets it learn",
-    )
+    return (f"NaN or infinite values, which stay in the converted model, are in {listed(bad)}",)
 
 
 def hook_notes(sites: Sequence[ConvSite]) -> tuple[str, ...]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -127,6 +129,37 @@ def test_frozen_layers_are_noted_and_stay_frozen() -> None:
     net[1].b.requires_grad_(True)
     (note,) = cs.plan(net, cs.CondConv(4), example=X).notes
     assert note.startswith("1 of 2 layers to convert are frozen (requires_grad=False), so their 4 experts")
+
+
+def test_no_file_keeps_what_is_frozen_and_a_note_says_so(tmp_path: Path) -> None:
+    net = make_net()
+    net[0].requires_grad_(False)
+    conversion = cs.convert(net, cs.CondConv(2), example=X)
+    assert conversion.plan.notes == (
+        f"{len(list(net[0].parameters()))} of {len(list(net.parameters()))} parameters are frozen; "
+        "a file does not keep requires_grad: freeze them again after load",
+    )
+    cs.save(conversion.model, tmp_path / "m.safetensors")
+    assert all(parameter.requires_grad for parameter in cs.load(tmp_path / "m.safetensors", trust="tests").parameters())
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_values_that_are_not_finite_are_noted(value: float) -> None:
+    net = make_net()
+    with torch.no_grad():
+        net[0].weight[0, 0, 0, 0] = value
+    conversion = cs.convert(net, cs.CondConv(2), example=X)
+    first, *others = conversion.plan.notes
+    assert first == "NaN or infinite values, which stay in the converted model, are in 0.weight"
+    assert "of the original's outputs in eval mode are NaN or infinite: no proof of these" in others[0]
+    assert cs.plan(net, cs.CondConv(2), example=X).notes == (first,)
+
+
+def test_outputs_that_are_not_finite_are_noted() -> None:
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 3))
+    net[1].running_var.fill_(-1)
+    (note,) = cs.convert(net, cs.CondConv(2), example=X).plan.notes
+    assert note == "100% of the original's outputs in eval mode are NaN or infinite: no proof of these"
 
 
 class BaseTunerLayer:

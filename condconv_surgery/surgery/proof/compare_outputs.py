@@ -76,7 +76,7 @@ def run_both_modes(model: nn.Module, arguments: tuple[Any, ...], modes: Sequence
 
 
 def require_tensors(before: Outputs) -> tuple[str, ...]:
-    """A note for each mode in which the original returned only empty tensors, so that nothing is compared.
+    """A note for each mode in which nothing, or not all, of what the original returned can be compared.
 
     Raises ``InputError`` where no mode returned a tensor: such a model cannot be proven.
     """
@@ -86,8 +86,14 @@ def require_tensors(before: Outputs) -> tuple[str, ...]:
             "The proof compares tensors and arrays in lists, tuples, dicts and the attributes of objects.",
             "a forward that returns its tensors, or convert(..., prove=False)",
         )
-    modes = (("eval", before.eval), ("train", before.train))
-    return tuple(f"nothing compared in {name} mode: the outputs are empty" for name, o in modes if _is_empty(o))
+    notes = []
+    for mode, outputs in (("eval", before.eval), ("train", before.train)):
+        if _is_empty(outputs):
+            notes.append(f"nothing compared in {mode} mode: the outputs are empty")
+        share = _nonfinite_share(outputs or [])
+        if share:
+            notes.append(f"{share:.0%} of the original's outputs in {mode} mode are NaN or infinite: no proof of these")
+    return tuple(notes)
 
 
 def compare_with(model: nn.Module, arguments: tuple[Any, ...], modes: Sequence[bool], before: Outputs) -> Difference:
@@ -184,6 +190,11 @@ def _largest(a: Tensor, b: Tensor) -> float:
 
 def _magnitude(outputs: Sequence[Tensor]) -> float:
     return max((float(_wide(t).abs().nan_to_num(posinf=0.0).max()) for t in outputs if t.numel()), default=0.0)
+
+
+def _nonfinite_share(outputs: Sequence[Tensor]) -> float:
+    count = sum(int((~tensor.isfinite()).sum()) for tensor in outputs)
+    return count / max(sum(tensor.numel() for tensor in outputs), 1)
 
 
 def _wide(tensor: Tensor) -> Tensor:
