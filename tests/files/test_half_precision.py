@@ -12,6 +12,7 @@ from torch import nn
 
 import condconv_surgery as cs
 from condconv_surgery.models.half_precision import to_dtypes, to_float32
+from condconv_surgery.models.sources import load_model
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
@@ -45,3 +46,25 @@ def test_each_tensor_gets_its_dtype_back() -> None:
     halves = {name for name, tensor in model.state_dict().items() if tensor.dtype == torch.float16}
     assert halves == {"1.weight", "1.router.linear.weight", "1.router.linear.bias"}
     assert all(torch.equal(expert, before["1.weight"]) for expert in model[1].weight)
+
+
+MIXED = {
+    "kernels in bfloat16": (4, torch.bfloat16, "bfloat16 and float32", torch.float32),
+    "weights in float64": (2, torch.float64, "float32 and float64", torch.float64),
+}
+
+
+@pytest.mark.parametrize("kind", MIXED)
+def test_several_dtypes_become_the_one_that_holds_all(
+    kind: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    dims, dtype, names, common = MIXED[kind]
+    original = torchvision.models.shufflenet_v2_x0_5(weights=None)
+    state = {name: t.to(dtype) if t.dim() == dims else t for name, t in original.state_dict().items()}
+    torch.save(state, tmp_path / "m.pt")
+    model = load_model(tmp_path / "m.pt")
+    assert f"weights in {names}: all are taken in {str(common).removeprefix('torch.')}" in caplog.text
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, state[name].to(tensor.dtype))
+        assert tensor.dtype == (common if state[name].is_floating_point() else torch.int64)
+    assert model(torch.zeros(1, 3, 64, 64, dtype=common)).dtype == common

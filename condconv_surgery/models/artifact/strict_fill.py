@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import difflib
+import functools
+import logging
 import re
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +16,8 @@ from condconv_surgery.recipe import Source
 
 OPTIONAL = ("num_batches_tracked", "router.temperature")
 """Ends of the names that files of older versions, or of other implementations, lack."""
+
+_LOG = logging.getLogger("condconv_surgery")
 
 _OLD_DENSENET = re.compile(
     r"^(.*denselayer\d+\.(?:norm|relu|conv))\.((?:[12])\.(?:weight|bias|running_mean|running_var))$"
@@ -28,7 +33,9 @@ def modern_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
 def fill_foreign(model: nn.Module, state: dict[str, Tensor], what: str, source: Source) -> None:
     """Copy ``state`` into ``model``, strictly except for ``OPTIONAL`` names; the model takes its dtype.
 
-    what: the file, for the error. Raises ``InputError`` when names or shapes differ.
+    Of several dtypes of floating point, in which layers do not compute together, it takes the one that holds all.
+
+    what: the file, for messages. Raises ``InputError`` when names or shapes differ.
     """
     targets = model.state_dict(keep_vars=True)
     missing = [name for name in targets if name not in state and not name.endswith(OPTIONAL)]
@@ -36,11 +43,25 @@ def fill_foreign(model: nn.Module, state: dict[str, Tensor], what: str, source: 
     wrong = [name for name in state if name in targets and state[name].shape != targets[name].shape]
     if missing or unexpected or wrong:
         raise _misfit(what, source, missing, unexpected, [(n, state[n], targets[n]) for n in wrong])
+    common = _common_dtype([state[name] for name in state if targets[name].is_floating_point()], what)
     for name, tensor in state.items():
         target = targets[name]
-        if target.dtype != tensor.dtype and tensor.is_floating_point():
-            target.data = target.data.to(tensor.dtype)
+        if tensor.is_floating_point() and target.dtype != (dtype := common or tensor.dtype):
+            target.data = target.data.to(dtype)
         target.copy_(tensor)
+
+
+def _common_dtype(tensors: Iterable[Tensor], what: str) -> torch.dtype | None:
+    """The dtype that holds all values, where there are several of floating point; else ``None``."""
+    kinds = {tensor.dtype for tensor in tensors if tensor.is_floating_point()}
+    if len(kinds) < 2:
+        return None
+    common = functools.reduce(torch.promote_types, kinds)
+    names = sorted(str(kind).removeprefix("torch.") for kind in kinds)
+    _LOG.warning(
+        "%s: weights in %s: all are taken in %s", what, " and ".join(names), str(common).removeprefix("torch.")
+    )
+    return common
 
 
 def _misfit(
