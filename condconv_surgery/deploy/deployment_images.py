@@ -50,6 +50,7 @@ def deployment_images(
     """
     if not isinstance(data, (str, Path)):
         batches = [_batch(batch) for batch in (torch.split(data, BATCH) if isinstance(data, Tensor) else data)]
+        batches = [(images, labels) for images, labels in batches if len(images)]
         if not batches:
             raise InputError("data= holds no images.", "The means need some; 256 are enough.", "more images")
         return batches, batches

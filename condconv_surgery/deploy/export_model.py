@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from condconv_surgery.deploy.deployment_images import deployment_images
 from condconv_surgery.deploy.file_accuracy import in_batches, top1_of_file
+from condconv_surgery.deploy.file_proof import largest_difference, require_exportable
 from condconv_surgery.deploy.graph_forms import CONSTANT
-from condconv_surgery.deploy.mean_mixtures import top1
+from condconv_surgery.deploy.mean_mixtures import Labelled, top1
 from condconv_surgery.deploy.runtimes.litert_model import LiteRt
 from condconv_surgery.deploy.runtimes.ncnn_model import Ncnn
 from condconv_surgery.deploy.runtimes.onnx_file import Onnx
@@ -29,7 +30,6 @@ from condconv_surgery.models.artifact.atomic_write import replacing_files, requi
 from condconv_surgery.recipe import InputSpec, recipe_of
 from condconv_surgery.runtime.modes import input_spec_of
 from condconv_surgery.surgery.copy_model import copy_of
-from condconv_surgery.surgery.proof.output_tensors import output_tensors
 
 RUNTIMES: dict[str, Runtime] = {own.name: own for own in (Onnx(), Pt2(), OpenVino(), LiteRt(), Ncnn())}
 
@@ -92,25 +92,28 @@ def export(
     data: as ``collapse`` takes it: its labelled images, ``limit`` at most, give the top-1 of model and file.
 
     Raises ``InputError`` for a form that a layer or the runtime cannot have, a path that cannot be written or missing
-    packages, ``SurgeryError`` where the model cannot be exported, and ``ProofError``, without a file, when outputs
-    differ by more than 1e-4 of their magnitude at batches of 1, 3 and 8, or at ``batch``.
+    packages, ``SurgeryError`` where the model cannot be exported or gives NaN or the disk is full, and ``ProofError``,
+    without a file, when outputs differ by more than 1e-4 of their magnitude at batches of 1, 3 and 8, or at ``batch``.
     """
     runtime, path = _runtime(to), Path(path)
     runtime.require_packages()
     require_values(model.state_dict())
     batch = _batch(runtime, batch, dynamic_size)
     preferred = runtime.preferred if quantize is None else _quantizable(runtime, quantize, data)
+    _require_file_name(path, runtime)
     spec = input_spec_of(model)
     spec = spec if size is None else replace(spec, height=size, width=size)
     original = copy_of(model).eval().cpu().float()
-    calibration, labelled = ([], []) if data is None else deployment_images(original, data, limit, spec)
     images = _images(batch or 2, spec.channels, spec.height, spec.width)
+    require_exportable(original, images)
+    calibration, labelled = ([], []) if data is None else deployment_images(original, data, limit, spec)
+    _require_sizes(calibration, spec, dynamic_size)
     served, forms = serving_form(original, form=form, preferred=preferred, batch=batch)
     request = Request(images, batch, dynamic_size, metadata_of(model, spec))
     inputs = _inputs(spec, batch, dynamic_size)
-    with replacing_files(path) as temporary:
+    with replacing_files(path, size=sum(tensor.nbytes for tensor in original.state_dict().values())) as temporary:
         versions = runtime.write(served, request, temporary)
-        difference = _difference(original, runtime.run(temporary, inputs), inputs)
+        difference = largest_difference(original, runtime.run(temporary, inputs), inputs)
         if not difference <= TOLERANCE:
             raise ProofError(
                 f"The exported file differs from the model by {difference:.3g} of its outputs.",
@@ -133,6 +136,17 @@ def _quantizable(runtime: Runtime, quantize: str, data: Any) -> Sequence[str]:
     if data is None:
         raise InputError('quantize="int8" needs images.', "They give the ranges of the activations.", "data=FOLDER")
     return CONSTANT
+
+
+def _require_sizes(batches: Sequence[Labelled], spec: InputSpec, dynamic_size: bool) -> None:
+    wanted = (spec.channels, spec.height, spec.width)
+    for images, _ in batches:
+        if tuple(images.shape[1:]) != wanted and not (dynamic_size and images.shape[1] == spec.channels):
+            raise InputError(
+                f"data= holds images [B, C, H, W] of shape {list(images.shape)}.",
+                f"The file takes [B, {', '.join(map(str, wanted))}].",
+                f"size={images.shape[-1]}",
+            )
 
 
 def _inputs(spec: InputSpec, batch: int | None, dynamic_size: bool) -> list[Tensor]:
@@ -170,17 +184,12 @@ def _batch(runtime: Runtime, batch: int | None, dynamic_size: bool) -> int | Non
     return 1 if batch is None and runtime.fixed_batch else batch
 
 
-@torch.no_grad()
-def _difference(model: nn.Module, actual: Sequence[Sequence[Tensor]], inputs: Sequence[Tensor]) -> float:
-    """The largest over all inputs and outputs, each relative to the largest output of its input."""
-    largest = 0.0
-    for outputs, images in zip(actual, inputs, strict=True):
-        expected = output_tensors(model(images))
-        if [tensor.shape for tensor in outputs] != [tensor.shape for tensor in expected]:
-            return float("inf")
-        gap = max(float((a - b).abs().max()) for a, b in zip(outputs, expected, strict=True))
-        largest = max(largest, gap / max(float(b.abs().max()) for b in expected) if gap else 0.0)
-    return largest
+def _require_file_name(path: Path, runtime: Runtime) -> None:
+    if path.is_dir():
+        raise InputError(f"{path} is a folder.", "A file has a name.", f"{path / f'model{runtime.suffix}'}")
+    if path.suffix != runtime.suffix:
+        wanted = path.with_suffix(runtime.suffix)
+        raise InputError(f"{path} does not end in {runtime.suffix}.", f'With to="{runtime.name}" it must.', f"{wanted}")
 
 
 def _images(*shape: int) -> Tensor:

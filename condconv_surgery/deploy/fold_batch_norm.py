@@ -8,6 +8,11 @@ For a batch norm with the running mean m and variance v behind a conditional con
 
 so every expert and every expert's bias is scaled by s for each filter, and what is left is one bias that no gate
 weighs: sigmoid gates need not sum to 1. ODConv's filter attention (out_scale) multiplies as s does, in any order.
+
+The normalisation of the gates (2/n of CondConv's sigmoids, 2 of each of ODConv's scales; softmax gates have none) could
+go into the experts as well, exactly. It stays in the router, where it is an argument of one call and takes no time:
+then the folded file has the layers and routers of any other. ``export`` moves it (``compact_routers``), since there it
+is an operator.
 """
 
 from __future__ import annotations

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import torchvision
 from torch import Tensor, nn
 
 import condconv_surgery as cs
+from condconv_surgery.deploy.compact_routers import make_routers_compact
 from condconv_surgery.layers import ConvGeometry, conditional_layers, conditional_like, routers
 from condconv_surgery.models.layouts.layout_registry import write_layout
 from condconv_surgery.recipe import CondConv, DynamicConv, ODConv, Variant
@@ -83,6 +85,29 @@ def test_every_variant(variant: Variant) -> None:
     with torch.no_grad():
         assert relative(folding.model(x), model(x)) < 1e-5
         assert isinstance(model.bn1, nn.BatchNorm2d), "a copy was folded"
+
+
+@pytest.mark.parametrize("variant", EVERY_VARIANT, ids=str)
+@torch.no_grad()
+def test_the_normalisation_of_gates_commutes_with_folding(variant: Variant) -> None:
+    """As ``export`` moves it: experts and gated biases take the factors, the bias of the batch norm does not."""
+    model, x = pairs_of(GEOMETRIES["3x3"], variant), torch.randn(3, 8, 9, 7)
+    folded = cs.fold(model, example=x).model
+    plain = copy.deepcopy(folded)
+    make_routers_compact(plain)
+    for layer in conditional_layers(plain).values():
+        layer.implementation = "loop"  # a fused call would ask the router for its form
+    assert relative(plain(x), model(x)) < 1e-5
+    before, after = folded.conv1, plain.conv1
+    weight, bias = before.paper_weights()
+    assert torch.equal(after.weight, weight)
+    assert torch.equal(after.bias, bias)
+    assert torch.equal(after.ungated_bias, before.ungated_bias)
+    ours, papers = before.router(x), after.router(x)
+    factors = [a / b for a, b in zip(ours, papers, strict=True) if a is not None]
+    assert all(((part > 0) & (part < 1 + 1e-6)).all() for part in papers if part is not None), "sigmoids and softmax"
+    product = torch.stack([factor.mean() for factor in factors]).prod()
+    torch.testing.assert_close(product, torch.tensor(before.weight_factor))
 
 
 @pytest.mark.filterwarnings("ignore:Using padding='same'")

@@ -10,6 +10,8 @@ from typing import Any
 
 from torch import Tensor
 
+from condconv_surgery.errors import SurgeryError, one_line
+
 
 def quantize_convolutions(path: Path, inputs: Sequence[Tensor]) -> None:
     """Quantise the file in place: int8 kernels, a scale for each filter, int8 activations, as pairs of Q and DQ nodes.
@@ -29,7 +31,7 @@ def quantize_convolutions(path: Path, inputs: Sequence[Tensor]) -> None:
 
     metadata = {entry.key: entry.value for entry in onnx.load(path).metadata_props}
     level = logging.getLogger().level
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:  # large files belong to the disk of the output
         prepared = Path(folder, "prepared.onnx")
         logging.getLogger().setLevel(logging.ERROR)  # it advises the step that it has just done
         try:
@@ -44,6 +46,12 @@ def quantize_convolutions(path: Path, inputs: Sequence[Tensor]) -> None:
                 activation_type=QuantType.QInt8,
                 weight_type=QuantType.QInt8,
             )
+        except OSError:
+            raise  # of a disk
+        except Exception as error:  # what it raises is no class of its own
+            raise SurgeryError(
+                f"ONNX Runtime cannot quantise the file: {one_line(error)}", "Nothing was written.", "no quantize="
+            ) from error
         finally:
             logging.getLogger().setLevel(level)
     quantized = onnx.load(path)

@@ -27,11 +27,11 @@ class OpenVino(Runtime):
         onnx_program(model, request).save(str(graph), external_data=False)
         try:
             converted = openvino.convert_model(graph)
+            for name, value in request.metadata.items():
+                converted.set_rt_info(json.dumps(value), ["condconv", name])
+            openvino.save_model(converted, path, compress_to_fp16=False)
         except Exception as error:  # what its frontend raises is no class of its own
             raise cannot_export(error, "OpenVINO", request.dynamic_size) from error
-        for name, value in request.metadata.items():
-            converted.set_rt_info(json.dumps(value), ["condconv", name])
-        openvino.save_model(converted, path, compress_to_fp16=False)
         graph.unlink()
         return {}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import subprocess
 import sys
@@ -47,9 +48,12 @@ class Pt2(Runtime):
             with quietly():
                 shapes = request.dynamic_shapes()
                 program = torch.export.export(model, (request.images,), dynamic_shapes=shapes, strict=False)
-                torch.export.save(program, path, extra_files={"metadata.json": json.dumps(request.metadata)})
+                # torch's own file writer ends the process when a disk is full
+                written = io.BytesIO()
+                torch.export.save(program, written, extra_files={"metadata.json": json.dumps(request.metadata)})
         except Exception as error:  # whatever torch.export raises for a user's forward
             raise cannot_export(error, "torch.export", request.dynamic_size) from error
+        path.write_bytes(written.getbuffer())
         return {}
 
     def run(self, path: Path, inputs: Sequence[Tensor]) -> list[list[Tensor]]:

@@ -83,6 +83,12 @@ def quietly() -> Iterator[None]:
 
 def cannot_export(error: Exception, runtime: str, dynamic_size: bool = False) -> SurgeryError:
     """The error to raise for whatever an exporter raises."""
+    if "data-dependent" in f"{error} {error.__cause__}":
+        return SurgeryError(
+            f"{runtime} cannot take the model: its forward decides by values: {one_line(error.__cause__ or error)}",
+            "One graph computes the same operators for all images.",
+            "the part of the model before that decision",
+        )
     return SurgeryError(
         f"{runtime} cannot take the model: {one_line(error.__cause__ or error)}",
         "torch must trace its forward as one graph, of operators that the runtime has.",
