@@ -52,10 +52,8 @@ def frozen_notes(model: nn.Module, sites: Sequence[ConvSite], variant: Variant) 
 
 def nonfinite_notes(model: nn.Module) -> tuple[str, ...]:
     """A note where weights or statistics of the model are NaN or infinite: equal NaN are no proof."""
-    tensors = dict(model.named_parameters())
-    tensors |= {
-        name: buffer for name, buffer in model.named_buffers() if name.endswith(("running_mean", "running_var"))
-    }
+    statistics = [pair for pair in model.named_buffers() if pair[0].endswith(("running_mean", "running_var"))]
+    tensors: dict[str, Tensor] = dict([*model.named_parameters(), *statistics])
     bad = [name for name, tensor in tensors.items() if not (tensor.is_meta or bool(tensor.isfinite().all()))]
     if not bad:
         return ()
