@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from condconv_surgery.data.find_data import divide, find_parts, folder_parts, is_folder, require_data
 from condconv_surgery.data.image_folders import ImageFiles, scan
@@ -16,6 +16,10 @@ from condconv_surgery.recipe.training_sections import DataOptions
 
 RECIPE, CHECK, IMAGES = "recipe.toml", "data.json", "images.jsonl"
 """Files of a run directory: its options, the data check before it, and its images in order."""
+
+
+Facts = list[list[Any]]
+"""Class names, and the training and the validation images of each."""
 
 
 class EvaluationImages(NamedTuple):
@@ -66,11 +70,12 @@ def validation_images_of(run: Path) -> EvaluationImages:
     divided = divide(find_parts(options.data), options.data, options.seed)
     if isinstance(divided.val, ImageFiles) and (run / IMAGES).is_file():
         return _recorded_validation(divided.val, run, options.data.folder)
-    before, now = _counts(run), (len(divided.train), len(divided.val))
+    before, now = _recorded_facts(run), _facts(divided.train, divided.val)
     if before is not None and before != now:
+        classes, train, val = before
         raise InputError(
-            f"The data of {run} have changed: {before[0]} training and {before[1]} validation images then, "
-            f"{now[0]} and {now[1]} now.",
+            f"The data of {run} have changed: other classes or labels than the {sum(train)} training and {sum(val)} "
+            f"validation images in {len(classes)} classes that it began with.",
             "Their split is another one, with images that the run trained on.",
             f'data="{options.data.folder}" with images that the run did not train on',
         )
@@ -103,10 +108,14 @@ def recorded_images(run: Path) -> list[tuple[str, str, str]]:
     return [(part, name, file) for part, name, file in map(json.loads, lines)]
 
 
-def _counts(run: Path) -> tuple[int, int] | None:
-    """Training and validation images at the beginning of a run, if it recorded them."""
+def _facts(train: LabelledImages, val: LabelledImages) -> Facts:
+    return [list(train.classes), train.counts(), val.counts()]
+
+
+def _recorded_facts(run: Path) -> Facts | None:
+    """Classes and images of each at the beginning of a run, if it recorded them."""
     try:
         check = json.loads((run / CHECK).read_text(encoding="utf-8"))
-        return int(check["train"]), int(check["val"])
+        return [check["classes"], check["counts"], check["val_counts"]]
     except (OSError, ValueError, KeyError, TypeError):
         return None

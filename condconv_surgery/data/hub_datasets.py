@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,6 +58,12 @@ def load_splits(options: DataOptions, streaming: bool) -> dict[str, Any]:
             where = str(path.absolute()) if path.exists() else place
             loaded = datasets.load_dataset(where, config or None, streaming=streaming)
     except Exception as error:  # its readers have no base class in common
+        if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EROFS, errno.ENOSPC):
+            raise InputError(
+                f"hf:{place} can't be stored: {error}.",
+                f"The datasets library keeps what it reads in {datasets.config.HF_DATASETS_CACHE}.",
+                "HF_DATASETS_CACHE=FOLDER in the environment",
+            ) from error
         raise InputError(
             f"hf:{place} can't be read: {one_line(error).rstrip('.')}.",
             "It is what the datasets library reads (save_to_disk, parquet, imagefolder) or a name on the hub.",

@@ -14,9 +14,12 @@ import pytest
 from PIL import Image
 
 from condconv_surgery.data.data_check import check_data
+from condconv_surgery.data.evaluation_images import find_evaluation_images
 from condconv_surgery.data.webdataset_shards import scan_shards
 from condconv_surgery.errors import InputError
 from condconv_surgery.recipe.training_sections import DataOptions
+from condconv_surgery.training import finetune
+from tests.small_networks import small_net
 
 Members = Iterable[tuple[str, bytes]]
 
@@ -129,6 +132,19 @@ def test_a_shard_that_is_cut_between_two_images_is_not_taken_for_a_smaller_one(t
         scan_shards(str(path))
     path.write_bytes(whole.rstrip(b"\0") + bytes(1024 + 511 - (len(whole.rstrip(b"\0")) - 1) % 512))  # no padding
     assert len(scan_shards(str(path))) == 6
+
+
+def test_a_run_over_shards_is_measured_on_the_same_labels_or_not_at_all(tmp_path: Path) -> None:
+    path = shard(tmp_path / "s.tar", pairs())
+    data = {"folder": str(path), "image_size": 16, "batch_size": 3, "workers": 0}
+    options = {"data": data, "schedule": {"epochs": 1}}
+    finetune(small_net(), options, output=tmp_path / "run")
+    assert len(find_evaluation_images(DataOptions(folder=str(tmp_path / "run"))).images) == 3
+    shard(path, pairs(lambda i: b"%d" % (i % 2)))
+    with pytest.raises(
+        InputError, match=r"run have changed: .* than the 3 training and 3 validation images in 3 classes"
+    ):
+        find_evaluation_images(DataOptions(folder=str(tmp_path / "run")))
 
 
 @pytest.mark.parametrize("name", ["s.tar.gz", "s.tgz", "s.tar"])

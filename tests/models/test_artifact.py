@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import stat
@@ -128,6 +129,18 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(
     monkeypatch.undo()
     with pytest.raises(InputError, match="could not be written"):
         cs.save(nn.Conv2d(3, 3, 1), path.parent / "nowhere" / "m.safetensors")
+
+
+def test_a_read_only_disk_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It does not let a file be removed either, not even one that is not there."""
+
+    def read_only(path: Path, *args: object, **how: object) -> None:
+        raise OSError(errno.EROFS, "Read-only file system", str(path))
+
+    monkeypatch.setattr(Path, "touch", read_only)
+    monkeypatch.setattr(Path, "unlink", read_only)
+    with pytest.raises(InputError, match=r"m\.safetensors could not be written: .*Read-only file system"):
+        cs.save(nn.Conv2d(3, 3, 1), tmp_path / "m.safetensors")
 
 
 def rewrite(path: Path, tensors: dict[str, torch.Tensor] | None = None, **changes: object) -> None:

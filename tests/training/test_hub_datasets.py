@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -200,6 +201,17 @@ def test_sets_without_rows_or_name_and_cells_without_image(tmp_path: Path) -> No
     lost = named_rows([0, 1] * 5).map(lambda row, i: {"image": None if i == 3 else row["image"]}, with_indices=True)
     lost.save_to_disk(str(tmp_path / "lost"))
     assert check_data(f"hf:{tmp_path / 'lost'}").unreadable == {"missing": 1}
+
+
+def test_a_cache_that_cannot_be_written_is_named(rows: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    datasets = pytest.importorskip("datasets")
+
+    def read_only(*args: object, **how: object) -> None:
+        raise OSError(errno.EROFS, "Read-only file system", "/cache/a.lock")
+
+    monkeypatch.setattr(datasets, "load_dataset", read_only)
+    with pytest.raises(InputError, match=r"can't be stored: (.|\n)*hf-cache\.(.|\n)*Try: HF_DATASETS_CACHE=FOLDER"):
+        check_data(f"hf:{rows / 'parquet'}")
 
 
 def streamed(rows: Path, run: str, place: str = "parquet", **data: object) -> TrainingOptions:

@@ -7,7 +7,7 @@ import os
 import shutil
 import stat
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +61,8 @@ def replacing(path: Path) -> Iterator[Path]:
         except (OSError, SafetensorError) as error:
             raise _not_written(path, error) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # it is gone, or on a read-only disk, which the first error says
+            temporary.unlink()
 
 
 @contextmanager
