@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,6 +14,8 @@ from PIL.JpegImagePlugin import JpegImageFile
 from condconv_surgery.errors import InputError, one_line
 from condconv_surgery.models.eight_bits import UnknownRangeError
 from condconv_surgery.models.preprocess import to_channels
+
+EMPTY = "empty"
 
 
 class UnreadableImageError(InputError):
@@ -47,6 +50,13 @@ def decode_image(
         ) from error
 
 
+def open_bytes(content: bytes) -> Image.Image:
+    """The image in the content of a file, not yet decoded. Passes on what PIL raises."""
+    if not content:
+        raise UnidentifiedImageError(EMPTY)
+    return Image.open(io.BytesIO(content))
+
+
 def reduce_jpeg(image: Image.Image, least: int) -> None:
     """Let a JPEG that is opened and not yet decoded be decoded at 1/2, 1/4 or 1/8 of its size, if ``least`` is not 0.
 
@@ -78,7 +88,7 @@ def diagnosis(error: Exception) -> tuple[str, str]:
     if isinstance(error, FileNotFoundError):
         return "missing", "restore or remove it"
     if isinstance(error, UnidentifiedImageError):
-        return ("empty" if _is_empty(error) else "not an image of a known format"), "remove or replace it"
+        return (EMPTY if _is_empty(error) else "not an image of a known format"), "remove or replace it"
     if isinstance(error, MemoryError):
         return "not enough memory", "make it smaller"
     if "truncated" in str(error) or "unrecognized data stream contents" in str(error):
@@ -87,5 +97,7 @@ def diagnosis(error: Exception) -> tuple[str, str]:
 
 
 def _is_empty(error: UnidentifiedImageError) -> bool:
+    if str(error) == EMPTY:
+        return True
     name = str(error).partition("'")[2].rpartition("'")[0]
     return bool(name) and Path(name).is_file() and Path(name).stat().st_size == 0

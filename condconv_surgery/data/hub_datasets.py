@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import errno
-import io
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
+from condconv_surgery.data.decode_image import open_bytes
 from condconv_surgery.data.folder_layout import role_of
 from condconv_surgery.data.labelled_images import Rows
 from condconv_surgery.errors import InputError, one_line
@@ -160,7 +160,7 @@ def open_cell(cell: Any) -> Image.Image:
     """The image in an undecoded cell, from its bytes, else its path. Raises ``FileNotFoundError`` for an empty cell."""
     if not cell or (cell.get("bytes") is None and not cell.get("path")):
         raise FileNotFoundError("no image in the row")
-    return Image.open(io.BytesIO(cell["bytes"]) if cell.get("bytes") is not None else cell["path"])
+    return open_bytes(cell["bytes"]) if cell.get("bytes") is not None else Image.open(cell["path"])
 
 
 def undecoded(rows: Any, column: str) -> Any:

@@ -10,7 +10,6 @@ shuffled one by one over all shards, divided between processes and resumed like 
 from __future__ import annotations
 
 import glob
-import io
 import itertools
 import json
 import re
@@ -24,6 +23,7 @@ from typing import NamedTuple
 
 from PIL import Image
 
+from condconv_surgery.data.decode_image import open_bytes
 from condconv_surgery.data.image_folders import printable
 from condconv_surgery.data.labelled_images import LabelledImages
 from condconv_surgery.data.walk_images import SUFFIXES, is_hidden
@@ -67,7 +67,7 @@ class ShardImages(LabelledImages):
         return f"{Path(self.entries[index].shard).name}/{self.entries[index].name}"
 
     def open(self, index: int) -> Image.Image:
-        return Image.open(io.BytesIO(self.entries[index].read()))
+        return open_bytes(self.entries[index].read())
 
     def subset(self, indices: Sequence[int]) -> ShardImages:
         return replace(

@@ -69,7 +69,7 @@ def write(
             image.save(folder / name / file.format(number), **how)  # type: ignore[arg-type]
 
 
-def accuracy(folder: Path, channels: int = 3, **data: object) -> float:
+def accuracy(folder: Path | str, channels: int = 3, **data: object) -> float:
     """Top-1 over all images that are found, which must be all that were written."""
     images = find_evaluation_images(DataOptions(folder=str(folder), **data)).images  # type: ignore[arg-type]
     transform = EvaluationTransform(InputSpec(channels, SIDE, SIDE, crop_fraction=1.0))
