@@ -223,7 +223,8 @@ def test_segmentation_networks(network: str, include: str, to: str, tmp_path: Pa
     assert result.forms
     with torch.no_grad():
         actual = run(path, images) if to == "onnx" else torch.export.load(path).module()(images)["out"]
-        torch.testing.assert_close(actual, model(images)["out"], rtol=1e-4, atol=1e-5)
+        expected = model(images)["out"]
+        assert float((actual - expected).abs().max()) < 1e-4 * float(expected.abs().max())
 
 
 def test_what_torch_cannot_trace(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

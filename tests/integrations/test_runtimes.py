@@ -11,6 +11,7 @@ import torch
 
 import condconv_surgery as cs
 from condconv_surgery.deploy.export_model import RUNTIMES
+from condconv_surgery.models.artifact.atomic_write import FullDiskError
 from condconv_surgery.recipe import CondConv, ODConv, Variant
 from tests.conftest import Run
 from tests.exports.one_export import try_export
@@ -49,6 +50,15 @@ def test_a_file_computes_what_the_model_computes(
     with torch.no_grad():
         torch.testing.assert_close(output, model(images), rtol=1e-4, atol=1e-5)
     assert not list(tmp_path.glob("*.tmp")) + list(tmp_path.glob(".*"))
+
+
+@pytest.mark.parametrize("to", ["openvino", "ncnn"])
+def test_a_full_disk(to: str, small_disk: Path) -> None:
+    require(to)
+    path = small_disk / f"m{RUNTIMES[to].suffix}"
+    with pytest.raises(FullDiskError, match="Try: another path, or free some space"):
+        cs.export(mixed(CondConv(10)), path, to=to, batch=1, size=32)
+    assert list(small_disk.iterdir()) == []
 
 
 def test_openvino_keeps_the_metadata(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,11 +28,14 @@ class OpenVino(Runtime):
         onnx_program(model, request).save(str(graph), external_data=False)
         try:
             converted = openvino.convert_model(graph)
-            for name, value in request.metadata.items():
-                converted.set_rt_info(json.dumps(value), ["condconv", name])
-            openvino.save_model(converted, path, compress_to_fp16=False)
         except Exception as error:  # what its frontend raises is no class of its own
             raise cannot_export(error, "OpenVINO", request.dynamic_size) from error
+        for name, value in request.metadata.items():
+            converted.set_rt_info(json.dumps(value), ["condconv", name])
+        try:
+            openvino.save_model(converted, path, compress_to_fp16=False)
+        except RuntimeError as error:  # of its streams; it has removed what it wrote, so the disk has space again
+            raise OSError(errno.ENOSPC, f"OpenVINO could not write it: {error}") from error
         graph.unlink()
         return {}
 
