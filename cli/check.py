@@ -17,7 +17,10 @@ from .translate_arguments import to_flags
 def check(
     ctx: typer.Context,
     data: Annotated[
-        str, typer.Option("--data", help="Images, as finetune reads them: a folder, shards, torchvision:NAME, hf:NAME.")
+        str,
+        typer.Option(
+            "--data", help="Images, as finetune reads them: a folder, shards, torchvision:NAME, hf:NAME; or a run."
+        ),
     ] = "",
     seed: Annotated[int, typer.Option(help="Seed of the split, as in finetune.")] = 0,
     limit: Annotated[

@@ -108,11 +108,18 @@ class _InFlags:
 
         self.note(best_line(result))
         if next_call:
+            from condconv_surgery.data.evaluation_images import data_to_measure
             from condconv_surgery.models.artifact.container import read_recipe
             from condconv_surgery.models.factory_source import packages_to_trust
 
             packages = packages_to_trust(read_recipe(f"{result.output}/best.safetensors").source, self.trust)
-            words = ["condconv", "report", f"{result.output}/best.safetensors", "--data", result.output]
+            words = [
+                "condconv",
+                "report",
+                f"{result.output}/best.safetensors",
+                "--data",
+                data_to_measure(result.output),
+            ]
             trusted = [word for package in packages for word in ("--trust", package)]
             self.callback.note(f"Next: {shlex.join([*words, *trusted])}")
 

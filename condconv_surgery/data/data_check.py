@@ -6,12 +6,14 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
 from condconv_surgery.data.decode_image import diagnosis, reduce_jpeg, strict_pillow
 from condconv_surgery.data.duplicates import CHECKED_SIDE, Looks, duplicates, looks_of
+from condconv_surgery.data.evaluation_images import is_run, options_of
 from condconv_surgery.data.find_data import DividedData, divide, find_parts, require_data
 from condconv_surgery.data.labelled_images import LabelledImages, even_subset
 from condconv_surgery.errors import InputError, listed
@@ -102,10 +104,14 @@ class DataCheck:
 def check_data(source: str | DataOptions, *, seed: int = 0, limit: int | None = None) -> DataCheck:
     """Read the images that ``finetune`` would read and say what they are.
 
-    source: what ``finetune`` takes as ``data``, or its options. limit: at most so many images of each part are decoded,
-    evenly from all classes. Raises ``InputError`` for data that cannot be used.
+    source: what ``finetune`` takes as ``data``, or its options; or a run directory, for the data and the seed of that
+    run. limit: at most so many images of each part are decoded, evenly from all classes. Raises ``InputError`` for data
+    that cannot be used.
     """
     options = source if isinstance(source, DataOptions) else DataOptions(folder=str(source))
+    if is_run(options.folder):
+        run = options_of(Path(options.folder))
+        options, seed = run.data, run.seed
     require_data(options)
     if options.streaming:
         raise InputError(

@@ -12,6 +12,7 @@ from condconv_surgery.data.image_folders import ImageFiles, scan
 from condconv_surgery.data.labelled_images import LabelledImages
 from condconv_surgery.errors import InputError
 from condconv_surgery.recipe.toml_text import from_toml
+from condconv_surgery.recipe.training_options import TrainingOptions
 from condconv_surgery.recipe.training_sections import DataOptions
 
 RECIPE, CHECK, IMAGES = "recipe.toml", "data.json", "images.jsonl"
@@ -54,12 +55,23 @@ def is_run(folder: str) -> bool:
     return (Path(folder) / RECIPE).is_file()
 
 
+def data_to_measure(run: str) -> str:
+    """The data for the model of a run: the run, for its validation images, or the set that it streamed."""
+    data = options_of(Path(run)).data
+    return data.folder if data.streaming else run
+
+
+def options_of(run: Path) -> TrainingOptions:
+    """The options of a run. Raises ``InputError`` when its recipe cannot be read."""
+    return from_toml((run / RECIPE).read_text(encoding="utf-8"), str(run / RECIPE))
+
+
 def validation_images_of(run: Path) -> EvaluationImages:
     """The validation images of a run: those that it recorded, else those of the split by its recipe.
 
     Raises ``InputError`` when the data have changed since, so that others would be measured.
     """
-    options = from_toml((run / RECIPE).read_text(encoding="utf-8"), str(run / RECIPE))
+    options = options_of(run)
     if options.data.streaming:
         raise InputError(
             f"The run {run} read a stream.",

@@ -174,5 +174,9 @@ def test_a_run_checks_its_data_before_the_first_step(tmp_path: Path) -> None:
     assert not (tmp_path / "run/metrics.jsonl").exists()
     options["data"]["max_bad"] = 1  # type: ignore[index]
     assert finetune(small_net(), options).unreadable == (str(spoilt),)
+    again = (
+        CliRunner().invoke(app, ["check", "--data", str(tmp_path / "run"), "--json"]).stdout
+    )  # of a run, by its name
+    assert again == (tmp_path / "run/data.json").read_text()
     facts = json.loads((tmp_path / "run/data.json").read_text())
     assert (facts["train"], facts["val"], facts["unreadable"]) == (18, 6, {"empty": 1})

@@ -247,6 +247,14 @@ def test_processes_share_a_stream_without_overlap(rows: Path) -> None:
         assert sorted(shared[0] + shared[1]) == sorted(alone)
 
 
+def test_what_a_streamed_run_proposes_next_works(rows: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A stream does not list its images: the set that it reads is measured instead."""
+    finetune(small_net(), streamed(rows, "run"))
+    following = capsys.readouterr().err.splitlines()[-1]
+    assert following == f'Next: report(load("{rows}/run/best.safetensors"), data="hf:{rows}/parquet")'
+    assert len(find_evaluation_images(DataOptions(folder=f"hf:{rows}/parquet")).images) == 9
+
+
 def test_a_streamed_run_goes_on_at_any_step_whatever_the_workers(rows: Path) -> None:
     import signal
 

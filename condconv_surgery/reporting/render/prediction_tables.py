@@ -37,9 +37,10 @@ def calibration_line(predictions: Predictions) -> str:
         return ""
     gap = found.confidence - predictions.accuracy
     side = "over-confident" if gap > 0 else "under-confident"
+    bins = f"{len(found.bins)} bin{'' if len(found.bins) == 1 else 's'}"
     return (
         f"Calibration: mean confidence {found.confidence:.1%} against top-1 {predictions.accuracy:.1%} ({side}); "
-        f"expected calibration error {100 * found.error:.1f} points over {len(found.bins)} bins."
+        f"expected calibration error {100 * found.error:.1f} points over {bins}."
     )
 
 

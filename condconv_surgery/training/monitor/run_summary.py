@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from condconv_surgery.data.evaluation_images import data_to_measure
 from condconv_surgery.layers import ConditionalConv2d, conditional_layers
 from condconv_surgery.recipe import InputSpec
 from condconv_surgery.recipe.training_options import TrainingOptions
@@ -48,7 +49,8 @@ def next_call(result: TrainingResult, needs_code: bool = False) -> str:
     if result.best_top1 is None or result.stopped_by:
         return ""
     code = ", model=MyNet()" if needs_code else ""
-    return f'report(load("{result.output}/best.safetensors"{code}), data="{result.output}")'
+    data = data_to_measure(result.output)
+    return f'report(load("{result.output}/best.safetensors"{code}), data="{data}")'
 
 
 def _layers(layers: Sequence[ConditionalConv2d[Any]]) -> str:
