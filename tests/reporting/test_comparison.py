@@ -21,6 +21,7 @@ from condconv_surgery.reporting import (
     paired_difference,
     recorded_accuracy,
 )
+from condconv_surgery.reporting.render.comparison_table import rows_of
 from condconv_surgery.reporting.render.plots import accuracy_against_cost
 from condconv_surgery.reporting.render.terminal import render_comparison
 from condconv_surgery.reporting.study.binomial_interval import binomial_interval
@@ -48,6 +49,31 @@ def test_comparison(measured: Report, tmp_path: Path) -> None:
     assert "<svg" not in unknown.to_html()
     with pytest.raises(InputError, match="No accuracy of these models is known"):
         unknown.write_plots(tmp_path)
+
+
+def test_runs_of_one_file_name_are_told_apart_in_every_form(measured: Report) -> None:
+    titles = ("studies/seven/static/best.safetensors", "studies/seven/converted/best.safetensors")
+    both = Comparison(tuple(replace(measured, title=title) for title in titles))
+    rows = [line.split()[0] for line in shown(render_comparison(both.reports)).splitlines() if "layer" in line]
+    assert rows == ["static", "converted"]
+    assert (
+        both.to_markdown().count("| static |") == both.to_markdown().count("| converted |") - 1 == 1
+    )  # and the header
+    same = [replace(measured, title=f"{folder}/a/best.safetensors") for folder in "xy"]
+    assert [row[0] for row in rows_of(same)] == ["x/a/best.safetensors", "y/a/best.safetensors"]
+
+
+def test_axes_of_accuracy_end_at_a_hundred_percent(measured: Report) -> None:
+    """And the legend covers no point and no bar."""
+    perfect = [predicted(measured, digits) for digits in ("1" * 20, "1" * 19 + "0")]
+    figure = accuracy_against_cost(perfect)
+    figure.canvas.draw()
+    for axes in figure.axes:
+        low, high = axes.get_ylim()
+        assert low >= 0
+        assert 100 < high < 101.5
+        legend, area = axes.get_legend().get_window_extent(), axes.get_window_extent()
+        assert legend.y0 >= area.y1
 
 
 def test_accuracy_that_a_run_recorded(tmp_path: Path) -> None:

@@ -14,11 +14,20 @@ from torch.profiler import ProfilerActivity
 from condconv_surgery import CondConv, ODConv, convert
 from condconv_surgery.layers import conditional_layers
 from condconv_surgery.native import kernels
-from condconv_surgery.reporting.measure.latency import measure_latency
-from condconv_surgery.reporting.measure.memory_and_latency import measure_cost
+from condconv_surgery.reporting.measure.latency import Latency, measure_latency
+from condconv_surgery.reporting.measure.memory_and_latency import Cost, measure_cost
 from condconv_surgery.reporting.measure.original_model import Original
 from condconv_surgery.reporting.measure.peak_activations import peak_activations
+from condconv_surgery.reporting.render.table_rows import latency_line
 from tests.variant_cases import EVERY_VARIANT
+
+
+def test_the_latency_of_an_unconverted_network_has_no_original() -> None:
+    cost = Cost((), (Latency(1, 0.01, 0.001, 0.01, 1.0, 5, 2),), (("threads", "1"),))
+    assert latency_line(cost, True).startswith("Latency: medians, original and model alternating in one run after 2")
+    assert latency_line(cost, False) == (
+        "Latency: medians after 2 warm-up passes; interquartile range 10% of 5 at batch 1; threads 1."
+    )
 
 
 @pytest.mark.parametrize("variant", EVERY_VARIANT, ids=str)

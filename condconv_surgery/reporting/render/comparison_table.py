@@ -10,6 +10,7 @@ from condconv_surgery.reporting.measure.measurements import Measurements
 from condconv_surgery.reporting.render.answers import caveats, comparison_answer
 from condconv_surgery.reporting.render.csv_text import csv_text
 from condconv_surgery.reporting.render.number_format import human, human_bytes
+from condconv_surgery.reporting.render.short_names import unique_short_names
 from condconv_surgery.reporting.study.paired_difference import Difference
 from condconv_surgery.reporting.study.study_results import points
 
@@ -17,16 +18,16 @@ HEADERS = ("model", "converted", "parameters", "MACs", "weights", "latency", "to
 
 
 def rows_of(models: Sequence[Measurements]) -> list[list[str]]:
-    """The cells under ``HEADERS``, formatted; a dash where nothing was measured.
+    """The cells under ``HEADERS``, formatted; a dash where nothing was measured. model: its short name.
 
     top-1: a star marks what a run recorded. difference: points to the first model, with the 95% interval.
     """
-    rows = []
+    rows, names = [], unique_short_names([model.title for model in models])
     for model, difference in zip(models, differences_to_first(models), strict=True):
         profile, latency = model.profile, model.latency
         rows.append(
             [
-                model.title,
+                names[model.title],
                 f"{profile.converted} layers" if profile.converted else "-",
                 human(profile.parameters),
                 human(profile.macs.total),

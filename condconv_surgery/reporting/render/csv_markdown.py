@@ -60,7 +60,7 @@ def to_markdown(model: Measurements) -> str:
         table_rows.convention(profile),
         "",
         table_rows.other_counters(profile),
-        *(["", table_rows.latency_line(cost)] if cost and cost.latency else []),
+        *(["", table_rows.latency_line(cost, profile.converted > 0)] if cost and cost.latency else []),
         *([""] if provenance else []),
         *(f"{name}: {value}  " for name, value in provenance),
     ]

@@ -119,7 +119,7 @@ def _context(model: Measurements) -> dict[str, Any]:
         "profile": model.profile,
         "headers": headers,
         "totals": totals,
-        "environment": table_rows.latency_line(model.cost) if model.cost else "",
+        "environment": table_rows.latency_line(model.cost, model.profile.converted > 0) if model.cost else "",
         "layers": layers,
         "largest": max((layer.macs.total for layer in layers), default=1) or 1,
         "remainder": table_rows.remainder(model.profile),

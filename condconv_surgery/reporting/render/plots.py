@@ -111,7 +111,11 @@ def accuracy_against_cost(models: Sequence[Measurements], costs: Sequence[str] =
         axes.set_xlabel(f"{unit} of {cost}", fontsize=10.5)
         axes.set_ylabel(f"top-1, % {_counted(known)}", fontsize=10.5)
         axes.margins(0.3, 0.2)
-        axes.legend(frameon=False, fontsize=10.5)
+        low, high = axes.get_ylim()
+        axes.set_ylim(
+            max(low, -0.03 * high), min(high, 100 + 0.03 * (100 - low))
+        )  # there is nothing beyond 0 and 100 %
+        axes.legend(frameon=False, fontsize=10.5, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2)
         remove_frame(axes)
     return figure
 

@@ -19,11 +19,15 @@ def short_name(title: str) -> str:
 
 
 def unique_short_names(titles: Sequence[str]) -> dict[str, str]:
-    """``short_name`` of each title; where two are equal, the file name is added.
+    """``short_name`` of each title; where two are equal, the file name is added, and where they still are, the title.
 
     >>> unique_short_names(["a/best.safetensors", "a/last.safetensors", "b/best.safetensors"])
     {'a/best.safetensors': 'a/best', 'a/last.safetensors': 'a/last', 'b/best.safetensors': 'b'}
+    >>> unique_short_names(["x/a/best.safetensors", "y/a/best.safetensors"])["x/a/best.safetensors"]
+    'x/a/best.safetensors'
     """
-    short = {title: short_name(title) for title in titles}
-    names = list(short.values())
-    return {t: name if names.count(name) == 1 else f"{name}/{PurePath(t).stem}" for t, name in short.items()}
+    names = {title: short_name(title) for title in titles}
+    for longer in (lambda title: f"{short_name(title)}/{PurePath(title).stem}", lambda title: title):
+        found = list(names.values())
+        names = {title: name if found.count(name) == 1 else longer(title) for title, name in names.items()}
+    return names

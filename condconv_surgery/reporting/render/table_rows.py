@@ -57,14 +57,15 @@ def cost_rows(cost: Cost) -> list[Row]:
     return rows
 
 
-def latency_line(cost: Cost) -> str:
+def latency_line(cost: Cost, converted: bool) -> str:
     """How latency was measured and how much it varies, in one sentence; empty if it was not measured."""
     if not cost.latency:
         return ""
     spreads = ", ".join(f"{t.spread / t.median:.0%} of {t.repeats} at batch {t.batch}" for t in cost.latency)
     environment = ", ".join(f"{name} {value}" for name, value in cost.environment)
+    pair = ", original and model alternating in one run" if converted else ""
     return (
-        f"Latency: medians, original and model alternating in one run after {cost.latency[0].warm_up} warm-up passes; "
+        f"Latency: medians{pair} after {cost.latency[0].warm_up} warm-up passes; "
         f"interquartile range {spreads}; {environment}."
     )
 

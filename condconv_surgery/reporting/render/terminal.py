@@ -29,7 +29,7 @@ def render_profile(profile: Profile, title: str, width: int = WIDTH, cost: Cost 
     notes = [
         table_rows.convention(profile),
         table_rows.other_counters(profile),
-        table_rows.latency_line(cost) if cost else "",
+        table_rows.latency_line(cost, profile.converted > 0) if cost else "",
     ]
     return Group(
         Text(title, style="bold"),
