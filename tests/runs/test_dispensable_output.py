@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from condconv_surgery.cli.console import say
+from condconv_surgery.cli.output.console import say
 
 from condconv_surgery.training import finetune
 from condconv_surgery.training.monitor.callback import Callback, DispensableCallback, StepView
