@@ -39,9 +39,7 @@ def check(
     changes: dict[str, object] = {"folder": data}
     for section, name, value in map(parse_setting, settings or []):
         if section != "data":
-            raise InputError(
-                f"--set {section}.{name}.", "A check has options of the data only.", "--set data.val=FOLDER"
-            )
+            raise InputError(f"--set {section}.{name}.", "A check has options of the data only.", 'data.val="FOLDER"')
         changes[name] = value
     options = TrainingOptions().updated({"data": changes}).data
 

@@ -153,7 +153,7 @@ def folder_parts(options: DataOptions) -> FolderParts:
 
 def _second_folder(folder: Path, layout: str) -> Path:
     """The folder of ``data.val``, or the part in it."""
-    require_folder(folder)
+    require_folder(folder, "data.val")
     parts = find_parts_of(folder, layout)
     return parts.val or parts.test or parts.train or folder
 

@@ -136,12 +136,12 @@ def _fix(skipped: Iterable[str], otherwise: str) -> str:
     return "pip install pillow-heif" if any("pillow-heif" in why for why in skipped) else otherwise
 
 
-def require_folder(folder: Path) -> None:
-    """Raise ``InputError`` unless ``folder`` is a folder that can be read."""
+def require_folder(folder: Path, argument: str = "data") -> None:
+    """Raise ``InputError`` unless ``folder``, which that argument names, is a folder that can be read."""
     if not folder.exists():
-        raise InputError(f"There is no {folder}.", LAYOUT, 'data="FOLDER"')
+        raise InputError(f"There is no {folder}.", LAYOUT, f'{argument}="FOLDER"')
     if not folder.is_dir():
-        raise InputError(f"{folder} is a file, not a folder.", LAYOUT, 'data="FOLDER"')
+        raise InputError(f"{folder} is a file, not a folder.", LAYOUT, f'{argument}="FOLDER"')
     if not os.access(folder, os.R_OK | os.X_OK):
         raise InputError(
             f"{folder} cannot be read.", "The folder must be readable.", f"chmod -R u+rX {shlex.quote(str(folder))}"

@@ -20,7 +20,8 @@ def retried(command: list[str], advice: str) -> list[str] | None:
     replaces the model. Of alternatives ("or") the first that is one of these is taken.
     """
     if advice.startswith("condconv "):
-        return [PLACEHOLDERS.get(word, word) for word in shlex.split(re.split(r",? or | {2,}", advice)[0])[1:]]
+        return [PLACEHOLDERS.get(word, word) for word in shlex.split(re.split(r",? or | {2,}| prints", advice)[0])[1:]]
+    advice = re.sub(r"^(a|the same) (new )?(run|study) with | with (?=-)", " ", advice).strip()
     for part in re.split(r",? or |, (?=[a-z])| +\(| where | to ", advice):
         again = _applied(command, part)
         if again is not None:
@@ -34,13 +35,19 @@ def _applied(command: list[str], part: str) -> list[str] | None:
         flag = match[1] or match[2] or next(word for word in optional if word in command)
         return without(command, flag)
     if part.startswith("-"):
-        words = [PLACEHOLDERS.get(word, word) for word in shlex.split(part.removesuffix(" as well"))]
+        words = [_filled(word) for word in shlex.split(part.removesuffix(" as well"))]
         for flag in dict.fromkeys(word for word in words if is_flag(word)):
             command = command if part.endswith("as well") else without(command, flag)
         return [*command, *words]
     if re.fullmatch(r"[\w.]+:[\w.]+|[\w./-]+\.(safetensors|pt|bin)", part):
         return [command[0], part, *command[2:]]
     return None
+
+
+def _filled(word: str) -> str:
+    """A word with what stands for its placeholder, also as the value of a setting."""
+    name, equals, value = word.rpartition("=")
+    return f"{name}{equals}{PLACEHOLDERS.get(value, value)}"
 
 
 def without(command: list[str], flag: str) -> list[str]:
