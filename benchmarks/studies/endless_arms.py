@@ -32,4 +32,9 @@ ARMS = {
     "condconv:8": Arm(CondConv(experts=8), {"spread": 2.0}),
     "odconv:4": Arm(ODConv(experts=4), {"spread": 3.0}),
     "odconv:4, sigmoid gates, hidden 64": Arm(ODConv(experts=4, gates="sigmoid", min_hidden=64), {"spread": 2.0}),
+    "odconv:1, classifier": Arm(ODConv(experts=1), {"classifier": True}),
+    "condconv:4, classifier": Arm(CondConv(experts=4), {"spread": 2.0, "classifier": True}),
+    "odconv:2, sigmoid gates, hidden 32, classifier": Arm(
+        ODConv(experts=2, gates="sigmoid", min_hidden=32), {"spread": 2.0, "classifier": True}
+    ),
 }
