@@ -75,6 +75,7 @@ STUDIES = (
         longer="static, twice the steps",
         between=(("condconv:4", "condconv:4, noise"), ("odconv:4, sigmoid gates, hidden 64", "odconv:1")),
     ),
+    Evidence("characters", "characters"),
     Evidence("digits", "digits"),
 )
 
