@@ -19,8 +19,8 @@ RECIPE, CHECK, IMAGES = "recipe.toml", "data.json", "images.jsonl"
 """Files of a run directory: its options, the data check before it, and its images in order."""
 
 
-Facts = list[list[Any]]
-"""Class names, and the training and the validation images of each."""
+Facts = dict[str, Any]
+"""Numbers of training and validation images, class names, and the numbers of each class."""
 
 
 class EvaluationImages(NamedTuple):
@@ -83,11 +83,12 @@ def validation_images_of(run: Path) -> EvaluationImages:
     if isinstance(divided.val, ImageFiles) and (run / IMAGES).is_file():
         return _recorded_validation(divided.val, run, options.data.folder)
     before, now = _recorded_facts(run), _facts(divided.train, divided.val)
-    if before is not None and before != now:
-        classes, train, val = before
+    if any(before[fact] != now[fact] for fact in before.keys() & now.keys()):
+        counts = (
+            f"{before['train']} training and {before['val']} validation images then, {now['train']} and {now['val']}"
+        )
         raise InputError(
-            f"The data of {run} have changed: other classes or labels than the {sum(train)} training and {sum(val)} "
-            f"validation images in {len(classes)} classes that it began with.",
+            f"The data of {run} have changed: {counts} now{_other_classes(before, now)}.",
             "Their split is another one, with images that the run trained on.",
             f'data="{options.data.folder}" with images that the run did not train on',
         )
@@ -121,13 +122,19 @@ def recorded_images(run: Path) -> list[tuple[str, str, str]]:
 
 
 def _facts(train: LabelledImages, val: LabelledImages) -> Facts:
-    return [list(train.classes), train.counts(), val.counts()]
+    per_class = {"classes": list(train.classes), "counts": train.counts(), "val_counts": val.counts()}
+    return {"train": len(train), "val": len(val), **per_class}
 
 
-def _recorded_facts(run: Path) -> Facts | None:
-    """Classes and images of each at the beginning of a run, if it recorded them."""
+def _recorded_facts(run: Path) -> Facts:
+    """What the data check at the beginning of a run says of ``_facts``; nothing where it cannot be read."""
     try:
         check = json.loads((run / CHECK).read_text(encoding="utf-8"))
-        return [check["classes"], check["counts"], check["val_counts"]]
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
+        return dict(check) if {"train", "val"} <= check.keys() else {}
+    except (OSError, ValueError, AttributeError):
+        return {}
+
+
+def _other_classes(before: Facts, now: Facts) -> str:
+    per_class = before.keys() & {"classes", "counts", "val_counts"}
+    return ", with other classes or labels" if any(before[fact] != now[fact] for fact in per_class) else ""

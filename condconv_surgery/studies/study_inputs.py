@@ -13,6 +13,7 @@ from torch import nn
 from condconv_surgery.data.three_parts import ThreeParts, find_three_parts
 from condconv_surgery.errors import InputError
 from condconv_surgery.layers import conditional_layers
+from condconv_surgery.recipe import recipe_of
 from condconv_surgery.recipe.training_options import TrainingOptions
 from condconv_surgery.training.finetuning import complete_options, model_of
 
@@ -43,8 +44,9 @@ def study_inputs(
 def _require_unconverted(model: nn.Module) -> None:
     layers = list(conditional_layers(model))
     if layers:
+        recipe = recipe_of(model)
         raise InputError(
             f"The model is converted already: {layers[0]} is conditional.",
             "A comparison starts from the unconverted network and converts it itself, once for each arm.",
-            "the model that was given to convert",
+            (recipe and recipe.source.name) or "the model that was given to convert",
         )
