@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Iterable, Sequence
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -50,6 +51,7 @@ def frozen_notes(model: nn.Module, sites: Sequence[ConvSite], variant: Variant) 
     return (f"{count} of {len(parameters)} parameters are frozen; {of_files}",) if count else ()
 
 
+@torch.no_grad()  # weights made in inference mode
 def nonfinite_notes(model: nn.Module) -> tuple[str, ...]:
     """A note where weights or statistics of the model are NaN or infinite: equal NaN are no proof."""
     statistics = [pair for pair in model.named_buffers() if pair[0].endswith(("running_mean", "running_var"))]
