@@ -83,12 +83,14 @@ def validation_images_of(run: Path) -> EvaluationImages:
     if isinstance(divided.val, ImageFiles) and (run / IMAGES).is_file():
         return _recorded_validation(divided.val, run, options.data.folder)
     before, now = _recorded_facts(run), _facts(divided.train, divided.val)
-    if any(before[fact] != now[fact] for fact in before.keys() & now.keys()):
+    changed = {fact for fact in before.keys() & now.keys() if before[fact] != now[fact]}
+    if changed:
+        others = ", with other classes or labels" if changed - {"train", "val"} else ""
         counts = (
             f"{before['train']} training and {before['val']} validation images then, {now['train']} and {now['val']}"
         )
         raise InputError(
-            f"The data of {run} have changed: {counts} now{_other_classes(before, now)}.",
+            f"The data of {run} have changed: {counts} now{others}.",
             "Their split is another one, with images that the run trained on.",
             f'data="{options.data.folder}" with images that the run did not train on',
         )
@@ -133,8 +135,3 @@ def _recorded_facts(run: Path) -> Facts:
         return dict(check) if {"train", "val"} <= check.keys() else {}
     except (OSError, ValueError, AttributeError):
         return {}
-
-
-def _other_classes(before: Facts, now: Facts) -> str:
-    per_class = before.keys() & {"classes", "counts", "val_counts"}
-    return ", with other classes or labels" if any(before[fact] != now[fact] for fact in per_class) else ""
