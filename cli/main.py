@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import sys
 from typing import Annotated
 
@@ -20,6 +19,7 @@ from .finetune import finetune
 from .fold import fold
 from .import_layout import import_
 from .output.console import say
+from .output.standard_output import use_standard_output
 from .predict import predict
 from .report import report
 from .share import share
@@ -75,10 +75,13 @@ def condconv(
 
 def run() -> None:
     """The entry point: exit code 0 done, 1 the work failed, 2 the input is wrong, 128 + its number after a signal."""
-    if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal in ASCII, a file name in another encoding: no crash
-        sys.stdout.reconfigure(errors="backslashreplace")
+    use_standard_output()
     try:
-        app()
+        try:
+            app()
+        finally:
+            if sys.stdout is not None:  # closed by the shell
+                sys.stdout.flush()
     except SurgeryError as error:
         say(f"Error: {error}")
         sys.exit(error.exit_code)

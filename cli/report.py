@@ -84,15 +84,17 @@ def report(
         return
     before = load(original) if original is not None else None
     result = _measure(models, load, before, data, limit, batch, html is not None if latency is None else latency)
-    if as_json:
-        print_json(result.to_dict())
-    elif as_csv:
-        print(result.to_csv(), end="")
-    elif as_markdown:
-        print(result.to_markdown(), end="")
-    else:
-        result.print()
-    _write(result, html, plots)
+    try:
+        if as_json:
+            print_json(result.to_dict())
+        elif as_csv:
+            print(result.to_csv(), end="")
+        elif as_markdown:
+            print(result.to_markdown(), end="")
+        else:
+            result.print()
+    finally:  # also when nothing can be printed
+        _write(result, html, plots)
 
 
 def _report_files(models: list[str], load: Callable[[str], nn.Module], as_json: bool) -> None:

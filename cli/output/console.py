@@ -14,8 +14,9 @@ from condconv_surgery.errors import listed
 
 def say(line: str = "") -> None:
     """Print a line on stderr, where there is one: a log on a full disk or a closed pipe fails no command."""
-    with suppress(OSError):
-        print(line, file=sys.stderr, flush=True)
+    if sys.stderr is not None:  # closed by the shell; print() would take stdout instead
+        with suppress(OSError):
+            print(line, file=sys.stderr, flush=True)
 
 
 def say_by_reason(title: str, reasons: Iterable[tuple[str, str]]) -> None:
