@@ -91,5 +91,5 @@ def _measure(
         milliseconds(times),
         {each: estimated(each) for each in names},
         choose(cast, layer.weight, mixture, layer.geometry),
-        min(candidates(mixture, layer.geometry, exporting=True), key=estimated),
+        min(candidates(mixture, layer.geometry, "export"), key=estimated),
     )

@@ -13,6 +13,9 @@ from condconv_surgery.ops.mixture import Mixture, same_kernel_for_all
 from condconv_surgery.ops.per_sample.per_sample_conv import counts_as_cpu
 from condconv_surgery.ops.tracing_state import is_exporting, is_exporting_to_onnx, is_intercepted
 
+_USES = {"cpu": "chosen_on_cpu", "gpu": "chosen_on_gpu", "export": "exportable", "any batch": "serves_any_batch"}
+"""The attribute of an implementation that says whether it is for a use."""
+
 _choices: dict[tuple[object, ...], str] = {}
 
 
@@ -26,9 +29,7 @@ def choose(x: Tensor, experts: Tensor, mixture: Mixture, geometry: ConvGeometry)
         return "static"
     if batch == 1:
         return "static" if same_kernel_for_all(mixture) and not scales_belong_in_the_kernel(x, geometry) else "plain"
-    names = candidates(mixture, geometry, is_exporting(), counts_as_cpu(x))
-    if is_exporting_to_onnx() and type(batch) is not int:  # a symbol
-        names = [name for name in names if IMPLEMENTATIONS[name].jit_traceable]
+    names = candidates(mixture, geometry, _use(x))
     if len(names) == 1:
         return names[0]
     preferred = preferred_implementation(x, experts, mixture, geometry)
@@ -46,25 +47,23 @@ def choose_for_jit_trace(implementation: str, mixture: Mixture, geometry: ConvGe
 
     implementation: that of the layer, which stays if it does. No estimate: it would compare sizes that are recorded.
     """
-    legal = [name for name in legal_implementations(2, mixture, geometry) if IMPLEMENTATIONS[name].jit_traceable]
+    legal = candidates(mixture, geometry, "any batch")
     if implementation in legal:
         return implementation
     return next(name for name in ("static", "bmm", "unfold") if name in legal)
 
 
-def candidates(mixture: Mixture, geometry: ConvGeometry, exporting: bool, on_cpu: bool = True) -> list[str]:
+def candidates(mixture: Mixture, geometry: ConvGeometry, use: str) -> list[str]:
     """The implementations among which ``choose`` chooses for a batch of two or more.
 
+    use: ``"cpu"`` or ``"gpu"``, a call there; ``"export"``, a program of ``torch.export``; ``"any batch"``, a program
+        whose operators have constant arguments only, for ONNX or by ``torch.jit.trace``.
+
     ``blockwise`` does the work of ``grouped`` and ``bmm``, whichever is faster, with less memory traffic: of those that
-    mix kernels only it is estimated, unless the program is exported. On a GPU those that mix activations are too: there
-    work costs less than memory traffic.
+    mix kernels only it is estimated, unless a program is made. On a GPU those that mix activations are too: there work
+    costs less than memory traffic.
     """
-    legal = legal_implementations(2, mixture, geometry)
-    if exporting:
-        return [name for name in legal if IMPLEMENTATIONS[name].exportable]
-    if on_cpu:
-        return [name for name in legal if IMPLEMENTATIONS[name].chosen_on_cpu]
-    return [name for name in legal if IMPLEMENTATIONS[name].chosen_on_gpu]
+    return [name for name in legal_implementations(2, mixture, geometry) if getattr(IMPLEMENTATIONS[name], _USES[use])]
 
 
 def estimate(implementation: str, x: Tensor, experts: int, mixture: Mixture, geometry: ConvGeometry) -> float:
@@ -80,6 +79,15 @@ def estimate(implementation: str, x: Tensor, experts: int, mixture: Mixture, geo
     if mixture.out_scale is not None and not in_kernel:
         seconds += cost.write_and_read(cost.output_bytes)
     return seconds
+
+
+def _use(x: Tensor) -> str:
+    """What ``candidates`` are wanted for."""
+    if is_exporting_to_onnx() and type(x.shape[0]) is not int:  # a symbol
+        return "any batch"
+    if is_exporting():
+        return "export"
+    return "cpu" if counts_as_cpu(x) else "gpu"
 
 
 def _cheapest(names: list[str], x: Tensor, experts: Tensor, mixture: Mixture, geometry: ConvGeometry) -> str:

@@ -47,7 +47,7 @@ def measured(mode: str, setting: str) -> list[tuple[dict[str, float], dict[str, 
         x = torch.empty(32, g.in_channels, *SITES[row["site"]].size, dtype=SETTINGS[setting], device="meta")
         mixture = layer.route(x.float())
         estimates = {way: estimate(way, x, variant.experts, mixture, g) for way in row["milliseconds"] if way != "loop"}
-        for_use = (candidates(mixture, g, exporting) for exporting in (False, True))
+        for_use = (candidates(mixture, g, use) for use in ("cpu", "export"))
         chosen_from = ({way: estimate(way, x, variant.experts, mixture, g) for way in ways} for ways in for_use)
         found.append((row["milliseconds"], estimates, *chosen_from))
     return found
@@ -122,10 +122,21 @@ def test_the_least_estimate_is_taken(side: int) -> None:
     layer = conditional_like(nn.Conv2d(64, 64, 1), ODConv(experts=1)).eval()
     x = torch.randn(2, 64, side, side)
     mixture = layer.route(x)
-    ways = candidates(mixture, layer.geometry, exporting=False)
+    ways = candidates(mixture, layer.geometry, "cpu")
     assert sorted(ways) == ["blockwise", "static"]
     costs = {way: estimate(way, x, 1, mixture, layer.geometry) for way in ways}
     assert choose(x, layer.weight, mixture, layer.geometry) == min(costs.items(), key=operator.itemgetter(1))[0]
+
+
+def test_what_a_program_can_hold() -> None:
+    """Groups are a constant of ONNX and of a traced program, so they cannot be the batch."""
+    geometry, mixture = ConvGeometry.make(16, 32, 3), Mixture(gate=torch.empty(2, 4, device="meta"))
+    of_use = {use: candidates(mixture, geometry, use) for use in ("cpu", "export", "any batch")}
+    assert of_use == {
+        "cpu": ["blockwise"],
+        "export": ["grouped", "unfold", "mix-outputs", "mix-inputs"],
+        "any batch": ["unfold", "mix-outputs", "mix-inputs"],
+    }
 
 
 @pytest.mark.parametrize("variant", [CondConv(experts=4), ODConv(experts=4), ODConv(experts=1)], ids=str)

@@ -17,7 +17,7 @@ class Bmm(Implementation):
     """``torch.bmm`` of the mixed kernels of all samples; 1x1 layers only."""
 
     name = "bmm"
-    jit_traceable = True
+    serves_any_batch = True
 
     def why_not(self, batch: int, mixture: Mixture, geometry: ConvGeometry, /) -> str | None:
         return needs_different_kernels(mixture) if geometry.pointwise else "bmm takes 1x1 kernels"

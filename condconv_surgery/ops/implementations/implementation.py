@@ -15,15 +15,15 @@ class Implementation(Protocol):
     """Computes a per-sample convolution. All implementations are the same function (``Mixture``); they differ in cost.
 
     exportable: made of torch's operators, for any batch, so that an exported program runs without this package.
-    jit_traceable: the operators that it calls for one batch compute any other batch too: none has the batch as a
-    constant argument (the groups of a convolution, which ONNX has as a constant too).
+    serves_any_batch: exportable, and the operators that it calls for one batch compute any other too: none has the
+    batch as an argument that is constant in ONNX and in a traced program (the groups of a convolution).
     chosen_on_cpu, chosen_on_gpu: worth an estimate there (``ops.choose_implementation``). scales_kernels: it can take
     ``in_scale`` and ``out_scale`` into its kernels. scales_are_in_its_cost: ``seconds`` holds for scaled kernels too.
     """
 
     name: ClassVar[str]
     exportable: ClassVar[bool] = True
-    jit_traceable: ClassVar[bool] = False
+    serves_any_batch: ClassVar[bool] = False
     chosen_on_cpu: ClassVar[bool] = False
     chosen_on_gpu: ClassVar[bool] = False
     scales_kernels: ClassVar[bool] = False

@@ -18,7 +18,7 @@ class MixInputs(Implementation):
     """``conv(x, sum_e g_e W_e) = conv([g_1 x, ..., g_E x], [W_1, ..., W_E])``."""
 
     name = "mix-inputs"
-    jit_traceable = True
+    serves_any_batch = True
     chosen_on_gpu = True
 
     def why_not(self, batch: int, mixture: Mixture, geometry: ConvGeometry, /) -> str | None:

@@ -15,7 +15,7 @@ class MixOutputs(Implementation):
     """``conv(x, sum_e g_e W_e) = sum_e g_e conv(x, W_e)``."""
 
     name = "mix-outputs"
-    jit_traceable = True
+    serves_any_batch = True
     chosen_on_gpu = True
 
     def why_not(self, batch: int, mixture: Mixture, geometry: ConvGeometry, /) -> str | None:

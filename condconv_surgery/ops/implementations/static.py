@@ -15,7 +15,7 @@ class Static(Implementation):
     """One expert without spatial attention; scales act on the activations."""
 
     name = "static"
-    jit_traceable = True
+    serves_any_batch = True
     chosen_on_cpu = chosen_on_gpu = True
 
     def why_not(self, batch: int, mixture: Mixture, geometry: ConvGeometry, /) -> str | None:

@@ -18,7 +18,7 @@ class Unfold(Implementation):
     """``F.unfold``, then ``torch.bmm``."""
 
     name = "unfold"
-    jit_traceable = True
+    serves_any_batch = True
 
     def why_not(self, batch: int, mixture: Mixture, geometry: ConvGeometry, /) -> str | None:
         return needs_different_kernels(mixture)
