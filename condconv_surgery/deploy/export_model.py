@@ -12,12 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from condconv_surgery.deploy.deployment_images import deployment_images
+from condconv_surgery.deploy.detectors import DetectorGraph, is_detector
 from condconv_surgery.deploy.file_accuracy import in_batches, top1_of_file
-from condconv_surgery.deploy.file_proof import largest_difference, require_exportable
+from condconv_surgery.deploy.file_proof import TOLERANCE, require_exportable
 from condconv_surgery.deploy.graph_forms import CONSTANT
 from condconv_surgery.deploy.mean_mixtures import Labelled, top1
 from condconv_surgery.deploy.runtimes.litert_model import LiteRt
 from condconv_surgery.deploy.runtimes.ncnn_model import Ncnn
+from condconv_surgery.deploy.runtimes.onnx_detector import OnnxDetector
 from condconv_surgery.deploy.runtimes.onnx_file import Onnx
 from condconv_surgery.deploy.runtimes.onnx_int8 import quantize_convolutions
 from condconv_surgery.deploy.runtimes.openvino_model import OpenVino
@@ -35,9 +37,6 @@ RUNTIMES: dict[str, Runtime] = {own.name: own for own in (Onnx(), Pt2(), OpenVin
 
 BATCHES = (1, 3, 8)
 """Batches at which a file for any batch is compared with the model."""
-
-TOLERANCE = 1e-4
-"""Largest difference, relative to the magnitude of the outputs."""
 
 
 @dataclass(frozen=True)
@@ -98,22 +97,25 @@ def export(
     runtime, path = _runtime(to), Path(path)
     runtime.require_packages()
     require_values(model.state_dict())
+    detector = is_detector(model)
+    if detector:
+        runtime = _of_detectors(runtime, quantize, data)
     batch = _batch(runtime, batch, dynamic_size)
     preferred = runtime.preferred if quantize is None else _quantizable(runtime, quantize, data)
     _require_file_name(path, runtime)
     spec = input_spec_of(model)
     spec = spec if size is None else replace(spec, height=size, width=size)
     original = copy_of(model).eval().cpu().float()
-    images = _images(batch or 2, spec.channels, spec.height, spec.width)
-    require_exportable(original, images)
+    inputs = _detector_images(spec) if detector else _inputs(spec, batch, dynamic_size)
+    images = inputs[0] if batch else _images(2, spec.channels, spec.height, spec.width)
+    require_exportable(DetectorGraph(original) if detector else original, images)
     calibration, labelled = ([], []) if data is None else deployment_images(original, data, limit, spec)
     _require_sizes(calibration, spec, dynamic_size)
-    served, forms = serving_form(original, form=form, preferred=preferred, batch=batch)
+    served, forms = serving_form(original, form=form, preferred=preferred, batch=None if detector else batch)
     request = Request(images, batch, dynamic_size, metadata_of(model, spec))
-    inputs = _inputs(spec, batch, dynamic_size)
     with replacing_files(path, size=sum(tensor.nbytes for tensor in original.state_dict().values())) as temporary:
         versions = runtime.write(served, request, temporary)
-        difference = largest_difference(original, runtime.run(temporary, inputs), inputs)
+        difference = runtime.prove(original, temporary, inputs)
         if not difference <= TOLERANCE:
             raise ProofError(
                 f"The exported file differs from the model by {difference:.3g} of its outputs.",
@@ -176,9 +178,28 @@ def _runtime(name: str) -> Runtime:
     return RUNTIMES[name]
 
 
+def _of_detectors(runtime: Runtime, quantize: str | None, data: Any) -> Runtime:
+    """The runtime for torchvision's detectors. Raises ``InputError`` where there is none."""
+    if runtime.name != "onnx":
+        raise InputError(
+            f'to="{runtime.name}" with a detector of torchvision: how many boxes it gives depends on the image.',
+            "A detector is written for ONNX, for one image of one size; model.backbone for every runtime.",
+            'to="onnx"',
+        )
+    if quantize is not None or data is not None:
+        raise InputError(
+            "quantize= and data= are for classifiers. The model is a detector of torchvision.",
+            "A detector is written in float32, and has no top-1.",
+            "without them",
+        )
+    return OnnxDetector()
+
+
 def _batch(runtime: Runtime, batch: int | None, dynamic_size: bool) -> int | None:
     if batch is not None and batch < 1:
         raise InputError(f"batch={batch}.", "It is the number of images of each call.", "batch=1")
+    if batch not in (None, 1) and isinstance(runtime, OnnxDetector):
+        raise InputError(f"batch={batch} with a detector of torchvision.", "Its file takes one image.", "batch=1")
     if dynamic_size and runtime.fixed_size:
         raise InputError(f'to="{runtime.name}" takes one size.', "Its shapes are fixed.", "dynamic_size=False")
     return 1 if batch is None and runtime.fixed_batch else batch
@@ -190,6 +211,12 @@ def _require_file_name(path: Path, runtime: Runtime) -> None:
     if path.suffix != runtime.suffix:
         wanted = path.with_suffix(runtime.suffix)
         raise InputError(f"{path} does not end in {runtime.suffix}.", f'With to="{runtime.name}" it must.', f"{wanted}")
+
+
+def _detector_images(spec: InputSpec) -> list[Tensor]:
+    """Noise of values from 0 to 1: a detector normalises."""
+    shape, generator = (1, spec.channels, spec.height, spec.width), torch.Generator().manual_seed(0)
+    return [torch.rand(shape, generator=generator) for _ in BATCHES]
 
 
 def _images(*shape: int) -> Tensor:

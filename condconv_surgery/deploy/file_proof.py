@@ -8,11 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from condconv_surgery.errors import SurgeryError, listed, one_line
-from condconv_surgery.layers.conv2d_subclasses import full_name
 from condconv_surgery.surgery.proof.output_tensors import output_tensors
 
-DETECTOR = "torchvision.models.detection.transform.GeneralizedRCNNTransform"
-"""A part of each of torchvision's detectors."""
+TOLERANCE = 1e-4
+"""Largest difference of a file from its model, relative to the magnitude of the outputs."""
 
 
 @torch.no_grad()
@@ -21,12 +20,6 @@ def require_exportable(model: nn.Module, images: Tensor) -> None:
 
     images: a batch for it, [B, C, H, W].
     """
-    if any(full_name(type(module)) == DETECTOR for module in model.modules()):
-        raise SurgeryError(
-            "The model is a detector of torchvision: how many boxes it gives depends on the image.",
-            "torch.export cannot trace that. The backbone, whose maps have fixed shapes, is exported as any network.",
-            f'cs.export(cs.load("FILE").backbone, "backbone.onnx", size={images.shape[-1]})',
-        )
     try:
         outputs = output_tensors(model(images))
     except Exception as error:  # whatever a user's forward raises
@@ -54,13 +47,17 @@ def largest_difference(model: nn.Module, actual: Sequence[Sequence[Tensor]], inp
 
     actual: the outputs of the file for each of ``inputs``. Infinite for other shapes, or where only one value is NaN.
     """
+    return largest_gap(actual, [output_tensors(model(images)) for images in inputs])
+
+
+def largest_gap(actual: Sequence[Sequence[Tensor]], expected: Sequence[Sequence[Tensor]]) -> float:
+    """``largest_difference`` from outputs at hand."""
     gaps = [0.0]
-    for outputs, images in zip(actual, inputs, strict=True):
-        expected = output_tensors(model(images))
-        if [tensor.shape for tensor in outputs] != [tensor.shape for tensor in expected]:
+    for outputs, wanted in zip(actual, expected, strict=True):
+        if [tensor.shape for tensor in outputs] != [tensor.shape for tensor in wanted]:
             return float("inf")
-        gap = max(_gap(a.double(), b.double()) for a, b in zip(outputs, expected, strict=True))
-        magnitude = max(_largest(b.double().nan_to_num(0.0, 0.0, 0.0).abs()) for b in expected)
+        gap = max(_gap(a.double(), b.double()) for a, b in zip(outputs, wanted, strict=True))
+        magnitude = max(_largest(b.double().nan_to_num(0.0, 0.0, 0.0).abs()) for b in wanted)
         gaps.append(gap / magnitude if gap and magnitude else gap)
     return max(gaps)
 

@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import torchvision
 from PIL import Image
 from torch import Tensor, nn
 
@@ -211,32 +210,3 @@ def test_two_inputs_and_two_outputs(tmp_path: Path) -> None:
     assert cs.export(Two(1).eval(), tmp_path / "m.onnx", size=32).difference < 1e-5
     with pytest.raises(SurgeryError, match=r"cannot be called with images \[2, 3, 1, 1\](.|\n)*another size= than 1"):
         cs.export(nn.Sequential(nn.Conv2d(3, 4, 3)).eval(), tmp_path / "m.onnx", size=1)
-
-
-@pytest.fixture(scope="module")
-def detector() -> nn.Module:
-    torch.manual_seed(0)
-    build = torchvision.models.detection.ssdlite320_mobilenet_v3_large
-    plain = build(weights=None, weights_backbone=None, num_classes=3).eval()
-    example = ([torch.rand(3, 320, 320)],)
-    return cs.convert(
-        plain, CondConv(2), example=example, include=["backbone.features.1.3.*"], prove=False, inplace=True
-    ).model.eval()
-
-
-@pytest.mark.parametrize("to", ["onnx", "pt2"])
-def test_detectors_of_torchvision(detector: nn.Module, to: str, tmp_path: Path) -> None:
-    """Said at once: torch traces for minutes before it fails."""
-    path = tmp_path / f"m.{to}"
-    with pytest.raises(SurgeryError, match=r"detector of torchvision(.|\n)*\.backbone, \"backbone.onnx\", size=320"):
-        cs.export(nn.Sequential(detector), path, to=to, size=320)
-    assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.slow
-def test_the_backbone_of_a_detector(detector: nn.Module, tmp_path: Path) -> None:
-    cs.save(detector, tmp_path / "detector.safetensors")
-    backbone = cs.load(tmp_path / "detector.safetensors").backbone
-    result = cs.export(backbone, tmp_path / "backbone.onnx", size=64)  # type: ignore[arg-type]
-    assert result.forms
-    assert result.difference < 1e-5

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +23,7 @@ class Onnx(Runtime):
 
     name, suffix, extra = "onnx", ".onnx", "onnx"
     packages = ("onnx", "onnxscript", "onnxruntime")
-    preferred = ("scale", "kernel", "loop", "matmul", "sum", "taps", "grouped")
+    preferred: ClassVar[tuple[str, ...]] = ("scale", "kernel", "loop", "matmul", "sum", "taps", "grouped")
 
     def write(self, model: nn.Module, request: Request, path: Path) -> dict[str, int]:
         program = onnx_program(model, request)

@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from condconv_surgery.deploy.file_proof import largest_difference
 from condconv_surgery.errors import InputError, SurgeryError, one_line
 
 
@@ -59,6 +60,10 @@ class Runtime:
     def run(self, path: Path, inputs: Sequence[Tensor]) -> list[list[Tensor]]:
         """The outputs of the file for each of ``inputs``, in order."""
         raise NotImplementedError
+
+    def prove(self, model: nn.Module, path: Path, inputs: Sequence[Tensor]) -> float:
+        """The largest difference between the outputs of ``model`` and of the file, see ``largest_difference``."""
+        return largest_difference(model, self.run(path, inputs), inputs)
 
     def require_packages(self) -> None:
         """Raise ``InputError`` where a package is missing."""
