@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +17,7 @@ from condconv_surgery.recipe import CondConv, InputSpec, ODConv, Variant
 from condconv_surgery.training import fit_heads
 from tests.conftest import Run
 from tests.small_networks import mixed
+from tests.training.forked import fresh_script
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
@@ -105,8 +104,8 @@ def test_a_file_is_measured_and_served(condconv: Run, tmp_path: Path) -> None:
     top1 = json.loads(out)["top1"]
     assert top1["model"] == top1["file"]
     files = sorted((tmp_path / "images").glob("*/0.png"))
-    command = [sys.executable, str(EXAMPLE), str(path), *map(str, files)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    done = fresh_script(EXAMPLE, path, *files, folder=tmp_path)
+    assert done.returncode == 0, done.stderr
     transform = EvaluationTransform(InputSpec(height=32, width=32))
     with torch.no_grad():
         logits = model(torch.stack([transform(Image.open(file)) for file in files]))

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 import re
 import shlex
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -19,6 +16,7 @@ import condconv_surgery as cs
 from condconv_surgery.recipe import InputSpec
 from condconv_surgery.training import fit_heads
 from tests.images import write_images
+from tests.training.forked import fresh_command, fresh_python, fresh_script
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted(path.relative_to(ROOT).as_posix() for path in [ROOT / "README.md", *ROOT.glob("docs/**/*.md")])
@@ -100,17 +98,14 @@ def test_the_tutorial_runs(tmp_path: Path) -> None:
     (weights,) = Path(package.submodule_search_locations[0]).glob("weights/mobilenet_v2-*.pth")
     shutil.copy(weights, tmp_path / "mobilenet_v2-b0353104.pth")
     (tmp_path / "examples").symlink_to(ROOT / "examples")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    programs = {"condconv": [sys.executable, "-m", "condconv_surgery"], "python": [sys.executable]}
     for line in "".join(blocks("docs/tutorial.md", "sh")).splitlines():
         program, *arguments = shlex.split(line)
-        done = subprocess.run(
-            [*programs[program], *arguments], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
-        )
+        if program == "condconv":
+            done = fresh_command(*arguments, folder=tmp_path)
+        else:
+            assert program == "python"
+            done = fresh_script(Path(arguments[0]), *arguments[1:], folder=tmp_path)
         assert done.returncode == 0, f"{line}\n{done.stderr}"
-    code = "\n".join(blocks("docs/tutorial.md", "python"))
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, check=True
-    )
-    assert done.stdout == "MobileNetV2\n"
+    done = fresh_python("\n".join(blocks("docs/tutorial.md", "python")), folder=tmp_path)
+    assert done.stdout == "MobileNetV2\n", done.stderr
     assert (tmp_path / "report.html").exists()

@@ -3,24 +3,20 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from tests.examples.emoji_packages import write_packages
 from tests.images import write_images
+from tests.training.forked import fresh_script
 
 ROOT = Path(__file__).parents[2]
 
 
 def sweep(folder: Path, *arguments: object) -> list[dict]:
     """Run the example with ``folder/out`` as its output; its points."""
-    command = [sys.executable, str(ROOT / "examples/mobilenet_sweep.py"), *map(str, arguments), "-o", "out"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+    done = fresh_script(ROOT / "examples/mobilenet_sweep.py", *arguments, "-o", "out", folder=folder)
     assert done.returncode == 0, done.stderr
     return [json.loads(line) for line in (folder / "out/points.jsonl").read_text().splitlines()]
 

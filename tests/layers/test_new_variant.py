@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import importlib
 import json
-import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from condconv_surgery.errors import InputError
 from condconv_surgery.layers import ConditionalConv2d, conditional_layers, conditional_like, routed_blocks
 from condconv_surgery.layers.router_base import ROUTERS
 from condconv_surgery.recipe import VARIANTS, CondConv, UnknownVariantError, Variant, make_variant, variant
+from tests.training.forked import fresh_command, fresh_python
 from tests.variant_cases import scramble
 
 ROOT = Path(__file__).parents[2]
@@ -41,10 +41,6 @@ def network() -> nn.Module:
     torch.manual_seed(0)
     block = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1, groups=8), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 12, 1))
     return nn.Sequential(nn.Conv2d(3, 8, 3), block, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(12, 5))
-
-
-def fresh(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-c", code, *arguments], cwd=ROOT, capture_output=True, text=True)
 
 
 def test_it_is_converted_trained_copied_and_saved(outside: ModuleType, tmp_path: Path) -> None:
@@ -68,24 +64,23 @@ def test_another_process_loads_it_when_its_package_is_trusted(outside: ModuleTyp
     scramble(model)
     cs.save(model, path)
     code = (
-        "import sys, torch, condconv_surgery as cs; torch.set_num_threads(1);"
+        "import sys, torch, condconv_surgery as cs;"
         "print(cs.load(sys.argv[1], {})(torch.ones(1, 3, 10, 10)).sum().item())"
     )
-    trusting = fresh(code.format("trust=['tests']"), str(path))
+    trusting = fresh_python(code.format("trust=['tests']"), path, folder=ROOT)
     assert float(trusting.stdout) == pytest.approx(model(x).sum().item(), rel=1e-5), trusting.stderr
-    refused = fresh(code.format("trust=[]"), str(path))
+    refused = fresh_python(code.format("trust=[]"), path, folder=ROOT)
     assert "UnknownVariantError" in refused.stderr
     assert f"import {HOME}, or trust=" in refused.stderr
 
 
 def test_the_command_line_finds_it_by_its_module(tmp_path: Path) -> None:
-    path = tmp_path / "m.safetensors"
-    arguments = ["convert", "torchvision:squeezenet1_1", "--weights", "none", "--input-size", "64", "-o", str(path)]
-    command = [sys.executable, "-m", "condconv_surgery", *arguments, "--json", "--variant", f"{HOME}:softmaxconv"]
-    done = subprocess.run([*command, "--trust", "tests"], cwd=ROOT, capture_output=True, text=True)
+    model = ["torchvision:squeezenet1_1", "--weights", "none", "--input-size", "64", "-o", tmp_path / "m.safetensors"]
+    command = ["convert", *model, "--json", "--variant", f"{HOME}:softmaxconv"]
+    done = fresh_command(*command, "--trust", "tests", folder=ROOT)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["variant"] == "softmaxconv"
-    untrusted = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    untrusted = fresh_command(*command, folder=ROOT)
     assert untrusted.returncode == 2
     assert "must be trusted" in untrusted.stderr
 

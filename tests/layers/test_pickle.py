@@ -6,15 +6,12 @@ import abc
 import copy
 import inspect
 import pickle
-import subprocess
-import sys
 import traceback
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -22,6 +19,7 @@ import condconv_surgery as cs
 from condconv_surgery.layers import RoutedBlock
 from condconv_surgery.layers.routed_block import remove_block_router
 from condconv_surgery.recipe import CondConv, DynamicConv, Variant
+from tests.training.forked import forked, fresh_python
 from tests.variant_cases import EVERY_VARIANT, scramble
 
 ROOT = Path(__file__).parents[2]
@@ -58,10 +56,10 @@ def converted(variant: Variant, block: type[Block] = Block) -> nn.Module:
     return model
 
 
-def answer(model: nn.Module, queue: Any) -> None:
-    """What a spawned process does with a model that it is given."""
-    torch.set_num_threads(1)
-    queue.put(model(X).detach().numpy())
+def answer(model: nn.Module, file: Path) -> int:
+    """What another process does with a model that it is given."""
+    torch.save(model(X).detach(), file)
+    return 0
 
 
 @pytest.mark.parametrize("variant", [*EVERY_VARIANT, *BY_BLOCK], ids=str)
@@ -83,24 +81,20 @@ def test_a_saved_model_is_loaded_in_a_fresh_process(variant: Variant, tmp_path: 
     torch.save(model, tmp_path / "model.pt")
     torch.save((X, model(X)), tmp_path / "expected.pt")
     code = (
-        "import sys, torch; torch.set_num_threads(1);"
-        "model = torch.load(sys.argv[1] + '/model.pt', weights_only=False);"
+        "import sys, torch; model = torch.load(sys.argv[1] + '/model.pt', weights_only=False);"
         "x, expected = torch.load(sys.argv[1] + '/expected.pt');"
         "torch.testing.assert_close(model(x), expected); print(type(model[1]).__name__)"
     )
-    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, capture_output=True, text=True)
+    done = fresh_python(code, tmp_path, folder=ROOT)
     assert done.stdout == "RoutedBlock\n", done.stderr
 
 
-def test_a_spawned_process_takes_a_model() -> None:
-    model = converted(BY_BLOCK[0])
-    context = mp.get_context("spawn")
-    queue = context.Queue()
-    process = context.Process(target=answer, args=(model, queue))
-    process.start()
-    found = torch.from_numpy(queue.get(timeout=120))
-    process.join()
-    torch.testing.assert_close(found, model(X))
+def test_another_process_takes_a_model(tmp_path: Path) -> None:
+    model, file, output = converted(BY_BLOCK[0]), tmp_path / "y.pt", tmp_path / "output"
+    process = forked(answer, model, file, output=output)
+    process.join(120)
+    assert process.exitcode == 0, output.read_text()
+    torch.testing.assert_close(torch.load(file), model(X))
 
 
 def test_a_copy_has_the_same_class_and_a_pickle_one_like_it() -> None:

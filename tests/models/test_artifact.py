@@ -7,8 +7,6 @@ import json
 import os
 import stat
 import struct
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -26,6 +24,7 @@ from condconv_surgery.models.sources import load_model
 from condconv_surgery.recipe import VARIANTS, CondConv, ODConv, Recipe, Source, attach_recipe, recipe_of
 from condconv_surgery.runtime.tensor_hash import hash_tensors
 from tests.surgery.test_conversion import Net
+from tests.training.forked import fresh_python
 from tests.variant_cases import scramble
 
 SHUFFLE = "torchvision:shufflenet_v2_x0_5"
@@ -66,7 +65,7 @@ def test_a_fresh_process_needs_no_other_argument(saved: tuple[Path, nn.Module], 
         "torch.save(cs.load(sys.argv[1])(x).detach(), sys.argv[3])"
     )
     arguments = [str(path), str(tmp_path / "x.pt"), str(tmp_path / "y.pt")]
-    subprocess.run([sys.executable, "-c", code, *arguments], check=True, cwd=tmp_path)
+    fresh_python(code, *arguments, folder=tmp_path).check_returncode()
     torch.testing.assert_close(torch.load(tmp_path / "y.pt"), model(EXAMPLE), rtol=0, atol=1e-6)
 
 

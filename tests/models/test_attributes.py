@@ -7,8 +7,7 @@ import collections
 import functools
 import logging
 import re
-import subprocess
-import sys
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -23,6 +22,7 @@ import condconv_surgery as cs
 from condconv_surgery.errors import InputError
 from condconv_surgery.models.artifact.skeleton import describe
 from condconv_surgery.recipe import CondConv
+from tests.training.forked import fresh_command, fresh_python
 
 EXAMPLE = torch.randn(2, 3, 9, 9, generator=torch.Generator().manual_seed(0))
 
@@ -170,12 +170,8 @@ def test_the_command_says_how_instead(tmp_path: Path) -> None:
         "    __slots__ = ()\n"
     )
     make = "import torch, mynet; torch.save(mynet.net(), 'm.pt'); torch.save(mynet.net().state_dict(), 'w.pt')"
-    subprocess.run([sys.executable, "-c", make], check=True, cwd=tmp_path)
-
-    def command(*arguments: str) -> subprocess.CompletedProcess[str]:
-        call = [sys.executable, "-m", "condconv_surgery", *arguments]
-        return subprocess.run(call, cwd=tmp_path, capture_output=True, text=True)
-
+    fresh_python(make, folder=tmp_path).check_returncode()
+    command = partial(fresh_command, folder=tmp_path)
     refused = command("convert", "m.pt", "--trust", "mynet", "--input-size", "16", "-o", "o.safetensors")
     assert refused.returncode == 2
     assert "Sequential.key" in refused.stderr

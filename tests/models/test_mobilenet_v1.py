@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -19,6 +17,7 @@ from condconv_surgery.models.mobilenet_v1 import CONDCONV_LAYERS
 from condconv_surgery.recipe import Source, recipe_of
 from condconv_surgery.reporting.measure.cost_table import Profile
 from condconv_surgery.reporting.measure.profile import profile
+from tests.training.forked import fresh_python
 from tests.variant_cases import scramble
 
 IMAGE = torch.empty(1, 3, 224, 224, device="meta")
@@ -149,8 +148,8 @@ def test_an_artifact_comes_back_in_a_fresh_process(tmp_path: Path) -> None:
         "import torch, condconv_surgery as cs; x, y = torch.load('outputs.pt');"
         "print(torch.allclose(cs.load('m.safetensors')(x), y, rtol=1e-5, atol=1e-6))"
     )
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
-    assert done.stdout == "True\n"
+    done = fresh_python(code, folder=tmp_path)
+    assert done.stdout == "True\n", done.stderr
 
 
 def test_a_changed_network_comes_back_from_its_description(tmp_path: Path) -> None:

@@ -6,7 +6,6 @@ import errno
 import json
 import os
 import socket
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -18,6 +17,7 @@ from condconv_surgery.training import finetune
 from condconv_surgery.training.state.run_lock import LOCK, SILENT, RunLock
 from tests.images import write_images
 from tests.small_networks import small_net
+from tests.training.forked import forked
 from tests.training.test_explained_errors import AtStep
 from tests.training.test_training_run import options_for
 
@@ -46,31 +46,31 @@ def test_a_second_run_in_the_folder_is_refused(folder: Path) -> None:
     assert not (Path(options.output) / LOCK).exists()
 
 
-LOCKING = """
-import sys, time
-from pathlib import Path
-from condconv_surgery.training.state.run_lock import RunLock
-lock = RunLock(Path(sys.argv[1]))
-lock.acquire()
-print("locked", flush=True)
-time.sleep(600)
-"""
+def lock_for_ever(folder: Path) -> int:
+    lock = RunLock(folder)
+    lock.acquire()
+    sys.stdout.write("locked")
+    sys.stdout.flush()
+    time.sleep(600)
+    return 0
 
 
 def test_the_lock_of_another_process_is_seen_and_freed_by_its_death(tmp_path: Path) -> None:
-    other = subprocess.Popen([sys.executable, "-c", LOCKING, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    folder, output = tmp_path / "run", tmp_path / "output"
+    folder.mkdir()
+    other = forked(lock_for_ever, folder, output=output)
     try:
-        assert other.stdout is not None
-        assert other.stdout.readline() == "locked\n"
+        while other.is_alive() and not (output.exists() and output.read_text() == "locked"):
+            time.sleep(0.01)
         with pytest.raises(InputError, match=f"The run of process {other.pid} on .* writes into"):
-            RunLock(tmp_path).acquire()
+            RunLock(folder).acquire()
     finally:
         other.kill()
-        other.communicate()
-    lock = RunLock(tmp_path)
+        other.join()
+    lock = RunLock(folder)
     assert f"process {other.pid} on {socket.gethostname()} ended without freeing" in lock.acquire()
     lock.release()
-    assert list(tmp_path.iterdir()) == []
+    assert list(folder.iterdir()) == []
 
 
 @pytest.mark.parametrize(("silence", "is_alive"), [(SILENT / 2, True), (2 * SILENT, False)])

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -23,6 +20,7 @@ from condconv_surgery.training.batches.unreadable_images import UnreadableImages
 from condconv_surgery.training.state.run_state import LAST, read_state
 from tests.images import find_training_images, write_images
 from tests.small_networks import small_net
+from tests.training.forked import fresh_script
 from tests.training.test_explained_errors import AtStep
 from tests.training.test_training_run import Crash, Killed, StopAt, assert_same, options_for, weights
 
@@ -179,6 +177,7 @@ import multiprocessing, sys
 import torch
 from condconv_surgery.training import finetune
 from tests.small_networks import small_net
+from tests.training.forked import fresh_script
 
 multiprocessing.set_start_method("spawn")
 torch.set_num_threads(1)
@@ -190,15 +189,7 @@ finetune(small_net(), options, data=sys.argv[1], output=sys.argv[2])
 def test_an_unguarded_script_with_spawned_processes_is_told_so(folder: Path) -> None:
     script = folder.parent / "script.py"
     script.write_text(UNGUARDED)
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
-    done = subprocess.run(
-        [sys.executable, script, folder, folder.parent / "run"],
-        capture_output=True,
-        text=True,
-        env=environment,
-        timeout=300,
-        check=False,
-    )
+    done = fresh_script(script, folder, folder.parent / "run", folder=folder.parent)
     assert done.returncode == 1
     *_, given, allowed, fix = done.stderr.strip().splitlines()
     assert "ended before its first batch" in given

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import copy
 import random
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -23,6 +21,7 @@ from condconv_surgery.reporting.measure.original_model import Original
 from condconv_surgery.reporting.measure.profile import profile
 from condconv_surgery.training.gate_regularization import ExpertDropout, GateRecorder
 from condconv_surgery.training.optimization.parameter_groups import roles
+from tests.training.forked import fresh_python
 from tests.variant_cases import scramble
 
 BY_BLOCK: list[Variant] = [CondConv(experts=3, routing="block"), DynamicConv(experts=4, routing="block")]
@@ -399,7 +398,8 @@ def test_a_fresh_process_computes_the_same(tmp_path: Path) -> None:
         "import sys, torch, condconv_surgery as cs; m = cs.load(sys.argv[1]); t = torch.load(sys.argv[2]); "
         "assert torch.equal(m(t['x']), t['y']); m.train()(t['x']).sum().backward(); cs.save(m, sys.argv[1])"
     )
-    subprocess.run([sys.executable, "-c", code, tmp_path / "m.safetensors", tmp_path / "xy.pt"], check=True)
+    done = fresh_python(code, tmp_path / "m.safetensors", tmp_path / "xy.pt", folder=tmp_path)
+    assert done.returncode == 0, done.stderr
     again = cs.load(tmp_path / "m.safetensors")
     assert list(routers(again)) == list(routers(model))
     assert recipe_of(again).routers == tuple(

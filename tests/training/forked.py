@@ -14,6 +14,8 @@ import uuid
 from collections.abc import Callable
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from subprocess import CompletedProcess
+from tempfile import TemporaryDirectory
 
 import torch
 
@@ -29,6 +31,30 @@ def forked(function: Callable[..., int], *arguments: object, output: Path) -> Ba
     process = context.Process(target=_whole_process, args=(function, arguments, output))
     process.start()
     return process
+
+
+def fresh_python(code: str, *arguments: object, folder: Path) -> CompletedProcess[str]:
+    """``python -c code arguments`` in ``folder``: a process that has only the modules in common with this one."""
+    with TemporaryDirectory() as place:
+        out, err = Path(place, "out"), Path(place, "err")
+        process = forked(_execute, code, [*map(str, arguments)], folder, err, output=out)
+        process.join(300)
+        if process.is_alive():
+            process.kill()
+            process.join()
+        assert process.exitcode is not None
+        return CompletedProcess([code, *arguments], process.exitcode, out.read_text(), err.read_text())
+
+
+def fresh_command(*arguments: object, folder: Path) -> CompletedProcess[str]:
+    """``condconv arguments`` in ``folder``."""
+    return fresh_python("from condconv_surgery.cli.main import run; run()", *arguments, folder=folder)
+
+
+def fresh_script(script: Path, *arguments: object, folder: Path) -> CompletedProcess[str]:
+    """``python script arguments`` in ``folder``."""
+    code = f"import runpy; sys.argv[0] = {str(script)!r}; runpy.run_path(sys.argv[0], run_name='__main__')"
+    return fresh_python(f"import sys; sys.path[0] = {str(script.parent)!r}; {code}", *arguments, folder=folder)
 
 
 def several(function: Callable[..., int], processes: int, restarts: int, *arguments: object) -> int:
@@ -75,3 +101,13 @@ def _whole_process(function: Callable[..., int], arguments: tuple[object, ...], 
     os.dup2(file, 1)
     os.dup2(file, 2)
     sys.exit(function(*arguments))
+
+
+def _execute(code: str, arguments: list[str], folder: Path, errors: Path) -> int:
+    os.dup2(os.open(errors, os.O_WRONLY | os.O_CREAT, 0o600), 2)
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    os.chdir(folder)
+    sys.path.insert(0, "")
+    sys.argv = ["-c", *arguments]
+    exec(compile(code, "<string>", "exec"), {"__name__": "__main__"})
+    return 0

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -17,6 +14,7 @@ import condconv_surgery as cs
 from condconv_surgery.layers import routers
 from condconv_surgery.recipe import recipe_of
 from tests.images import write_images
+from tests.training.forked import fresh_script
 
 ROOT = Path(__file__).parents[2]
 
@@ -43,10 +41,8 @@ def test_the_examples_with_other_libraries_train(tmp_path: Path, library: str) -
     conversion = cs.convert(plain, cs.DynamicConv(experts=2), include=["layer1.0.*"], example=torch.randn(2, 3, 64, 64))
     cs.save(conversion.model, tmp_path / "converted.safetensors")
     folder = write_images(tmp_path / "data", each=16)
-    script = ROOT / f"examples/with_{library}.py"
-    command = [sys.executable, str(script), "converted.safetensors", str(folder), "tuned.safetensors", "2"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    arguments = ["converted.safetensors", folder, "tuned.safetensors", 2]
+    done = fresh_script(ROOT / f"examples/with_{library}.py", *arguments, folder=tmp_path)
     assert done.returncode == 0, done.stderr
     tuned = cs.load(tmp_path / "tuned.safetensors")
     recipe = recipe_of(tuned)

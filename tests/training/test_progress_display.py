@@ -3,8 +3,6 @@ from __future__ import annotations
 import io
 import math
 import re
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -26,6 +24,7 @@ from condconv_surgery.training.monitor.training_curves import draw_curves
 from condconv_surgery.training.tally import Tally
 from tests.images import write_images
 from tests.small_networks import small_net
+from tests.training.forked import fresh_python
 
 VIEW = StepView(2, 10, 150, 1000, Tally.of(2.46912, 1, 2), 9.87e-4, 123.4, 1024.0)
 EPOCH_LINE = "epoch   2  train loss 1.2000 top-1 0.5100  val loss 1.1000 top-1 0.5500 best"
@@ -109,20 +108,21 @@ def test_a_kept_head_with_other_class_names_is_reported(tmp_path: Path, capsys: 
         assert said == (name == "two")
 
 
-def test_without_the_resource_module_memory_is_not_shown() -> None:
+def test_without_the_resource_module_memory_is_not_shown(tmp_path: Path) -> None:
     """Windows has none."""
     code = """
-import sys
+import sys, torch
 sys.modules["resource"] = None
-import torch
+for name in [name for name in sys.modules if name.startswith("condconv_surgery.training.monitor")]:
+    del sys.modules[name]
 from condconv_surgery.training.monitor import progress_display, run_metrics
 from condconv_surgery.training.monitor.callback import StepView
 from condconv_surgery.training.tally import Tally
 memory = run_metrics.peak_memory(torch.device("cpu"))
 print(memory, *progress_display._measures(StepView(1, 1, 1, 1, Tally.of(1, 1, 1), 0.1, 1.0, memory)), sep="  ")
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout == "None  loss 1.0000  top-1 1.0000  1 images/s  lr 1.00e-01\n"
+    done = fresh_python(code, folder=tmp_path)
+    assert done.stdout == "None  loss 1.0000  top-1 1.0000  1 images/s  lr 1.00e-01\n", done.stderr
 
 
 def test_a_run_says_what_it_trains_what_it_reached_and_what_to_do_next(
