@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -104,7 +104,7 @@ def unaware_notes(replaced: Places) -> tuple[str, ...]:
     old = {id(parameter) for _, module in replaced for parameter in module.parameters(recurse=False)}
     unaware = [
         type(candidate).__name__
-        for candidate in gc.get_objects()
+        for candidate in gc.get_referrers(*_with_subclasses(Optimizer))  # an object refers to its class
         if issubclass(type(candidate), Optimizer)
         and any(id(parameter) in old for group in candidate.param_groups for parameter in group["params"])
     ]
@@ -114,6 +114,12 @@ def unaware_notes(replaced: Places) -> tuple[str, ...]:
         f"an optimizer ({', '.join(sorted(unaware))}) holds weights that were replaced, not their experts and routers: "
         "convert with optimizers=[...], or make it again",
     )
+
+
+def _with_subclasses(kind: type) -> Iterator[type]:
+    yield kind
+    for subclass in type.__subclasses__(kind):
+        yield from _with_subclasses(subclass)
 
 
 def _successors(model: nn.Module, plan: Plan, replaced: Places) -> dict[int, list[nn.Parameter]]:

@@ -80,6 +80,9 @@ def scaled(): return TwoLayers(Scaled)
 def boxes(): return torch.nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3))
 """
 OUT = ["-o", "out.safetensors", "--input-size", "32"]
+LAST = ["--include", "conv5*"]
+"""Of a network whose layers all together take seconds to convert."""
+
 State = dict[str, torch.Tensor]
 
 
@@ -155,7 +158,7 @@ def collapsing(*flags: str) -> Callable[[], list[str]]:
 
 
 MISTAKES: dict[str, Callable[[], list[str]]] = {
-    "a name without its library": made("shufflenet_v2_x0_5", "--weights", "none"),
+    "a name without its library": made("shufflenet_v2_x0_5", "--weights", "none", *LAST),
     "a pattern that matches nothing": made("nets:tiny", "--include", "layer5.*"),
     "a pattern that matches the stem": made("nets:tiny", "--include", "stem*"),
     "everything excluded": made("nets:tiny", "--exclude", "*"),
@@ -175,19 +178,24 @@ MISTAKES: dict[str, Callable[[], list[str]]] = {
     "a start of another variant": made("nets:tiny", "--start", "softmax"),
     "a module of a package that is not trusted": saved(lambda: nets().tiny()),  # type: ignore[attr-defined]
     "a factory that is not there": made("nets:tini"),
-    "weights of another architecture": saved(small, "--arch", "torchvision:mobilenet_v2"),
+    "weights of another architecture": saved(small, "--arch", "torchvision:mobilenet_v2", *LAST),
     "weights of no architecture": saved(without_a_layer),
     "weights of no architecture, with another one": saved(without_a_layer, "--arch", "torchvision:shufflenet_v2_x0_5"),
-    "classes that the file has not": saved(small, "--arch", "torchvision:shufflenet_v2_x0_5", "--num-classes", "5"),
-    "classes without an architecture": saved(small, "--num-classes", "5"),
+    "classes that the file has not": saved(
+        small, "--arch", "torchvision:shufflenet_v2_x0_5", "--num-classes", "5", *LAST
+    ),
+    "classes without an architecture": saved(small, "--num-classes", "5", *LAST),
     "a folder with a file": folder_of_weights,
     "weights of another architecture for a name": lambda: [
-        *("convert", "torchvision:mobilenet_v2", "--weights", saved(small)()[1], *OUT)
+        *("convert", "torchvision:mobilenet_v2", "--weights", saved(small)()[1], *OUT, *LAST)
     ],
     "classes that the file of a name has not": lambda: [
-        *("convert", "torchvision:shufflenet_v2_x0_5", "--num-classes", "5", "--weights", saved(small)()[1], *OUT)
+        *("convert", "torchvision:shufflenet_v2_x0_5", "--num-classes", "5"),
+        *("--weights", saved(small)()[1], *OUT, *LAST),
     ],
-    "a training state with its options": saved(lambda: {"state_dict": small(), "args": argparse.Namespace(lr=1)}),
+    "a training state with its options": saved(
+        lambda: {"state_dict": small(), "args": argparse.Namespace(lr=1)}, *LAST
+    ),
     "an architecture for an artifact": artifact("convert", "made.safetensors", "--arch", "nets:tiny", *OUT),
     "no output": lambda: ["convert", "nets:tiny", "--input-size", "32"],
     "another suffix": lambda: ["convert", "nets:tiny", "--input-size", "32", "-o", "out.pt"],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import json
 import subprocess
 import sys
@@ -48,7 +49,11 @@ def photographs() -> torch.Tensor:
 
 @pytest.mark.parametrize(
     ("kind", "experts"),
-    [pytest.param(kind, n, marks=[] if n == 4 else pytest.mark.slow) for kind in VARIANTS for n in (1, 2, 4, 8, 32)],
+    [
+        *((kind, 4) for kind in VARIANTS),
+        *(pytest.param(kind, 1, marks=pytest.mark.slow) for kind in VARIANTS),
+        pytest.param("condconv", 32, marks=pytest.mark.slow),
+    ],
 )
 def test_the_real_mobilenet(condconv, mobilenet_file, photographs, tmp_path, kind: str, experts: int) -> None:
     path = tmp_path / "m.safetensors"
@@ -225,15 +230,14 @@ def test_the_five_commands_are_listed() -> None:
     assert all(name in result.output for name in ("convert", "finetune", "report"))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", VARIANTS)
-@pytest.mark.parametrize(
-    "name",
-    [
-        *("resnet18", "resnet50", "mobilenet_v3_small", "efficientnet_b0", "densenet121"),
-        *("regnet_y_400mf", "convnext_tiny", "shufflenet_v2_x1_0", "googlenet"),
-    ],
+NETWORKS = (
+    *("resnet18", "resnet50", "mobilenet_v3_small", "efficientnet_b0", "densenet121"),
+    *("regnet_y_400mf", "convnext_tiny", "shufflenet_v2_x1_0", "googlenet"),
 )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "kind"), zip(NETWORKS, itertools.cycle(VARIANTS), strict=False))
 def test_torchvision_models_keep_their_function(name: str, kind: str) -> None:
     torch.manual_seed(0)
     more = {"init_weights": True} if name == "googlenet" else {}

@@ -205,9 +205,9 @@ def test_a_whole_network(network: str, variant: str) -> None:
     ("network", "include", "to"),
     [
         ("lraspp_mobilenet_v3_large", "classifier.*", "onnx"),
-        ("deeplabv3_mobilenet_v3_large", "classifier.0.*", "onnx"),
+        pytest.param("deeplabv3_mobilenet_v3_large", "classifier.0.*", "onnx", marks=slow),
         ("deeplabv3_mobilenet_v3_large", "classifier.0.*", "pt2"),
-        ("fcn_resnet50", "classifier.0", "pt2"),
+        pytest.param("fcn_resnet50", "classifier.0", "pt2", marks=slow),
     ],
 )
 @pytest.mark.filterwarnings("ignore:The given buffer is not writable")  # torch 2.10 reads its archives so

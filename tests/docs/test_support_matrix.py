@@ -47,16 +47,19 @@ def test_the_matrix_has_all_variants_and_runtimes() -> None:
     }
 
 
-@pytest.mark.parametrize(("variant", "runtime", "precision"), cells())
-@pytest.mark.parametrize("mixed", [False, True], ids=["dtype", "autocast"])
+@pytest.mark.parametrize(
+    ("variant", "runtime", "precision", "mixed"),
+    [(*cell, mixed) for cell in cells() for mixed in (False, True) if not mixed or cell[-1] != "fp32"],
+)
 def test_a_cell_of_the_matrix(variant: str, runtime: str, precision: str, mixed: bool) -> None:
+    """mixed: by autocast, which float32 has not."""
     torch.manual_seed(0)
     torch._dynamo.reset()
     x = torch.randn(3, 8, 9, 9)
     plain = nn.Sequential(nn.Conv2d(8, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 8, 1)).eval()
     model = cs.convert(plain, getattr(cs, variant)(experts=2), example=x, skip_stem=False).model.eval()
     expected, dtype, tolerance = plain(x), DTYPES[precision], TOLERANCES[precision]
-    with torch.no_grad(), torch.autocast("cpu", dtype, enabled=mixed and precision != "fp32"):
+    with torch.no_grad(), torch.autocast("cpu", dtype, enabled=mixed):
         if not mixed:
             model, x = model.to(dtype), x.to(dtype)
         y = run(model, runtime, x)

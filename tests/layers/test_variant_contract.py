@@ -20,6 +20,8 @@ from tests.variant_cases import EVERY_VARIANT, scramble
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding=.same. with even kernel")
 variants = pytest.mark.parametrize("variant", EVERY_VARIANT, ids=str)
+TRACED = ("3x3", "1x1", "1x1 strided", "groups", "depthwise", "depthwise strided", "same even", "reflect", "circular")
+"""Every kind of layer and of padding whose code reads the sizes of the input."""
 
 
 def make(variant: Variant, name: str = "3x3", **changes: object) -> nn.Module:
@@ -251,7 +253,7 @@ def test_a_model_can_read_the_geometry_off_its_layer(variant: Variant) -> None:
 
 @pytest.mark.filterwarnings("ignore:`torch.jit:FutureWarning", "ignore:`torch.jit:DeprecationWarning")
 @variants
-@pytest.mark.parametrize("name", GEOMETRIES)
+@pytest.mark.parametrize("name", TRACED)
 def test_a_jit_trace_of_one_image_computes_every_batch(variant: Variant, name: str) -> None:
     """A ``TracerWarning`` would fail the test too: nothing is decided by a recorded size."""
     layer = make(variant, name).double().eval()

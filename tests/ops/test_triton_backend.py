@@ -65,9 +65,17 @@ cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no cuda device 
 uneven = pytest.mark.filterwarnings("ignore:Using padding=.same. with even kernel")
 
 
-def compare(name: str, parts: str, dtype: torch.dtype, tolerance: float, last: bool = False, watched: bool = False):
+def compare(
+    name: str,
+    parts: str,
+    dtype: torch.dtype,
+    tolerance: float,
+    last: bool = False,
+    watched: bool = False,
+    batch: int = 2,
+):
     geometry = ConvGeometry.make(**without_bias({**GEOMETRIES, **MORE}[name]))
-    x, experts, _, mixture = make_case(geometry, MIXTURES[parts], 3, False, torch.float32)
+    x, experts, _, mixture = make_case(geometry, MIXTURES[parts], batch, False, torch.float32)
     leaves = [t for t in (x, experts, *mixture) if t is not None]
     expected = values_and_gradients(per_sample_loop(x, experts, None, mixture, geometry), leaves)
     x = x.detach().to(dtype, memory_format=torch.channels_last if last else torch.contiguous_format).requires_grad_()
@@ -154,7 +162,7 @@ def test_checkpoints_may_mix_both_ways(interpreted: None) -> None:
 
 def test_a_batch_is_split_where_its_kernels_are_too_many(interpreted: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(convolution, "MAX_DEVICE_BYTES", 2 * 12 * 8 * 9 * 4)  # two samples and one
-    compare("3x3", "everything", torch.float32, TF32)
+    compare("3x3", "everything", torch.float32, TF32, batch=3)
 
 
 @pytest.mark.parametrize("variant", [CondConv(experts=3), ODConv(experts=3)], ids=str)
