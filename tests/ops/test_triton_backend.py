@@ -45,7 +45,7 @@ MORE = {
     "one channel": dict(in_channels=1, out_channels=3, kernel_size=3, padding=1),
     "one filter": dict(in_channels=3, out_channels=1, kernel_size=3, stride=2),
     "pixels that no tap reaches": dict(in_channels=5, out_channels=9, kernel_size=2, stride=3),
-    "5x3": dict(in_channels=17, out_channels=20, kernel_size=(5, 3), stride=(1, 2), padding=(2, 0), dilation=(2, 1)),
+    "3x2": dict(in_channels=17, out_channels=20, kernel_size=(3, 2), stride=(1, 2), padding=(2, 0), dilation=(2, 1)),
 }
 CASES = [
     ("3x3", "gate"),
