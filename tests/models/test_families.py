@@ -15,9 +15,15 @@ from condconv_surgery.models.artifact.skeleton import describe, rebuild, transie
 from condconv_surgery.models.sources import load_model
 from condconv_surgery.recipe import Recipe, Source, attach_recipe, recipe_of
 
+
+def parameters_of(name: str) -> int:
+    return min(weights.meta["num_params"] for weights in torchvision.models.get_model_weights(name))
+
+
 FAMILIES: dict[str, str] = {}
-for _name in torchvision.models.list_models(exclude="quantized_*"):
-    FAMILIES.setdefault(torchvision.models.get_model_builder(_name).__module__.rpartition(".")[2], _name)
+"""The smallest network of each."""
+for _name in sorted(torchvision.models.list_models(exclude="quantized_*"), key=parameters_of, reverse=True):
+    FAMILIES[torchvision.models.get_model_builder(_name).__module__.rpartition(".")[2]] = _name
 
 
 @pytest.mark.slow

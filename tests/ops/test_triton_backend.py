@@ -161,8 +161,8 @@ def test_checkpoints_may_mix_both_ways(interpreted: None) -> None:
 
 
 def test_a_batch_is_split_where_its_kernels_are_too_many(interpreted: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(convolution, "MAX_DEVICE_BYTES", 2 * 12 * 8 * 9 * 4)  # two samples and one
-    compare("3x3", "everything", torch.float32, TF32, batch=3)
+    monkeypatch.setattr(convolution, "MAX_DEVICE_BYTES", 2 * 9 * 5 * 4 * 4)  # two samples and one
+    compare("pixels that no tap reaches", "everything", torch.float32, TF32, batch=3)
 
 
 @pytest.mark.parametrize("variant", [CondConv(experts=3), ODConv(experts=3)], ids=str)
