@@ -237,7 +237,7 @@ NETWORKS = (
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "kind"), zip(NETWORKS, itertools.cycle(VARIANTS), strict=False))
+@pytest.mark.parametrize(("name", "kind"), [*zip(NETWORKS, itertools.cycle(VARIANTS), strict=False)])
 def test_torchvision_models_keep_their_function(name: str, kind: str) -> None:
     torch.manual_seed(0)
     more = {"init_weights": True} if name == "googlenet" else {}
