@@ -70,7 +70,8 @@ def test_equals_the_counter_for_every_variant(name: str) -> None:
     spec = InputSpec(height=side, width=side)
     static = profile(original, spec)
     assert static.macs.total == counted(original, x)
-    for variant in (CondConv(4), ODConv(1), ODConv(4), DynamicConv(3)):
+    variants = (CondConv(4), ODConv(1), ODConv(4), DynamicConv(3))
+    for variant in variants[2:3] if name in SLOW else variants:
         converted = convert(original, variant, example=x, prove=False).model
         found = profile(converted, spec)
         assert found.macs.total == counted(converted, x), variant

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -94,8 +95,10 @@ def assert_same(one: TrainingOptions, other: TrainingOptions) -> None:
     assert [name for name in a if not torch.equal(a[name], b[name])] == []
 
 
-@pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.slow)])
-def test_processes_train_as_one(folder: Path, processes: int) -> None:
+@pytest.mark.parametrize(
+    ("start", "processes"), [(run_by_torchrun, 2), pytest.param(run, 4, marks=pytest.mark.slow)], ids=["2", "4"]
+)
+def test_processes_train_as_one(folder: Path, start: Callable[..., None], processes: int) -> None:
     """Classes of unlike size, weighed; two images that can't be read, which different processes meet."""
     for image in sorted((folder / "class2").iterdir())[4:]:
         image.unlink()
@@ -107,7 +110,7 @@ def test_processes_train_as_one(folder: Path, processes: int) -> None:
         options_for(folder, name, **sections).updated({"data": {"max_bad": 2}}) for name in ("alone", "together")
     )
     run(alone)
-    run_by_torchrun(together, processes)
+    start(together, processes=processes)
     for options in (alone, together):
         state = read_state(Path(options.output) / LAST)
         assert sorted(state.facts["unreadable"]) == sorted(map(str, spoilt))
@@ -162,14 +165,14 @@ def test_a_killed_process_is_restarted_to_the_same_weights(folder: Path) -> None
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
-def test_twenty_stops_at_random_moments_change_nothing(folder: Path, number: int) -> None:
-    whole = options_for(folder, "whole", epochs=20, engine={"save_every": 2})
+def test_ten_stops_at_random_moments_change_nothing(folder: Path, number: int) -> None:
+    whole = options_for(folder, "whole", epochs=10, engine={"save_every": 2})
     run(whole)
     output = Path(whole.output)
     duration = (output / "last.safetensors").stat().st_mtime - (output / "recipe.toml").stat().st_mtime
     rng, stopped = random.Random(number), 0
-    for attempt in range(60):
-        cut = options_for(folder, f"cut{attempt}", epochs=20, engine={"save_every": 2})
+    for attempt in range(30):
+        cut = options_for(folder, f"cut{attempt}", epochs=10, engine={"save_every": 2})
         process = launch(cut)
         while not (Path(cut.output) / "recipe.toml").exists() and process.is_alive():
             time.sleep(0.002)
@@ -184,6 +187,6 @@ def test_twenty_stops_at_random_moments_change_nothing(folder: Path, number: int
         run(cut, "resume")
         assert_same(whole, cut)
         assert rows(whole)[-1]["val_loss"] == rows(cut)[-1]["val_loss"]
-        if stopped == 20:
+        if stopped == 10:
             return
     pytest.fail(f"only {stopped} runs were stopped before their end")
