@@ -127,9 +127,9 @@ def test_what_cannot_be_exported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 def test_the_command(condconv: Run, tmp_path: Path) -> None:
     torch.manual_seed(0)
-    plain = torchvision.models.mobilenet_v3_small(weights=None, num_classes=3).eval()
+    plain = torchvision.models.resnet18(weights=None, num_classes=3).eval()
     example = torch.randn(2, 3, 64, 64)
-    model = cs.convert(plain, CondConv(2), include=["features.1[01]*"], example=example, prove=False).model.eval()
+    model = cs.convert(plain, CondConv(2), include=["layer4.1.*"], example=example, prove=False).model.eval()
     scramble(model)
     fit_heads(model, ("a", "b", "c"), InputSpec(height=64, width=64))
     artifact, path = tmp_path / "m.safetensors", tmp_path / "m.onnx"
@@ -190,10 +190,9 @@ def test_latency_of_the_file_against_the_original(condconv: Run, tmp_path: Path)
 
 
 @slow
-@pytest.mark.parametrize(("network", "variant"), [("mobilenet_v3_small", "ODConv 4"), ("resnet18", "CondConv 4")])
-def test_a_whole_network(network: str, variant: str) -> None:
+def test_a_whole_network() -> None:
     """A part of the table of exports (``python -m tests.exports``)."""
-    row = try_export(network, variant, "onnx")
+    row = try_export("resnet18", "CondConv 4", "onnx")
     assert not row.failure
     assert row.difference < 1e-4
     assert row.ratio < 1.05
