@@ -116,9 +116,9 @@ def unaware_notes(replaced: Places) -> tuple[str, ...]:
     )
 
 
-def _with_subclasses(kind: type) -> Iterator[type]:
+def _with_subclasses(kind: type[object]) -> Iterator[type[object]]:
     yield kind
-    for subclass in type.__subclasses__(kind):
+    for subclass in kind.__subclasses__():
         yield from _with_subclasses(subclass)
 
 
