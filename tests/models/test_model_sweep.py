@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.sweep.__main__ import main
-from tests.sweep.markdown_table import to_markdown
+from tests.sweep.markdown_table import HEADER, to_markdown
 from tests.sweep.model_list import Case, torchvision_cases, torchvision_left_aside
 from tests.sweep.run_trials import read_rows, run
 from tests.sweep.trial import Row
@@ -28,6 +28,9 @@ def test_a_piece_of_torchvision(tmp_path: Path) -> None:
         assert row.stepped
         assert row.eval is not None
         assert row.eval < 1e-4
+        assert row.folded > 0
+        assert row.fused is not None
+        assert min(row.fused, row.fused_exact or row.fused) < 1e-4
     assert list(run(cases, tmp_path / "rows.jsonl", timeout=300)) == []  # an interrupted sweep goes on where it was
 
 
@@ -43,12 +46,15 @@ def test_what_fails_is_a_row_and_not_the_end(tmp_path: Path) -> None:
 
 
 def test_the_page_tells_failures_and_reasons(tmp_path: Path) -> None:
-    good = Row(
-        "torchvision:a", "classification", 9, (2, 3, 96, 96), 5, 4, {"a reason": 1}, (), 1e-6, None, 2e-15, True, True
-    )
+    measured = (1e-6, None, 2e-15, True, 3, 2e-4, 1e-12, True)
+    good = Row("torchvision:a", "classification", 9, (2, 3, 96, 96), 5, 4, {"a reason": 1}, (), *measured)
     page = to_markdown([good, Row("torchvision:b", "video", failure="Died: here\n more")])
     assert "2 models: 1 converted, 0 without a 2D convolution, 1 failed; 4 of 5 convolutions." in page
-    assert "| torchvision:a | 2x3x96x96 | 5 | 4 | 1: a reason | 1e-06 | not run | 2e-15 | yes | yes |" in page
+    line = (
+        "| torchvision:a | 2x3x96x96 | 5 | 4 | 1: a reason | 1e-06 | not run | 2e-15 | yes | yes | 3: 2e-04 (1e-12) |"
+    )
+    assert line in page
+    assert HEADER.count("|") == 2 * line.count("|")
     assert "- not converted: torchvision:b: Died: here\n" in page
     assert main(["-o", str(tmp_path / "none.jsonl"), "--table", str(tmp_path / "page.md")]) == 0
     assert (tmp_path / "page.md").read_text().startswith("# Models tried")

@@ -8,14 +8,17 @@ from importlib.metadata import version
 from tests.sweep.model_list import torchvision_left_aside
 from tests.sweep.trial import EXPERTS, Row
 
-HEADER = """| model | input | convolutions | converted | skipped | eval | train | float64 | loaded = saved | step |
-|---|---|---|---|---|---|---|---|---|---|"""
+COLUMNS = (
+    *("model", "input", "convolutions", "converted", "skipped", "eval", "train", "float64", "loaded = saved"),
+    *("step", "folded"),
+)
+HEADER = f"| {' | '.join(COLUMNS)} |\n|{'---|' * len(COLUMNS)}"
 
 
 def to_markdown(rows: list[Row]) -> str:
     """A page: how it was made, the totals, the failures, one table for each library."""
     libraries: dict[str, list[Row]] = {}
-    for row in rows:
+    for row in sorted(rows, key=lambda row: row.source):
         libraries.setdefault(row.source.partition(":")[0], []).append(row)
     packages = ["torch", *(name for name in libraries if name != "condconv")]
     versions = ", ".join(f"{name} {version(name)}" for name in packages)
@@ -28,7 +31,9 @@ def to_markdown(rows: list[Row]) -> str:
         "another number of outputs (boxes). A batch norm over few values amplifies rounding, and near ties decide "
         "which boxes stay: where float32 leaves doubt the proof decides in float64, in both modes. loaded = saved: the "
         "outputs of the loaded artifact are bit-identical. step: a step by the sign of the gradient moved every "
-        "parameter that has one.\n",
+        "parameter that has one. folded: how many batch norms `condconv_surgery.fold` put into the converted layers, "
+        "and the largest difference of the outputs in eval mode after it (in brackets: in float64, where float32 "
+        "leaves doubt).\n",
     ]
     if "torchvision" in libraries:
         parts.append(
@@ -54,7 +59,8 @@ def _totals(rows: list[Row]) -> str:
 
 def _line(row: Row) -> str:
     if not row.converted:
-        return f"| {row.source} | | 0 | | {row.notes[0] if row.notes else ''} | | | | | |"
+        why = row.notes[0] if row.notes else ""
+        return f"| {row.source} | | 0 | | {why} {'| ' * (len(COLUMNS) - 5)}|"
     skipped = "; ".join(f"{count}: {reason}" for reason, count in row.skipped.items())
     cells = [
         row.source,
@@ -67,8 +73,16 @@ def _line(row: Row) -> str:
         "" if row.exact is None else _number(row.exact),
         _yes(row.loaded),
         _yes(row.stepped),
+        _folded(row),
     ]
     return f"| {' | '.join(cells)} |"
+
+
+def _folded(row: Row) -> str:
+    if not row.folded:
+        return ""
+    exact = "" if row.fused_exact is None else f" ({_number(row.fused_exact)})"
+    return f"{row.folded}: {_number(row.fused)}{exact}"
 
 
 def _number(value: float | None) -> str:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import copy
+import math
 import tempfile
 import time
 import traceback
@@ -22,6 +24,9 @@ from tests.sweep.model_list import Case, inputs_of
 
 EXPERTS = 2
 
+DOUBTFUL = 1e-4
+"""A relative difference that more than rounding may have caused."""
+
 
 @dataclass(frozen=True)
 class Row:
@@ -29,8 +34,10 @@ class Row:
 
     input: shape of the first argument. skipped: how many convolutions for each reason. eval, train: the largest
     difference between original and converted, relative to the largest output. loaded: the loaded artifact's outputs
-    are bit-identical. stepped: a step on the converted model by the sign of the gradient moves every parameter that has
-    one. exact: the larger difference in float64, where float32 leaves doubt. failure: what went wrong, and where.
+    are bit-identical. folded: how many batch norms went into the layers before them; fused: the largest difference in
+    eval mode after that, and fused_exact: in float64, where float32 leaves doubt. stepped: a step on the converted
+    model by the sign of the gradient moves every parameter that has one. exact: the larger difference in float64, where
+    float32 leaves doubt. failure: what went wrong, and where.
     """
 
     source: str
@@ -45,6 +52,9 @@ class Row:
     train: float | None = None
     exact: float | None = None
     loaded: bool | None = None
+    folded: int = 0
+    fused: float | None = None
+    fused_exact: float | None = None
     stepped: bool | None = None
     seconds: float = 0.0
     failure: str = ""
@@ -82,6 +92,10 @@ def _try(case: Case, found: dict[str, Any]) -> None:
     )
     _describe(conversion, found)
     found["loaded"] = _survives_its_file(conversion.model, arguments)
+    found["folded"], found["fused"] = _folded(conversion.model, arguments)
+    if found["fused"] and found["fused"] > DOUBTFUL:
+        with contextlib.suppress(Exception):  # not every model runs in float64
+            found["fused_exact"] = _folded(copy.deepcopy(conversion.model).double(), _in_float64(arguments))[1]
     found["stepped"] = _takes_a_step(conversion.model, arguments)
 
 
@@ -130,6 +144,11 @@ def _describe(conversion: cs.Conversion, found: dict[str, Any]) -> None:
         )
 
 
+def _folded(model: nn.Module, arguments: tuple[Any, ...]) -> tuple[int, float | None]:
+    folding = cs.fold(model, example=arguments, tolerance=math.inf)
+    return len(folding.folded), folding.difference and folding.difference.relative
+
+
 def _survives_its_file(model: nn.Module, arguments: tuple[Any, ...]) -> bool:
     with tempfile.TemporaryDirectory() as folder:
         cs.save(model, Path(folder) / "m.safetensors")
@@ -172,6 +191,14 @@ def _outputs(model: nn.Module, arguments: tuple[Any, ...], training: bool = Fals
     with in_mode(model, training), torch.no_grad(), torch.random.fork_rng():
         torch.manual_seed(0)
         return [leaf for leaf in pytree.tree_leaves(model(*arguments)) if isinstance(leaf, Tensor)]
+
+
+def _in_float64(arguments: tuple[Any, ...]) -> Any:
+    return pytree.tree_map(lambda leaf: _double(leaf), arguments)
+
+
+def _double(leaf: Any) -> Any:
+    return leaf.double() if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf
 
 
 def _first_shape(arguments: tuple[Any, ...]) -> tuple[int, ...]:
