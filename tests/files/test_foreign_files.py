@@ -42,6 +42,17 @@ def as_children(state: State) -> State:
     return {f"{names.index(name.partition('.')[0])}.{name.partition('.')[2]}": tensor for name, tensor in state.items()}
 
 
+def with_lit_ema(state: State) -> State:
+    """Parameters and, under their names without dots, their averages; buffers have none."""
+    parameters = [name for name, _ in small().named_parameters()]
+    return {
+        **under("model.", {name: tensor * (1 + (name in parameters)) for name, tensor in state.items()}),
+        **{f"model_ema.{name.replace('.', '')}": state[name] for name in parameters},
+        "model_ema.decay": torch.tensor(0.9999),
+        "model_ema.num_updates": torch.tensor(7),
+    }
+
+
 RANDOM = "fc.weight, fc.bias is random until it is trained"
 
 FILES: dict[str, tuple[Callable[[State], Any], str, bool]] = {
@@ -79,6 +90,11 @@ FILES: dict[str, tuple[Callable[[State], Any], str, bool]] = {
     "lucidrains' `ema_state_dict`": (
         lambda s: {"model": under("", s, 2), "ema_state_dict": under("ema_model.", s)},
         r"took the weights under 'ema_state_dict' \(averaged\), not those under model",
+        True,
+    ),
+    "latent diffusion (LitEma)": (
+        lambda s: {"state_dict": with_lit_ema(s), "global_step": 7},
+        r"took 170 averaged weights under 'model_ema\.' \(LitEma\) in the place of those under 'model\.'",
         True,
     ),
     "mean teacher": (lambda s: {**under("student.", s, 2), **under("teacher.", s)}, "left out student", True),

@@ -9,11 +9,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
 import torch
 import torch.distributed.checkpoint as distributed_checkpoint
 from torch import nn
+from torch.ao.quantization import DeQuantStub, QuantStub, convert, get_default_qconfig, prepare
 
+import condconv_surgery as cs
 from condconv_surgery.errors import InputError
+from condconv_surgery.layers import conditional_layers
 from condconv_surgery.models.sources import load_model
 
 ARCH = "tests.files.test_foreign_kinds:net"
@@ -43,6 +47,9 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
 
 
+TABLE = bytes(range(50)) + bytes.fromhex("57fb808b247547db")
+"""The end of a table of TensorFlow."""
+
 BYTES = {
     "model.mlmodel": (b"\x08\x04\x12\xa6\x01" + bytes(50), "a Core ML model"),
     "model.tflite": (b"\x1c\0\0\0TFL3" + bytes(50), "a TensorFlow model"),
@@ -57,6 +64,12 @@ BYTES = {
     "net.pdparams": (b"}q\0." + bytes(50), "a PaddlePaddle model"),
     "net.mat": (b"MATLAB 5.0 MAT-file" + bytes(50), "a MATLAB file"),
     "model.xml": (b'<?xml version="1.0"?>\n<net name="x" version="11">', "an OpenVINO model"),
+    "model.ckpt-7.index": (b"\0\0\5\x08\1" + TABLE, "a TensorFlow checkpoint"),
+    "model.ckpt-7.meta": (b"\x0a\x2e\x0a\x05input" + bytes(50), "a TensorFlow checkpoint"),
+    "model.ckpt-7.data-00000-of-00001": (b"\x11" * 50, "a TensorFlow checkpoint"),
+    "checkpoint": (b'model_checkpoint_path: "model.ckpt-7"\n', "a TensorFlow checkpoint"),
+    "of_tensorflow_1.ckpt": (b"\0\0\5\x08\1" + TABLE, "a TensorFlow checkpoint"),
+    "keras.h5": (b"\x89HDF\r\n\x1a\n" + bytes(50), "an HDF5 file (Keras)"),
     "archive.pt": (b"\xfd7zXZ\0" + bytes(50), "an xz archive"),
     "zeros.pt": (bytes(5000), "a file of zeros"),
 }
@@ -83,6 +96,31 @@ def test_folders_of_one_model() -> None:
         Path(folder).mkdir()
         Path(folder, file).touch()
         assert refused(folder, what)
+
+
+def test_a_checkpoint_of_tensorflow_by_the_name_of_its_files_together() -> None:
+    Path("run").mkdir()
+    for name in ("model.ckpt-7.index", "model.ckpt-7.data-00000-of-00001", "checkpoint"):
+        Path("run", name).write_bytes(BYTES[name][0])
+    for path in ("run", "run/model.ckpt-7"):
+        assert refused(path, "a TensorFlow checkpoint") == (
+            "the PyTorch version of the model, a name in timm.list_models('*tf_*')"
+        )
+    assert "tf_efficientnet_b0" in timm.list_models("*tf_*")
+    torch.save(net().state_dict(), "run/model.pt")
+    with pytest.raises(InputError) as error:
+        load_model("run", arch=ARCH)
+    assert loads(error.value.fix)
+
+
+@pytest.mark.parametrize("beside", [".xml", ".param"])
+def test_weights_beside_the_model_of_a_runtime(beside: str) -> None:
+    Path("model.bin").write_bytes(b"\x3f" * 50)
+    Path(f"model{beside}").write_text("<net ")
+    what = {".xml": "the weights of an OpenVINO model", ".param": "the weights of an ncnn model"}[beside]
+    assert refused("model.bin", what) == "the PyTorch model it was exported from"
+    torch.save(net().state_dict(), "model.bin")
+    assert loads("model.bin")
 
 
 def test_a_tar_archive() -> None:
@@ -134,3 +172,48 @@ def test_what_holds_no_weights(content: object) -> None:
     torch.save(content, "model.pt")
     with pytest.raises(InputError, match=r"model\.pt holds no weights: (a|an|keys) .*"):
         load_model("model.pt", arch=ARCH)
+
+
+def quantisable() -> nn.Module:
+    model = nn.Sequential(QuantStub(), *net(), DeQuantStub())
+    model.qconfig = get_default_qconfig("fbgemm")  # type: ignore[assignment]
+    return model.eval()
+
+
+def observed() -> nn.Module:
+    model = prepare(quantisable())
+    model(torch.randn(2, 3, 8, 8))
+    return model
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning")
+def test_a_pickled_network_of_torch_ao() -> None:
+    torch.backends.quantized.engine = "fbgemm"
+    torch.save(convert(observed()), "quantised.pt")
+    model = observed()
+    state = {name.replace("1.", "0.", 1).replace("2.", "1.", 1): t for name, t in model.state_dict().items()}
+    for module in model.modules():
+        module.__dict__.pop("qconfig", None)  # one of torch's own functions in it cannot be pickled
+    torch.save(model, "observed.pt")
+    with pytest.raises(
+        InputError, match=r"a pickle of a quantised network: it names torch\.ao\.nn\.quantized"
+    ) as error:
+        load_model("quantised.pt", arch=ARCH)
+    assert error.value.fix.endswith("with the model before it was quantised")
+    with pytest.raises(InputError, match=r"prepared for quantisation: it names torch\.ao\.quantization") as error:
+        load_model("observed.pt", arch=ARCH)
+    exec(error.value.fix.partition(" where the model was made")[0], {"torch": torch, "model": model})
+    torch.save(state, "model.pt")
+    assert loads("model.pt")
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_a_pickled_network_with_the_hooks_of_spectral_norm() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.utils.spectral_norm(nn.Conv2d(8, 8, 3)), nn.Conv2d(8, 8, 3)).eval()
+    torch.save(model, "whole.pt")
+    x = torch.randn(2, 3, 16, 16)
+    whole = load_model("whole.pt")
+    assert torch.equal(whole(x), model(x))
+    conversion = cs.convert(whole, cs.CondConv(experts=2), example=x)
+    assert "remove_spectral_norm" in conversion.plan.skipped[-1].reason
+    assert list(conditional_layers(conversion.model)) == ["2"]

@@ -16,7 +16,7 @@ from condconv_surgery.models.artifact.delta import Base, DeltaRecord, decode
 from condconv_surgery.models.artifact.json_values import STORED
 from condconv_surgery.models.artifact.rounded_experts import RoundedExperts, restore_experts
 from condconv_surgery.models.artifact.skeleton import Skeleton
-from condconv_surgery.models.checkpoints.file_type import SAFETENSORS, file_kind, require_file
+from condconv_surgery.models.checkpoints.file_type import SAFETENSORS, file_kind, instead_of, require_file
 from condconv_surgery.recipe import Recipe
 from condconv_surgery.runtime.tensor_hash import hash_tensors, is_plain_tensor
 
@@ -159,7 +159,9 @@ def _opened(path: Path) -> Any:
         if kind != SAFETENSORS:
             raise InputError(f"{path} is {kind}.", _WANTED, f'load_model("{path}")') from error
         raise DamagedFileError(
-            f"{path} cannot be read as safetensors: {error}.", _WANTED, "copy it again, or convert the original again"
+            f"{path} cannot be read as safetensors: {error}.",
+            _WANTED,
+            instead_of(path, "copy it again, or convert the original again"),
         ) from error
 
 

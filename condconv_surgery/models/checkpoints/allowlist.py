@@ -67,6 +67,7 @@ TORCH_FUNCTIONS = tuple(
 """Functions of ``torch`` itself that models hold as activations. (Others read files: ``torch.from_file``.)"""
 
 PLAIN_NAMES = (
+    "torch.nn.modules.module._WrappedHook",  # which holds a hook for loading a state, as spectral_norm has one
     "collections.OrderedDict",
     "collections.defaultdict",
     "collections.deque",

@@ -6,6 +6,8 @@ read first, and the error for each kind says what the file is and what to do.
 
 from __future__ import annotations
 
+import os
+import re
 import zipfile
 from pathlib import Path
 
@@ -21,6 +23,9 @@ SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt", ".tar")
 
 INDEX = ".index.json"
 """The end of the name of the index of a checkpoint in several files."""
+
+OTHER_OF_RUN = {"best.safetensors": "last.safetensors", "last.safetensors": "best.safetensors"}
+"""The two models that a run of ``finetune`` writes."""
 
 MAX_RATIO = 200
 """A zip that unpacks to more than this many times its size is not a checkpoint."""
@@ -38,6 +43,8 @@ def file_kind(path: Path) -> str:
     for magic, kind in _MAGIC:
         if head.startswith(magic):
             return kind
+    if kind := _raw_weights(path, head):
+        return kind
     if head[257:262] == b"ustar":
         return "a tar archive"
     if not any(head):
@@ -64,6 +71,8 @@ def file_kind(path: Path) -> str:
 
 def require_file(path: Path) -> None:
     """Raise ``InputError`` when ``path`` does not exist or is a folder."""
+    if not path.exists() and path.with_name(f"{path.name}.index").is_file():
+        raise refusal(path, "a TensorFlow checkpoint")  # the name that TensorFlow gives to its files together
     if not path.exists():
         raise InputError(f"{path} does not exist.", "A model file is needed.", f"ls {path.parent}")
     if path.is_dir():
@@ -71,6 +80,14 @@ def require_file(path: Path) -> None:
         found = model_files(path)
         fix = f"{found[0]}" if found else f"ls {path}, which has none"
         raise InputError(f"{path} is a folder.", f"A model file ({', '.join(SUFFIXES)}) is needed.", fix)
+
+
+def instead_of(path: Path, otherwise: str) -> str:
+    """What to do about a damaged file: take the other model of its run, where it is one; else ``otherwise``."""
+    name = OTHER_OF_RUN.get(path.name)
+    if name is None or not path.with_name(name).is_file():
+        return otherwise
+    return f"{path.with_name(name)}, of the same run"
 
 
 def refusal(path: Path, kind: str) -> InputError:
@@ -89,6 +106,8 @@ def _refuse_other_folder(path: Path) -> None:
         )
     if (path / "saved_model.pb").is_file():
         raise refusal(path, "a TensorFlow model")
+    if not model_files(path) and any(map(_TENSORFLOW_NAME.search, (file.name for file in path.iterdir()))):
+        raise refusal(path, "a TensorFlow checkpoint")
     if path.suffix == ".mlpackage":
         raise refusal(path, "a Core ML model")
 
@@ -103,6 +122,24 @@ def model_files(folder: Path) -> list[Path]:
         return indices
     files = [path for path in folder.iterdir() if path.is_file() and path.suffix in SUFFIXES]
     return sorted(files, key=lambda path: (not path.stem.endswith(("best", "model")), -path.stat().st_mtime, path.name))
+
+
+def _raw_weights(path: Path, head: bytes) -> str:
+    """The kind of a file of weights whose bytes do not tell, by its name, its end and the file beside it."""
+    if head.startswith(b"model_checkpoint_path:") or _TENSORFLOW_NAME.search(path.name) or _is_table(path):
+        return "a TensorFlow checkpoint"
+    if path.suffix == ".bin" and head[:1] != b"\x80":  # every pickle of torch begins so
+        beside = {".xml": "the weights of an OpenVINO model", ".param": "the weights of an ncnn model"}
+        return next((kind for suffix, kind in beside.items() if path.with_suffix(suffix).is_file()), "")
+    return ""
+
+
+def _is_table(path: Path) -> bool:
+    """It ends like the tables in which TensorFlow keeps the weights, or their index."""
+    with path.open("rb") as file:
+        file.seek(0, os.SEEK_END)
+        file.seek(max(file.tell() - len(_TABLE), 0))
+        return file.read() == _TABLE
 
 
 def _zip_kind(path: Path) -> str:
@@ -132,6 +169,8 @@ def _zip_kind(path: Path) -> str:
     return "a zip archive that is no checkpoint"
 
 
+_TENSORFLOW_NAME = re.compile(r"\.data-\d{5}-of-\d{5}$|\.ckpt(-\d+)?\.(index|meta)$")
+_TABLE = bytes.fromhex("57fb808b247547db")
 _PROGRAM = ("archive_format", "models/model.json", "serialized_exported_program.json")
 _MAGIC = (
     (b"\x89HDF\r\n\x1a\n", "an HDF5 file (Keras)"),

@@ -6,6 +6,10 @@ AN_HTML_PAGE = "an HTML or XML page, perhaps an error page saved under a model's
 
 _WANTED = "A state dict (.pt, .pth, .safetensors) of a torchvision, timm or your own model is needed."
 _OF_ANOTHER_FRAMEWORK = ("Only PyTorch models have torch layers. " + _WANTED, "the PyTorch version of the model")
+_OF_TENSORFLOW = (
+    "Only PyTorch models have torch layers; timm has many of TensorFlow's with their weights. " + _WANTED,
+    "the PyTorch version of the model, a name in timm.list_models('*tf_*')",
+)
 _EXPORTED = ("It has no PyTorch modules to replace. " + _WANTED, "the PyTorch model it was exported from")
 
 BY_SUFFIX = {
@@ -30,11 +34,15 @@ REFUSALS = {
     "an OpenVINO model": _EXPORTED,
     **dict.fromkeys(
         (
-            *("a Caffe model", "a Darknet model", "a GGUF file", "a Keras model", "a MATLAB file"),
-            *("a PaddlePaddle model", "a TensorFlow model", "an HDF5 file (Keras)"),
+            *("a Caffe model", "a Darknet model", "a GGUF file", "a MATLAB file"),
+            "a PaddlePaddle model",
         ),
         _OF_ANOTHER_FRAMEWORK,
     ),
+    **dict.fromkeys(
+        ("a Keras model", "a TensorFlow checkpoint", "a TensorFlow model", "an HDF5 file (Keras)"), _OF_TENSORFLOW
+    ),
+    **dict.fromkeys(("the weights of an OpenVINO model", "the weights of an ncnn model"), _EXPORTED),
     "an empty file": (_WANTED, "copy or download it again"),
     AN_HTML_PAGE: (_WANTED, "download it again: less {path}"),
     "a text file": (_WANTED, "torch.save(model.state_dict(), 'model.pt')"),

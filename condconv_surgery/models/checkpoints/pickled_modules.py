@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
-from condconv_surgery.errors import DamagedFileError, InputError, SurgeryError
+from condconv_surgery.errors import DamagedFileError, InputError, SurgeryError, listed
 from condconv_surgery.models.checkpoints.allowlist import DATA_NAMES, resolve, trusted
 
 _FORBIDDEN = ("GLOBAL", "Can only", "Trying to call")
@@ -25,6 +25,9 @@ _FORBIDDEN = ("GLOBAL", "Can only", "Trying to call")
 
 _ONE_AT_A_TIME = threading.Lock()
 """torch keeps the names of ``safe_globals`` for the whole process: of two reads, the first to end would drop both's."""
+
+OF_QUANTISATION = ("torch.ao.", "torch.quantization.", "torch.nn.quantized.", "torch.nn.qat.", "torch.nn.intrinsic.")
+"""Packages of torch whose modules quantise."""
 
 MAX_PROTOCOL = 3
 """The newest pickle protocol of torch's restricted unpickler: 4 has frames and other opcodes that name a class."""
@@ -110,12 +113,32 @@ def _names(path: Path) -> list[str]:
 
 
 def _allowed(names: list[str], trust: tuple[str, ...], path: Path) -> list[tuple[Any, str]]:
+    _require_unquantised(names, path)
     of_arrays = [name for name in DATA_NAMES["numpy"] if name.startswith("numpy.dtypes.")] if "numpy" in trust else []
     try:
         return [(resolve(name, trust), name) for name in (*names, *of_arrays)]  # a pickle names dtypes by their letters
     except InputError as error:
         content = f"{path} is a pickle of more than tensors (a module, or a training state with its options)."
         raise InputError(f"{content} {error.given}", error.allowed, error.fix) from error
+
+
+def _require_unquantised(names: list[str], path: Path) -> None:
+    """Raise ``InputError`` for modules that torch.ao puts in the place of layers, which hold int8 or observe floats."""
+    own = [name for name in names if name.startswith(OF_QUANTISATION)]
+    if not own:
+        return
+    if quantised := [name for name in own if ".quantized." in name]:
+        raise InputError(
+            f"{path} is a pickle of a quantised network: it names {listed(quantised)}.",
+            "Conversion needs the trained weights in floating point; quantise after training, by condconv export.",
+            "torch.save(model.state_dict(), 'model.pt') with the model before it was quantised",
+        )
+    raise InputError(
+        f"{path} is a pickle of a network prepared for quantisation: it names {listed(own)}.",
+        "Its weights are in floating point still: of a state dict they are read, and the observers left out.",
+        "torch.save(model.state_dict(), 'model.pt') where the model was made, then model.pt with "
+        'arch="package.module:factory", a function that builds the network without them',
+    )
 
 
 def _check_tree(module: nn.Module, above: tuple[int, ...]) -> None:

@@ -15,8 +15,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from condconv_surgery.errors import DamagedFileError, InputError
-from condconv_surgery.models.checkpoints.file_type import INDEX, SAFETENSORS, file_kind, refusal
+from condconv_surgery.models.checkpoints.file_type import INDEX, SAFETENSORS, file_kind, instead_of, refusal
 from condconv_surgery.models.checkpoints.foreign_files import REFUSALS
+from condconv_surgery.models.checkpoints.lit_ema import with_averages
 from condconv_surgery.models.checkpoints.pickled_modules import check_module, load_pickle
 from condconv_surgery.models.checkpoints.tensor_kinds import dense
 from condconv_surgery.models.checkpoints.weight_sets import find_weights
@@ -71,7 +72,7 @@ def _read_file(path: Path, trust: tuple[str, ...]) -> dict[str, Tensor] | nn.Mod
     content = _load_safetensors(path) if kind == SAFETENSORS else load_pickle(path, trust)
     weights = find_weights(content, path)
     if not isinstance(weights, nn.Module):
-        return dense(weights, f"{path}")
+        return with_averages(dense(weights, f"{path}"), path)
     wrapped = isinstance(weights, (nn.DataParallel, nn.parallel.DistributedDataParallel))
     inner = getattr(weights, "module", None) if wrapped else None
     return check_module(inner if isinstance(inner, nn.Module) else weights, path)
@@ -88,5 +89,7 @@ def _load_safetensors(path: Path) -> dict[str, Any]:
         return dict(load_file(path))
     except (SafetensorError, OSError) as error:
         raise DamagedFileError(
-            f"{path} cannot be read as safetensors: {error}.", "It must be whole.", "copy or download it again"
+            f"{path} cannot be read as safetensors: {error}.",
+            "It must be whole.",
+            instead_of(path, "copy or download it again"),
         ) from error
