@@ -10,7 +10,7 @@ import typer
 
 from condconv_surgery.errors import InputError
 from condconv_surgery.recipe import TrainingOptions
-from condconv_surgery.recipe.toml_text import from_toml, parse_setting, to_toml
+from condconv_surgery.recipe.toml_text import parse_setting, read_recipe_file, to_toml
 
 from .output.console import is_first, print_json, say
 from .rule_options import flags_that_are_set, with_rule_options
@@ -69,9 +69,11 @@ def effective_options(
     """Defaults, then the recipe file (on a resume without one: the run's own), then flags, then ``--set``."""
     own = Path(output) / "recipe.toml" if output else None
     if recipe is not None:
-        options = from_toml(_read(recipe, "--recipe FILE.toml"), str(recipe))
+        options = read_recipe_file(recipe)
+    elif resume and own is None and not model:
+        raise InputError("A resume without a folder.", "It continues the run in a folder.", 'output="RUN"')
     elif resume and own is not None and (own.is_file() or not model):
-        options = from_toml(_read(own, f"condconv finetune MODEL --data FOLDER -o {output}, a new run"), str(own))
+        options = _own_options(own, bool(model))
     else:
         options = TrainingOptions()
     changes: dict[str, Any] = {"model": model} if model else {}
@@ -127,12 +129,14 @@ class _InFlags:
         return getattr(self.callback, name)
 
 
-def _read(path: Path, fix: str) -> str:
+def _own_options(recipe: Path, model_is_given: bool) -> TrainingOptions:
+    """The options of the run to resume. Where its recipe cannot be read they must be typed again, with the model."""
+    call, is_run = f"condconv finetune MODEL --data FOLDER -o {shlex.quote(str(recipe.parent))}", recipe.parent.is_dir()
+    fix = f"{call} --resume, with the options of the run" if is_run else call
     try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(
-            f"{path} cannot be read: {getattr(error, 'strerror', None) or error}.",
-            "It must be a recipe that finetune or --print-recipe wrote.",
-            fix,
-        ) from error
+        return read_recipe_file(recipe, fix)
+    except InputError as error:
+        if not model_is_given or error.fix != fix:  # a mistake in a recipe that can be read
+            raise
+        say(f"{error.given} The options are those typed.")
+        return TrainingOptions()

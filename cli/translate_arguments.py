@@ -32,6 +32,7 @@ CALLS = {
     r'load_model\("package\.module:factory", weights="FILE"\), or .*': (
         "condconv convert package.module:factory --weights FILE -o FILE.safetensors"
     ),
+    r"the options of ((?:'[^']*'|[^\s'])+) with ": r"condconv finetune --recipe \1 ",
     r'condconv_surgery\.load\("([^"\s]+)", base="FILE"\)': r"condconv import \1 --base FILE -o FILE.safetensors",
     r'(?:condconv_surgery\.)?load_model\("([^"\s]+)"\)': r"condconv convert \1 -o FILE.safetensors",
 }

@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 from condconv_surgery.data.find_data import divide, find_parts, folder_parts, is_folder, require_data
 from condconv_surgery.data.image_folders import ImageFiles, scan
 from condconv_surgery.data.labelled_images import LabelledImages
-from condconv_surgery.errors import InputError
-from condconv_surgery.recipe.toml_text import from_toml
+from condconv_surgery.errors import DamagedFileError, InputError
+from condconv_surgery.recipe.toml_text import read_recipe_file
 from condconv_surgery.recipe.training_options import TrainingOptions
 from condconv_surgery.recipe.training_sections import DataOptions
 
@@ -63,7 +63,7 @@ def data_to_measure(run: str) -> str:
 
 def options_of(run: Path) -> TrainingOptions:
     """The options of a run. Raises ``InputError`` when its recipe cannot be read."""
-    return from_toml((run / RECIPE).read_text(encoding="utf-8"), str(run / RECIPE))
+    return read_recipe_file(run / RECIPE, 'data="FOLDER", the images themselves')
 
 
 def validation_images_of(run: Path) -> EvaluationImages:
@@ -118,9 +118,19 @@ def _recorded_validation(val: ImageFiles, run: Path, folder: str) -> EvaluationI
 
 
 def recorded_images(run: Path) -> list[tuple[str, str, str]]:
-    """Part, class and path from the folder of its part, of each image that a run recorded, in its order."""
-    lines = (run / IMAGES).read_text(encoding="utf-8").splitlines()
-    return [(part, name, file) for part, name, file in map(json.loads, lines)]
+    """Part, class and path from the folder of its part, of each image that a run recorded, in its order.
+
+    Raises ``DamagedFileError``.
+    """
+    try:
+        rows = [json.loads(line) for line in (run / IMAGES).read_bytes().splitlines()]
+        return [(str(part), str(name), str(file)) for part, name, file in rows]
+    except (ValueError, TypeError) as error:
+        raise DamagedFileError(
+            f"{run / IMAGES} is damaged: {error}.",
+            "It lists the images of the run, a line of JSON for each.",
+            'data="FOLDER", images that the run did not train on',
+        ) from error
 
 
 def _facts(train: LabelledImages, val: LabelledImages) -> Facts:

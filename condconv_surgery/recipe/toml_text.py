@@ -6,6 +6,7 @@ import json
 import re
 import sys
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 from condconv_surgery.errors import InputError
@@ -27,12 +28,24 @@ def to_toml(options: TrainingOptions) -> str:
     return "\n".join(lines) + "\n"
 
 
-def from_toml(text: str, name: str = "the recipe") -> TrainingOptions:
+def read_recipe_file(path: Path, fix: str = f"{ALL_OPTIONS} prints one") -> TrainingOptions:
+    """The options in a TOML file. Raises ``InputError``, with ``fix`` where it cannot be read or is not TOML."""
+    try:
+        return from_toml(path.read_text(encoding="utf-8"), str(path), fix)
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(
+            f"{path} cannot be read: {getattr(error, 'strerror', None) or error}.",
+            "It must be a recipe that finetune wrote.",
+            fix,
+        ) from error
+
+
+def from_toml(text: str, name: str = "the recipe", fix: str = f"{ALL_OPTIONS} prints one") -> TrainingOptions:
     """The inverse of ``to_toml``; options left out keep their defaults. Raises ``InputError``."""
-    return TrainingOptions.from_dict(parse_toml(text, name))
+    return TrainingOptions.from_dict(parse_toml(text, name, fix))
 
 
-def parse_toml(text: str, name: str) -> dict[str, Any]:
+def parse_toml(text: str, name: str, fix: str = f"{ALL_OPTIONS} prints one") -> dict[str, Any]:
     """TOML as nested plain values."""
     try:
         return tomllib.loads(text)
@@ -40,7 +53,7 @@ def parse_toml(text: str, name: str) -> dict[str, Any]:
         raise InputError(
             f"{name} is not TOML: {error}.",
             "A recipe is a TOML file with the options of a training run.",
-            f"{ALL_OPTIONS} prints one",
+            fix,
         ) from error
 
 

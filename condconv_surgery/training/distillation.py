@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Iterable
 from functools import partial
 
@@ -10,10 +11,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from condconv_surgery.errors import InputError, unknown_name
+from condconv_surgery.errors import InputError, SurgeryError, nearest, unknown_name
 from condconv_surgery.models.classifier_logits import logits_of
 from condconv_surgery.models.sources import load_model
 from condconv_surgery.recipe.training_sections import DistillOptions
+
+MODEL_NAME = re.compile(r"[\w.]+:[\w./-]+")
+"""``torchvision:resnet18``, ``package.module:function``."""
 
 
 def distillation_loss(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
@@ -37,7 +41,8 @@ class FeatureRecorder:
         modules = dict(model.named_modules())
         for name in names:
             if name not in modules:
-                raise unknown_name("layer in distill.features", name, modules)
+                close = (nearest(name, modules, 1) or [*modules][1:2] or [""])[0]
+                raise unknown_name("layer in distill.features", name, modules, f'distill.features=["{close}"]')
         self.handles = [modules[name].register_forward_hook(partial(self._record, name)) for name in names]
 
     def close(self) -> None:
@@ -110,4 +115,18 @@ def teacher_model(
         )
     if options.teacher == "start":
         return copy.deepcopy(start)
-    return load_model(options.teacher, trust=trust).float()
+    try:
+        return load_model(options.teacher, trust=trust).float()
+    except SurgeryError as error:
+        raise _of_teacher(options.teacher, error) from error
+
+
+def _of_teacher(name: str, error: SurgeryError) -> SurgeryError:
+    """The error for a teacher that cannot be loaded: advice on a model is advice on the teacher here."""
+    if error.fix.startswith("trust="):
+        fix = error.fix
+    elif MODEL_NAME.fullmatch(error.fix):
+        fix = f'distill.teacher="{error.fix}"'
+    else:
+        fix = 'distill.teacher="start", the model before training, or distill.teacher="FILE.safetensors"'
+    return type(error)(f"The teacher {name} cannot be loaded. {error.given}", error.allowed, fix)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch.amp.grad_scaler import GradScaler
 from condconv_surgery.data.image_dataset import Batch
 from condconv_surgery.errors import DivergedError, InputError
 from condconv_surgery.recipe.training_options import TrainingOptions
+from condconv_surgery.recipe.training_sections import OptimizerOptions
 from condconv_surgery.runtime.seeding import seed_of
 from condconv_surgery.training.batch_norm import freeze_batch_norms
 from condconv_surgery.training.batches.augmentation import batch_mix
@@ -20,12 +22,13 @@ from condconv_surgery.training.distributed.fsdp import UnshardedCopy, check_shar
 from condconv_surgery.training.distributed.world import World
 from condconv_surgery.training.gate_regularization import ExpertDropout
 from condconv_surgery.training.gradient_checkpointing import checkpoint_blocks, uncheckpoint
-from condconv_surgery.training.monitor.nonfinite import first_nonfinite, first_nonfinite_gradient
+from condconv_surgery.training.monitor.nonfinite import WEIGHTS, first_nonfinite, first_nonfinite_gradient
 from condconv_surgery.training.objective import Objective, balanced_weights
 from condconv_surgery.training.optimization.optimizers import make_optimizer
 from condconv_surgery.training.optimization.parameter_groups import freeze, routing_parameters
 from condconv_surgery.training.optimization.weight_average import averaged
 from condconv_surgery.training.schedule import apply_schedule, apply_temperature
+from condconv_surgery.training.state.run_files import new_run
 from condconv_surgery.training.state.run_state import (
     State,
     model_part,
@@ -38,6 +41,12 @@ from condconv_surgery.training.tally import Tally
 
 SKIPS_ALLOWED = 100
 """Steps in a row that loss scaling may skip before the run counts as diverged."""
+
+HIGHEST_RATE = 1.0
+"""A learning rate above it is taken for a mistake."""
+
+LONG_WARMUP = 0.2
+"""The share of all steps that is advised for the warm-up of a run that diverged."""
 
 FINITE = "the loss; every layer's output in this process is finite"
 
@@ -107,6 +116,8 @@ class Learner:
                 only=self.only if warm else None,
                 world=self.world,
             )
+        except OverflowError as error:
+            raise self.diverged("step of the optimizer", f"its own arithmetic: {error}", step + 1) from error
         except NonFiniteError as error:
             raise self._diverged(error.where, batches, step) from None
         if outcome.skipped:
@@ -141,10 +152,11 @@ class Learner:
 
     def restore(self, state: State) -> None:
         """Restore a state. Raises ``TrainingError`` when it is of another model."""
-        restore_model(self.model, state.part("model"))
+        name, folder = str(state.facts["options"].get("model", "")), Path(self.options.output)
+        restore_model(self.model, state.part("model"), name, folder)
         restore_optimizer(self.optimizer, state.part("optimizer"), state.facts["optimizer"])
         if self.average is not None:
-            restore_model(self.average, state.part("average"))
+            restore_model(self.average, state.part("average"), name, folder)
         if self.scaler is not None:
             self.scaler.load_state_dict(state.facts["scaler"])
 
@@ -169,11 +181,21 @@ class Learner:
 
     def diverged(self, what: str, place: str | None, step: int) -> DivergedError:
         """The error for a ``what`` that is not finite after ``step`` steps, first in ``place``."""
+        if step == 1 and place and place.startswith(WEIGHTS):
+            return DivergedError(
+                f"The model has weights that are not finite before the first step: {place.removeprefix(WEIGHTS)}.",
+                "Training cannot mend them.",
+                "the model from before they became so, an earlier checkpoint",
+            )
+        options = self.options
+        rate = options.optimizer.lr / 3 if options.optimizer.lr <= HIGHEST_RATE else OptimizerOptions().lr
+        warmup = min(1.0, max(LONG_WARMUP, 3 * options.schedule.warmup))
+        slower = new_run(Path(options.output), f"optimizer.lr={rate:.2g}, schedule.warmup={warmup:.2g}")
+        precise = "" if options.engine.precision == "fp32" else '; or engine.precision="fp32"'
         return DivergedError(
             f"The {what} is not finite at step {step}; first in {place or FINITE}.",
             "",
-            f"a new run with optimizer.lr={self.options.optimizer.lr / 3:.2g}, a longer schedule.warmup=..., or "
-            'engine.precision="fp32"',
+            f"{slower}{precise}",
         )
 
     def _diverged(self, where: str, batches: Sequence[Batch], step: int) -> DivergedError:

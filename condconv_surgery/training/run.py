@@ -103,7 +103,8 @@ class Run:
         self.world.barrier()  # every process has read the state before rank 0 writes
         if self.world.is_first:
             write_text(self.folder / RECIPE, to_toml(with_absolute_paths(self.options)))
-            cut_metrics(self.folder, self.progress.epochs_done)
+            if lost := cut_metrics(self.folder, self.progress.epochs_done):
+                self.callback.note(lost)
             if state is None:
                 write_image_record(self.folder, self.data.train, self.data.val)
         self.callback.rewind(self.progress.step)
@@ -116,10 +117,10 @@ class Run:
     def _restore(self, state: State) -> None:
         order = self.data.order
         written = with_absolute_paths(self.options)
-        require_same_run(state, written, self.data.fingerprint(), self.world.size, order.steps)
+        require_same_run(state, written, self.data.fingerprint(), self.world.size, order.steps, self.folder)
+        self.saved_step = state.facts["progress"]["step"]
         self.learner.restore(state)
         self.progress = Progress.from_dict(state.facts["progress"])
-        self.saved_step = self.progress.step
         self.unreadable.names = list(state.facts.get("unreadable", []))
         self.callback.note(f"Resuming after step {self.progress.step}, epoch {self.progress.epochs_done}.")
         if state.facts["options"]["schedule"]["epochs"] != self.options.schedule.epochs:

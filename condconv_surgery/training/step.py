@@ -69,7 +69,7 @@ def train_step(
     """Update the weights, or ``only`` some of them, once with the mean gradient over ``batches``.
 
     Raises ``NonFiniteError`` before the weights change, in all processes; with a ``scaler`` such a step is skipped and
-    the scale is lowered instead.
+    the scale is lowered instead. Raises ``OverflowError`` where a number of the optimizer is too large for the weights.
     """
     optimizer.zero_grad(set_to_none=True)
     tallies = []
@@ -115,10 +115,20 @@ def _update(
         scaler.step(optimizer)
         scaler.update()
     elif finite:
-        optimizer.step()
+        _step(optimizer)
     else:
         raise NonFiniteError("gradient")
     return not finite
+
+
+def _step(optimizer: Optimizer) -> None:
+    """Raises ``OverflowError`` where a number of the optimizer, such as its rate, is beyond the weights' dtype."""
+    try:
+        optimizer.step()
+    except RuntimeError as error:
+        if "without overflow" in str(error):
+            raise OverflowError(str(error).splitlines()[0]) from error
+        raise
 
 
 def _with_gradient(optimizer: Optimizer, only: Collection[nn.Parameter] | None) -> list[nn.Parameter]:

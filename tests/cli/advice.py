@@ -5,7 +5,13 @@ from __future__ import annotations
 import re
 import shlex
 
-PLACEHOLDERS = {"FILE": "file.pt", "FILE.safetensors": "again.safetensors", "MODEL": "nets:tiny", "FOLDER": "images"}
+PLACEHOLDERS = {
+    "FILE": "file.pt",
+    "FILE.safetensors": "again.safetensors",
+    "MODEL": "nets:tiny",
+    "FOLDER": "images",
+    "RUN": "again",
+}
 
 
 def advice_in(error: str) -> str:
@@ -19,11 +25,13 @@ def retried(command: list[str], advice: str) -> list[str] | None:
     A whole command replaces it. Flags replace those of the same name, or are added; "leave --x out" removes it; a model
     replaces the model. Of alternatives ("or") the first that is one of these is taken.
     """
-    if advice.startswith("condconv "):
-        return [PLACEHOLDERS.get(word, word) for word in shlex.split(re.split(r",? or | {2,}| prints", advice)[0])[1:]]
-    advice = re.sub(r"^(a|the same) (new )?(run|study) with | with (?=-)", " ", advice).strip()
-    for part in re.split(r",? or |, (?=[a-z])| +\(| where | to ", advice):
-        again = _applied(command, part)
+    advice = re.sub(r"^(a|the same) (new )?(run|study)( with |: )| with (?=-)", " ", advice).strip()
+    for part in re.split(r"[,;]? or |, (?=[a-z])| +\(| where | to | {2,}| prints", advice):
+        if (call := part.removeprefix("a new run: ")).startswith("condconv "):
+            return [_filled(word) for word in shlex.split(call)[1:]]
+        again: list[str] | None = command
+        for step in part.removeprefix("another ").split(" and "):
+            again = again and _applied(again, step)
         if again is not None:
             return again
     return None

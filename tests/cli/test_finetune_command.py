@@ -164,7 +164,7 @@ def test_resume_without_a_run_or_a_model_says_how_to_begin_one(condconv: Run, tm
     code, _, err = condconv("finetune", "-o", tmp_path / "nothing", "--resume")
     assert code == 2
     assert "recipe.toml cannot be read: No such file or directory.\n" in err
-    assert f"Try: condconv finetune MODEL --data FOLDER -o {tmp_path / 'nothing'}, a new run" in err
+    assert f"Try: condconv finetune MODEL --data FOLDER -o {tmp_path / 'nothing'}\n" in err
 
 
 def test_a_missing_model_a_corrupt_image_and_a_used_folder(condconv: Run, data: Path, tmp_path: Path) -> None:

@@ -12,6 +12,9 @@ from torch import Tensor, nn
 from condconv_surgery.runtime.snapshot import preserving_state
 from condconv_surgery.training.distributed.fsdp import full_tensor
 
+WEIGHTS = "the weights "
+"""How the description of a weight begins."""
+
 
 def first_nonfinite(
     model: nn.Module,
@@ -28,7 +31,7 @@ def first_nonfinite(
         return "the images themselves"
     for name, parameter in model.named_parameters():
         if not _finite(parameter):
-            return f"the weights {name}"
+            return f"{WEIGHTS}{name}"
     nonfinite: list[str] = []
 
     def check(name: str, module: nn.Module, args: object, output: object) -> None:

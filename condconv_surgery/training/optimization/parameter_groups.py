@@ -52,10 +52,11 @@ def parameter_groups(
         group = groups.setdefault((role, lr), {**made, "weight_decay": options.weight_decay * decay.get(role, 0.0)})
         group["params"].append(parameter)
     if not groups:
+        frozen = f" layers.freeze={list(layers.freeze)!r} freezes all of them." if layers.freeze else ""
         raise InputError(
-            "No parameter of the model can be trained.",
+            f"No parameter of the model can be trained.{frozen}",
             "At least one must have requires_grad=True.",
-            "model.requires_grad_(), or freeze less",
+            _less_frozen(model) if layers.freeze else "model.requires_grad_(True) where the model is made",
         )
     return list(groups.values())
 
@@ -74,6 +75,15 @@ def freeze(model: nn.Module, patterns: tuple[str, ...]) -> list[nn.Module]:
             )
         frozen += [model.get_submodule(name).requires_grad_(False) for name in matched]
     return frozen
+
+
+def _less_frozen(model: nn.Module) -> str:
+    """Advice to freeze all modules but the last that has parameters."""
+    *names, last = dict.fromkeys(name.rpartition(".")[0] for name, _ in model.named_parameters())
+    top = last.partition(".")[0]
+    tops = list(dict.fromkeys(name.partition(".")[0] for name in names if name.partition(".")[0] != top))
+    kept = tops or names  # of a network in one module, all of its layers but the last
+    return f"layers.freeze={kept!r}" if kept and all(kept) else "leave layers.freeze=... out"
 
 
 def routing_parameters(model: nn.Module, heads: Iterable[str] = ()) -> list[nn.Parameter]:

@@ -15,12 +15,12 @@ from typing import Any
 
 from condconv_surgery.data.evaluation_images import IMAGES, recorded_images
 from condconv_surgery.data.image_folders import ImageFiles, printable
-from condconv_surgery.errors import InputError, listed
+from condconv_surgery.errors import DamagedFileError, InputError, listed
 from condconv_surgery.recipe import InputSpec
 from condconv_surgery.recipe.training_options import TrainingOptions
 from condconv_surgery.training.batches.loaders import Data, open_data
 from condconv_surgery.training.distributed.world import World
-from condconv_surgery.training.state.run_files import write_text
+from condconv_surgery.training.state.run_files import new_run, write_text
 from condconv_surgery.training.state.run_state import State
 
 
@@ -44,18 +44,23 @@ def with_recorded_images(
         return data, []
     if not isinstance(train, ImageFiles) or not isinstance(val, ImageFiles):
         return data, []
-    rows = recorded_images(folder)
-    gone = _require_only_unreadable_gone(rows, train, val, state.facts.get("unreadable", []))
+    try:
+        rows = recorded_images(folder)
+    except DamagedFileError:  # which images have changed cannot be told then, only that some have
+        return data, []
+    gone = _require_only_unreadable_gone(rows, train, val, state.facts.get("unreadable", []), folder)
     train, val = (of.recorded([row[1:] for row in rows if row[0] == part]) for part, of in _parts(train, val))
     again = open_data(options, spec, world, (train, val))
     divided = data.divided and replace(data.divided, train=train, val=val)
+    if not gone:  # another division of the same images: another seed, say
+        return replace(again, divided=divided), []
     were = "image was" if gone == 1 else "images were"
     note = f"{gone} unreadable {were} removed since the run began; the others keep their order."
     return replace(again, divided=divided), [note]
 
 
 def _require_only_unreadable_gone(
-    rows: Sequence[Sequence[str]], train: ImageFiles, val: ImageFiles, unreadable: Sequence[str]
+    rows: Sequence[Sequence[str]], train: ImageFiles, val: ImageFiles, unreadable: Sequence[str], run: Path
 ) -> int:
     """The number of recorded images that are gone. Raises ``InputError`` for any other change."""
     split = train.root == val.root  # an image may be on another side now
@@ -70,7 +75,7 @@ def _require_only_unreadable_gone(
     moved = [key for key in now if before.get(key, now[key]) != now[key]]
     lost = [(part, file) for part, file in gone if not _is_among(unreadable, roots[part], file)]
     if lost or added or moved:
-        raise _changed(train.root if split else train.root.parent, added, lost, moved)
+        raise _changed(train.root if split else train.root.parent, added, lost, moved, run)
     return len(gone)
 
 
@@ -84,12 +89,12 @@ def _is_among(names: Sequence[str], root: Path, file: str) -> bool:
     return any(name.endswith(tail) for name in names)
 
 
-def _changed(folder: Path, added: list[Any], lost: list[Any], moved: list[Any]) -> InputError:
+def _changed(folder: Path, added: list[Any], lost: list[Any], moved: list[Any], run: Path) -> InputError:
     kinds = ((added, "added"), (lost, "removed"), (moved, "in another class"))
     found = [f"{len(keys)} {kind} ({listed([printable(file) for _, file in keys])})" for keys, kind in kinds if keys]
     return InputError(
         f"The images in {folder} are not those that the run began with: {', '.join(found)}.",
         "On a resume an unreadable image may be removed or repaired; the others must have the same names, classes "
         "and split.",
-        'restore the folder, or a new run: another output="RUN"',
+        f"restore the folder, or {new_run(run)}",
     )

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import shlex
 from pathlib import Path
 from typing import Any
 
 from condconv_surgery.errors import InputError
 from condconv_surgery.recipe.training_options import TrainingOptions
-from condconv_surgery.training.state.run_files import read_rows, write_rows
+from condconv_surgery.training.state.run_files import new_run, read_rows, write_rows
 from condconv_surgery.training.state.run_state import BEFORE, LAST, State
 
 RECIPE = "recipe.toml"
@@ -21,6 +22,9 @@ FREE = (
 """Options that may differ after a resume: they name folders or costs, or extend the run."""
 
 
+UNSET: tuple[Any, ...] = (None, "", [])
+
+
 def require_fresh(folder: Path) -> None:
     """Raise ``InputError`` when ``folder`` already holds a run, which a repeated call would overwrite."""
     if any((folder / name).exists() for name in (LAST, BEFORE, METRICS)):
@@ -31,8 +35,12 @@ def require_fresh(folder: Path) -> None:
         )
 
 
-def require_same_run(state: State, options: TrainingOptions, fingerprint: str, processes: int, steps: int) -> None:
+def require_same_run(
+    state: State, options: TrainingOptions, fingerprint: str, processes: int, steps: int, folder: Path
+) -> None:
     """Raise ``InputError`` when images or options are not those of the state, or the run is past its ``steps``.
+
+    folder: of the run.
 
     The number of processes may differ, except with a stream, of which each process reads its own part.
     """
@@ -41,23 +49,23 @@ def require_same_run(state: State, options: TrainingOptions, fingerprint: str, p
         raise InputError(
             f"The run streams its images with {before_processes} processes and is resumed with {processes}.",
             "Each process reads its own part of a stream, so their number must be the same.",
-            f'torchrun --nproc-per-node {before_processes}, or a new run: another output="RUN"',
+            f"torchrun --nproc-per-node {before_processes}, or {new_run(folder)}",
+        )
+    before, now = flattened(state.facts["options"]), flattened(options.to_dict())
+    before = {**flattened(TrainingOptions().to_dict()), **before}  # an older state lacks newer options
+    changed = [name for name in now if name not in FREE and before[name] != now[name]]
+    if changed:
+        changes = ", ".join(f"{name} was {before[name]!r} and is {now[name]!r}" for name in changed)
+        raise InputError(
+            f"The run began with other options: {changes}.",
+            f"On a resume only these may change: {', '.join(FREE)}.",
+            f"{_as_before(before, changed)}, or {new_run(folder, _written(now, changed))}",
         )
     if state.facts["fingerprint"] != fingerprint:
         raise InputError(
             f"The images in {options.data.folder} are not those that the run began with.",
             "Names, classes and split must be the same for an exact resume.",
-            'restore the folder, or a new run: another output="RUN"',
-        )
-    before, now = flattened(state.facts["options"]), flattened(options.to_dict())
-    missing = flattened(TrainingOptions().to_dict())  # an older state lacks newer options: they had their defaults
-    changed = [name for name in now if name not in FREE and before.get(name, missing[name]) != now[name]]
-    if changed:
-        changes = ", ".join(f"{name} was {before.get(name, missing[name])!r} and is {now[name]!r}" for name in changed)
-        raise InputError(
-            f"The run began with other options: {changes}.",
-            f"On a resume only these may change: {', '.join(FREE)}.",
-            'the same options, or a new run: another output="RUN"',
+            f"restore the folder, or {new_run(folder)}",
         )
     done, per_epoch = state.facts["progress"]["step"], steps // options.schedule.epochs
     if done > steps:
@@ -69,12 +77,25 @@ def require_same_run(state: State, options: TrainingOptions, fingerprint: str, p
         )
 
 
-def cut_metrics(folder: Path, epochs_done: int) -> None:
-    """Drop rows of epochs after the state: they will be trained again."""
+def _as_before(options: dict[str, Any], names: list[str]) -> str:
+    """What to write for some options to be these."""
+    unset = [f"leave {name}=... out" for name in names if options[name] in UNSET]
+    return " and ".join(part for part in (_written(options, names), *unset) if part)
+
+
+def _written(options: dict[str, Any], names: list[str]) -> str:
+    """Those of some options that are set, as a message writes them."""
+    return ", ".join(f"{name}={options[name]!r}" for name in names if options[name] not in UNSET)
+
+
+def cut_metrics(folder: Path, epochs_done: int) -> str:
+    """Drop rows of epochs after the state: they will be trained again. Returns a note about rows that are lost."""
     rows = read_rows(folder / METRICS)
-    kept = [row for row in rows if row["epoch"] <= epochs_done]
-    if kept or rows:
+    kept = [row for row in rows if row.get("epoch", math.inf) <= epochs_done]
+    if (folder / METRICS).exists():
         write_rows(folder / METRICS, kept)
+    lost = epochs_done - len(kept)
+    return f"{folder / METRICS} is damaged: the rows of {lost} of {epochs_done} epochs are lost." if lost > 0 else ""
 
 
 def flattened(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from condconv_surgery.data.evaluation_images import RECIPE
 from condconv_surgery.errors import InputError, TrainingError
 from condconv_surgery.models.artifact.atomic_write import replacing
 
@@ -23,8 +25,15 @@ def failing_resumably() -> Iterator[None]:
         raise TrainingError(
             error.given,
             "The file is as it was before.",
-            "free space or change the permissions, then the same run with resume=True",
+            "make room for it, then the same run with resume=True",
         ) from error
+
+
+def new_run(folder: Path, changes: str = "") -> str:
+    """The advice to begin a new run with the options of the one in ``folder``, and ``changes`` of them."""
+    recipe = folder / RECIPE
+    options = f"the options of {shlex.quote(str(recipe))} with " if recipe.is_file() else ""
+    return f'a new run: {options}{changes}{", " if changes else ""}output="RUN"'
 
 
 def write_text(path: Path, text: str) -> None:
@@ -60,13 +69,16 @@ def cannot_write(folder: Path, error: OSError) -> InputError:
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of a ``.jsonl`` file; a last line that a kill truncated is left out."""
-    rows = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+    """The rows of a ``.jsonl`` file before the first line that a kill has truncated or a disk damaged."""
+    rows: list[dict[str, Any]] = []
+    for line in path.read_bytes().splitlines() if path.exists() else []:
         try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
+            row = json.loads(line)
+        except ValueError:  # bytes that are no text too
             break
+        if not isinstance(row, dict):
+            break
+        rows.append(row)
     return rows
 
 

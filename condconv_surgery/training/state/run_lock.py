@@ -89,7 +89,10 @@ class RunLock:
     def _open(self) -> tuple[IO[str], bool]:
         """The file, and whether the system has locked it. One that was removed meanwhile is made again."""
         while True:
-            file = os.fdopen(os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666), "r+", encoding="utf-8")
+            try:
+                file = os.fdopen(os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666), "r+", encoding="utf-8")
+            except OSError as error:  # a folder of this name, or a file of another user
+                raise cannot_write(self.path, error) from error
             if sys.platform == "win32":
                 return file, False
             try:
@@ -119,13 +122,14 @@ class RunLock:
 
 
 def _owner(file: IO[str]) -> dict[str, Any]:
-    """Who wrote the file; empty for a new one."""
+    """Who wrote the file; empty for a new one, or one that a lock cannot be."""
     file.seek(0)
     try:
         found = json.loads(file.read())
     except ValueError:  # new, or being written at this moment
         return {}
-    return found if isinstance(found, dict) else {}
+    known = isinstance(found, dict) and isinstance(found.get("pid"), int) and isinstance(found.get("host"), str)
+    return found if known else {}
 
 
 def _who(owner: dict[str, Any]) -> str:

@@ -17,15 +17,21 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from condconv_surgery.errors import DamagedFileError, TrainingError
+from condconv_surgery.errors import DamagedFileError, TrainingError, listed
 from condconv_surgery.models.artifact.atomic_write import replacing
 from condconv_surgery.runtime.tensor_hash import hash_tensors
 from condconv_surgery.training.distributed.fsdp import full_tensor, sharded_like
-from condconv_surgery.training.state.run_files import failing_resumably
+from condconv_surgery.training.state.run_files import failing_resumably, new_run
 
 FORMAT = 1
 LAST = "state.safetensors"
 BEFORE = "state.previous.safetensors"
+
+FACTS = ("progress", "options", "fingerprint", "optimizer", "scaler")
+"""What every state says beside its tensors."""
+
+TECHNICAL = "Error while deserializing header: "
+"""How messages of safetensors begin."""
 
 
 @dataclass(frozen=True)
@@ -67,9 +73,7 @@ def load_state(folder: Path) -> tuple[State | None, str]:
         except DamagedFileError as error:
             damages.append(error.given)
     if damages:
-        raise DamagedFileError(
-            " ".join(damages), "No undamaged state is left to resume from.", 'a new run: another output="RUN"'
-        )
+        raise DamagedFileError(" ".join(damages), "No undamaged state is left to resume from.", new_run(folder))
     return None, ""
 
 
@@ -78,16 +82,20 @@ def read_state(path: Path) -> State:
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
+            if int(metadata["format"]) > FORMAT:
+                raise ValueError(f"its format is {metadata['format']}, newer than this version of condconv-surgery")
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not a dict
         facts = metadata["facts"]
-        intact = metadata["sha256"] == hash_tensors(tensors, prefix=facts) and int(metadata["format"]) <= FORMAT
-    except (OSError, SafetensorError, KeyError, ValueError) as error:
-        raise DamagedFileError(f"{path} is damaged: {error}.", "A state is what finetune writes.") from error
-    if not intact:
+        if metadata["sha256"] != hash_tensors(tensors, prefix=facts):
+            raise ValueError("its content is not what was written")
+        state = State(tensors, json.loads(facts))
+        if missing := [name for name in FACTS if name not in state.facts]:
+            raise ValueError(f"it lacks {listed(missing)}")
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
         raise DamagedFileError(
-            f"{path} is damaged: its content is not what was written.", "A state is what finetune writes."
-        )
-    return State(tensors, json.loads(facts))
+            f"{path} cannot be read: {str(error).removeprefix(TECHNICAL)}.", "A state is what finetune writes."
+        ) from error
+    return state
 
 
 def model_part(model: nn.Module, part: str = "model") -> dict[str, Tensor]:
@@ -96,18 +104,21 @@ def model_part(model: nn.Module, part: str = "model") -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def restore_model(model: nn.Module, tensors: dict[str, Tensor]) -> None:
-    """Fill ``model`` in place, every tensor and no other. Raises ``TrainingError`` when they do not fit."""
+def restore_model(model: nn.Module, tensors: dict[str, Tensor], name: str = "", folder: Path = Path()) -> None:
+    """Fill ``model`` in place, every tensor and no other. Raises ``TrainingError`` when they do not fit.
+
+    name: of the model that the run in ``folder`` began with.
+    """
     target = model.state_dict()
     if target.keys() != tensors.keys() or any(target[n].shape != t.shape for n, t in tensors.items()):
         differing = ", ".join(sorted(target.keys() ^ tensors.keys())[:3])
         raise TrainingError(
             f"The saved state is of another model{f' (differs in {differing})' if differing else ''}.",
-            "A run is resumed with the model that it started with.",
-            'a new run: another output="RUN"',
+            f"A run is resumed with the model that it started with{f', {name}' if name else ''}.",
+            f"{name or 'that model'}, or {new_run(folder)}",
         )
-    for name, tensor in tensors.items():
-        target[name].copy_(sharded_like(target[name], tensor))  # keeps device and memory format
+    for key, tensor in tensors.items():
+        target[key].copy_(sharded_like(target[key], tensor))  # keeps device and memory format
 
 
 def optimizer_part(optimizer: Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
