@@ -16,7 +16,8 @@ from itertools import product
 from pathlib import Path
 
 from condconv_surgery.deploy.export_model import RUNTIMES
-from tests.exports.one_export import CONSTANT_KERNELS, NETWORKS, SIDE, VARIANTS, Row, try_export
+from condconv_surgery.deploy.file_proof import TOLERANCE
+from tests.exports.one_export import CONSTANT_KERNELS, MAX_RATIO, NETWORKS, SIDE, VARIANTS, Row, try_export
 
 PACKAGES = {"onnx": "onnxruntime", "openvino": "openvino", "litert": "litert-torch", "ncnn": "ncnn", "pt2": "torch"}
 
@@ -43,14 +44,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run(options: argparse.Namespace) -> Iterator[Row]:
     done = {(row.network, row.variant, row.runtime) for row in read_rows(options.output)}
-    for runtime, network, variant in product(options.runtime, options.networks, options.variants):
-        unfit = runtime in CONSTANT_KERNELS and variant not in ("CondConv 4", "ODConv 1, no spatial")
-        if unfit or (network, variant, runtime) in done:
-            continue
-        row = try_export(network, variant, runtime)
-        with options.output.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row.to_dict()) + "\n")
-        yield row
+    for runtime in options.runtime:
+        for network, variant in _cases(runtime):
+            if network in options.networks and variant in options.variants and (network, variant, runtime) not in done:
+                yield _tried(network, variant, runtime, options.output)
+
+
+def _tried(network: str, variant: str, runtime: str, output: Path) -> Row:
+    """Its row, which is in ``output`` from now on."""
+    row = try_export(network, variant, runtime)
+    with output.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(row.to_dict()) + "\n")
+    return row
 
 
 def read_rows(output: Path) -> list[Row]:
@@ -62,28 +67,40 @@ def read_rows(output: Path) -> list[Row]:
 
 def to_markdown(rows: list[Row]) -> str:
     """A page: how it was made, and one table for each runtime."""
-    runtimes = list(dict.fromkeys(row.runtime for row in rows))
-    versions = ", ".join(f"{PACKAGES[name]} {version(PACKAGES[name])}" for name in runtimes)
+    runtimes = [name for name in PACKAGES if any(row.runtime == name for row in rows)]
+    versions = ", ".join(f"{PACKAGES[name]} {version(PACKAGES[name])}" for name in runtimes if name != "pt2")
     lines = [
         "# Exports tried\n",
+        "Networks of torchvision, converted, exported with `cs.export` and run in their runtime against the model. "
         f"Written by `python -m tests.exports {' '.join(runtimes)} -o exports.jsonl --table docs/reference/exports.md` "
-        f"with torch {version('torch')}, {versions}, Python {platform.python_version()}, on the CPU. Random weights "
-        "and routers, all layers converted but the stem and those over 1x1 maps, the forms that the exporter chooses, "
-        f"images of {SIDE} pixels.\n",
-        "`onnx`, `pt2` and `openvino`: one file for any batch and size, compared at batches 1, 3 and 8 and at two "
-        "sizes. `litert` and `ncnn`: one image of one size. difference: the largest between model and file, relative "
-        "to the largest output. file / weights: bytes of the file over those of the converted model's weights.\n",
+        f"with torch {version('torch')}, torchvision {version('torchvision')}, {versions}, Python "
+        f"{platform.python_version()}, on the CPU.\n",
+        "All layers are converted but the stem and those over 1x1 maps. Weights and routers are random: experts "
+        f"differ, and gates vary between images. Images of {SIDE} pixels, float32.\n",
+        "- forms: how many layers have each [form](../how-to/deploy.md#export-to-a-runtime), as the exporter chooses.",
+        f"- file / weights: bytes of the file over those of the converted model's weights, at most {MAX_RATIO}.",
+        "- difference: the largest between model and file, relative to the largest output of the input, at most "
+        f"{TOLERANCE:g}. `onnx`, `pt2` and `openvino`: one file for any batch and size, at batches 1, 3 and 8 and at "
+        "two sizes. `litert` and `ncnn`: one image of one size.\n",
     ]
     for runtime in runtimes:
         found = [row for row in rows if row.runtime == runtime]
-        lines += [f"## {runtime}\n", "| network | variant | forms | MB | file / weights | difference |"]
+        done = sum(not row.failure for row in found)
+        lines += [f"## {runtime}\n", f"{done} of {len(found)} exported and equal, of {len(_cases(runtime))} to try.\n"]
+        lines += ["| network | variant | forms | MB | file / weights | difference |"]
         lines += ["|---|---|---|---|---|---|", *(_line(row) for row in found), ""]
     return "\n".join(lines)
 
 
+def _cases(runtime: str) -> list[tuple[str, str]]:
+    """Network and variant of each export to a runtime."""
+    fit = ("CondConv 4", "ODConv 1, no spatial") if runtime in CONSTANT_KERNELS else VARIANTS
+    return list(product(NETWORKS, fit))
+
+
 def _line(row: Row) -> str:
     if row.failure:
-        return f"| {row.network} | {row.variant} | not exported: {row.failure} | | | |"
+        return f"| {row.network} | {row.variant} | failed: {row.failure} | | | |"
     forms = ", ".join(f"{count} {name}" for name, count in sorted(row.forms.items()))
     cells = (row.network, row.variant, forms, f"{row.megabytes:.1f}", f"{row.ratio:.3f}", f"{row.difference:.0e}")
     return f"| {' | '.join(cells)} |"

@@ -33,6 +33,9 @@ CONSTANT_KERNELS = ("litert", "ncnn")
 
 SIDE = 64
 
+MAX_RATIO = 1.05
+"""Of a file's bytes to those of the converted model's weights."""
+
 
 @dataclass(frozen=True)
 class Row:
@@ -71,9 +74,20 @@ def try_export(network: str, variant: str, runtime: str) -> Row:
             return Row(network, variant, runtime, {}, failure=str(error).splitlines()[0])
         size = sum(file.stat().st_size for file in Path(folder).iterdir())
     forms = dict(Counter(result.forms.values()))
+    failure = f"the file has {size / weights:.3f} of the weights' bytes" if size > MAX_RATIO * weights else ""
     seconds = time.process_time() - begin
+    megabytes, inputs = size / 1e6, len(result.shapes)
     return Row(
-        network, variant, runtime, forms, size / 1e6, size / weights, result.difference, len(result.shapes), seconds
+        network,
+        variant,
+        runtime,
+        forms,
+        megabytes,
+        size / weights,
+        result.difference,
+        inputs,
+        seconds,
+        failure,
     )
 
 
