@@ -80,7 +80,8 @@ def export(
         cs.export(model, "resnet18.tflite", to="litert")
 
     Batch norms are folded first (``fold``), and the constants of the routers. The metadata of the file has the classes,
-    the normalisation, the input size and the variant.
+    the normalisation, the input size and the variant. A detector of torchvision goes to ONNX, for one image of one
+    size: its maps are compared to 1e-4, its detections as sets.
 
     to: ``"onnx"``, ``"pt2"`` (torch.export), ``"openvino"``, ``"litert"`` or ``"ncnn"``; the last two take one batch.
     form: of the conditional layers in the graph, see ``deploy.graph_forms``; ``"auto"`` chooses for each layer.

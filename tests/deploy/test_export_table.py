@@ -24,7 +24,7 @@ def test_the_page_is_written_from_rows(tmp_path: Path) -> None:
     text = page.read_text()
     assert "| resnet18 | ODConv 1 | 16 loop, 3 scale | 46.2 | 1.001 | 4e-06 |" in text
     assert "| resnet18 | ODConv 4 | failed: cannot take the model | | | |" in text
-    assert "1 of 2 exported and equal, of 25 to try." in text
+    assert "2 of 25 tried, 1 exported and equal." in text
     assert "onnxruntime " in text
 
 

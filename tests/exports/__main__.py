@@ -86,7 +86,7 @@ def to_markdown(rows: list[Row]) -> str:
     for runtime in runtimes:
         found = [row for row in rows if row.runtime == runtime]
         done = sum(not row.failure for row in found)
-        lines += [f"## {runtime}\n", f"{done} of {len(found)} exported and equal, of {len(_cases(runtime))} to try.\n"]
+        lines += [f"## {runtime}\n", f"{len(found)} of {len(_cases(runtime))} tried, {done} exported and equal.\n"]
         lines += ["| network | variant | forms | MB | file / weights | difference |"]
         lines += ["|---|---|---|---|---|---|", *(_line(row) for row in found), ""]
     return "\n".join(lines)
