@@ -34,7 +34,8 @@ def test_the_latency_of_an_unconverted_network_has_no_original() -> None:
 def test_the_original_computes_what_the_trained_network_computes(variant: object) -> None:
     torch.manual_seed(0)
     plain = torchvision.models.resnet18(weights=None).eval()
-    model = convert(plain, variant, classifier=True, example=torch.randn(2, 3, 64, 64)).model  # type: ignore[arg-type]
+    options = {"include": ["layer4.*", "fc"], "classifier": True, "example": torch.randn(2, 3, 64, 64)}
+    model = convert(plain, variant, **options).model  # type: ignore[arg-type]
     x = torch.randn(2, 3, 64, 64)
     layers = conditional_layers(model)
     with torch.no_grad(), Original(model).in_place():
