@@ -152,7 +152,7 @@ class Learner:
 
     def restore(self, state: State) -> None:
         """Restore a state. Raises ``TrainingError`` when it is of another model."""
-        name, folder = str(state.facts["options"].get("model", "")), Path(self.options.output)
+        name, folder = str(state.facts.get("options", {}).get("model", "")), Path(self.options.output)
         restore_model(self.model, state.part("model"), name, folder)
         restore_optimizer(self.optimizer, state.part("optimizer"), state.facts["optimizer"])
         if self.average is not None:

@@ -291,7 +291,7 @@ def test_a_loss_that_is_not_finite_keeps_the_last_good_state(folder: Path) -> No
     options = options_for(folder).updated({"optimizer": {"lr": 1e30, "clip_norm": 0.0}})
     with pytest.raises(
         TrainingError,
-        match=r"loss is not finite at step 2; first in the output of \w+ .*\n.*No state .*\n.*optimizer\.lr=3\.3e\+29",
+        match=r"loss is not finite at step 2; first in the output of \w+ .*\n.*No state .*\n.*optimizer\.lr=0\.001, ",
     ):
         run(options)
 

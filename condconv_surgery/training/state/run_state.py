@@ -28,7 +28,7 @@ LAST = "state.safetensors"
 BEFORE = "state.previous.safetensors"
 
 FACTS = ("progress", "options", "fingerprint", "optimizer", "scaler")
-"""What every state says beside its tensors."""
+"""What the state of a run says beside its tensors."""
 
 TECHNICAL = "Error while deserializing header: "
 """How messages of safetensors begin."""
@@ -69,12 +69,21 @@ def load_state(folder: Path) -> tuple[State | None, str]:
         if not path.exists():
             continue
         try:
-            return read_state(path), "; ".join(damages)
+            return _of_run(path, read_state(path)), "; ".join(damages)
         except DamagedFileError as error:
             damages.append(error.given)
     if damages:
         raise DamagedFileError(" ".join(damages), "No undamaged state is left to resume from.", new_run(folder))
     return None, ""
+
+
+def _of_run(path: Path, state: State) -> State:
+    """The state, after a check that it says what every run saves. Raises ``DamagedFileError``."""
+    if missing := [name for name in FACTS if name not in state.facts]:
+        raise DamagedFileError(
+            f"{path} cannot be read: it lacks {listed(missing)}.", "A state is what finetune writes."
+        )
+    return state
 
 
 def read_state(path: Path) -> State:
@@ -89,8 +98,6 @@ def read_state(path: Path) -> State:
         if metadata["sha256"] != hash_tensors(tensors, prefix=facts):
             raise ValueError("its content is not what was written")
         state = State(tensors, json.loads(facts))
-        if missing := [name for name in FACTS if name not in state.facts]:
-            raise ValueError(f"it lacks {listed(missing)}")
     except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
         raise DamagedFileError(
             f"{path} cannot be read: {str(error).removeprefix(TECHNICAL)}.", "A state is what finetune writes."
