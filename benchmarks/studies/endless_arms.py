@@ -11,12 +11,14 @@ from condconv_surgery.recipe.training_sections import LayerOptions
 
 @dataclass(frozen=True)
 class Arm:
-    """variant: ``None`` for the static network. conversion: options of ``convert``. length: steps, as a multiple of
-    those of other arms. rate_of: the arm whose learning rate it takes, without a search of its own.
+    """variant: ``None`` for the static network. conversion: options of ``convert``. classifier: the variant of the
+    classifier, where it is another than that of the convolutions. length: steps, as a multiple of those of other arms.
+    rate_of: the arm whose learning rate it takes, without a search of its own.
     """
 
     variant: Variant | None = None
     conversion: dict[str, Any] = field(default_factory=dict)
+    classifier: Variant | None = None
     weight_decay: float = 0.02
     layers: LayerOptions = LayerOptions()  # noqa: RUF009  # frozen
     length: int = 1
@@ -36,5 +38,11 @@ ARMS = {
     "condconv:4, classifier": Arm(CondConv(experts=4), {"spread": 2.0, "classifier": True}),
     "odconv:2, sigmoid gates, hidden 32, classifier": Arm(
         ODConv(experts=2, gates="sigmoid", min_hidden=32), {"spread": 2.0, "classifier": True}
+    ),
+    "odconv:4, sigmoid gates, hidden 48, classifier odconv:1": Arm(
+        ODConv(experts=4, gates="sigmoid", min_hidden=48), {"spread": 2.0}, ODConv(experts=1)
+    ),
+    "odconv:6, sigmoid gates, hidden 32, classifier odconv:1": Arm(
+        ODConv(experts=6, gates="sigmoid", min_hidden=32), {"spread": 2.0}, ODConv(experts=1)
     ),
 }

@@ -146,7 +146,10 @@ class Study:
         if options.get("start") != "noise":
             options["calibration"] = self.task.batch(512, "calibration", seed).images
         example = self.task.batch(2, "example").images
-        return cs.convert(model, arm.variant, example=example, seed=seed, **options).model
+        converted = cs.convert(model, arm.variant, example=example, seed=seed, **options).model
+        if arm.classifier is None:
+            return converted
+        return cs.convert(converted, arm.classifier, example=example, seed=seed, classifier=True).model
 
 
 def train(

@@ -8,6 +8,7 @@ holds the page to the records.
 
 from __future__ import annotations
 
+import textwrap
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -73,7 +74,13 @@ STUDIES = (
         "endless-emoji",
         "endless emoji",
         longer="static, twice the steps",
-        between=(("condconv:4", "condconv:4, noise"), ("odconv:4, sigmoid gates, hidden 64", "odconv:1")),
+        between=(
+            ("condconv:4", "condconv:4, noise"),
+            ("condconv:4, classifier", "condconv:4"),
+            ("odconv:1, classifier", "odconv:1"),
+            ("odconv:4, sigmoid gates, hidden 64", "odconv:1"),
+            ("odconv:4, sigmoid gates, hidden 64", "odconv:2, sigmoid gates, hidden 32, classifier"),
+        ),
     ),
     Evidence("characters", "characters"),
     Evidence("digits", "digits"),
@@ -102,9 +109,12 @@ def figure(studies: tuple[Evidence, ...] = STUDIES) -> Figure:
                     100 * found.mean, y + shift, xerr=100 * found.half, fmt="o", color=colour, mfc=face, capsize=3
                 )
     axes.axvline(0, color=SERIES[0], linewidth=0.8, zorder=0)
-    axes.set_yticks(range(len(rows)), [f"{study.name}: {arm.name}" for study, arm in rows])
+    axes.set_yticks(
+        range(len(rows)),
+        [textwrap.fill(f"{study.name}: {arm.name}", 34, break_long_words=False) for study, arm in rows],
+    )
     axes.set_ylim(len(rows) - 0.4, -0.7)
-    axes.set_xlabel("points of top-1 over static, 95% interval; hollow: equal time")
+    axes.set_xlabel("points of top-1 over static, 95%; hollow: equal time")
     remove_frame(axes)
     return drawn
 

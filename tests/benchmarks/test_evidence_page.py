@@ -20,7 +20,7 @@ def test_the_table_has_the_accuracies_and_the_figure_the_arms_of_the_records() -
     for row in lines[1:]:
         name = row[0] or name
         top1.setdefault(name, {})[row[1]] = float(row[5])
-    labels = [label.get_text() for label in figure().axes[0].get_yticklabels()]
+    labels = [label.get_text().replace("\n", " ") for label in figure().axes[0].get_yticklabels()]
     for study in STUDIES:
         scored = [arm for arm in study.record.arms if arm.runs]
         assert set(top1[study.name]) == {arm.name for arm in scored}
