@@ -28,7 +28,7 @@ def test_a_piece_of_torchvision(tmp_path: Path) -> None:
         assert row.stepped
         assert row.eval is not None
         assert row.eval < 1e-4
-        assert row.folded > 0
+        assert bool(row.folded) != (row.source == "torchvision:raft_small")  # which has no batch norms
         assert row.fused is not None
         assert min(row.fused, row.fused_exact or row.fused) < 1e-4
     assert list(run(cases, tmp_path / "rows.jsonl", timeout=300)) == []  # an interrupted sweep goes on where it was
