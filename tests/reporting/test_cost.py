@@ -14,11 +14,14 @@ from torch.profiler import ProfilerActivity
 from condconv_surgery import CondConv, ODConv, convert
 from condconv_surgery.layers import conditional_layers
 from condconv_surgery.native import kernels
+from condconv_surgery.reporting import profile
 from condconv_surgery.reporting.measure.latency import Latency, measure_latency
+from condconv_surgery.reporting.measure.measurements import Measurements
 from condconv_surgery.reporting.measure.memory_and_latency import Cost, measure_cost
 from condconv_surgery.reporting.measure.original_model import Original
 from condconv_surgery.reporting.measure.peak_activations import peak_activations
-from condconv_surgery.reporting.render.table_rows import latency_line
+from condconv_surgery.reporting.render.answers import report_answer
+from condconv_surgery.reporting.render.table_rows import latency_line, tiles
 from tests.variant_cases import EVERY_VARIANT
 
 
@@ -28,6 +31,17 @@ def test_the_latency_of_an_unconverted_network_has_no_original() -> None:
     assert latency_line(cost, False) == (
         "Latency: medians after 2 warm-up passes; interquartile range 10% of 5 at batch 1; threads 1."
     )
+
+
+@pytest.mark.parametrize(("spread", "doubt"), [(0.004, ""), (0.02, " (uncertain: passes varied by 200%)")])
+def test_a_ratio_of_latencies_that_vary_much_is_called_uncertain(spread: float, doubt: str) -> None:
+    plain = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3))
+    example = torch.zeros(1, 3, 8, 8)
+    profiled = profile(convert(plain, CondConv(2), example=example).model, example)
+    model = Measurements("net", profiled, Cost((), (Latency(1, 0.01, spread, 0.02, 0.5, 7, 2),), ()))
+    assert f" and 0.50 times the latency{doubt}. " in report_answer(model)
+    (tile,) = [note for name, _, note in tiles(model) if name == "latency"]
+    assert tile == ("x0.50 vs original, uncertain" if doubt else "x0.50 vs original")
 
 
 @pytest.mark.parametrize("variant", EVERY_VARIANT, ids=str)

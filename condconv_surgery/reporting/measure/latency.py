@@ -33,6 +33,12 @@ class Latency:
     repeats: int
     warm_up: int = 0
 
+    @property
+    def doubt(self) -> str:
+        """Why the ratio says little, on a machine with other work; empty where passes vary by at most half."""
+        variation = self.spread / self.median
+        return f"uncertain: passes varied by {variation:.0%}" if variation > 0.5 else ""
+
 
 def measure_latency(
     model: nn.Module, arguments: tuple[Any, ...], batch: int, *, seconds: float = 2.0, warm_up: int = 2

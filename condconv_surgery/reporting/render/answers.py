@@ -104,7 +104,8 @@ def _cost(model: Measurements) -> str:
         f"{percent(profile.macs_before, profile.macs.total)} MACs",
     ]
     if model.latency is not None:
-        parts.append(f"{model.latency.ratio:.2f} times the latency")
+        doubt = f" ({model.latency.doubt})" if model.latency.doubt else ""
+        parts.append(f"{model.latency.ratio:.2f} times the latency{doubt}")
     return " and ".join([", ".join(parts[:-1]), parts[-1]])
 
 

@@ -83,7 +83,7 @@ def tiles(model: Measurements) -> list[tuple[str, str, str]]:
         found.append(("latency", "-", "not measured"))
     else:
         ratio = f"x{latency.ratio:.2f} vs original" if profile.converted else "one image"
-        found.append(("latency", human_time(latency.median), ratio))
+        found.append(("latency", human_time(latency.median), f"{ratio}, uncertain" if latency.doubt else ratio))
     if model.accuracy is not None:
         interval = model.accuracy_interval
         note = f"{span(interval)}, 95% interval" if interval else ""
