@@ -18,6 +18,9 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
+PRINT_ONE = f"{ALL_OPTIONS} prints one"
+"""The advice on a recipe that cannot be read, unless the caller knows better."""
+
 
 def to_toml(options: TrainingOptions) -> str:
     """Every option with its help as a comment; an option that is not set is a commented line."""
@@ -28,7 +31,7 @@ def to_toml(options: TrainingOptions) -> str:
     return "\n".join(lines) + "\n"
 
 
-def read_recipe_file(path: Path, fix: str = f"{ALL_OPTIONS} prints one") -> TrainingOptions:
+def read_recipe_file(path: Path, fix: str = PRINT_ONE) -> TrainingOptions:
     """The options in a TOML file. Raises ``InputError``, with ``fix`` where it cannot be read or is not TOML."""
     try:
         return from_toml(path.read_text(encoding="utf-8"), str(path), fix)
@@ -40,12 +43,12 @@ def read_recipe_file(path: Path, fix: str = f"{ALL_OPTIONS} prints one") -> Trai
         ) from error
 
 
-def from_toml(text: str, name: str = "the recipe", fix: str = f"{ALL_OPTIONS} prints one") -> TrainingOptions:
+def from_toml(text: str, name: str = "the recipe", fix: str = PRINT_ONE) -> TrainingOptions:
     """The inverse of ``to_toml``; options left out keep their defaults. Raises ``InputError``."""
     return TrainingOptions.from_dict(parse_toml(text, name, fix))
 
 
-def parse_toml(text: str, name: str, fix: str = f"{ALL_OPTIONS} prints one") -> dict[str, Any]:
+def parse_toml(text: str, name: str, fix: str = PRINT_ONE) -> dict[str, Any]:
     """TOML as nested plain values."""
     try:
         return tomllib.loads(text)

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from condconv_surgery.data.evaluation_images import RECIPE
 from condconv_surgery.data.image_dataset import Batch
 from condconv_surgery.errors import InputError, one_line
 from condconv_surgery.models.artifact.save_load import save
@@ -34,7 +35,7 @@ from condconv_surgery.training.monitor.run_summary import start_lines
 from condconv_surgery.training.monitor.training_curves import draw_curves
 from condconv_surgery.training.state.image_record import with_recorded_images, write_image_record
 from condconv_surgery.training.state.progress import Progress, TrainingResult
-from condconv_surgery.training.state.resume import METRICS, RECIPE, cut_metrics, require_fresh, require_same_run
+from condconv_surgery.training.state.resume import METRICS, cut_metrics, require_fresh, require_same_run
 from condconv_surgery.training.state.run_files import (
     copy_file,
     failing_resumably,

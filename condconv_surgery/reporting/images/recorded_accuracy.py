@@ -6,10 +6,9 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from condconv_surgery.data.evaluation_images import CHECK, RECIPE
+from condconv_surgery.data.evaluation_images import CHECK, options_of
 from condconv_surgery.errors import InputError
 from condconv_surgery.models.sources import file_of_run
-from condconv_surgery.recipe.toml_text import from_toml
 
 METRICS = "metrics.jsonl"
 
@@ -52,8 +51,8 @@ def _validation_images(run: Path) -> int:
 def _data(run: Path) -> str:
     """The data of a run, and how its validation images were chosen where the data do not say."""
     try:
-        options = from_toml((run / RECIPE).read_text(encoding="utf-8"), str(run / RECIPE))
-    except (OSError, UnicodeDecodeError, InputError):
+        options = options_of(run)
+    except InputError:
         return ""
     return f"{options.data.folder}{f', {options.data.val}' if options.data.val else ''} (seed {options.seed})"
 

@@ -12,7 +12,6 @@ from condconv_surgery.recipe.training_options import TrainingOptions
 from condconv_surgery.training.state.run_files import new_run, read_rows, write_rows
 from condconv_surgery.training.state.run_state import BEFORE, LAST, State
 
-RECIPE = "recipe.toml"
 METRICS = "metrics.jsonl"
 
 FREE = (
@@ -21,8 +20,8 @@ FREE = (
 )
 """Options that may differ after a resume: they name folders or costs, or extend the run."""
 
-
 UNSET: tuple[Any, ...] = (None, "", [])
+"""Values of options that nobody types."""
 
 
 def require_fresh(folder: Path) -> None:
