@@ -34,6 +34,7 @@ from condconv_surgery.training.monitor.run_metrics import Meter, temperature_of
 from condconv_surgery.training.monitor.run_summary import start_lines
 from condconv_surgery.training.monitor.training_curves import draw_curves
 from condconv_surgery.training.state.image_record import with_recorded_images, write_image_record
+from condconv_surgery.training.state.leaf_modules import leaf_modules, require_same_modules
 from condconv_surgery.training.state.progress import Progress, TrainingResult
 from condconv_surgery.training.state.resume import METRICS, cut_metrics, require_fresh, require_same_run
 from condconv_surgery.training.state.run_files import (
@@ -80,6 +81,7 @@ class Run:
         before = (recipe_of(model) or Recipe()).classes
         with seeded(options.seed, "head"):
             self.heads = fit_heads(model, self.data.train.classes, spec)
+        self.modules = leaf_modules(model)
         self.model_notes = opening_notes(model, spec, options, self.heads, self.data.order.steps)
         self.model_notes += renamed_note(before, self.data.train.classes, self.heads)
         self.learner = Learner(model, options, world, self.data.train.counts(), self.heads)
@@ -120,6 +122,8 @@ class Run:
         written = with_absolute_paths(self.options)
         require_same_run(state, written, self.data.fingerprint(), self.world.size, order.steps, self.folder)
         self.saved_step = state.facts["progress"]["step"]
+        if before := state.facts.get("modules"):
+            require_same_modules(before, self.modules, state.facts["options"]["model"], self.folder)
         self.learner.restore(state)
         self.progress = Progress.from_dict(state.facts["progress"])
         self.unreadable.names = list(state.facts.get("unreadable", []))
@@ -242,6 +246,7 @@ class Run:
                 "fingerprint": self.data.fingerprint(),
                 "processes": self.world.size,
                 "unreadable": self.unreadable.names,
+                "modules": self.modules,
             }
             self.callback.flush()
             state = self.learner.state(facts)

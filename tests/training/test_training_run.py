@@ -20,7 +20,7 @@ from condconv_surgery.recipe.training_options import TrainingOptions
 from condconv_surgery.surgery import convert
 from condconv_surgery.training import TrainingResult, finetune
 from condconv_surgery.training.monitor.callback import Callback, EpochRow, StepView
-from condconv_surgery.training.state.run_state import BEFORE, LAST
+from condconv_surgery.training.state.run_state import BEFORE, LAST, read_state, save_state
 from tests.images import write_images
 from tests.small_networks import VARIANTS, small_net
 
@@ -273,8 +273,35 @@ def test_resume_refuses_other_options_and_other_images(folder: Path) -> None:
 def test_resume_refuses_another_model(folder: Path) -> None:
     options = options_for(folder, epochs=1)
     run(options)
-    with pytest.raises(TrainingError, match="of another model"):
+    with pytest.raises(InputError, match=r"not the one that the run began with: inner was Conv2d\(8, 8, .*is absent"):
         run(options, CondConv(experts=2), resume=True)
+
+
+def test_resume_refuses_other_layers_with_tensors_of_the_same_shapes(folder: Path) -> None:
+    options = options_for(folder, epochs=1)
+    run(options)
+    net = small_net()
+    net.inner = nn.Conv2d(8, 8, 3, padding=2, dilation=2)
+    net.dropout = nn.Dropout(0.5)
+    with pytest.raises(InputError) as error:
+        finetune(net, options, resume=True)
+    assert "inner was Conv2d(8, 8, kernel_size=(3, 3), stride=(1, 1), padding=(1, 1)) and is " in error.value.given
+    assert error.value.given.endswith(
+        "; dropout was Dropout(p=0.1, inplace=False) and is Dropout(p=0.5, inplace=False)."
+    )
+    assert run(options.updated({"schedule": {"epochs": 2}}), resume=True).epochs == 2
+
+
+def test_a_state_without_a_list_of_layers_is_resumed(folder: Path) -> None:
+    """As one of an earlier version, which notices tensors of other shapes only."""
+    options = options_for(folder, epochs=1)
+    run(options)
+    state = read_state(Path(options.output) / LAST)
+    del state.facts["modules"]
+    save_state(Path(options.output), state)
+    with pytest.raises(TrainingError, match="of another model"):
+        run(options.updated({"schedule": {"epochs": 2}}), CondConv(experts=2), resume=True)
+    assert run(options.updated({"schedule": {"epochs": 2}}), resume=True).epochs == 2
 
 
 def test_an_unreadable_image_stops_the_run_or_is_skipped(folder: Path) -> None:
