@@ -12,7 +12,7 @@ using condconv::PartGradients;
 using condconv::View;
 using Sizes = std::vector<int64_t>;
 typedef float Vec __attribute__((vector_size(32), aligned(4), may_alias));
-#ifdef __AVX512F__
+#if CONDCONV_AVX512
 typedef float Widest __attribute__((vector_size(64), aligned(4), may_alias));
 #else
 typedef Vec Widest;
@@ -40,7 +40,7 @@ inline float sum_of(Vec v) {
   const auto twos = fours + __builtin_shufflevector(fours, fours, 1, 0, 3, 2);
   return twos[0] + twos[2];
 }
-#ifdef __AVX512F__
+#if CONDCONV_AVX512
 inline float sum_of(Widest v) {
   const Vec low = __builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7);
   return sum_of(low + __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15));
