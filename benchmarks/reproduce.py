@@ -16,6 +16,8 @@ import torchvision
 
 from benchmarks.model_times import contender_steps
 from benchmarks.protocol import Protocol, Spread
+from benchmarks.rounded_models import contenders
+from benchmarks.rounded_models import measure as measure_rounded
 from condconv_surgery import native
 from condconv_surgery.errors import InputError
 from condconv_surgery.recipe import CondConv
@@ -128,11 +130,19 @@ def _times(model: str, protocol: Protocol, on: bool) -> str:
     return ", ".join(map(str, found))
 
 
+def _rounded(model: str, protocol: Protocol) -> str:
+    """CondConv with 8 experts over static for one image: exact, and with the experts in int8."""
+    with native.kernels(True):
+        found = measure_rounded(contenders(model, CondConv(experts=8)), 1, 224, protocol).ratios
+    return f"{found['float32']}, {found['int8']}"
+
+
 ROWS: dict[str, Callable[[str, Protocol], str]] = {
     "top-1 on ImageNet, published": _published,
     "MACs per image": _macs,
     "time / static, CondConv 4 experts, C++ kernels": _with_kernels,
     "the same with PyTorch operators": _without_kernels,
+    "1 image, C++ kernels: CondConv 8 experts": _rounded,
     "time / static on an H100": _on_a_gpu,
 }
 """By the start of a row's label."""

@@ -23,7 +23,7 @@ from condconv_surgery.recipe import CondConv, DynamicConv, ODConv, TrainingOptio
 if TYPE_CHECKING:
     from condconv_surgery import native
     from condconv_surgery.data.data_check import check_data
-    from condconv_surgery.deploy import collapse, export, fold
+    from condconv_surgery.deploy import collapse, export, fold, round_experts
     from condconv_surgery.layers import set_temperature
     from condconv_surgery.models.delta_base import load, save
     from condconv_surgery.models.mobilenet_v1 import mobilenet_v1
@@ -54,6 +54,7 @@ _LAZY = {
     "predict": "condconv_surgery.reporting",
     "push_to_hub": "condconv_surgery.sharing",
     "report": "condconv_surgery.reporting",
+    "round_experts": "condconv_surgery.deploy",
     "save": "condconv_surgery.models.delta_base",
     "save_pretrained": "condconv_surgery.sharing",
     "set_temperature": "condconv_surgery.layers",
@@ -89,6 +90,7 @@ __all__ = [
     "predict",
     "push_to_hub",
     "report",
+    "round_experts",
     "save",
     "save_pretrained",
     "set_temperature",

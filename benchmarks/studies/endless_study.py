@@ -40,8 +40,8 @@ PROTOCOL = (
     "All arms of a seed see the same images in the same order, which no other seed sees; AdamW, one cycle.",
     "The learning rate of each arm is the best of 4e-3, 8e-3 and 1.6e-2 on 8,192 validation images, with seed 1. Where "
     "the largest was best, larger ones were tried too: 3.2e-2 for odconv:1, condconv:8 and condconv:4 with noise, "
-    "3.2e-2 and 6.4e-2 for static. The rates of static differ by no more than chance, so its search has a second seed. With "
-    "twice the steps it has the same rate.",
+    "3.2e-2 and 6.4e-2 for static. The rates of static differ by no more than chance, so its search has a second seed. "
+    "With twice the steps it has the same rate.",
     "8,192 test images, which all runs share and nothing was selected on.",
 )
 

@@ -14,7 +14,7 @@ from condconv_surgery.deploy.deployment_images import deployment_images
 from condconv_surgery.deploy.mean_mixtures import Labelled, MeanMixture, mean_mixtures, top1
 from condconv_surgery.errors import InputError, listed, nearest
 from condconv_surgery.layers import ConditionalConv2d, RoutedBlock, plain_like
-from condconv_surgery.layers.find_layers import folded_layers, named_layers, routed_layers
+from condconv_surgery.layers.find_layers import folded_layers, named_layers, require_exact_experts, routed_layers
 from condconv_surgery.layers.routed_block import remove_block_router
 from condconv_surgery.ops.mixture import Mixture
 from condconv_surgery.recipe import attach_recipe, recipe_of
@@ -117,6 +117,7 @@ def require_collapsible(model: nn.Module) -> None:
     """Raise ``InputError`` for a model without conditional layers, or a folded one."""
     if not named_layers(model, ConditionalConv2d):
         raise InputError("The model has no conditional layer.", "It is plain already.", "use it as it is")
+    require_exact_experts(model, "The plain layers get the exact mean of their experts.")
     if folded := folded_layers(model):
         raise InputError(
             f"The model is folded: {listed(folded)} took in the batch norm behind.",

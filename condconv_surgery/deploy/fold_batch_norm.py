@@ -27,7 +27,7 @@ from condconv_surgery.deploy.batch_norm_pairs import ACTIVATED_NORM, Pair, batch
 from condconv_surgery.errors import InputError, ProofError, listed
 from condconv_surgery.layers import ConditionalConv2d, conditional_layers
 from condconv_surgery.layers.conv2d_subclasses import full_name
-from condconv_surgery.layers.find_layers import folded_layers
+from condconv_surgery.layers.find_layers import folded_layers, require_exact_experts
 from condconv_surgery.runtime.modes import example_arguments
 from condconv_surgery.surgery.conversion_plan import Skip
 from condconv_surgery.surgery.copy_model import copy_of
@@ -101,6 +101,7 @@ def _require_foldable(model: nn.Module) -> None:
             "Batch norms behind plain convolutions are folded by every runtime.",
             "convert(model, CondConv(experts=4))",
         )
+    require_exact_experts(model, "Folding scales the experts before they are rounded.")
     if folded := folded_layers(model):
         raise InputError(f"The model is folded already: {listed(folded)}.", "Once is enough.", "use it as it is")
 

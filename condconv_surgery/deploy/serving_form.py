@@ -11,7 +11,7 @@ from condconv_surgery.deploy.constant_kernels import ConstantKernels
 from condconv_surgery.deploy.fold_batch_norm import fold
 from condconv_surgery.deploy.graph_forms import CONSTANT, choose_forms, layer_cases
 from condconv_surgery.layers import ConditionalConv2d, conditional_layers
-from condconv_surgery.layers.find_layers import folded_layers, named_layers
+from condconv_surgery.layers.find_layers import folded_layers, named_layers, require_exact_experts
 from condconv_surgery.surgery.copy_model import copy_of
 
 
@@ -23,6 +23,7 @@ def serving_form(
     form, preferred: see ``graph_forms.choose_forms``. batch: that of the graph, None for any.
     Only for tracing at that batch: the copy has no training mode and cannot be saved.
     """
+    require_exact_experts(model, 'A file is made from exact experts: export(quantize="int8") rounds its own.')
     served = copy_of(model)
     if not conditional_layers(served):
         return served, {}

@@ -13,12 +13,14 @@ from torch import Tensor, nn
 from condconv_surgery.errors import InputError
 from condconv_surgery.layers.foreign_fusers import refuse_fuser, require_own_shape
 from condconv_surgery.layers.router_base import Router, make_router
-from condconv_surgery.layers.weight_standardisation import WeightStandardisation
+from condconv_surgery.layers.weight_forms.rounded_weight import RoundedWeight
+from condconv_surgery.layers.weight_forms.weight_standardisation import WeightStandardisation
 from condconv_surgery.ops.conditional_conv2d import conditional_conv2d
 from condconv_surgery.ops.dispatch import fast_layer
 from condconv_surgery.ops.geometry import ConvGeometry
 from condconv_surgery.ops.graph_node import as_node, is_traced
 from condconv_surgery.ops.mixture import Mixture
+from condconv_surgery.ops.rounded_conv2d import rounded_conv2d
 from condconv_surgery.ops.tracing_state import is_hooked, is_jit_traced
 from condconv_surgery.recipe import Variant
 
@@ -56,7 +58,8 @@ class ConditionalConv2d(nn.Module, Generic[V]):
     ``DynamicConv2d``); a variant without a subclass uses this class.
 
     variant: the configuration, ``CondConv(experts=4)`` and the like; in a subclass ``None`` means its own defaults.
-    standardisation: an attribute: of the weight at each call (``layers.weight_standardisation``), or None.
+    standardisation: an attribute: of the weight at each call (``layers.weight_forms.weight_standardisation``), or None.
+    rounding: an attribute: how ``weight`` is read where ``cs.round_experts`` made it int8 or bfloat16, or None.
     ungated_bias: an attribute: [O], added for every sample, or None. ``cs.fold`` makes it from a batch norm.
     implementation: an attribute, ``"auto"`` or the name of one implementation (``ops.implementations``).
     """
@@ -76,6 +79,7 @@ class ConditionalConv2d(nn.Module, Generic[V]):
     ungated_bias: nn.Parameter | None
     router: Router | None
     standardisation: WeightStandardisation | None
+    rounding: RoundedWeight | None
 
     def __init__(
         self,
@@ -117,6 +121,7 @@ class ConditionalConv2d(nn.Module, Generic[V]):
         self.weight_factor, self.bias_factor = router.weight_factor, router.bias_factor
         self.router = router if routed else None
         self.register_module("standardisation", None)
+        self.register_module("rounding", None)
         self.implementation = "auto"
         self.reset_parameters()
 
@@ -174,11 +179,26 @@ class ConditionalConv2d(nn.Module, Generic[V]):
                 f"It takes [B, {self.geometry.in_channels}, H, W] or [{self.geometry.in_channels}, H, W].",
             )
         mixture = self.route(input) if mixture is None else mixture
+        return self._with_ungated_bias(self.convolve(input, mixture))
+
+    def convolve(self, x: Tensor, mixture: Mixture) -> Tensor:
+        """Mix and convolve, with the gated bias: [B, I, H, W] -> [B, O, H', W']."""
         experts: Tensor = self.weight
         if self.standardisation is not None:
-            experts, mixture = self.standardisation(experts, mixture)
-        y = conditional_conv2d(input, experts, self.bias, mixture, self.geometry, self.implementation)
-        return self._with_ungated_bias(y)
+            experts, mixture = self.standardisation(self.float_experts(), mixture)
+        elif self.rounding is not None:
+            scales = self.rounding.scale
+            return rounded_conv2d(x, experts, scales, self.bias, mixture, self.geometry, self.implementation)
+        return conditional_conv2d(x, experts, self.bias, mixture, self.geometry, self.implementation)
+
+    @property
+    def exact_dtype(self) -> torch.dtype:
+        """The dtype of ``float_experts``."""
+        return self.weight.dtype if self.rounding is None else torch.float32
+
+    def float_experts(self) -> Tensor:
+        """The experts as they are mixed: ``weight``, or what it stands for where it is rounded."""
+        return self.weight if self.rounding is None else self.rounding(self.weight)
 
     def _in_one_call(self, x: Tensor) -> Tensor | None:
         """The whole layer by one call of a backend, or None: where the router or a part of it must be called."""
@@ -187,8 +207,11 @@ class ConditionalConv2d(nn.Module, Generic[V]):
         if router is None or modules["standardisation"] is not None or self.implementation != "auto":
             return None
         form = None if is_hooked(router) else router.whole_form()  # type: ignore[operator]
-        weight = parts.get("weight")
-        return None if form is None or weight is None else fast_layer(x, weight, parts["bias"], form, self.geometry)
+        weight, rounding = parts.get("weight"), modules["rounding"]
+        if form is None or weight is None:
+            return None
+        scales = None if rounding is None else rounding._buffers["scale"]
+        return fast_layer(x, weight, parts["bias"], form, self.geometry, scales)
 
     def _with_ungated_bias(self, y: Tensor) -> Tensor:
         ungated = self._parameters.get("ungated_bias")
@@ -200,7 +223,7 @@ class ConditionalConv2d(nn.Module, Generic[V]):
         Ours times the router's ``weight_factor`` (CondConv 2/n; ODConv 2 for each sigmoid; DynamicConv 1).
         """
         bias = None if self.bias is None else self.bias.detach() * self.bias_factor
-        return self.weight.detach() * self.weight_factor, bias
+        return self.float_experts().detach() * self.weight_factor, bias
 
     @torch.no_grad()
     def load_paper_weights(self, weight: Tensor, bias: Tensor | None = None) -> None:

@@ -7,7 +7,6 @@ from torch import Tensor
 
 from condconv_surgery.errors import InputError
 from condconv_surgery.layers.conditional import ConditionalConv2d
-from condconv_surgery.ops.conditional_conv2d import conditional_conv2d
 from condconv_surgery.ops.graph_node import as_node, is_traced
 from condconv_surgery.ops.mixture import Mixture
 from condconv_surgery.ops.tracing_state import is_jit_traced
@@ -48,5 +47,5 @@ class ConditionalLinear(ConditionalConv2d[Variant]):
         flat = input.unsqueeze(1) if input.dim() == 2 else input.flatten(1, -2)  # [B, N, I]
         tokens = flat.transpose(1, 2).unsqueeze(-1)  # [B, I, N, 1]
         mixture = self.route(tokens) if mixture is None else mixture
-        y = conditional_conv2d(tokens, self.weight, self.bias, mixture, self.geometry, self.implementation)
+        y = self.convolve(tokens, mixture)
         return y.squeeze(-1).transpose(1, 2).reshape(*input.shape[:-1], self.out_features)

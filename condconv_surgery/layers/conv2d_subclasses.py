@@ -35,7 +35,7 @@ STANDARDISED = (
     "timm.layers.std_conv.ScaledStdConv2d",
     "timm.layers.std_conv.ScaledStdConv2dSame",
 )
-"""Classes that standardise their weight at each call (``layers.weight_standardisation``)."""
+"""Classes that standardise their weight at each call (``layers.weight_forms.weight_standardisation``)."""
 
 
 class PaddedConv2d(nn.Conv2d):

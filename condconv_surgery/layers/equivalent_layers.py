@@ -13,7 +13,7 @@ from condconv_surgery.layers.conditional import LAYERS, ConditionalConv2d
 from condconv_surgery.layers.conditional_linear import ConditionalLinear
 from condconv_surgery.layers.conv2d_subclasses import PaddedConv2d, geometry_of, layer_of_timm
 from condconv_surgery.layers.router_base import make_router
-from condconv_surgery.layers.weight_standardisation import standardisation_of
+from condconv_surgery.layers.weight_forms.weight_standardisation import standardisation_of
 from condconv_surgery.ops.geometry import TF_SAME
 from condconv_surgery.recipe import Variant
 
@@ -60,7 +60,7 @@ def plain_like(layer: ConditionalConv2d[Any]) -> nn.Conv2d | nn.Linear:
 
     Raises ``InputError`` where that is a layer of timm (``layers.conv2d_subclasses``) and timm is not installed.
     """
-    g, has_bias, dtype = layer.geometry, layer.bias is not None, layer.weight.dtype
+    g, has_bias, dtype = layer.geometry, layer.bias is not None, layer.exact_dtype
     if isinstance(layer, ConditionalLinear):
         return nn.Linear(g.in_channels, g.out_channels, has_bias, device="meta", dtype=dtype)
     if g.padding != TF_SAME and layer.standardisation is None:

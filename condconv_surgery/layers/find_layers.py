@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from condconv_surgery.errors import InputError
+from condconv_surgery.errors import InputError, listed
 from condconv_surgery.layers.conditional import ConditionalConv2d
 from condconv_surgery.layers.routed_block import RoutedBlock
 from condconv_surgery.layers.router_base import Router
@@ -28,6 +28,17 @@ def conditional_layers(model: nn.Module) -> dict[str, ConditionalConv2d[Variant]
 def folded_layers(model: nn.Module) -> list[str]:
     """The first names of the layers into which ``deploy.fold`` folded a batch norm."""
     return [name for name, layer in conditional_layers(model).items() if layer.ungated_bias is not None]
+
+
+def require_exact_experts(model: nn.Module, allowed: str) -> None:
+    """Raise ``InputError`` for a model of ``deploy.round_experts``. allowed: what is needed, and why."""
+    rounded = [name for name, layer in conditional_layers(model).items() if layer.rounding is not None]
+    if rounded:
+        raise InputError(
+            f"The experts of the model are rounded, for inference: {listed(rounded)}.",
+            allowed,
+            "the model from before round_experts",
+        )
 
 
 def named_layers(model: nn.Module, *kinds: type[nn.Module]) -> list[tuple[tuple[str, ...], Any]]:

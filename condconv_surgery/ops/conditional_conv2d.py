@@ -32,7 +32,7 @@ def conditional_conv2d(
     if implementation == "auto":
         y = fast_convolve("auto", x, experts, mixture, geometry)
         if y is not None:
-            return _with_bias(y, bias, mixture)
+            return with_mixed_bias(y, bias, mixture)
     x = autocast(x)  # autocast has no rule for our custom operator
     if is_jit_traced():
         implementation = choose_for_jit_trace(implementation, mixture, geometry)
@@ -45,7 +45,7 @@ def conditional_conv2d(
         y = _convolve(implementation, x, experts, mixture, geometry)
     else:
         y = _scale_activations(implementation, x, experts, mixture, geometry)
-    return _with_bias(y, bias, mixture)
+    return with_mixed_bias(y, bias, mixture)
 
 
 def _convolve(implementation: str, x: Tensor, experts: Tensor, mixture: Mixture, geometry: ConvGeometry) -> Tensor:
@@ -70,7 +70,8 @@ def _scales_go_into_the_kernel(
     return IMPLEMENTATIONS[implementation].scales_kernels and scales_belong_in_the_kernel(x, geometry)
 
 
-def _with_bias(y: Tensor, bias: Tensor | None, mixture: Mixture) -> Tensor:
+def with_mixed_bias(y: Tensor, bias: Tensor | None, mixture: Mixture) -> Tensor:
+    """``y_b + sum_e gate[b,e] * bias[e]``. y: [B, O, H', W']. bias: [E, O] or None."""
     return y if bias is None else y + mix_bias(bias, mixture.gate).to(y.dtype)[:, :, None, None]
 
 

@@ -24,6 +24,7 @@ _backends: list[Backend] = [CppBackend(), TritonBackend(), EagerBackend()]
 
 _fast_layer: list[Callable[..., Any]] = []
 _fast_convolve: list[Callable[..., Any]] = []
+_fast_rounded: list[Callable[..., Any]] = []
 _applies_scales: list[Callable[..., Any]] = []
 _preferred: list[Callable[..., Any]] = []
 _pool: list[Callable[..., Any]] = []
@@ -46,6 +47,7 @@ def _list_methods() -> None:
     lists = {
         "fast_layer": _fast_layer,
         "fast_convolve": _fast_convolve,
+        "fast_rounded": _fast_rounded,
         "applies_scales": _applies_scales,
         "preferred_implementation": _preferred,
         "pool": _pool,
@@ -78,11 +80,16 @@ def backend_for(
 
 
 def fast_layer(
-    x: Tensor, experts: Tensor, bias: Tensor | None, form: WholeForm, geometry: ConvGeometry
+    x: Tensor,
+    experts: Tensor,
+    bias: Tensor | None,
+    form: WholeForm,
+    geometry: ConvGeometry,
+    scales: Tensor | None = None,
 ) -> Tensor | None:
-    """A whole layer by a backend's fast path, [B, O, H', W'], or None. form: as in ``Backend.fast_layer``."""
+    """A whole layer by a backend's fast path, [B, O, H', W'], or None. form, scales: as in ``Backend.fast_layer``."""
     for method in _fast_layer:
-        y: Tensor | None = method(x, experts, bias, form, geometry)
+        y: Tensor | None = method(x, experts, bias, form, geometry, scales)
         if y is not None:
             return y
     return None
@@ -94,6 +101,17 @@ def fast_convolve(
     """The convolution by a backend's fast path, [B, O, H', W'], or None."""
     for method in _fast_convolve:
         y: Tensor | None = method(implementation, x, experts, mixture, geometry)
+        if y is not None:
+            return y
+    return None
+
+
+def fast_rounded(
+    x: Tensor, experts: Tensor, scales: Tensor | None, mixture: Mixture, geometry: ConvGeometry
+) -> Tensor | None:
+    """The convolution with rounded experts by a backend's fast path, [B, O, H', W'], or None."""
+    for method in _fast_rounded:
+        y: Tensor | None = method(x, experts, scales, mixture, geometry)
         if y is not None:
             return y
     return None

@@ -14,7 +14,7 @@ from torch import nn
 
 from condconv_surgery.data.find_data import require_data
 from condconv_surgery.errors import InputError, listed
-from condconv_surgery.layers.find_layers import folded_layers
+from condconv_surgery.layers.find_layers import folded_layers, require_exact_experts
 from condconv_surgery.models.artifact.save_load import why_not_alone
 from condconv_surgery.models.sources import load_model
 from condconv_surgery.recipe.training_options import TrainingOptions
@@ -100,7 +100,7 @@ def train_run(
 
     images: training and validation images, instead of those that ``options.data`` names.
     """
-    _require_unfolded(model)
+    _require_trainable(model)
     callback = make_callback(options, callback, world)
     with deterministic(options.engine.deterministic), locked_folder(Path(options.output), world, callback.note) as lock:
         with explained_errors():
@@ -146,7 +146,8 @@ def _require_guard() -> None:
         )
 
 
-def _require_unfolded(model: nn.Module) -> None:
+def _require_trainable(model: nn.Module) -> None:
+    require_exact_experts(model, "Training needs exact ones.")
     if folded := folded_layers(model):
         raise InputError(
             f"The model is folded: {listed(folded)} took in the batch norm behind.",

@@ -12,7 +12,7 @@ from condconv_surgery.deploy.graph_forms import FORMS, layer_cases
 from condconv_surgery.deploy.runtimes.onnx_file import Onnx
 from condconv_surgery.deploy.serving_form import serving_form
 from condconv_surgery.layers import CondConv2d, conditional_like
-from condconv_surgery.layers.weight_standardisation import WeightStandardisation
+from condconv_surgery.layers.weight_forms.weight_standardisation import WeightStandardisation
 from condconv_surgery.recipe import CondConv, DynamicConv, ODConv, Variant
 from tests.geometries import GEOMETRIES
 from tests.variant_cases import scramble

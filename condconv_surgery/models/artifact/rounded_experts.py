@@ -4,8 +4,8 @@
     int8        w' = scale[e,o] * q,  q = round(w / scale[e,o]),  scale[e,o] = max |w[e,o]| / 127
                 1 byte a value and 4 a filter, off by at most scale / 2
 
-Reading gives float tensors of the dtype that was written: mixing from bfloat16 or int8 takes torch's operators longer
-than mixing from float32 (``docs/how-to/share.md``).
+Reading gives float tensors of the dtype that was written, which can be trained. ``deploy.round_experts`` holds them
+rounded in memory too.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class RoundedExperts:
 
 
 @torch.no_grad()
-def round_experts(tensors: Tensors, names: Collection[str], precision: str) -> tuple[Tensors, RoundedExperts]:
+def rounded_tensors(tensors: Tensors, names: Collection[str], precision: str) -> tuple[Tensors, RoundedExperts]:
     """``tensors`` with those of ``names``, experts [E, O, I/G, kh, kw], rounded; and how to read them.
 
     Raises ``InputError`` where no experts would get smaller, or int8 cannot hold them.

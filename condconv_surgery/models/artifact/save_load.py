@@ -20,7 +20,7 @@ from torch import Tensor, fx, nn
 
 from condconv_surgery.errors import DamagedFileError, InputError, nearest
 from condconv_surgery.layers import ConditionalConv2d, ConditionalLinear, routed_blocks
-from condconv_surgery.layers.find_layers import named_layers
+from condconv_surgery.layers.find_layers import named_layers, require_exact_experts
 from condconv_surgery.layers.routed_block import shared_router_of
 from condconv_surgery.models.artifact.atomic_write import replacing, require_values
 from condconv_surgery.models.artifact.container import (
@@ -32,7 +32,7 @@ from condconv_surgery.models.artifact.container import (
 )
 from condconv_surgery.models.artifact.delta import Base, DeltaRecord, encode
 from condconv_surgery.models.artifact.json_values import UndescribableError
-from condconv_surgery.models.artifact.rounded_experts import RoundedExperts, round_experts
+from condconv_surgery.models.artifact.rounded_experts import RoundedExperts, rounded_tensors
 from condconv_surgery.models.artifact.skeleton import describe, rebuild, transient_tensors
 from condconv_surgery.models.build_model import build, put_conditional, replace_heads
 from condconv_surgery.models.checkpoints.allowlist import trusted
@@ -54,6 +54,7 @@ def save(
 ) -> DeltaRecord | RoundedExperts | None:
     """``delta_base.save`` with a base that is loaded."""
     path = Path(path)
+    require_exact_experts(model, 'A file of rounded experts is written from exact ones: save(precision="int8").')
     require_values(model.state_dict())
     tensors, aliases = unique_tensors(model.state_dict())
     recipe = _current_recipe(model)
@@ -74,7 +75,7 @@ def save(
         metadata["delta"] = json.dumps(record.to_dict())
     elif precision != "exact":
         names = [f"{name}.weight" for names, _ in named_layers(model, ConditionalConv2d) for name in names]
-        tensors, record = round_experts(tensors, names, precision)
+        tensors, record = rounded_tensors(tensors, names, precision)
         metadata["rounded"] = json.dumps(record.to_dict())
     metadata["tensors_sha256"] = hash_tensors(tensors, headers=False)
     with replacing(path) as temporary:

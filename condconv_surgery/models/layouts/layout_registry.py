@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from condconv_surgery.errors import InputError, listed, unknown_name
 from condconv_surgery.layers import conditional_layers
-from condconv_surgery.layers.find_layers import folded_layers
+from condconv_surgery.layers.find_layers import folded_layers, require_exact_experts
 from condconv_surgery.models.artifact.atomic_write import replacing, require_values
 from condconv_surgery.models.checkpoints.recognise_architecture import recognise
 from condconv_surgery.models.layouts import odconv_layout, timm_layout
@@ -83,6 +83,7 @@ def write_layout(model: nn.Module, layout: str, path: str | Path) -> State:
             "A layout of another implementation has its batch norms.",
             "the artifact from before it was folded",
         )
+    require_exact_experts(model, "Other implementations hold exact experts.")
     require_values(model.state_dict())
     state = LAYOUTS[layout].write(model)
     with replacing(Path(path)) as temporary:

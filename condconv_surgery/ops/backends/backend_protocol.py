@@ -62,10 +62,18 @@ class Backend(Protocol):
         return None
 
     def fast_layer(
-        self, x: Tensor, experts: Tensor, bias: Tensor | None, form: WholeForm, geometry: ConvGeometry, /
+        self,
+        x: Tensor,
+        experts: Tensor,
+        bias: Tensor | None,
+        form: WholeForm,
+        geometry: ConvGeometry,
+        scales: Tensor | None = None,
+        /,
     ) -> Tensor | None:
         """A whole layer that routes for itself, where autograd records nothing, or None.
 
+        experts: in the dtype of x; or as in ``fast_rounded``, with their scales.
         form: its one output is the gate, or its four outputs are in_scale, out_scale, spatial and gate.
         """
         return None
@@ -78,6 +86,13 @@ class Backend(Protocol):
         implementation: the chosen one, or ``"auto"`` before there is a choice. Return None where a call is traced,
         compiled or intercepted (``ops.tracing_state``).
         """
+        return None
+
+    def fast_rounded(
+        self, x: Tensor, experts: Tensor, scales: Tensor | None, mixture: Mixture, geometry: ConvGeometry, /
+    ) -> Tensor | None:
+        """The whole convolution with experts in int8, times ``scales`` [E, O], or in bfloat16, or None: then they are
+        converted to floats. As ``fast_convolve`` otherwise."""
         return None
 
     def applies_scales(

@@ -98,7 +98,7 @@ def measure_routing(
     spec = spec or input_spec_of(model)
     routed = collect_gates(model, images.batches(spec, batch))
     predictions = predictions_of(images, routed.outputs, routed.labels, classes)
-    weights = {name: [layer.weight for layer in layers] for name, layers in routed_layers(model).items()}
+    weights = {name: [layer.float_experts() for layer in layers] for name, layers in routed_layers(model).items()}
     layers = tuple(
         layer_routing(name, gates, routed.labels, len(images.classes), weights.get(name, ()))
         for name, gates in routed.gates.items()

@@ -38,7 +38,7 @@ def measure_experts(model: nn.Module, original: nn.Module | None = None) -> tupl
     for name, layer in conditional_layers(model).items():
         if layer.experts < 2 or layer.weight.is_meta:
             continue
-        kernels = layer.weight.detach().float().flatten(1)  # [E, |W|]
+        kernels = layer.float_experts().detach().float().flatten(1)  # [E, |W|]
         weight = getattr(plain.get(name), "weight", None)
         start = weight.detach().float().flatten().to(kernels) if isinstance(weight, Tensor) else None
         moved = _distance(kernels, start) if start is not None and start.numel() == kernels.shape[1] else None

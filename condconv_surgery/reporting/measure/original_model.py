@@ -43,7 +43,7 @@ class Original:
 @torch.no_grad()
 def mean_of_experts(layer: ConditionalConv2d[Any]) -> nn.Conv2d | nn.Linear:
     """The plain layer of the same geometry, mode, device and dtype, with the mean of the experts."""
-    module, weight = plain_like(layer), layer.weight
+    module, weight = plain_like(layer), layer.float_experts()
     module.weight = nn.Parameter(weight.mean(dim=0).view(module.weight.shape), requires_grad=False)
     if layer.bias is not None:
         module.bias = nn.Parameter(layer.bias.mean(dim=0), requires_grad=False)

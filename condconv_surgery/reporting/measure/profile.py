@@ -95,7 +95,7 @@ def _conditional_row(
         shape=layer.geometry.weight_shape,
         geometry=_geometry(layer.geometry),
         parameters=(plain, parameters),
-        weight_bytes=(plain * layer.weight.element_size(), size),
+        weight_bytes=(plain * layer.exact_dtype.itemsize, size),
         experts=layer.experts,
         conditional=True,
     )

@@ -21,6 +21,7 @@ class CppBackend(Backend):
     # without a method around them: a call takes as long as a small router
     fast_layer = staticmethod(cpp_layer.fast_layer)
     fast_convolve = staticmethod(cpp_convolution.fast_convolve)
+    fast_rounded = staticmethod(cpp_convolution.fast_rounded)
     pool = staticmethod(cpp_routing.pool)
     route = staticmethod(cpp_routing.route)
 

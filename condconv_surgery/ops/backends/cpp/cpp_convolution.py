@@ -40,9 +40,12 @@ def supports(x: Tensor, experts: Tensor, geometry: ConvGeometry | ConvArguments)
 
     The batch is compared only with 1, so that one compiled graph serves every batch.
     """
-    if kernels() is None or not x.is_cpu or not experts.is_cpu:
-        return False
-    if x.dtype != torch.float32 or experts.dtype != torch.float32:
+    return experts.dtype == torch.float32 and reads(x, experts, geometry)
+
+
+def reads(x: Tensor, experts: Tensor, geometry: ConvGeometry | ConvArguments) -> bool:
+    """``supports`` for experts that may be in int8 or bfloat16, which only an inference reads."""
+    if kernels() is None or not x.is_cpu or not experts.is_cpu or x.dtype != torch.float32:
         return False
     batch, channels, height, width = x.shape
     _, filters, per_group, kh, kw = experts.shape
@@ -71,6 +74,25 @@ def fast_convolve(
     if mixture.gate is None and mixture.spatial is None and (batch > 1 or all(part is None for part in mixture)):
         return None  # scales alone may be cheaper on the activations
     return convolve(*geometry.pad(x), experts, mixture)
+
+
+def fast_rounded(
+    x: Tensor, experts: Tensor, scales: Tensor | None, mixture: Mixture, geometry: ConvGeometry
+) -> Tensor | None:
+    """The convolution with experts in int8, with ``scales`` [E, O], or in bfloat16, or None where it is not possible.
+
+    They are read as they are stored: no kernel and no expert is written to main memory as floats.
+    """
+    code = kernels_for(x, experts, scales, *mixture)
+    batch = x.shape[0]
+    if code is None or batch == 0 or torch.is_autocast_enabled("cpu") or not reads(x, experts, geometry):
+        return None
+    if mixture.gate is None and mixture.spatial is None and (batch > 1 or all(part is None for part in mixture)):
+        return None  # as in fast_convolve
+    padded, arguments = geometry.pad(x)
+    parts = [part if part is None or _is_ready(part) else _made_ready(part) for part in mixture]
+    y: Tensor = code.convolve_rounded(padded.contiguous(), experts.contiguous(), scales, *parts, *arguments)
+    return in_format_of(x, y)
 
 
 def convolve(x: Tensor, arguments: ConvArguments, experts: Tensor, mixture: Mixture) -> Tensor:

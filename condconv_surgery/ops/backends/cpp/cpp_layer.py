@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from condconv_surgery.ops.backends.cpp.cpp_convolution import in_format_of, supports
+from condconv_surgery.ops.backends.cpp.cpp_convolution import in_format_of, reads
 from condconv_surgery.ops.backends.cpp.cpp_eligibility import kernels_for
 from condconv_surgery.ops.backends.cpp.cpp_routing import HEADS, attention_arguments
 from condconv_surgery.ops.geometry import ConvGeometry
@@ -17,14 +17,20 @@ from condconv_surgery.ops.tracing_state import are_plain, linear_parts
 
 
 def fast_layer(
-    x: Tensor, experts: Tensor, bias: Tensor | None, form: WholeForm, geometry: ConvGeometry
+    x: Tensor,
+    experts: Tensor,
+    bias: Tensor | None,
+    form: WholeForm,
+    geometry: ConvGeometry,
+    scales: Tensor | None = None,
 ) -> Tensor | None:
     """[B, I, H, W] -> [B, O, H', W'] by the mixture that ``form`` describes, or None where that is not possible.
 
+    scales: [E, O], of experts in int8; those in bfloat16 have none.
     form: its one output is the gate, or its four outputs are in_scale, out_scale, spatial and gate.
     """
     code = kernels_for(x, experts, bias)
-    if code is None or x.dim() != 4 or not x.numel() or not supports(x, experts, geometry):
+    if code is None or x.dim() != 4 or not x.numel() or not reads(x, experts, geometry):
         return None
     if torch.is_autocast_enabled("cpu"):
         return None
@@ -37,7 +43,7 @@ def fast_layer(
     if isinstance(form, SigmoidGates):
         parts = linear_parts(form.linear)
         if parts is not None:
-            y = code.sigmoid_layer(x, experts, bias, *parts, form.factor, *values)
+            y = code.sigmoid_layer(x, experts, scales, bias, *parts, form.factor, *values)
         return None if y is None else in_format_of(given, y)
     attention, gates = form if isinstance(form, GatedAttention) else (form, None)
     if len(attention.heads) in (1, HEADS) and are_plain(attention.temperature):
@@ -47,5 +53,5 @@ def fast_layer(
         of_gates = (None, None) if gates is None else linear_parts(gates.linear)
         if routed is not None and of_gates is not None:
             factor = 0.0 if gates is None else gates.factor
-            y = code.attention_layer(x, experts, bias, *routed, *of_gates, factor, *values)
+            y = code.attention_layer(x, experts, scales, bias, *routed, *of_gates, factor, *values)
     return None if y is None else in_format_of(given, y)

@@ -21,6 +21,7 @@ from condconv_surgery.ops.per_sample.per_sample_conv import output_size
 NAMES = (
     "convolve",
     "convolve_without_autograd",
+    "convolve_rounded",
     "input_gradient",
     "kernel_gradients",
     "depthwise_kernel_gradient",
@@ -71,6 +72,7 @@ def _like_kernels(grad: Tensor, x: Tensor, experts: Tensor, *rest: Any) -> list[
 _FAKES: dict[str, Any] = {
     "convolve": _convolved,
     "convolve_without_autograd": _convolved,
+    "convolve_rounded": _convolved,
     "input_gradient": lambda grad, x, *rest: torch.empty_like(x),
     "kernel_gradients": _like_kernels,
     "depthwise_kernel_gradient": lambda grad, x, experts, *rest: x.new_empty(x.shape[0], *experts.shape[1:]),

@@ -6,10 +6,12 @@
 
 namespace {
 
+using condconv::Element;
 using condconv::Gates;
 using condconv::Geometry;
 using condconv::PartGradients;
 using condconv::View;
+using condconv::Weights;
 using Sizes = std::vector<int64_t>;
 typedef float Vec __attribute__((vector_size(32), aligned(4), may_alias));
 #if CONDCONV_AVX512
@@ -34,6 +36,45 @@ inline Mask mask_of(int64_t count) {
   for (int i = 0; i < LANES; i++) m[i] = i < count ? -1 : 0;
   return m;
 }
+
+// Rounded experts as floats.
+struct Bfloat16 {
+  uint16_t bits;
+};
+inline float as_float(float v) { return v; }
+inline float as_float(int8_t v) { return v; }
+inline float as_float(Bfloat16 v) { return std::bit_cast<float>(uint32_t(v.bits) << 16); }
+inline Vec load(const int8_t* p) {
+  return (Vec)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+}
+inline Vec load(const Bfloat16* p) {
+  const __m128i halves = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  return (Vec)_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(halves), 16));
+}
+inline Widest load_widest(const int8_t* p) {
+#if CONDCONV_AVX512
+  return (Widest)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+#else
+  return load(p);
+#endif
+}
+inline Widest load_widest(const Bfloat16* p) {
+#if CONDCONV_AVX512
+  const __m256i halves = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  return (Widest)_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16));
+#else
+  return load(p);
+#endif
+}
+// use(pointer) with the type of the elements at ``data``.
+template <typename Use>
+void typed(Element element, const void* data, const Use& use) {
+  if (element == Element::INT8) return use(static_cast<const int8_t*>(data));
+  if (element == Element::BFLOAT16) return use(static_cast<const Bfloat16*>(data));
+  use(static_cast<const float*>(data));
+}
+inline int64_t bytes_of(Element element) { return element == Element::INT8 ? 1 : element == Element::BFLOAT16 ? 2 : 4; }
+
 inline Vec load_some(const float* p, Mask m) { return _mm256_maskload_ps(p, (__m256i)m); }
 inline float sum_of(Vec v) {
   const auto fours = __builtin_shufflevector(v, v, 0, 1, 2, 3) + __builtin_shufflevector(v, v, 4, 5, 6, 7);

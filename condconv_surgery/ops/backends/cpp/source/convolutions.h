@@ -20,7 +20,7 @@ struct Mixture {
   Gates gates() const { return {data_of(gate), data_of(spatial), data_of(in_scale), data_of(out_scale)}; }
 };
 
-// Everything that the loops of the kernels rely on.
+// Everything that the loops of the kernels rely on, but for the experts' dtype.
 void check_geometry(const Tensor& x, const Tensor& experts, const Geometry& g, int64_t groups) {
   STD_TORCH_CHECK(x.dim() == 4 && x.numel() > 0 && experts.dim() == 5 && experts.numel() > 0,
                   "nothing to convolve: x has the sizes ", text(x.sizes()), ", the experts have ",
@@ -33,7 +33,9 @@ void check_geometry(const Tensor& x, const Tensor& experts, const Geometry& g, i
   STD_TORCH_CHECK(groups > 0 && I % groups == 0 && O % groups == 0, groups, " groups of ", I, " channels and ", O,
                   " filters");
   require(x, x.sizes(), "x");
-  require(experts, {E, O, I / groups, g.kh, g.kw}, "experts");
+  const Sizes sizes{E, O, I / groups, g.kh, g.kw};
+  STD_TORCH_CHECK(has_sizes(experts, sizes), "the experts have the sizes ", text(experts.sizes()), ", they must have ",
+                  text(sizes));
   STD_TORCH_CHECK(x.size(2) + 2 * g.ph > g.dh * (g.kh - 1) && x.size(3) + 2 * g.pw > g.dw * (g.kw - 1),
                   "Kernel size can't be greater than actual input size: x has the sizes ", text(x.sizes()),
                   ", the experts ", text(experts.sizes()));
@@ -68,16 +70,30 @@ Sizes output_sizes(const Tensor& x, const Tensor& experts, const Geometry& g) {
   return {x.size(0), experts.size(1), g.outputs(x.size(2), true), g.outputs(x.size(3), false)};
 }
 
+Tensor convolve_weights(const Tensor& x, const Tensor& experts, const Weights& weights, const Mixture& mixture,
+                        const Geometry& g, int64_t groups) {
+  check_mixture(x, experts, mixture);
+  const Tensor y = empty(output_sizes(x, experts, g));
+  const auto function = is_depthwise(x, experts, groups) ? kernels().depthwise_convolve : kernels().convolve;
+  function(view_of(x), weights, mixture.gates(), g, data_to(y));
+  return y;
+}
+
 Tensor convolve(const Tensor& x, const Tensor& experts, const Maybe& gate, const Maybe& spatial, const Maybe& in_scale,
                 const Maybe& out_scale, const Sizes& stride, const Sizes& padding, const Sizes& dilation,
                 int64_t groups) {
   const Geometry g = checked_geometry(x, experts, stride, padding, dilation, groups);
-  const Mixture mixture{gate, spatial, in_scale, out_scale};
-  check_mixture(x, experts, mixture);
-  const Tensor y = empty(output_sizes(x, experts, g));
-  const auto function = is_depthwise(x, experts, groups) ? kernels().depthwise_convolve : kernels().convolve;
-  function(view_of(x), view_of(experts), mixture.gates(), g, data_to(y));
-  return y;
+  require(experts, experts.sizes(), "experts");
+  return convolve_weights(x, experts, view_of(experts), {gate, spatial, in_scale, out_scale}, g, groups);
+}
+
+Tensor convolve_rounded(const Tensor& x, const Tensor& experts, const Maybe& scales, const Maybe& gate,
+                        const Maybe& spatial, const Maybe& in_scale, const Maybe& out_scale, const Sizes& stride,
+                        const Sizes& padding, const Sizes& dilation, int64_t groups) {
+  const Geometry g = checked_geometry(x, experts, stride, padding, dilation, groups);
+  STD_TORCH_CHECK(are_weights(experts, scales), "experts are contiguous and on the CPU, in int8 with scales of the sizes ",
+                  text(Sizes{experts.size(0), experts.size(1)}), ", or in bfloat16 or float32 without");
+  return convolve_weights(x, experts, weights_of(experts, scales), {gate, spatial, in_scale, out_scale}, g, groups);
 }
 
 // [B, I, H, W] from grad [B, O, H', W'].
@@ -85,6 +101,7 @@ Tensor input_gradient(const Tensor& grad, const Tensor& x, const Tensor& experts
                       const Maybe& spatial, const Maybe& in_scale, const Maybe& out_scale, const Sizes& stride,
                       const Sizes& padding, const Sizes& dilation, int64_t groups) {
   const Geometry g = checked_geometry(x, experts, stride, padding, dilation, groups);
+  require(experts, experts.sizes(), "experts");
   const Mixture mixture{gate, spatial, in_scale, out_scale};
   check_mixture(x, experts, mixture);
   require(grad, output_sizes(x, experts, g), "the gradient");
@@ -101,6 +118,7 @@ std::vector<Tensor> kernel_gradients(const Tensor& grad, const Tensor& x, const 
                                      const Maybe& spatial, const Maybe& in_scale, const Maybe& out_scale,
                                      const Sizes& stride, const Sizes& padding, const Sizes& dilation, int64_t groups) {
   const Geometry g = checked_geometry(x, experts, stride, padding, dilation, groups);
+  require(experts, experts.sizes(), "experts");
   STD_TORCH_CHECK(!is_depthwise(x, experts, groups), "depthwise layers have an operator of their own");
   const Mixture mixture{gate, spatial, in_scale, out_scale};
   check_mixture(x, experts, mixture);
@@ -121,6 +139,7 @@ std::vector<Tensor> kernel_gradients(const Tensor& grad, const Tensor& x, const 
 Tensor depthwise_kernel_gradient(const Tensor& grad, const Tensor& x, const Tensor& experts, const Sizes& stride,
                                  const Sizes& padding, const Sizes& dilation, int64_t groups) {
   const Geometry g = checked_geometry(x, experts, stride, padding, dilation, groups);
+  require(experts, experts.sizes(), "experts");
   STD_TORCH_CHECK(is_depthwise(x, experts, groups), groups, " groups of ", x.size(1), " channels: not depthwise");
   require(grad, output_sizes(x, experts, g), "the gradient");
   const Tensor to_kernels = empty({x.size(0), x.size(1), 1, g.kh, g.kw});

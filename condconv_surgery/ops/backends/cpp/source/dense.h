@@ -288,7 +288,7 @@ struct Visited {
   Scratch held_;
 };
 
-void convolve(const View& all, const View& experts, const Gates& gates, const Geometry& geometry, float* y) {
+void convolve(const View& all, const Weights& experts, const Gates& gates, const Geometry& geometry, float* y) {
   const Visited visited(all, geometry);
   const View& x = visited.x;
   const Geometry& g = visited.g;

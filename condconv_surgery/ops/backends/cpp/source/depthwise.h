@@ -132,8 +132,8 @@ void slide_over(const Window& window, const float* base, const float* kernel, fl
 // K[b,c] of one sample and channel after the other, mixed for some channels at a time.
 class Kernels {
  public:
-  Kernels(const View& experts, const Gates& gates)
-      : weight_(experts.data),
+  Kernels(const Weights& experts, const Gates& gates)
+      : weight_(experts),
         gates_(gates),
         experts_(experts.size(0)),
         channels_(experts.size(1)),
@@ -152,11 +152,20 @@ class Kernels {
     float* __restrict to = data_.data();
     for (int64_t e = 0; e < experts_; e++) {
       const float g = gates_.gate ? gates_.gate[b * experts_ + e] : 1.f;
-      const float* from = weight_ + (e * channels_ + first) * taps_;
-      if (e == 0)
-        for (int64_t i = 0; i < size; i++) to[i] = g * from[i];
-      else
-        for (int64_t i = 0; i < size; i++) to[i] += g * from[i];
+      const int64_t start = e * channels_ + first;
+      typed(weight_.element, weight_.data, [&](auto* weight) {
+        const auto* from = weight + start * taps_;
+        if (weight_.scale) {
+          if (e == 0) std::fill_n(to, size, 0.f);
+          for (int64_t c = 0; c < channels; c++)
+            for (int64_t t = c * taps_; t < (c + 1) * taps_; t++)
+              to[t] += g * weight_.scale[start + c] * as_float(from[t]);
+        } else if (e == 0) {
+          for (int64_t i = 0; i < size; i++) to[i] = g * as_float(from[i]);
+        } else {
+          for (int64_t i = 0; i < size; i++) to[i] += g * as_float(from[i]);
+        }
+      });
     }
     if (gates_.before || gates_.after || gates_.spatial) scale(b, first, channels);
   }
@@ -172,7 +181,7 @@ class Kernels {
     }
   }
 
-  const float* weight_;
+  Weights weight_;
   Gates gates_;
   int64_t experts_, channels_, taps_, sample_ = -1, block_ = -1;
   std::vector<float> data_, ones_;
@@ -202,7 +211,7 @@ int64_t work_of(const std::vector<Window>& windows) {
 }
 
 // Computes all windows over each map of x, into a map of ``size`` positions of y.
-void slide_all(const View& x, const View& experts, const Gates& gates, const std::vector<Window>& windows,
+void slide_all(const View& x, const Weights& experts, const Gates& gates, const std::vector<Window>& windows,
                const PaddedMap& padded, int64_t size, float* y) {
   const int64_t C = x.size(1);
   for_each_map(x, padded, work_of(windows), [&] {
@@ -236,7 +245,7 @@ struct Forward {
   }
 };
 
-void depthwise_convolve(const View& x, const View& experts, const Gates& gates, const Geometry& g, float* y) {
+void depthwise_convolve(const View& x, const Weights& experts, const Gates& gates, const Geometry& g, float* y) {
   const int64_t height = g.outputs(x.size(2), true), width = g.outputs(x.size(3), false);
   const Forward forward(x, g, height, width);
   in_large_pages(y, x.size(0) * x.size(1) * height * width);

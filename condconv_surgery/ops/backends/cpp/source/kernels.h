@@ -1,5 +1,5 @@
 // What the operators know of the kernels, which are compiled once for each set of instructions. No torch: memory is
-// given and taken as pointers to contiguous float32 values, already checked.
+// given and taken as pointers to contiguous float32 values, already checked; experts of a forward may be rounded.
 //
 // B batch, E experts, I/O channels in/out, G groups, kh kw kernel, H W positions. All tensors are contiguous.
 
@@ -12,6 +12,21 @@ namespace condconv {
 struct View {
   const float* data = nullptr;
   int64_t sizes[5] = {};
+  int64_t size(int dimension) const { return sizes[dimension]; }
+};
+
+enum class Element { FLOAT32, BFLOAT16, INT8 };
+
+// Experts [E, O, I/G, kh, kw]. Those in int8 are multiplied by their scale [E, O], which is null for the others.
+struct Weights {
+  const void* data;
+  Element element = Element::FLOAT32;
+  const float* scale = nullptr;
+  int64_t sizes[5] = {};
+  Weights(const View& floats) : data(floats.data) {
+    for (int i = 0; i < 5; i++) sizes[i] = floats.sizes[i];
+  }
+  Weights(const void* values, Element kind, const float* of_filters) : data(values), element(kind), scale(of_filters) {}
   int64_t size(int dimension) const { return sizes[dimension]; }
 };
 
@@ -53,12 +68,12 @@ struct Attention {  // weight is null where a head is absent; the last one is a 
 
 // x: [B, I, H, W]. experts: [E, O, I/G, kh, kw], with any G; depthwise: G = I = O. y, grad: [B, O, H', W'].
 struct Kernels {
-  void (*convolve)(const View& x, const View& experts, const Gates&, const Geometry&, float* y);
+  void (*convolve)(const View& x, const Weights& experts, const Gates&, const Geometry&, float* y);
   void (*input_gradient)(const View& grad, const View& x, const View& experts, const Gates&, const Geometry&,
                          float* to_x);
   void (*kernel_gradients)(const View& grad, const View& x, const View& experts, const Gates&, const Geometry&,
                            const PartGradients& to);
-  void (*depthwise_convolve)(const View& x, const View& experts, const Gates&, const Geometry&, float* y);
+  void (*depthwise_convolve)(const View& x, const Weights& experts, const Gates&, const Geometry&, float* y);
   void (*depthwise_input_gradient)(const View& grad, const View& x, const View& experts, const Gates&, const Geometry&,
                                    float* to_x);
   // of each sample's kernel: [B, C, 1, kh, kw]

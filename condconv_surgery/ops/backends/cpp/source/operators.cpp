@@ -37,6 +37,7 @@ extern "C" __attribute__((visibility("default"))) bool condconv_use(const char* 
 extern "C" __attribute__((visibility("default"))) const char* condconv_sources() { return CONDCONV_SOURCES; }
 
 #define LAYER "Tensor x, Tensor experts, "
+#define ROUNDED LAYER "Tensor? scales, "
 #define MIXTURE "Tensor? gate, Tensor? spatial, Tensor? in_scale, Tensor? out_scale, "
 #define GEOMETRY "SymInt[] stride, SymInt[] padding, SymInt[] dilation, SymInt groups"
 #define SINGLE_VALUES                                                                                            \
@@ -48,21 +49,23 @@ extern "C" __attribute__((visibility("default"))) const char* condconv_sources()
 STABLE_TORCH_LIBRARY_FRAGMENT(condconv_surgery, library) {
   library.def("cpp_convolve(" LAYER MIXTURE GEOMETRY ") -> Tensor");
   library.def("cpp_convolve_without_autograd(" LAYER MIXTURE GEOMETRY ") -> Tensor");
+  library.def("cpp_convolve_rounded(" ROUNDED MIXTURE GEOMETRY ") -> Tensor");
   library.def("cpp_input_gradient(Tensor grad, " LAYER MIXTURE GEOMETRY ") -> Tensor");
   library.def("cpp_kernel_gradients(Tensor grad, " LAYER MIXTURE GEOMETRY ") -> Tensor[]");
   library.def("cpp_depthwise_kernel_gradient(Tensor grad, " LAYER GEOMETRY ") -> Tensor");
   library.def("cpp_pool(Tensor x) -> Tensor?");
   library.def("cpp_sigmoid_gates(Tensor pooled, Tensor weight, Tensor? bias, float factor) -> Tensor?");
   library.def("cpp_attention(Tensor pooled, " ATTENTION ") -> Tensor[]");
-  library.def("cpp_sigmoid_layer(" LAYER
+  library.def("cpp_sigmoid_layer(" ROUNDED
               "Tensor? bias, Tensor weight, Tensor? router_bias, float factor, " SINGLE_VALUES ") -> Tensor?");
-  library.def("cpp_attention_layer(" LAYER "Tensor? bias, " ATTENTION
+  library.def("cpp_attention_layer(" ROUNDED "Tensor? bias, " ATTENTION
               ", Tensor? gates, Tensor? gates_bias, float factor, " SINGLE_VALUES ") -> Tensor?");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(condconv_surgery, CPU, library) {
   library.impl("cpp_convolve", TORCH_BOX(&convolve));
   library.impl("cpp_convolve_without_autograd", TORCH_BOX(&convolve));
+  library.impl("cpp_convolve_rounded", TORCH_BOX(&convolve_rounded));
   library.impl("cpp_input_gradient", TORCH_BOX(&input_gradient));
   library.impl("cpp_kernel_gradients", TORCH_BOX(&kernel_gradients));
   library.impl("cpp_depthwise_kernel_gradient", TORCH_BOX(&depthwise_kernel_gradient));

@@ -179,13 +179,18 @@ void transpose_back(const float* from, int64_t positions, int64_t count, const f
 }
 
 // The experts [E, O, I/G, kh, kw] as seen by a convolution of x [B, I, H, W], or by its transpose, whose filters are
-// the channels of x. filters, channels: of one group. A panel has filters of one group.
+// the channels of x. filters, channels: of one group. A panel has filters of one group. Only a forward may have experts
+// that are rounded.
 struct Experts {
-  const float* weight;
+  const void* weight;
+  Element element;
+  const float* scale;  // [E, O], or null
   int64_t groups, experts, filters, channels, taps, expert_step, filter_step, channel_step, panels_of_group;
 
-  Experts(const View& t, const View& x, bool transposed)
+  Experts(const Weights& t, const View& x, bool transposed)
       : weight(t.data),
+        element(t.element),
+        scale(t.scale),
         groups(x.size(1) / t.size(2)),
         experts(t.size(0)),
         filters(transposed ? t.size(2) : t.size(1) / groups),
@@ -201,9 +206,12 @@ struct Experts {
   int64_t count(int64_t panel) const { return std::min(WIDE, filters - first_of_group(panel)); }
   int64_t first_filter(int64_t panel) const { return panel / panels_of_group * filters + first_of_group(panel); }
   int64_t first_channel(int64_t panel) const { return panel / panels_of_group * channels; }
-  const float* start(int64_t panel) const {
+  int64_t start(int64_t panel) const {  // in elements
     const int64_t of_group = filters * channels * taps;
-    return weight + panel / panels_of_group * of_group + first_of_group(panel) * filter_step;
+    return panel / panels_of_group * of_group + first_of_group(panel) * filter_step;
+  }
+  float scale_of(int64_t expert, int64_t filter) const {
+    return scale ? scale[expert * all_filters() + filter] : 1.f;
   }
 
  private:
@@ -245,11 +253,16 @@ class Packer {
       rows_.resize(WIDE * most);
     else
       at_.resize(most);
+    gates_.resize(e.experts);
   }
 
   void pack(int64_t panel, const Chunk& chunk, int64_t expert, float* to) {
-    const float* from = start(panel, chunk) + expert * experts_.expert_step;
-    const int64_t count = experts_.count(panel);
+    const int64_t first = start(panel, chunk) + expert * experts_.expert_step, count = experts_.count(panel);
+    if (experts_.element != Element::FLOAT32) {  // of a forward, so contiguous
+      typed(experts_.element, experts_.weight, [&](auto* weight) { to_floats(weight + first, panel, chunk, expert); });
+      return transpose_rows(rows_.data(), chunk.depth, count, chunk.depth, to);
+    }
+    const float* from = static_cast<const float*>(experts_.weight) + first;
     if (contiguous_) return transpose_rows(from, experts_.filter_step, count, chunk.depth, to);
     if ((int64_t)phase_.taps.size() == experts_.taps) {
       for (int64_t c = 0; c < chunk.channels; c++)
@@ -265,48 +278,81 @@ class Packer {
   // For few samples: mix first, then transpose.
   bool mixes() const { return contiguous_; }
   void pack_mixed(int64_t panel, const Chunk& chunk, const float* gate, float* to) {
-    const float* from = start(panel, chunk);
-    const int64_t count = experts_.count(panel);
-    for (int64_t f = 0; f < count; f++) {
-      const float* w = from + f * experts_.filter_step;
-      float* row = rows_.data() + f * chunk.depth;
-      int64_t k = 0;
-      for (; k + LANES <= chunk.depth; k += LANES) {
-        Vec sum = gate[0] * load(w + k);
-        for (int64_t e = 1; e < experts_.experts; e++) sum += gate[e] * load(w + e * experts_.expert_step + k);
-        store(row + k, sum);
-      }
-      for (; k < chunk.depth; k++) {
-        row[k] = 0.f;
-        for (int64_t e = 0; e < experts_.experts; e++) row[k] += gate[e] * w[e * experts_.expert_step + k];
-      }
-    }
-    transpose_rows(rows_.data(), chunk.depth, count, chunk.depth, to);
+    typed(experts_.element, experts_.weight,
+          [&](auto* weight) { mix_rows(weight + start(panel, chunk), panel, chunk, gate); });
+    transpose_rows(rows_.data(), chunk.depth, experts_.count(panel), chunk.depth, to);
   }
 
   // The cache lines that will be read for some panels of a chunk, as offsets from the first; mixes: by ``mix``.
   const float* lines_of(int64_t panel, int64_t panels, const Chunk& chunk, Sizes& lines) const {
-    const int64_t of_row = (chunk.depth + LINE - 1) / LINE;
+    const int64_t bytes = bytes_of(experts_.element), of_float = sizeof(float);
+    const int64_t of_row = (chunk.depth * bytes + LINE * of_float - 1) / (LINE * of_float);
     const int64_t filters = (panels - 1) * WIDE + experts_.count(panel + panels - 1);
     lines.resize(filters * experts_.experts * of_row);
     int64_t* line = lines.data();
     for (int64_t f = 0; f < filters; f++)
       for (int64_t e = 0; e < experts_.experts; e++) {
         const int64_t row = f * experts_.filter_step + e * experts_.expert_step;
-        for (int64_t k = 0; k < of_row; k++) *line++ = row + k * LINE;
+        for (int64_t k = 0; k < of_row; k++) *line++ = row * bytes / of_float + k * LINE;
       }
-    return start(panel, chunk);
+    return static_cast<const float*>(experts_.weight) + start(panel, chunk) * bytes / of_float;
   }
 
   // grad[e][filter][channel][tap] = panel[k][f]: the inverse of ``pack``, for whole kernels.
   void unpack(int64_t panel, const Chunk& chunk, int64_t expert, const float* from, float* grad) const {
-    float* to = grad + (start(panel, chunk) - experts_.weight) + expert * experts_.expert_step;
+    float* to = grad + start(panel, chunk) + expert * experts_.expert_step;
     transpose_back(from, chunk.depth, experts_.count(panel), nullptr, to, experts_.filter_step);
   }
 
  private:
-  const float* start(int64_t panel, const Chunk& chunk) const {
+  int64_t start(int64_t panel, const Chunk& chunk) const {
     return experts_.start(panel) + chunk.first * experts_.channel_step;
+  }
+  // rows_[f][k] = sum_e gate[e] * scale[e][f] * from[e][f][k]
+  template <typename T>
+  void mix_rows(const T* from, int64_t panel, const Chunk& chunk, const float* gate) {
+    const int64_t count = experts_.count(panel), first = experts_.first_filter(panel);
+    for (int64_t f = 0; f < count; f++) {
+      const T* w = from + f * experts_.filter_step;
+      float* row = rows_.data() + f * chunk.depth;
+      const float* scaled = gate;
+      if (experts_.scale) {
+        for (int64_t e = 0; e < experts_.experts; e++) gates_[e] = gate[e] * experts_.scale_of(e, first + f);
+        scaled = gates_.data();
+      }
+      int64_t k = 0;
+      for (; k + 2 * WIDEST <= chunk.depth; k += 2 * WIDEST) {
+        Widest first = scaled[0] * load_widest(w + k), second = scaled[0] * load_widest(w + k + WIDEST);
+        const T* expert = w + k;
+        for (int64_t e = 1; e < experts_.experts; e++) {
+          expert += experts_.expert_step;
+          first += scaled[e] * load_widest(expert), second += scaled[e] * load_widest(expert + WIDEST);
+        }
+        store_widest(row + k, first), store_widest(row + k + WIDEST, second);
+      }
+      for (; k + LANES <= chunk.depth; k += LANES) {
+        Vec sum = scaled[0] * load(w + k);
+        for (int64_t e = 1; e < experts_.experts; e++) sum += scaled[e] * load(w + e * experts_.expert_step + k);
+        store(row + k, sum);
+      }
+      for (; k < chunk.depth; k++) {
+        row[k] = 0.f;
+        for (int64_t e = 0; e < experts_.experts; e++) row[k] += scaled[e] * as_float(w[e * experts_.expert_step + k]);
+      }
+    }
+  }
+  // rows_[f][k] = scale[expert][f] * from[f][k]
+  template <typename T>
+  void to_floats(const T* from, int64_t panel, const Chunk& chunk, int64_t expert) {
+    const int64_t count = experts_.count(panel), first = experts_.first_filter(panel);
+    for (int64_t f = 0; f < count; f++) {
+      const T* w = from + f * experts_.filter_step;
+      const float scale = experts_.scale_of(expert, first + f);
+      float* row = rows_.data() + f * chunk.depth;
+      int64_t k = 0;
+      for (; k + LANES <= chunk.depth; k += LANES) store(row + k, scale * load(w + k));
+      for (; k < chunk.depth; k++) row[k] = scale * as_float(w[k]);
+    }
   }
   // All taps of a channel, which are contiguous; one tap of the filters too.
   void pack_channel(const float* from, int64_t count, float* to) const {
@@ -323,7 +369,7 @@ class Packer {
   const Phase& phase_;
   bool contiguous_;
   Sizes at_;
-  std::vector<float> rows_;
+  std::vector<float> rows_, gates_;
 };
 
 // For each of some samples: mixed[k][f] = sum_e gate[e] * panels[e][k][f]. The panels of two experts, and those of two

@@ -120,25 +120,25 @@ void add_bias(const Tensor& y, const float* gate, const Tensor& bias) {
 }
 
 // A layer whose input can be pooled, after ``check_geometry``: the rest of route, mix, convolve, add the bias.
-Tensor convolve_routed(const Tensor& x, const Tensor& experts, const Maybe& bias, const Gates& gates, const Geometry& g,
-                       int64_t groups) {
+Tensor convolve_routed(const Tensor& x, const Tensor& experts, const Maybe& scales, const Maybe& bias,
+                       const Gates& gates, const Geometry& g, int64_t groups) {
   const Tensor y = empty(output_sizes(x, experts, g));
   const auto function = is_depthwise(x, experts, groups) ? kernels().depthwise_convolve : kernels().convolve;
-  function(view_of(x), view_of(experts), gates, g, data_to(y));
+  function(view_of(x), weights_of(experts, scales), gates, g, data_to(y));
   if (bias) add_bias(y, gates.gate, *bias);
   return y;
 }
 
-bool is_layer(const Tensor& x, const Tensor& experts, const Maybe& bias) {
-  return is_poolable(x) && x.numel() > 0 && experts.dim() == 5 && is_float_on_cpu(experts) &&
+bool is_layer(const Tensor& x, const Tensor& experts, const Maybe& scales, const Maybe& bias) {
+  return is_poolable(x) && x.numel() > 0 && are_weights(experts, scales) &&
          is_ready(bias, {experts.size(0), experts.size(1)});
 }
 
 // A whole layer of CondConv. The geometry is given by single values: lists take as long as a small layer.
-Maybe sigmoid_layer(const Tensor& x, const Tensor& experts, const Maybe& bias, const Tensor& weight,
-                    const Maybe& router_bias, double factor, int64_t sh, int64_t sw, int64_t ph, int64_t pw, int64_t dh,
+Maybe sigmoid_layer(const Tensor& x, const Tensor& experts, const Maybe& scales, const Maybe& bias,
+                    const Tensor& weight, const Maybe& router_bias, double factor, int64_t sh, int64_t sw, int64_t ph, int64_t pw, int64_t dh,
                     int64_t dw, int64_t groups) {
-  if (!is_layer(x, experts, bias) || !is_map(weight, router_bias, x.size(1))) return {};
+  if (!is_layer(x, experts, scales, bias) || !is_map(weight, router_bias, x.size(1))) return {};
   if (weight.size(0) != experts.size(0)) return {};
   const Geometry g{experts.size(3), experts.size(4), sh, sw, ph, pw, dh, dw};
   check_geometry(x, experts, g, groups);
@@ -147,16 +147,16 @@ Maybe sigmoid_layer(const Tensor& x, const Tensor& experts, const Maybe& bias, c
   float *pooled = routed.data(), *gate = pooled + B * I;
   kernels().pool(view_of(x), pooled);
   kernels().sigmoid_gates(pooled, B, map_of(weight, router_bias), factor, gate);
-  return convolve_routed(x, experts, bias, {gate, nullptr, nullptr, nullptr}, g, groups);
+  return convolve_routed(x, experts, scales, bias, {gate, nullptr, nullptr, nullptr}, g, groups);
 }
 
 // A whole layer of ODConv or DynamicConv. gates: in place of the last head, a map as in ``sigmoid_layer``.
-Maybe attention_layer(const Tensor& x, const Tensor& experts, const Maybe& bias, const Parts& reduce, const Parts& norm,
-                      double eps, bool relu, const Tensor& temperature, const Parts& heads, int64_t present,
+Maybe attention_layer(const Tensor& x, const Tensor& experts, const Maybe& scales, const Maybe& bias,
+                      const Parts& reduce, const Parts& norm, double eps, bool relu, const Tensor& temperature, const Parts& heads, int64_t present,
                       const Maybe& gates, const Maybe& gates_bias, double factor, int64_t sh, int64_t sw, int64_t ph,
                       int64_t pw, int64_t dh, int64_t dw, int64_t groups) {
   const AttentionParts parts{reduce, norm, eps, relu, temperature, heads, present};
-  if (!is_layer(x, experts, bias) || !parts.is_supported(x.size(0), x.size(1))) return {};
+  if (!is_layer(x, experts, scales, bias) || !parts.is_supported(x.size(0), x.size(1))) return {};
   const Geometry g{experts.size(3), experts.size(4), sh, sw, ph, pw, dh, dw};
   check_geometry(x, experts, g, groups);
   const int64_t B = x.size(0), I = x.size(1), E = experts.size(0);
@@ -176,7 +176,7 @@ Maybe attention_layer(const Tensor& x, const Tensor& experts, const Maybe& bias,
   kernels().pool(view_of(x), pooled);
   kernels().attention(pooled, B, form, outputs);
   if (gates) kernels().sigmoid_gates(pooled, B, map_of(*gates, gates_bias), factor, outputs[3] = next);
-  return convolve_routed(x, experts, bias, {outputs[3], outputs[2], outputs[0], outputs[1]}, g, groups);
+  return convolve_routed(x, experts, scales, bias, {outputs[3], outputs[2], outputs[0], outputs[1]}, g, groups);
 }
 
 }  // namespace

@@ -14,17 +14,23 @@
 
 namespace {
 
+using condconv::Element;
 using condconv::Geometry;
 using condconv::View;
+using condconv::Weights;
 using torch::stable::Tensor;
 using Maybe = std::optional<Tensor>;
 using Sizes = std::vector<int64_t>;
 using Shape = std::initializer_list<int64_t>;
 
-bool is_float_on_cpu(const Tensor& t) {
+int32_t dtype_of(const Tensor& t) {
   int32_t dtype = 0;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(t.get(), &dtype));
-  return t.is_cpu() && dtype == aoti_torch_dtype_float32() && t.is_contiguous();
+  return dtype;
+}
+
+bool is_float_on_cpu(const Tensor& t) {
+  return t.is_cpu() && dtype_of(t) == aoti_torch_dtype_float32() && t.is_contiguous();
 }
 
 template <typename List>
@@ -58,6 +64,24 @@ View view_of(const Tensor& t) {
   int dimension = 0;
   for (const int64_t size : t.sizes()) view.sizes[dimension++] = size;
   return view;
+}
+
+// Whether they are experts [E, O, I/G, kh, kw] as the kernels read them: in int8 with scales [E, O], or in bfloat16 or
+// float32 without.
+bool are_weights(const Tensor& t, const Maybe& scales) {
+  if (t.dim() != 5 || !t.is_cpu() || !t.is_contiguous()) return false;
+  const int32_t dtype = dtype_of(t);
+  if (dtype == aoti_torch_dtype_int8()) return scales && is_ready(*scales, {t.size(0), t.size(1)});
+  return !scales && (dtype == aoti_torch_dtype_bfloat16() || dtype == aoti_torch_dtype_float32());
+}
+
+Weights weights_of(const Tensor& t, const Maybe& scales) {
+  const bool is_bfloat16 = dtype_of(t) == aoti_torch_dtype_bfloat16();
+  const auto element = scales ? Element::INT8 : is_bfloat16 ? Element::BFLOAT16 : Element::FLOAT32;
+  Weights weights{t.const_data_ptr(), element, data_of(scales)};
+  int dimension = 0;
+  for (const int64_t size : t.sizes()) weights.sizes[dimension++] = size;
+  return weights;
 }
 
 Tensor empty(const Sizes& sizes) {
