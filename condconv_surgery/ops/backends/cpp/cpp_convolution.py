@@ -20,15 +20,6 @@ MAX_TAPS = 81
 """Positions of a kernel. The compiled code mixes all positions of a channel at a time, for a dense layer in part of the
 first level of cache, and sums the gradients of the positions in a buffer for each such part."""
 
-MAX_POINTWISE_POSITIONS = 200
-"""Up to this many output positions a 1x1 layer is faster here than as a batched matrix product: 1.6 to 1.9 against 2.1
-to 2.5 of static at 7 px, 0.8 to 1.1 against 1.0 to 1.3 at 14 px, but 0.6 against 0.5 at 28 px (512 channels)."""
-
-MAX_POINTWISE_WEIGHTS = 40_000
-"""Elements of a 1x1 kernel up to which it is faster here on larger maps too: the sums of few channels are written from
-the first level of cache. 1.0 to 1.7 times as fast in eval and 1.0 to 1.2 in training, from 24 to 144 channels at 56 px
-to 96 to 384 at 28 px; five times for 16 channels at 16 px."""
-
 MIN_MACS_TO_CONVERT = 10
 """MACs for each element of the activations, from which on two copies of channels last are worth it: training takes 0.4
 to 0.8 of the time of torch's operators there (3x3 at 14 px, 1x1 of 320 channels, depthwise 5x5), 1.5 for depthwise 3x3
@@ -38,7 +29,7 @@ at 28 px."""
 def supports(x: Tensor, experts: Tensor, geometry: ConvGeometry | ConvArguments) -> bool:
     """Whether the compiled code is enabled and supports ``x`` [B, I, H, W], padded or not, and ``experts``.
 
-    The batch is compared only with 1, so that one compiled graph serves every batch.
+    Its batch is not looked at, so that one compiled graph serves every batch.
     """
     return experts.dtype == torch.float32 and reads(x, experts, geometry)
 
@@ -47,16 +38,15 @@ def reads(x: Tensor, experts: Tensor, geometry: ConvGeometry | ConvArguments) ->
     """``supports`` for experts that may be in int8 or bfloat16, which only an inference reads."""
     if kernels() is None or not x.is_cpu or not experts.is_cpu or x.dtype != torch.float32:
         return False
-    batch, channels, height, width = x.shape
-    _, filters, per_group, kh, kw = experts.shape
+    channels, height, width = x.shape[1:]
+    filters, per_group, kh, kw = experts.shape[1:]
+    if kh * kw > MAX_TAPS:
+        return False
+    if x.is_contiguous() or format_of(x) == torch.contiguous_format:
+        return True
     positions = height // geometry.stride[0] * (width // geometry.stride[1])
-    if not x.is_contiguous() and format_of(x) != torch.contiguous_format:
-        elements = channels * height * width + filters * positions
-        if filters * per_group * kh * kw * positions < MIN_MACS_TO_CONVERT * elements:
-            return False
-    if geometry.groups != 1 or kh * kw > 1:
-        return bool(kh * kw <= MAX_TAPS)
-    return bool(batch == 1 or positions <= MAX_POINTWISE_POSITIONS or filters * channels <= MAX_POINTWISE_WEIGHTS)
+    elements = channels * height * width + filters * positions
+    return bool(filters * per_group * kh * kw * positions >= MIN_MACS_TO_CONVERT * elements)
 
 
 def fast_convolve(
