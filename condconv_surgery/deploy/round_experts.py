@@ -66,7 +66,10 @@ def round_experts(model: nn.Module, precision: Rounded = "int8", *, inplace: boo
         )
     require_exact_experts(model, "They are rounded once, from exact ones.")
     experts = {names[0]: layer.weight.detach() for names, layer in named_layers(model, ConditionalConv2d)}
-    rounded, record = rounded_tensors(experts, list(experts), precision)
+    try:
+        rounded, record = rounded_tensors(experts, list(experts), precision)
+    except InputError as error:  # whose advice is for a file
+        raise InputError(error.given, error.allowed, "the model as it is") from None
     served = model if inplace else copy_of(model)
     for name, layer in conditional_layers(served).items():
         if name in record.dtypes:
