@@ -83,6 +83,7 @@ STUDIES = (
         ),
     ),
     Evidence("characters", "characters"),
+    Evidence("emoji", "emoji, MobileNetV2"),
     Evidence("digits", "digits"),
 )
 
