@@ -119,7 +119,7 @@ def test_the_kernels_read_the_experts_as_they_are(variant: Variant, operator: st
     with torch.no_grad():
         mixture = layer.route(x)
     for call, wanted in ((lambda: layer(x), operator), (lambda: layer(x, mixture), "cpp_convolve_rounded")):
-        with torch.no_grad(), profile(activities=[ProfilerActivity.CPU]) as seen:
+        with torch.no_grad(), profile(activities=[ProfilerActivity.CPU], acc_events=True) as seen:
             call()
         names = {event.key for event in seen.key_averages()}
         assert f"condconv_surgery::{wanted}" in names

@@ -238,13 +238,12 @@ class TestCompiled:
         assert not taken(x.to(torch.bfloat16), experts, geometry)
         assert not taken(x.to("meta"), experts.to("meta"), geometry)
         assert not supports(x, torch.randn(2, 16, 8, 17, 17), geometry)
-        pointwise = ConvGeometry.make(8, 16, 1)
-        assert taken(x, torch.randn(2, 16, 8, 1, 1), pointwise)
-        assert taken(torch.randn(2, 8, 15, 15), torch.randn(2, 16, 8, 1, 1), pointwise)
-        pointwise = ConvGeometry.make(256, 160, 1)  # many weights at more than 200 positions
-        for batch, side, expected in ((2, 15, False), (2, 14, True), (1, 15, True)):
-            image, weights = torch.empty(batch, 256, side, side), torch.empty(2, 160, 256, 1, 1)
-            assert taken(image, weights, pointwise) == expected
+        for batch, side in ((1, 9), (2, 9), (2, 40)):  # 1x1 on maps of any size
+            image, weights = torch.randn(batch, 256, side, side), torch.randn(2, 160, 256, 1, 1)
+            assert taken(image, weights, ConvGeometry.make(256, 160, 1))
+        for filters in (8, 16):  # one weight for each output
+            assert not taken(x, torch.randn(2, filters, 1, 1, 1), ConvGeometry.make(8, filters, 1, groups=8))
+        assert taken(x, torch.randn(2, 16, 2, 1, 1), ConvGeometry.make(8, 16, 1, groups=4))
         with kernels(on=False):
             assert not taken(x, experts, geometry)
 
@@ -322,7 +321,7 @@ class TestCompiled:
 
     def test_what_torch_refuses_is_refused(self) -> None:
         geometry = ConvGeometry.make(1, 4, 3)
-        with torch.no_grad(), pytest.raises(RuntimeError, match=r"it must have \[2, 4, 4, 3, 3\]"):
+        with torch.no_grad(), pytest.raises(RuntimeError, match=r"they must have \[2, 4, 4, 3, 3\]"):
             conditional_conv2d(
                 torch.randn(3, 4, 9, 9), torch.randn(2, 4, 1, 3, 3), None, Mixture(torch.rand(3, 2)), geometry
             )

@@ -40,7 +40,7 @@ def reads(x: Tensor, experts: Tensor, geometry: ConvGeometry | ConvArguments) ->
         return False
     channels, height, width = x.shape[1:]
     filters, per_group, kh, kw = experts.shape[1:]
-    if kh * kw > MAX_TAPS or kh * kw * per_group == 1:  # one product for each output: torch takes 0.5 to 0.8 of the time
+    if kh * kw > MAX_TAPS or kh * kw * per_group == 1:  # a single product: torch takes 0.5 to 0.8 of the time
         return False
     if x.is_contiguous() or format_of(x) == torch.contiguous_format:
         return True
