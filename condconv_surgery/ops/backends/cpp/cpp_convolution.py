@@ -80,14 +80,13 @@ def fast_rounded(
     if mixture.gate is None and mixture.spatial is None and (batch > 1 or all(part is None for part in mixture)):
         return None  # as in fast_convolve
     padded, arguments = geometry.pad(x)
-    parts = [part if part is None or _is_ready(part) else _made_ready(part) for part in mixture]
-    y: Tensor = code.convolve_rounded(padded.contiguous(), experts.contiguous(), scales, *parts, *arguments)
+    y: Tensor = code.convolve_rounded(padded.contiguous(), experts.contiguous(), scales, *_ready(*mixture), *arguments)
     return in_format_of(x, y)
 
 
 def convolve(x: Tensor, arguments: ConvArguments, experts: Tensor, mixture: Mixture) -> Tensor:
     """``out_scale_b * conv(in_scale_b * x_b, K_b)``, [B, I, H, W] -> [B, O, H', W'], without autograd."""
-    y: Tensor = kernels().convolve_without_autograd(x.contiguous(), *_parts(experts, mixture), *arguments)
+    y: Tensor = kernels().convolve_without_autograd(x.contiguous(), *_ready(experts, *mixture), *arguments)
     return in_format_of(x, y)
 
 
@@ -145,13 +144,13 @@ def convolve_backward(
 
     needs: which of them are asked for; the others may be None.
     """
-    weight, *parts = _parts(experts, mixture)
+    weight, *parts = _ready(experts, *mixture)
     return convolution_gradients(grad, x.contiguous(), weight, Mixture(*parts), arguments, needs)
 
 
-def _parts(experts: Tensor, mixture: Mixture) -> list[Any]:
-    """The experts and the parts of the mixture as the compiled code reads them: contiguous, in float32."""
-    return [part if part is None or _is_ready(part) else _made_ready(part) for part in (experts, *mixture)]
+def _ready(*parts: Tensor | None) -> list[Any]:
+    """Experts and parts of a mixture as the compiled code reads them: contiguous, in float32."""
+    return [part if part is None or _is_ready(part) else _made_ready(part) for part in parts]
 
 
 def _is_ready(part: Tensor) -> bool:
