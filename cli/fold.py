@@ -25,15 +25,20 @@ def fold(
     from condconv_surgery.deploy import fold as fold_model
     from condconv_surgery.models.delta_base import load, save
 
-    folding = fold_model(load(artifact, trust=tuple(trust or ())), inplace=True, tolerance=tolerance)
+    folding = fold_model(load(artifact, trust=tuple(trust or ())), tolerance=tolerance)
     save(folding.model, path)
+    exact = folding.difference_float64
     assert folding.difference is not None
     if as_json:
         skipped = [{"name": skip.name, "reason": skip.reason} for skip in folding.skipped]
         difference = {"eval": folding.difference.absolute}
+        if exact is not None:
+            difference["eval_float64"] = exact.absolute
         print_json({"output": f"{path}", "folded": len(folding.folded), "skipped": skipped, "difference": difference})
         return
     say(f"Folded      {len(folding.folded)} of {len(folding.folded) + len(folding.skipped)} conditional layers")
     say_by_reason("Skipped", ((skip.name, skip.reason) for skip in folding.skipped))
     say(f"Difference  eval: {folding.difference.absolute:.2g} at most between original and folded")
+    if exact is not None:
+        say(f"            eval in float64: {exact.absolute:.2g}; the model amplifies the rounding of float32")
     say(f"Wrote       {path}")

@@ -46,6 +46,8 @@ class Export:
     forms: the form of each conditional layer, by its name (``deploy.graph_forms``). difference: the largest between
     model and file, relative to the outputs' magnitude, before any quantisation. shapes: the inputs at which they were
     compared. versions: of the file's format. accuracy: top-1, 0 to 1, of model and file; None without labels.
+    rounding: where ``difference`` is more than 1e-4 because the model amplifies rounding: how far its own outputs in
+    float32 are from those in float64, from which the file is no farther (``deploy.file_proof``).
     """
 
     path: Path
@@ -55,6 +57,7 @@ class Export:
     shapes: tuple[tuple[int, ...], ...]
     versions: dict[str, int] = field(default_factory=dict)
     accuracy: tuple[float, float] | None = None
+    rounding: float | None = None
 
     def form_counts(self) -> dict[str, int]:
         """How many conditional layers have each form."""
@@ -93,7 +96,8 @@ def export(
 
     Raises ``InputError`` for a form that a layer or the runtime cannot have, a path that cannot be written or missing
     packages, ``SurgeryError`` where the model cannot be exported or gives NaN or the disk is full, and ``ProofError``,
-    without a file, when outputs differ by more than 1e-4 of their magnitude at batches of 1, 3 and 8, or at ``batch``.
+    without a file, when outputs differ by more than 1e-4 of their magnitude at batches of 1, 3 and 8, or at ``batch``,
+    and by more than the model's own rounding, which float64 shows.
     """
     runtime, path = _runtime(to), Path(path)
     runtime.require_packages()
@@ -116,10 +120,10 @@ def export(
     request = Request(images, batch, dynamic_size, metadata_of(model, spec))
     with replacing_files(path, size=sum(tensor.nbytes for tensor in original.state_dict().values())) as temporary:
         versions = runtime.write(served, request, temporary)
-        difference = runtime.prove(original, temporary, inputs)
-        if not difference <= TOLERANCE:
+        proof = runtime.prove(original, temporary, inputs)
+        if not proof.holds:
             raise ProofError(
-                f"The exported file differs from the model by {difference:.3g} of its outputs.",
+                f"The exported file differs from the model by {proof.difference:.3g} of its outputs.",
                 f"At most {TOLERANCE:g} is allowed. Nothing was written.",
                 "another form=, or collapse",
             )
@@ -127,7 +131,8 @@ def export(
             quantize_convolutions(temporary, [x for one, _ in calibration for x in in_batches(one, batch)])
         before = top1(original, labelled)
         accuracy = None if before is None else (before, top1_of_file(runtime, temporary, labelled, batch))
-    return Export(path, to, forms, difference, tuple(tuple(x.shape) for x in inputs), versions, accuracy)
+    shapes = tuple(tuple(x.shape) for x in inputs)
+    return Export(path, to, forms, proof.difference, shapes, versions, accuracy, proof.rounding)
 
 
 def _quantizable(runtime: Runtime, quantize: str, data: Any) -> Sequence[str]:

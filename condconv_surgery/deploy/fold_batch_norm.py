@@ -32,6 +32,7 @@ from condconv_surgery.runtime.modes import example_arguments
 from condconv_surgery.surgery.conversion_plan import Skip
 from condconv_surgery.surgery.copy_model import copy_of
 from condconv_surgery.surgery.proof.compare_outputs import Gap, allowed, compare, exceeds, run_both_modes
+from condconv_surgery.surgery.proof.rounding_error import difference_in_float64
 
 
 @dataclass(frozen=True)
@@ -40,13 +41,15 @@ class Folding:
 
     model: in eval mode, of the original's own class. folded: each layer and the batch norm that went into it.
     skipped: the conditional layers that are as they were, and why.
-    difference: the proof that it computes the same; ``None`` with ``prove=False``.
+    difference: the proof that it computes the same; ``None`` with ``prove=False``. difference_float64: the same in
+    float64, run only where float32 leaves doubt.
     """
 
     model: nn.Module = field(repr=False)
     folded: tuple[Pair, ...]
     skipped: tuple[Skip, ...]
     difference: Gap | None
+    difference_float64: Gap | None = None
 
 
 def fold(
@@ -67,8 +70,9 @@ def fold(
     they are: every runtime folds those.
 
     example: an input for the proof; by default two random images of the size that the model expects.
-    inplace: change ``model`` itself instead of a copy.
-    tolerance: the largest difference that the proof allows; by default 1e-4 of the outputs' magnitude.
+    inplace: change ``model`` itself instead of a copy; float64 then decides nothing.
+    tolerance: the largest difference that the proof allows; by default 1e-4 of the outputs' magnitude, in float64 where
+        the model amplifies the rounding of float32.
 
     Raises ``InputError`` for a model without conditional layers, or one that is folded already, and ``ProofError`` when
     the outputs differ by more than the tolerance.
@@ -77,21 +81,38 @@ def fold(
     arguments = example_arguments(model, example)
     before = run_both_modes(model, arguments, (False,)) if prove else None
     folded = model if inplace else copy_of(model)
-    folded.eval()
-    pairs, skipped = batch_norm_pairs(folded)
-    for pair in pairs:
-        _fold_pair(folded, pair)
+    pairs, skipped = _fold_all(folded)
     if before is None:
         return Folding(folded, tuple(pairs), tuple(skipped), None)
     difference = compare(before, run_both_modes(folded, arguments, (False,)))
-    if exceeds(difference, before, tolerance):
+    if not exceeds(difference, before, tolerance):
+        return Folding(folded, tuple(pairs), tuple(skipped), difference.eval)
+    exact = None if inplace or tolerance is not None else _gap_in_float64(model, arguments)
+    if exact is None:
         raise ProofError(
             f"The folded model differs from the original by {difference.eval.absolute if difference.eval else 0:.3g}.",
             f"At most {allowed(before.eval or [], tolerance, before.half):.3g} is allowed. Either tracing does not see "
             "each use of a layer, or the model amplifies rounding.",
-            "serve the model as it is, or tolerance= if that is rounding",
+            f"serve the model as it is, or {'inplace=False: float64 then decides' if inplace else 'tolerance='}",
         )
-    return Folding(folded, tuple(pairs), tuple(skipped), difference.eval)
+    return Folding(folded, tuple(pairs), tuple(skipped), difference.eval, exact)
+
+
+def _fold_all(model: nn.Module) -> tuple[list[Pair], list[Skip]]:
+    """In place. What was folded, and what was not."""
+    pairs, skipped = batch_norm_pairs(model.eval())
+    for pair in pairs:
+        _fold_pair(model, pair)
+    return pairs, skipped
+
+
+def _gap_in_float64(model: nn.Module, arguments: tuple[Any, ...]) -> Gap | None:
+    """The difference that folding makes in float64; ``None`` where it is too large, or the model does not run in it."""
+    found = difference_in_float64(copy_of(model), arguments, (False,), _fold_all)
+    if found is None:
+        return None
+    difference, before = found
+    return None if exceeds(difference, before, None) else difference.eval
 
 
 def _require_foldable(model: nn.Module) -> None:

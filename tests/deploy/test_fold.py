@@ -18,7 +18,7 @@ from condconv_surgery.recipe import CondConv, DynamicConv, ODConv, Variant
 from tests.conftest import Run
 from tests.geometries import GEOMETRIES
 from tests.reference import per_sample_loop
-from tests.small_networks import small_net
+from tests.small_networks import Amplifies, small_net
 from tests.variant_cases import EVERY_VARIANT, scramble
 
 
@@ -233,6 +233,20 @@ def test_what_tracing_cannot_see_fails_the_proof() -> None:
     model = Outside(pairs_of(GEOMETRIES["3x3"], CondConv(experts=2))).eval()
     with pytest.raises(cs.ProofError, match="differs from the original by"):
         cs.fold(model, example=torch.rand(2, 8, 6, 6))
+
+
+def test_rounding_that_the_model_amplifies_is_no_error() -> None:
+    """Its float32 outputs keep three digits; in float64 folding is exact."""
+    network, x = pairs_of(GEOMETRIES["3x3"], CondConv(experts=2)).eval(), torch.randn(8, 8, 16, 16)
+    model = Amplifies(network, at=2.0**13 * float(network(x).detach().max())).eval()
+    folding = cs.fold(model, example=x)
+    assert folding.difference is not None
+    assert folding.difference.relative > 1e-4
+    assert folding.difference_float64 is not None
+    assert folding.difference_float64.relative < 1e-9
+    for options in ({"tolerance": 1e-6}, {"inplace": True}):  # the user's own bound; no original left
+        with pytest.raises(cs.ProofError, match="differs from the original by"):
+            cs.fold(model, example=x, **options)
 
 
 def test_refusals(tmp_path: Path) -> None:

@@ -14,13 +14,13 @@ from torch import Tensor, nn
 
 import condconv_surgery as cs
 from condconv_surgery.deploy.export_model import RUNTIMES
-from condconv_surgery.deploy.file_proof import largest_difference
+from condconv_surgery.deploy.file_proof import prove_outputs
 from condconv_surgery.deploy.runtimes.runtime_protocol import Request, Runtime
 from condconv_surgery.errors import InputError, SurgeryError
 from condconv_surgery.models.artifact.atomic_write import FULL, FullDiskError, replacing_files
 from condconv_surgery.recipe import CondConv, ODConv
 from tests.conftest import Run
-from tests.small_networks import mixed
+from tests.small_networks import Amplifies, mixed
 
 for package in ("onnx", "onnxruntime", "onnxscript"):
     pytest.importorskip(package)
@@ -178,15 +178,45 @@ def test_weights_that_are_nan(tmp_path: Path) -> None:
 
 def test_a_file_that_gives_nan_differs() -> None:
     """``max(0.0, nan)`` is 0.0."""
-    model, x = nn.Identity(), torch.tensor([[1.0, -2.0, float("-inf")]])
-    assert largest_difference(model, [[x.clone()]], [x]) == 0.0
-    assert largest_difference(model, [[x + torch.tensor([0.0, 0.5, 0.0])]], [x]) == 0.25
-    assert largest_difference(model, [[torch.tensor([[1.0, float("nan"), float("-inf")]])]], [x]) == float("inf")
-    assert largest_difference(model, [[torch.tensor([[1.0, -2.0, 3.0]])]], [x]) == float("inf")
-    assert largest_difference(model, [[x[:, :2]]], [x]) == float("inf")
+
+    def difference(actual: Tensor, images: Tensor) -> float:
+        proof = prove_outputs(nn.Identity(), [[actual]], [images])
+        assert proof.holds == (proof.difference == 0.0)
+        return proof.difference
+
+    x = torch.tensor([[1.0, -2.0, float("-inf")]])
+    assert difference(x.clone(), x) == 0.0
+    assert difference(x + torch.tensor([0.0, 0.5, 0.0]), x) == 0.25
+    assert difference(torch.tensor([[1.0, float("nan"), float("-inf")]]), x) == float("inf")
+    assert difference(torch.tensor([[1.0, -2.0, 3.0]]), x) == float("inf")
+    assert difference(x[:, :2], x) == float("inf")
     zeros = torch.zeros(1, 2)
-    assert largest_difference(model, [[zeros + 1]], [zeros]) == 1.0
-    assert largest_difference(model, [[zeros[:0]]], [zeros[:0]]) == 0.0
+    assert difference(zeros + 1, zeros) == 1.0
+    assert difference(zeros[:0], zeros[:0]) == 0.0
+
+
+def test_a_model_that_amplifies_rounding_is_exported(tmp_path: Path) -> None:
+    """Its file differs by more than 1e-4 from it, and is as near to its outputs in float64 as the model is."""
+    torch.manual_seed(0)
+    plain = Amplifies(nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 16, 3)), at=8192.0)
+    model = cs.convert(plain, CondConv(2), example=torch.randn(2, 3, 32, 32), skip_stem=False).model
+    result = cs.export(model, tmp_path / "m.onnx", size=32)
+    assert result.difference > 1e-4
+    assert result.rounding is not None
+    assert 1e-4 < result.rounding < 1e-2
+    assert (tmp_path / "m.onnx").exists()
+
+
+def test_what_is_farther_off_than_the_model_rounds_differs() -> None:
+    x = torch.linspace(-1.0, 1.0, 1000)[None]
+    model = Amplifies(nn.Identity(), at=8192.0)
+    own = float((model(x) - x).abs().max())
+    assert prove_outputs(model, [[x]], [x]).rounding == pytest.approx(own)
+    assert prove_outputs(model, [[x + 3 * own]], [x]).holds
+    assert not prove_outputs(model, [[x + 5 * own]], [x]).holds
+    assert not prove_outputs(model, [[model(x)], [x[:, :9] + 5 * own]], [x, x[:, :9]]).holds  # each input by itself
+    hopeless = Amplifies(nn.Identity(), at=2.0**20)
+    assert not prove_outputs(hopeless, [[x + 0.1]], [x]).holds  # it keeps one digit: nothing can be compared
 
 
 class Two(nn.Module):

@@ -78,7 +78,8 @@ def to_markdown(rows: list[Row]) -> str:
         "All layers are converted but the stem and those over 1x1 maps. Weights and routers are random: experts "
         f"differ, and gates vary between images. Images of {SIDE} pixels, float32.\n",
         "- forms: how many layers have each [form](../how-to/deploy.md#export-to-a-runtime), as the exporter chooses.",
-        f"- file / weights: bytes of the file over those of the converted model's weights, at most {MAX_RATIO}.",
+        f"- file / weights: bytes of the file over those of the converted model's weights, at most {MAX_RATIO}, "
+        "and 2 MB more in `pt2`, which writes its graph as text.",
         "- difference: the largest between model and file, relative to the largest output of the input, at most "
         f"{TOLERANCE:g}. `onnx`, `pt2` and `openvino`: one file for any batch and size, at batches 1, 3 and 8 and at "
         "two sizes. `litert` and `ncnn`: one image of one size.\n",

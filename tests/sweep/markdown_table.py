@@ -10,7 +10,7 @@ from tests.sweep.trial import EXPERTS, Row
 
 COLUMNS = (
     *("model", "input", "convolutions", "converted", "skipped", "eval", "train", "float64", "loaded = saved"),
-    *("step", "folded"),
+    *("step", "folded", "ONNX"),
 )
 HEADER = f"| {' | '.join(COLUMNS)} |\n|{'---|' * len(COLUMNS)}"
 
@@ -27,13 +27,15 @@ def to_markdown(rows: list[Row]) -> str:
         f"Written by `python -m tests.sweep {' '.join(libraries)} -o rows.jsonl --table docs/reference/models.md` with "
         f"{versions}, Python {platform.python_version()}, on the CPU. Random weights, {EXPERTS} CondConv experts, "
         "every convolution that can be converted, the stem and those over 1x1 maps too.\n",
-        "eval, train: the largest difference between original and converted, relative to the largest output; inf: "
+        "- eval, train: the largest difference between original and converted, relative to the largest output; inf: "
         "another number of outputs (boxes). A batch norm over few values amplifies rounding, and near ties decide "
-        "which boxes stay: where float32 leaves doubt the proof decides in float64, in both modes. loaded = saved: the "
-        "outputs of the loaded artifact are bit-identical. step: a step by the sign of the gradient moved every "
-        "parameter that has one. folded: how many batch norms `condconv_surgery.fold` put into the converted layers, "
-        "and the largest difference of the outputs in eval mode after it (in brackets: in float64, where float32 "
-        "leaves doubt).\n",
+        "which boxes stay: where float32 leaves doubt the proof decides in float64, in both modes.",
+        "- loaded = saved: the outputs of the artifact, loaded by another process, are bit-identical.",
+        "- step: a step by the sign of the gradient moved every parameter that has one.",
+        "- folded: how many batch norms `condconv_surgery.fold` put into the converted layers, and the largest "
+        "difference of the outputs in eval mode after it (in brackets: in float64, where float32 leaves doubt).",
+        "- ONNX: the largest difference of the exported file in ONNX Runtime, one file for batches of 1, 3 and 8 "
+        "(detectors: one image). Empty: not tried (`--onnx` does); `no (1)`: the reason stands below the table.\n",
     ]
     if "torchvision" in libraries:
         parts.append(
@@ -41,8 +43,11 @@ def to_markdown(rows: list[Row]) -> str:
             "convolutions hold no weight to train.\n"
         )
     for library, found in libraries.items():
-        parts += [f"## {library}\n", _totals(found), HEADER, *(_line(row) for row in found if not row.failure), ""]
+        reasons = list(dict.fromkeys(row.no_onnx for row in found if row.no_onnx))
+        lines = [_line(row, reasons) for row in found if not row.failure]
+        parts += [f"## {library}\n", _totals(found), HEADER, *lines, ""]
         parts += [f"- not converted: {row.source}: {_first_line(row.failure)}" for row in found if row.failure]
+        parts += [f"{number}. no ONNX file: {reason}" for number, reason in enumerate(reasons, 1)]
         parts += [""]
     return "\n".join(parts)
 
@@ -53,11 +58,13 @@ def _totals(rows: list[Row]) -> str:
     return (
         f"{len(rows)} models: {len(done)} converted, {sum(not r.failure and not r.converted for r in rows)} without a "
         f"2D convolution, {sum(bool(row.failure) for row in rows)} failed; "
-        f"{sum(row.converted for row in done)} of {whole} convolutions.\n"
+        f"{sum(row.converted for row in done)} of {whole} convolutions. ONNX: "
+        f"{sum(row.onnx is not None or bool(row.no_onnx) for row in rows)} tried, "
+        f"{sum(row.onnx is not None for row in rows)} equal.\n"
     )
 
 
-def _line(row: Row) -> str:
+def _line(row: Row, reasons: list[str]) -> str:
     if not row.converted:
         why = row.notes[0] if row.notes else ""
         return f"| {row.source} | | 0 | | {why} {'| ' * (len(COLUMNS) - 5)}|"
@@ -74,6 +81,7 @@ def _line(row: Row) -> str:
         _yes(row.loaded),
         _yes(row.stepped),
         _folded(row),
+        f"no ({reasons.index(row.no_onnx) + 1})" if row.no_onnx else "" if row.onnx is None else _number(row.onnx),
     ]
     return f"| {' | '.join(cells)} |"
 

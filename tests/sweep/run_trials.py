@@ -1,27 +1,46 @@
-"""Cases into rows, one at a time, each in a process of its own and written down at once."""
+"""Cases into rows, one at a time, in processes of their own, each written down at once."""
 
 from __future__ import annotations
 
 import json
 import multiprocessing
+import tempfile
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 from tests.sweep.model_list import Case
-from tests.sweep.trial import Row, try_model
+from tests.sweep.trial import Row, loads_alike, try_model, try_onnx
 
 
 def run(cases: Iterable[Case], output: Path, timeout: float) -> Iterator[Row]:
     """The row of each case that has none in ``output`` yet, appended there."""
     for case in cases:
         if case.source not in read_rows(output):
-            row = _in_a_process(case, timeout)
-            with output.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(row.to_dict()) + "\n")
-            yield row
+            yield _kept(_row_of(case, timeout), output)
+
+
+def run_onnx(cases: Iterable[Case], output: Path, timeout: float) -> Iterator[Row]:
+    """The row, with an ONNX file tried, of each case that was converted and has not tried one, appended there."""
+    for case in cases:
+        row = read_rows(output).get(case.source)
+        if row is None or not row.converted or row.failure or row.onnx is not None or row.no_onnx:
+            continue
+        with tempfile.TemporaryDirectory() as folder:
+            try:
+                row = _in_a_process(try_onnx, row, case, Path(folder), timeout=timeout)
+            except ProcessError as error:
+                row = replace(row, no_onnx=str(error))
+        yield _kept(row, output)
+
+
+def _kept(row: Row, output: Path) -> Row:
+    with output.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(row.to_dict()) + "\n")
+    return row
 
 
 def read_rows(output: Path) -> dict[str, Row]:
@@ -37,26 +56,43 @@ def _row(data: dict[str, Any]) -> Row:
     return Row(**{**data, "input": tuple(data["input"]), "notes": tuple(data["notes"])})
 
 
-def _in_a_process(case: Case, timeout: float) -> Row:
-    """A fork of a server that has imported torch and run nothing: all memory of a model goes with its process."""
+def _row_of(case: Case, timeout: float) -> Row:
+    """Converted and saved by one process, loaded by another."""
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            row: Row = _in_a_process(try_model, case, Path(folder), timeout=timeout)
+            if row.converted and not row.failure:
+                row = replace(row, loaded=_in_a_process(loads_alike, Path(folder), timeout=timeout))
+        except ProcessError as error:
+            return Row(case.source, case.kind, failure=str(error))
+    return row
+
+
+class ProcessError(Exception):
+    """A process ended without an answer, or took too long."""
+
+
+def _in_a_process(function: Callable[..., Any], *arguments: Any, timeout: float) -> Any:
+    """Called in a fork of a server that has imported torch and run nothing: it has seen no model of another process,
+    and all memory of a model goes with it. Raises ``ProcessError``."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.sweep.trial"])
     ours, theirs = context.Pipe(duplex=False)
-    process = context.Process(target=_send_row, args=(case, theirs))
+    process = context.Process(target=_send, args=(theirs, function, arguments))
     process.start()
     theirs.close()
     try:
         if ours.poll(timeout):
-            return Row(**ours.recv())
+            return ours.recv()
         process.kill()
-        return Row(case.source, case.kind, seconds=timeout, failure=f"not done within {timeout:.0f} s")
-    except EOFError:
+        raise ProcessError(f"not done within {timeout:.0f} s")
+    except EOFError as error:
         process.join()
-        return Row(case.source, case.kind, failure=f"the process ended with {process.exitcode}")
+        raise ProcessError(f"the process ended with {process.exitcode}") from error
     finally:
         process.join()
 
 
-def _send_row(case: Case, pipe: Connection) -> None:
+def _send(pipe: Connection, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
     warnings.simplefilter("ignore")  # torchvision and timm warn of their own habits
-    pipe.send(try_model(case).to_dict())
+    pipe.send(function(*arguments))

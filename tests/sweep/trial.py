@@ -1,15 +1,14 @@
-"""One model: convert, compare, save, load, take a step. What came of it is a ``Row``."""
+"""One model: convert, compare, save, take a step; load in another process. What came of it is a ``Row``."""
 
 from __future__ import annotations
 
 import contextlib
 import copy
 import math
-import tempfile
 import time
 import traceback
 from collections import Counter
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,8 @@ from tests.sweep.model_list import Case, inputs_of
 
 EXPERTS = 2
 
+ARTIFACT, OUTPUTS = "model.safetensors", "outputs.pt"
+
 DOUBTFUL = 1e-4
 """A relative difference that more than rounding may have caused."""
 
@@ -33,11 +34,12 @@ class Row:
     """What came of one model.
 
     input: shape of the first argument. skipped: how many convolutions for each reason. eval, train: the largest
-    difference between original and converted, relative to the largest output. loaded: the loaded artifact's outputs
-    are bit-identical. folded: how many batch norms went into the layers before them; fused: the largest difference in
-    eval mode after that, and fused_exact: in float64, where float32 leaves doubt. stepped: a step on the converted
-    model by the sign of the gradient moves every parameter that has one. exact: the larger difference in float64, where
-    float32 leaves doubt. failure: what went wrong, and where.
+    difference between original and converted, relative to the largest output. loaded: the outputs of the artifact,
+    loaded by another process, are bit-identical. folded: how many batch norms went into the layers before them; fused:
+    the largest difference in eval mode after that, and fused_exact: in float64, where float32 leaves doubt. stepped: a
+    step on the converted model by the sign of the gradient moves every parameter that has one. exact: the larger
+    difference in float64, where float32 leaves doubt. failure: what went wrong, and where. onnx: the largest difference
+    of the ONNX file in ONNX Runtime; no_onnx: why there is no such file.
     """
 
     source: str
@@ -58,25 +60,56 @@ class Row:
     stepped: bool | None = None
     seconds: float = 0.0
     failure: str = ""
+    onnx: float | None = None
+    no_onnx: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
 
-def try_model(case: Case) -> Row:
-    """The whole of a conversion; whatever is raised on the way ends in ``failure``."""
+def try_model(case: Case, folder: Path) -> Row:
+    """All but ``loads_alike``, whose files it leaves in ``folder``; whatever is raised ends in ``failure``."""
     begin = time.perf_counter()
     found: dict[str, Any] = {"source": case.source, "kind": case.kind}
     try:
-        torch.manual_seed(0)
-        _try(case, found)
+        _try(case, folder, found)
     except Exception as error:  # a sweep goes on
-        place = traceback.extract_tb(error.__traceback__)[-1]
-        found["failure"] = f"{type(error).__name__}: {error} ({Path(place.filename).name}:{place.lineno})"
+        found["failure"] = _in_words(error)
     return Row(**found, seconds=round(time.perf_counter() - begin, 1))
 
 
-def _try(case: Case, found: dict[str, Any]) -> None:
+def loads_alike(folder: Path) -> bool:
+    """Whether the artifact that ``try_model`` left in ``folder`` loads by itself and gives the same outputs."""
+    kept = torch.load(folder / OUTPUTS, weights_only=True)
+    ours, theirs = kept["outputs"], _outputs(cs.load(folder / ARTIFACT), kept["arguments"])
+    same = [a.shape == b.shape and bool(((a == b) | (a.isnan() & b.isnan())).all()) for a, b in zip(ours, theirs)]  # noqa: B905
+    return bool(same) and len(ours) == len(theirs) and all(same)
+
+
+def try_onnx(row: Row, case: Case, folder: Path) -> Row:
+    """``row`` with what came of an ONNX file of the converted model."""
+    try:
+        torch.manual_seed(0)
+        model = case.build()
+        conversion = _converted(model, _settled(case, model))
+        exported = cs.export(conversion.model, folder / "model.onnx")
+    except Exception as error:
+        return replace(row, onnx=None, no_onnx=str(error).splitlines()[0])
+    return replace(row, onnx=exported.difference, no_onnx="")
+
+
+def _in_words(error: Exception) -> str:
+    place = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{type(error).__name__}: {error} ({Path(place.filename).name}:{place.lineno})"
+
+
+def _converted(model: nn.Module, arguments: tuple[Any, ...]) -> cs.Conversion:
+    variant = cs.CondConv(experts=EXPERTS)
+    return cs.convert(model, variant, example=arguments, skip_stem=False, skip_pooled=False, inplace=True)
+
+
+def _try(case: Case, folder: Path, found: dict[str, Any]) -> None:
+    torch.manual_seed(0)
     model = case.build()
     found["parameters"] = sum(p.numel() for p in model.parameters())
     found["convolutions"] = sum(isinstance(m, nn.Conv2d) for m in model.modules())
@@ -84,14 +117,12 @@ def _try(case: Case, found: dict[str, Any]) -> None:
         kinds = Counter(type(m).__name__ for m in model.modules() if "Conv" in type(m).__name__)
         found["notes"] = (f"no 2D convolution ({', '.join(kinds) or 'none of any kind'})",)
         return
-    arguments = _fitting(case, model)
+    arguments = _settled(case, model)
     found["input"] = _first_shape(arguments)
-    _settle(model, arguments)
-    conversion = cs.convert(
-        model, cs.CondConv(experts=EXPERTS), example=arguments, skip_stem=False, skip_pooled=False, inplace=True
-    )
+    conversion = _converted(model, arguments)
     _describe(conversion, found)
-    found["loaded"] = _survives_its_file(conversion.model, arguments)
+    cs.save(conversion.model, folder / ARTIFACT)
+    torch.save({"arguments": arguments, "outputs": _outputs(conversion.model, arguments)}, folder / OUTPUTS)
     found["folded"], found["fused"] = _folded(conversion.model, arguments)
     if found["fused"] and found["fused"] > DOUBTFUL:
         with contextlib.suppress(Exception):  # not every model runs in float64
@@ -114,9 +145,10 @@ def _fitting(case: Case, model: nn.Module) -> tuple[Any, ...]:
     return runs[False] if runs else arguments
 
 
-def _settle(model: nn.Module, arguments: tuple[Any, ...]) -> None:
-    """Batch norms take the statistics of the input, as in a trained model: with those that they are made with, a deep
-    network of random weights computes nearly the same for every input."""
+def _settled(case: Case, model: nn.Module) -> tuple[Any, ...]:
+    """Arguments that ``model`` runs on, whose statistics its batch norms have taken, as in a trained model: with those
+    that they are made with, a deep network of random weights computes nearly the same for every input."""
+    arguments = _fitting(case, model)
     norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     before = [norm.momentum for norm in norms]
     for norm in norms:
@@ -126,6 +158,7 @@ def _settle(model: nn.Module, arguments: tuple[Any, ...]) -> None:
         _outputs(model, arguments, training=True)
     for norm, momentum in zip(norms, before, strict=True):
         norm.momentum = momentum
+    return arguments
 
 
 def _describe(conversion: cs.Conversion, found: dict[str, Any]) -> None:
@@ -147,15 +180,6 @@ def _describe(conversion: cs.Conversion, found: dict[str, Any]) -> None:
 def _folded(model: nn.Module, arguments: tuple[Any, ...]) -> tuple[int, float | None]:
     folding = cs.fold(model, example=arguments, tolerance=math.inf)
     return len(folding.folded), folding.difference and folding.difference.relative
-
-
-def _survives_its_file(model: nn.Module, arguments: tuple[Any, ...]) -> bool:
-    with tempfile.TemporaryDirectory() as folder:
-        cs.save(model, Path(folder) / "m.safetensors")
-        loaded = cs.load(Path(folder) / "m.safetensors")
-    ours, theirs = _outputs(model, arguments), _outputs(loaded, arguments)
-    same = [a.shape == b.shape and bool(((a == b) | (a.isnan() & b.isnan())).all()) for a, b in zip(ours, theirs)]  # noqa: B905
-    return bool(same) and len(ours) == len(theirs) and all(same)
 
 
 def _takes_a_step(model: nn.Module, arguments: tuple[Any, ...]) -> bool:

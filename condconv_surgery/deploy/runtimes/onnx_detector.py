@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from condconv_surgery.deploy.detectors import MAX_LOST, DetectorGraph, lost_share
-from condconv_surgery.deploy.file_proof import TOLERANCE, largest_gap
+from condconv_surgery.deploy.file_proof import FileProof, largest_gap
 from condconv_surgery.deploy.runtimes.onnx_file import OPSET, Onnx
 from condconv_surgery.deploy.runtimes.runtime_protocol import Request, cannot_export, quietly
 from condconv_surgery.errors import ProofError
@@ -51,15 +51,15 @@ class OnnxDetector(Onnx):
         return {"opset": OPSET, "ir": int(written.ir_version)}
 
     @torch.no_grad()
-    def prove(self, model: nn.Module, path: Path, inputs: Sequence[Tensor]) -> float:
+    def prove(self, model: nn.Module, path: Path, inputs: Sequence[Tensor]) -> FileProof:
         """The difference of the maps, which are outputs up to here; the detections are compared as sets."""
         graph = DetectorGraph(model)
         expected = [graph(x) for x in inputs]
         count = len(graph.names)
         maps = [outputs[count:] for outputs in self.run(path, inputs)]
-        difference = largest_gap(maps, [outputs[count:] for outputs in expected])
-        if not difference <= TOLERANCE:
-            return difference
+        proof = FileProof(largest_gap(maps, [outputs[count:] for outputs in expected]))
+        if not proof.holds:
+            return proof
         _remove_outputs(path, count)
         for x, outputs, actual in zip(inputs, expected, self.run(path, inputs), strict=True):
             lost = lost_share(graph.names, outputs[:count], actual)
@@ -69,7 +69,7 @@ class OnnxDetector(Onnx):
                     f"At most {MAX_LOST:.0%} may differ, by ties. Nothing was written.",
                     "another size=, or the backbone alone, model.backbone",
                 )
-        return difference
+        return proof
 
 
 def _remove_outputs(path: Path, keep: int) -> None:

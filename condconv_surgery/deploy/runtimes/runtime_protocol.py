@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from condconv_surgery.deploy.file_proof import largest_difference
+from condconv_surgery.deploy.file_proof import FileProof, prove_outputs
 from condconv_surgery.errors import InputError, SurgeryError, one_line
 
 
@@ -61,9 +61,9 @@ class Runtime:
         """The outputs of the file for each of ``inputs``, in order."""
         raise NotImplementedError
 
-    def prove(self, model: nn.Module, path: Path, inputs: Sequence[Tensor]) -> float:
-        """The largest difference between the outputs of ``model`` and of the file, see ``largest_difference``."""
-        return largest_difference(model, self.run(path, inputs), inputs)
+    def prove(self, model: nn.Module, path: Path, inputs: Sequence[Tensor]) -> FileProof:
+        """How far the outputs of the file are from those of ``model``."""
+        return prove_outputs(model, self.run(path, inputs), inputs)
 
     def require_packages(self) -> None:
         """Raise ``InputError`` where a package is missing."""

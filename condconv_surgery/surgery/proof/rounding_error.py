@@ -54,7 +54,7 @@ def explain_difference(
     Raises ``ProofError`` when ``difference`` is more than rounding, or when neither check can be run.
     """
     too_large = 8 * parameters > FLOAT64_BYTES
-    in_float64 = None if too_large else _difference_in_float64(make_original(), arguments, plan.modes, change)
+    in_float64 = None if too_large else difference_in_float64(make_original(), arguments, plan.modes, change)
     if in_float64 is not None and _covers(in_float64[0], difference):
         exact, before_exact = in_float64
         require_within(exact, before_exact, None, shown_as=difference)
@@ -76,7 +76,7 @@ def _covers(exact: Difference, difference: Difference) -> bool:
     return all(gap is not None for gap, other in pairs if other is not None)
 
 
-def _difference_in_float64(
+def difference_in_float64(
     model: nn.Module, arguments: tuple[Any, ...], modes: tuple[bool, ...], change: Change
 ) -> tuple[Difference, Outputs] | None:
     """The difference and the original's outputs; ``None`` when the original does not run in float64."""
