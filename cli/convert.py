@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 AnyPlan = TypeVar("AnyPlan", bound="Plan")
 Patterns = Annotated[list[str] | None, typer.Option(help='Layer names, a glob ("layer4.*") or re:REGEX; repeatable.')]
 
+DEFAULTS = ("auto", "layer")
+"""Of --start and --routing."""
+
 
 def convert(
     ctx: typer.Context,
@@ -34,8 +37,14 @@ def convert(
         ),
     ],
     output: Annotated[Path | None, typer.Option("-o", "--output", help="The artifact to write (.safetensors).")] = None,
-    variant: Annotated[str, typer.Option(help=f"Conditional convolution: {', '.join(VARIANTS)}.")] = "condconv",
-    experts: Annotated[int, typer.Option(help="Kernels per layer.")] = 4,
+    variant: Annotated[
+        str | None,
+        typer.Option(
+            help=f"Conditional convolution: {', '.join(VARIANTS)}. Default: odconv with one expert, or condconv where "
+            "an option is about experts (--experts, --start, --diversity, --data, --gates, --routing)."
+        ),
+    ] = None,
+    experts: Annotated[int | None, typer.Option(help="Kernels per layer. Default: 4.")] = None,
     reduction: Annotated[
         int | None, typer.Option(help="Hidden width of the router: channels / REDUCTION (odconv, dynamicconv).")
     ] = None,
@@ -54,7 +63,7 @@ def convert(
     ] = None,
     routing: Annotated[
         str, typer.Option(help="layer: a router for each layer; block: one for all layers of a block.")
-    ] = "layer",
+    ] = DEFAULTS[1],
     blocks: Annotated[
         list[str] | None,
         typer.Option("--block", help="Modules that share a router, a glob or re:REGEX; repeatable. Default: found."),
@@ -83,7 +92,7 @@ def convert(
         typer.Option(
             help=f"How experts get their own gradients: {', '.join(STARTS)}; auto is the best of the variant."
         ),
-    ] = "auto",
+    ] = DEFAULTS[0],
     calibration: Annotated[
         str | None,
         typer.Option(
@@ -105,6 +114,8 @@ def convert(
 ) -> None:
     """Replace the convolutions of a trained MODEL by conditional ones; same function at the start."""
     trusted = tuple(trust or ())
+    about_experts = any(x is not None for x in (experts, diversity, calibration, gates)) or (start, routing) != DEFAULTS
+    variant, experts = (variant, experts) if variant else ("condconv", experts) if about_experts else ("odconv", 1)
     attention = {"reduction": reduction, "min_hidden": min_hidden, "gates": gates, "spatial": spatial}
     layer = make_variant(variant, trust=trusted, experts=experts, routing=routing, **attention)
     patterns, names = (tuple(include or ()), tuple(exclude or ())), (tuple(blocks or ()), tuple(subclasses or ()))

@@ -10,6 +10,7 @@ import typer
 from condconv_surgery.errors import InputError
 
 from .output.console import print_json, say
+from .output.conversion_output import experts_each
 from .output.output_path import writable
 
 if TYPE_CHECKING:
@@ -58,7 +59,7 @@ def import_(
         print_json(summary)
         return
     say(f"Source      {summary['source']}")
-    say(f"Layers      {summary['layers']} {summary['variant']}, {summary['experts']} experts each")
+    say(f"Layers      {summary['layers']} {summary['variant']}, {experts_each(summary['experts'])}")
     say(f"Routers     {summary['routers']}")
     say(f"Parameters  {summary['parameters'] / 1e6:.2f}M")
     say(f"Wrote       {path}")

@@ -8,6 +8,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,7 +22,7 @@ from typer.testing import CliRunner
 import condconv_surgery as cs
 from condconv_surgery.errors import InputError
 from condconv_surgery.layers import conditional_layers
-from condconv_surgery.recipe import VARIANTS
+from condconv_surgery.recipe import VARIANTS, CondConv, ODConv, Variant
 from tests.conftest import Run
 
 SMALL = ["torchvision:shufflenet_v2_x0_5", "--weights", "none", "--input-size", "64"]
@@ -104,7 +105,7 @@ def test_a_person_reads_what_was_done(condconv, tmp_path: Path) -> None:
     code, out, err = condconv("convert", *SMALL, "-o", path)
     assert (code, out) == (0, "")
     for words in (
-        "Converted   55 of 56 layers to condconv, 4 experts each",
+        "Converted   55 of 56 layers to odconv, 1 expert each",
         "the stem",
         "(--no-skip-stem converts it)",
         "Difference",
@@ -112,6 +113,27 @@ def test_a_person_reads_what_was_done(condconv, tmp_path: Path) -> None:
     ):
         assert words in err
     assert path.exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ([], ODConv(experts=1)),
+        (["--no-spatial"], ODConv(experts=1, spatial=False)),
+        (["--variant", "odconv"], ODConv(experts=4)),
+        (["--experts", 2], CondConv(experts=2)),
+        (["--start", "noise"], CondConv(experts=4)),
+        (["--diversity", "0.1", "--start", "noise"], CondConv(experts=4)),
+        (["--routing", "block"], CondConv(experts=4, routing="block")),
+    ],
+    ids=str,
+)
+def test_the_default_variant(condconv: Run, tmp_path: Path, options: list[Any], expected: Variant) -> None:
+    """One ODConv expert, unless an option speaks of experts."""
+    code, _, err = condconv("convert", *SMALL, *options, "--include", "stage4.*", "-o", tmp_path / "m.safetensors")
+    assert code == 0, err
+    layers = conditional_layers(cs.load(tmp_path / "m.safetensors")).values()
+    assert {layer.variant for layer in layers} == {expected}
 
 
 def test_a_dry_run_writes_nothing(condconv, tmp_path: Path) -> None:

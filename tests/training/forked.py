@@ -95,6 +95,7 @@ def command_line(arguments: list[str], number: int) -> int:
 
 def _whole_process(function: Callable[..., int], arguments: tuple[object, ...], output: Path) -> None:
     """Everything that the process does."""
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup, under which tests may run, ignores it
     multiprocessing.set_start_method(None, force=True)  # processes that read images start as in a new program
     torch.set_num_threads(1)
     file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
