@@ -10,7 +10,7 @@ import typer
 
 from condconv_surgery.errors import InputError
 from condconv_surgery.recipe import TrainingOptions
-from condconv_surgery.recipe.toml_text import parse_setting, read_recipe_file, to_toml
+from condconv_surgery.recipe.toml_text import RECIPE, parse_setting, read_recipe_file, to_toml
 
 from .output.console import is_first, print_json, say
 from .rule_options import flags_that_are_set, with_rule_options
@@ -67,7 +67,7 @@ def effective_options(
     resume: bool,
 ) -> TrainingOptions:
     """Defaults, then the recipe file (on a resume without one: the run's own), then flags, then ``--set``."""
-    own = Path(output) / "recipe.toml" if output else None
+    own = Path(output) / RECIPE if output else None
     if recipe is not None:
         options = read_recipe_file(recipe)
     elif resume and own is None and not model:

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from condconv_surgery.errors import InputError
+from condconv_surgery.recipe.variants import experts_text
 
 from .output.console import print_json, say
-from .output.conversion_output import experts_each
 from .output.output_path import writable
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ def import_(
         print_json(summary)
         return
     say(f"Source      {summary['source']}")
-    say(f"Layers      {summary['layers']} {summary['variant']}, {experts_each(summary['experts'])}")
+    say(f"Layers      {summary['layers']} {summary['variant']}, {experts_text(summary['experts'])} each")
     say(f"Routers     {summary['routers']}")
     say(f"Parameters  {summary['parameters'] / 1e6:.2f}M")
     say(f"Wrote       {path}")

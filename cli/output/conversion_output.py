@@ -91,13 +91,9 @@ def _skipped(plan: Plan) -> list[dict[str, str]]:
     return [{"name": skip.name, "reason": skip.reason} for skip in plan.skipped]
 
 
-def experts_each(count: int) -> str:
-    """As in '51 layers, 4 experts each'."""
-    return f"{count} expert{'' if count == 1 else 's'} each"
-
-
 def say_conversion(facts: dict[str, Any], conversion: Conversion, trust: tuple[str, ...]) -> None:
     """What was converted, the costs, the differences and the next command, on stderr. facts: ``conversion_facts``."""
+    from condconv_surgery.recipe.variants import experts_text
 
     def change(name: str, unit: float, suffix: str) -> str:
         before, after = facts[name]["before"], facts[name]["after"]
@@ -105,7 +101,7 @@ def say_conversion(facts: dict[str, Any], conversion: Conversion, trust: tuple[s
 
     converted, skipped = facts["converted"], facts["skipped"]
     say(f"Source      {facts['source']}")
-    how = f"{facts['variant']}, {experts_each(facts['experts'])}"
+    how = f"{facts['variant']}, {experts_text(facts['experts'])} each"
     say(f"Converted   {converted} of {converted + len(skipped)} layers to {how}")
     if facts["routers"] < converted:
         say(f"Routers     {facts['routers']}, {len(conversion.plan.routers)} of them for a whole block")

@@ -11,12 +11,12 @@ from condconv_surgery.data.find_data import divide, find_parts, folder_parts, is
 from condconv_surgery.data.image_folders import ImageFiles, scan
 from condconv_surgery.data.labelled_images import LabelledImages
 from condconv_surgery.errors import DamagedFileError, InputError
-from condconv_surgery.recipe.toml_text import read_recipe_file
+from condconv_surgery.recipe.toml_text import RECIPE, read_recipe_file
 from condconv_surgery.recipe.training_options import TrainingOptions
 from condconv_surgery.recipe.training_sections import DataOptions
 
-RECIPE, CHECK, IMAGES = "recipe.toml", "data.json", "images.jsonl"
-"""Files of a run directory: its options, the data check before it, and its images in order."""
+CHECK, IMAGES = "data.json", "images.jsonl"
+"""Files of a run directory beside its recipe: the data check before it, and its images in order."""
 
 
 Facts = dict[str, Any]

@@ -17,6 +17,7 @@ from pathlib import Path
 from PIL import Image, UnidentifiedImageError
 
 from condconv_surgery.errors import InputError
+from condconv_surgery.recipe.toml_text import RECIPE
 
 SUFFIXES = (
     *(".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".gif", ".webp", ".avif", ".bmp", ".dib", ".tif", ".tiff", ".ppm"),
@@ -34,7 +35,7 @@ NOT_IMAGES = (
 )
 KNOWN_BY_CONTENT = ("PNG", "JPEG", "GIF", "WEBP", "AVIF", "BMP", "TIFF", "PPM", "JPEG2000", "MPO", "HEIF")
 ALIEN_FOLDERS = ("__MACOSX", "@eaDir", "$RECYCLE.BIN", "lost+found")
-RUN_FILES = ("recipe.toml", "metrics.jsonl", "state.safetensors")
+RUN_FILES = (RECIPE, "metrics.jsonl", "state.safetensors")
 RUN_LOCK = "run.lock"  # of a run that has just begun
 
 

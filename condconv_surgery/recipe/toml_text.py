@@ -18,6 +18,9 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
+RECIPE = "recipe.toml"
+"""The file of a run that holds all of its options."""
+
 PRINT_ONE = f"{ALL_OPTIONS} prints one"
 """The advice on a recipe that cannot be read, unless the caller knows better."""
 

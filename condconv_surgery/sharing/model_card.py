@@ -11,6 +11,7 @@ from string import Template
 from typing import Any
 
 from condconv_surgery.recipe import Recipe
+from condconv_surgery.recipe.variants import experts_text
 
 LIBRARY = "condconv-surgery"
 
@@ -64,7 +65,7 @@ def _front_matter(facts: CardFacts) -> str:
 
 
 def _table(recipe: Recipe, facts: CardFacts) -> str:
-    kinds = Counter(f"{row.variant.kind}, {row.variant.experts} experts" for row in recipe.layers)
+    kinds = Counter(f"{row.variant.kind}, {experts_text(row.variant.experts)}" for row in recipe.layers)
     names = [row.names[0] for row in recipe.layers]
     spec = recipe.input
     holds = f"differences from {facts.base}" if facts.base else facts.experts and f"experts in {facts.experts}"

@@ -11,12 +11,11 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from condconv_surgery.data.evaluation_images import RECIPE
 from condconv_surgery.data.image_dataset import Batch
 from condconv_surgery.errors import InputError, one_line
 from condconv_surgery.models.artifact.save_load import save
 from condconv_surgery.recipe import Recipe, recipe_of
-from condconv_surgery.recipe.toml_text import to_toml
+from condconv_surgery.recipe.toml_text import RECIPE, to_toml
 from condconv_surgery.recipe.training_options import TrainingOptions
 from condconv_surgery.runtime.seeding import seeded
 from condconv_surgery.training.batch_norm import recalibrate, require_two_values

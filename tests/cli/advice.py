@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import re
 import shlex
+from collections.abc import Callable
+
+from tests.conftest import Run
 
 PLACEHOLDERS = {
     "FILE": "file.pt",
@@ -12,6 +15,32 @@ PLACEHOLDERS = {
     "FOLDER": "images",
     "RUN": "again",
 }
+
+
+def require_help(
+    condconv: Run,
+    command: list[str],
+    says: str = "",
+    complete: Callable[[list[str]], list[str]] = lambda again: again,
+) -> None:
+    """The command fails, and the one that its error advises succeeds or has another reason to fail.
+
+    says: how the advice begins. complete: what to add to the advised command.
+    """
+    code, _, error = condconv(*command)
+    assert code in (1, 2), error
+    reason, advice = reason_of(error), advice_in(error)
+    assert advice, error
+    assert advice.startswith(says)
+    again = retried(_without_setting(command, advice), advice)
+    assert again is not None, f"not a command: {advice}"
+    code, _, error = condconv(*complete(again))
+    assert code == 0 or reason_of(error) not in ("", reason), f"{advice!r} did not help: {error}"
+
+
+def reason_of(error: str) -> str:
+    """The first line of a printed error."""
+    return error.partition("Error: ")[2].partition("\n")[0]
 
 
 def advice_in(error: str) -> str:
@@ -35,6 +64,14 @@ def retried(command: list[str], advice: str) -> list[str] | None:
         if again is not None:
             return again
     return None
+
+
+def _without_setting(command: list[str], advice: str) -> list[str]:
+    """The command without its last --set, whose value other flags correct."""
+    if "--set" not in command or not re.search(r"(^|\s)--?\w", advice):
+        return command
+    last = len(command) - 1 - command[::-1].index("--set")
+    return command[:last] + command[last + 2 :]
 
 
 def _applied(command: list[str], part: str) -> list[str] | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -11,8 +10,8 @@ import pytest
 import torch
 
 import condconv_surgery as cs
-from tests.cli.advice import advice_in, retried
-from tests.cli.test_advice import artifact, here, images, over_a_run, reason_of, training
+from tests.cli.advice import require_help
+from tests.cli.test_advice import artifact, here, images, over_a_run, training
 from tests.conftest import Run
 
 __all__ = ["here"]
@@ -130,22 +129,6 @@ MISTAKES: dict[str, Commands] = {
 }
 
 
-def without_setting(command: list[str], advice: str) -> list[str]:
-    """The command without its last --set, whose value other flags correct."""
-    if "--set" not in command or not re.search(r"(^|\s)--?\w", advice):
-        return command
-    last = len(command) - 1 - command[::-1].index("--set")
-    return command[:last] + command[last + 2 :]
-
-
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_the_advice_helps(mistake: str, here: Path, condconv: Run) -> None:
-    command = MISTAKES[mistake]()
-    code, _, error = condconv(*command)
-    assert code in (1, 2), error
-    reason, advice = reason_of(error), advice_in(error)
-    assert advice, error
-    again = retried(without_setting(command, advice), advice)
-    assert again is not None, f"not a command: {advice}"
-    code, _, error = condconv(*again)
-    assert code == 0 or reason_of(error) not in ("", reason), f"{advice!r} did not help: {error}"
+    require_help(condconv, MISTAKES[mistake]())

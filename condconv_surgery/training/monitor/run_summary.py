@@ -11,6 +11,7 @@ from condconv_surgery.data.evaluation_images import data_to_measure
 from condconv_surgery.layers import ConditionalConv2d, conditional_layers
 from condconv_surgery.recipe import InputSpec
 from condconv_surgery.recipe.training_options import TrainingOptions
+from condconv_surgery.recipe.variants import experts_text
 from condconv_surgery.training.batches.samplers import Steps
 from condconv_surgery.training.distributed.world import World
 from condconv_surgery.training.state.progress import TrainingResult
@@ -57,5 +58,5 @@ def _layers(layers: Sequence[ConditionalConv2d[Any]]) -> str:
     if not layers:
         return ""
     counts = sorted({layer.experts for layer in layers})
-    experts = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
-    return f" with {len(layers)} conditional layer{'s' if len(layers) > 1 else ''} of {experts} experts"
+    experts = f"{counts[0]} to {counts[-1]} experts" if len(counts) > 1 else experts_text(counts[0])
+    return f" with {len(layers)} conditional layer{'s' if len(layers) > 1 else ''} of {experts}"

@@ -11,9 +11,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from condconv_surgery.data.evaluation_images import RECIPE
 from condconv_surgery.errors import InputError, TrainingError
 from condconv_surgery.models.artifact.atomic_write import replacing
+from condconv_surgery.recipe.toml_text import RECIPE
 
 
 @contextmanager
