@@ -44,7 +44,7 @@ def convert(
             "an option is about experts (--experts, --start, --diversity, --data, --gates, --routing)."
         ),
     ] = None,
-    experts: Annotated[int | None, typer.Option(help="Kernels per layer. Default: 4.")] = None,
+    experts: Annotated[int | None, typer.Option(help="Kernels per layer. Default: 4 of a named variant.")] = None,
     reduction: Annotated[
         int | None, typer.Option(help="Hidden width of the router: channels / REDUCTION (odconv, dynamicconv).")
     ] = None,
@@ -114,8 +114,10 @@ def convert(
 ) -> None:
     """Replace the convolutions of a trained MODEL by conditional ones; same function at the start."""
     trusted = tuple(trust or ())
-    about_experts = any(x is not None for x in (experts, diversity, calibration, gates)) or (start, routing) != DEFAULTS
-    variant, experts = (variant, experts) if variant else ("condconv", experts) if about_experts else ("odconv", 1)
+    if variant is None:
+        about_experts = any(option is not None for option in (experts, diversity, calibration, gates))
+        about_experts = about_experts or (start, routing) != DEFAULTS
+        variant, experts = ("condconv", experts) if about_experts else ("odconv", 1)
     attention = {"reduction": reduction, "min_hidden": min_hidden, "gates": gates, "spatial": spatial}
     layer = make_variant(variant, trust=trusted, experts=experts, routing=routing, **attention)
     patterns, names = (tuple(include or ()), tuple(exclude or ())), (tuple(blocks or ()), tuple(subclasses or ()))

@@ -99,9 +99,7 @@ def _export_file(artifact: Path, path: Path, options: dict[str, Any], trust: tup
     say(f"Layers      {counts or 'none is conditional'}")
     say(f"Difference  {result.difference:.2g} of the outputs at most, at inputs {', '.join(map(str, shapes))}")
     if result.rounding is not None:
-        say(
-            f"Rounding    the model's own outputs are {result.rounding:.2g} from those in float64: the file is as exact"
-        )
+        say(f"Rounding    is the cause: the model itself is {result.rounding:.2g} from its outputs in float64")
     if result.accuracy is not None:
         say("Top-1       {:.2%} of the model, {:.2%} of the file".format(*result.accuracy))
     say(f"Wrote       {path}: {path.stat().st_size / 1e6:.1f} MB{versions}")

@@ -47,7 +47,7 @@ class Export:
     model and file, relative to the outputs' magnitude, before any quantisation. shapes: the inputs at which they were
     compared. versions: of the file's format. accuracy: top-1, 0 to 1, of model and file; None without labels.
     rounding: where ``difference`` is more than 1e-4 because the model amplifies rounding: how far its own outputs in
-    float32 are from those in float64, from which the file is no farther (``deploy.file_proof``).
+    float32 are from those in float64. The file is at most ``deploy.file_proof.ROUNDING_FACTOR`` times as far.
     """
 
     path: Path

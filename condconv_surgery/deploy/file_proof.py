@@ -28,7 +28,7 @@ class FileProof:
     """How far a file is from its model.
 
     difference: the largest, relative to the largest output of its input. rounding: where ``difference`` is more than
-    ``TOLERANCE`` and only as much as the model rounds: the model's own distance from its outputs in float64.
+    ``TOLERANCE`` because the model amplifies rounding: its own distance from its outputs in float64.
     """
 
     difference: float
