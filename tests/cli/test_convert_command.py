@@ -158,7 +158,7 @@ def test_a_dry_run_writes_nothing(condconv, tmp_path: Path) -> None:
         ([*SMALL, "--experts", "0"], "experts is 0"),
         ([*SMALL, "--include", "layer5.*"], '--include "layer5.*" matched 0 of 56'),
         ([*SMALL, "--include", "re:("], "not a regular expression"),
-        ([*SMALL, "--reduction", "4"], "condconv has no option 'reduction'"),
+        ([*SMALL, "--experts", 4, "--reduction", 4], "condconv has no option 'reduction'"),
         ([*SMALL, "--gates", "sigmoid"], "condconv has no option 'gates'"),
         ([*SMALL, "--variant", "odconv", "--gates", "linear"], "gates is 'linear'"),
         ([*SMALL, "--variant", "odconv", "--min-hidden", "0"], "min_hidden is 0"),
