@@ -8,18 +8,20 @@ from pathlib import Path
 from textwrap import fill
 from typing import Any
 
+from rich.console import RenderableType
+
 from condconv_surgery.models.artifact.atomic_write import replacing
 from condconv_surgery.reporting.full_report import Report
 from condconv_surgery.reporting.images.paired_models import differences_to_first
 from condconv_surgery.reporting.render import comparison_table
 from condconv_surgery.reporting.render.answers import comparison_answer
 from condconv_surgery.reporting.render.html_page import comparison_page
-from condconv_surgery.reporting.render.terminal import make_console, render_comparison
+from condconv_surgery.reporting.render.terminal import Printable, render_comparison
 from condconv_surgery.reporting.study.paired_difference import Difference
 
 
-@dataclass(frozen=True)
-class Comparison:
+@dataclass(frozen=True, repr=False)
+class Comparison(Printable):
     """Reports of several models in the order in which they were given."""
 
     reports: tuple[Report, ...]
@@ -45,9 +47,11 @@ class Comparison:
         """One self-contained page with the table and the plots."""
         return comparison_page(self.reports)
 
-    def print(self, width: int | None = None) -> None:
-        console = make_console(width)
-        console.print(render_comparison(self.reports, console.width))
+    def _tables(self, width: int) -> RenderableType:
+        return render_comparison(self.reports, width)
+
+    def _answer(self) -> str:
+        return comparison_answer(self.reports)
 
     def write_plots(self, folder: str | Path) -> list[Path]:
         """Write accuracy against MACs and against parameters, under the answer, as PNG and SVG; return the files."""

@@ -26,12 +26,12 @@ from condconv_surgery.reporting.render.answers import report_answer
 from condconv_surgery.reporting.render.html_page import report_fragment, report_page
 from condconv_surgery.reporting.render.prediction_tables import render_predictions
 from condconv_surgery.reporting.render.table_rows import other_counters
-from condconv_surgery.reporting.render.terminal import make_console, render_experts, render_profile, render_routing
+from condconv_surgery.reporting.render.terminal import Printable, render_experts, render_profile, render_routing
 
 
-@dataclass(frozen=True)
-class Report(Measurements):
-    """The measurements of one model, and their output formats."""
+@dataclass(frozen=True, repr=False)
+class Report(Printable, Measurements):
+    """The measurements of one model, and their output formats: ``print(report)`` shows them as text."""
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values: ``parameters``, ``macs``, ``layers``, ..."""
@@ -62,13 +62,14 @@ class Report(Measurements):
         """The table that a notebook shows."""
         return report_fragment(self)
 
-    def print(self, width: int | None = None) -> None:
-        """Print tables on stdout, as wide as the terminal or ``width`` columns."""
-        console = make_console(width)
-        parts = [render_profile(self.profile, self.title, console.width, self.cost), render_experts(self.experts)]
-        parts += [render_routing(self.routing, self.experts, console.width)] if self.routing else []
+    def _tables(self, width: int) -> Group:
+        parts = [render_profile(self.profile, self.title, width, self.cost), render_experts(self.experts)]
+        parts += [render_routing(self.routing, self.experts, width)] if self.routing else []
         parts += [render_predictions(self.predictions)] if self.predictions else []
-        console.print(Group(*parts, "", Text(report_answer(self), style="bold")))
+        return Group(*parts, "", Text(self._answer(), style="bold"))
+
+    def _answer(self) -> str:
+        return report_answer(self)
 
     def write_plots(self, folder: str | Path) -> list[Path]:
         """Write PNG and SVG of the cost and, with images, of the routing; return the files."""

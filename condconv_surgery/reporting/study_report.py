@@ -8,16 +8,18 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from rich.console import RenderableType
+
 from condconv_surgery.errors import DamagedFileError, InputError
 from condconv_surgery.models.artifact.atomic_write import replacing
 from condconv_surgery.recipe.study_record import StudyRecord
 from condconv_surgery.reporting.render.study_table import render_study, study_markdown
-from condconv_surgery.reporting.render.terminal import make_console
+from condconv_surgery.reporting.render.terminal import Printable
 from condconv_surgery.reporting.study.study_results import StudyResults, results_of
 
 
-@dataclass(frozen=True)
-class StudyReport:
+@dataclass(frozen=True, repr=False)
+class StudyReport(Printable):
     """A study: its ``record``, the ``results`` computed from it, and tables, a plot and a page.
 
         report = StudyReport.read("study")     # what compare or write wrote
@@ -73,10 +75,11 @@ class StudyReport:
 
         return study_page(self.record, self.results)
 
-    def print(self, width: int | None = None) -> None:
-        """Print the table and the verdict on stdout, as wide as the terminal or ``width`` columns."""
-        console = make_console(width)
-        console.print(render_study(self.record, self.results))
+    def _tables(self, width: int) -> RenderableType:
+        return render_study(self.record, self.results)
+
+    def _answer(self) -> str:
+        return self.verdict
 
     def write(self, folder: str | Path) -> None:
         """Write ``study.json``, ``study.md``, ``study.png`` and ``study.html`` into ``folder``, which is created."""

@@ -14,7 +14,8 @@ import torch
 from torch import nn
 
 from condconv_surgery import CondConv, ODConv, convert, report
-from condconv_surgery.reporting import Provenance, Report
+from condconv_surgery.reporting import Comparison, Provenance, Report
+from condconv_surgery.reporting.render.answers import report_answer
 from condconv_surgery.reporting.render.prediction_tables import render_predictions
 from condconv_surgery.reporting.render.terminal import render_experts, render_profile, render_routing
 from tests.measured_report import SPEC, network, shown
@@ -81,6 +82,22 @@ def test_everything_on_a_terminal_fits_80_columns(measured: Report) -> None:
     for part in parts:
         assert max(len(line) for line in shown(part).splitlines()) <= 80
     assert "layers could be static" in shown(render_routing(measured.routing)).replace("\n", " ")
+
+
+def test_as_text_a_report_is_what_it_prints(
+    measured: Report, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not its thousands of values: a script prints a report, an interpreter shows one."""
+    monkeypatch.setenv("FORCE_COLOR", "1")  # of the terminal, not of a text
+    for shown_as in (measured, Comparison((measured, measured))):
+        text = str(shown_as)
+        assert "\x1b" not in text
+        monkeypatch.delenv("FORCE_COLOR", raising=False)
+        shown_as.print(width=80)
+        assert capsys.readouterr().out.rstrip() == text
+    assert repr(measured) == f"<Report: {report_answer(measured)}>"
+    assert measured.predictions is not None
+    assert repr(measured.predictions).startswith(f"<Predictions: {len(measured.predictions.images)} images, top-1 ")
 
 
 def test_csv_sums_to_its_last_line(measured: Report) -> None:

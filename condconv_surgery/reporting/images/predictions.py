@@ -69,6 +69,10 @@ class Predictions:
     where: str = ""
     unreadable: tuple[str, ...] = ()
 
+    def __repr__(self) -> str:
+        top1 = "" if self.accuracy is None else f", top-1 {self.accuracy:.1%}"
+        return f"<{type(self).__name__}: {len(self.images)} images{top1}>"
+
     @cached_property
     def correct(self) -> str:
         """A digit for each image, 1 right and 0 wrong, as ``paired_difference`` takes it; empty without targets."""

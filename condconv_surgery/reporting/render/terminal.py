@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from io import StringIO
 
 from rich import box
 from rich.console import Console, Group, RenderableType
@@ -106,6 +108,34 @@ def render_comparison(models: Sequence[Measurements], width: int = WIDTH) -> Ren
         *(Text(note, style="dim") for note in caveats(models)),
         Text(comparison_answer(models), style="bold"),
     )
+
+
+class Printable(ABC):
+    """Something measured that is read as tables and answered in a sentence."""
+
+    @abstractmethod
+    def _tables(self, width: int) -> RenderableType:
+        """What is printed, for ``width`` columns."""
+
+    @abstractmethod
+    def _answer(self) -> str:
+        """What it says, in one sentence."""
+
+    def print(self, width: int | None = None) -> None:
+        """Print tables on stdout, as wide as the terminal or ``width`` columns."""
+        console = make_console(width)
+        console.print(self._tables(console.width))
+
+    def __str__(self) -> str:
+        """What ``print`` prints, in 80 columns without colours."""
+        text = StringIO()
+        Console(width=WIDTH, highlight=False, file=text, color_system=None, force_terminal=False).print(
+            self._tables(WIDTH)
+        )
+        return text.getvalue().rstrip()
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__}: {self._answer()}>"
 
 
 def make_console(width: int | None = None) -> Console:
