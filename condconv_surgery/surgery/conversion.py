@@ -30,7 +30,7 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class ModelPlan(Plan):
     """A plan for one model: ``print`` it, then ``apply`` it."""
 
@@ -82,7 +82,7 @@ def plan(
         >>> import condconv_surgery as cs, torch
         >>> net = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.ReLU(), torch.nn.Conv2d(8, 8, 3))
         >>> print(cs.plan(net, cs.CondConv(experts=4), example=torch.randn(2, 3, 16, 16)))
-        1 layers to convert, 1 skipped
+        1 layer to convert, 1 skipped
           2  3x3 8->8  input 8x14x14  then output
         skipped 0: the stem: the first convolution sees the image, not features (skip_stem=False converts it)
 

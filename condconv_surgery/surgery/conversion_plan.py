@@ -20,7 +20,7 @@ class Skip:
     reason: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Plan:
     """Every convolution of the model (and its classifier, when asked for) is in exactly one of the two lists.
 
@@ -40,13 +40,17 @@ class Plan:
     def __str__(self) -> str:
         return plan_text(self)
 
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__}: {plan_text(self).splitlines()[0]}>"
+
 
 def plan_text(plan: Plan, followed_by: Mapping[str, tuple[str, ...]] | None = None) -> str:
     """One line per layer to convert, then one per reason to skip layers, then the notes.
 
     followed_by: what takes the output of each layer (``fx_trace.trace_followers``), shown where known.
     """
-    lines = [f"{len(plan.to_convert)} layers to convert, {len(plan.skipped)} skipped"]
+    count = len(plan.to_convert)
+    lines = [f"{count} layer{'' if count == 1 else 's'} to convert, {len(plan.skipped)} skipped"]
     rows = [_row(site, plan, followed_by or {}) for site in plan.to_convert]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)] if rows else []
     lines += ["  " + "  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]

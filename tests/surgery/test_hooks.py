@@ -171,7 +171,7 @@ def test_hooks_see_real_tensors_and_nothing_of_a_pass_is_left(inplace: bool, x: 
     model = Keeper().eval()
     expected = model(x)
     plan = cs.plan(model, cs.CondConv(experts=4), example=x, inplace=inplace)
-    assert "1 layers to convert" in str(plan)  # traced for the text
+    assert "1 layer to convert" in str(plan)  # traced for the text
     assert model.kept == {}
     converted = plan.apply().model
     torch.testing.assert_close(converted(x), expected, rtol=1e-4, atol=1e-5)

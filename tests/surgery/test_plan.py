@@ -41,7 +41,9 @@ def x() -> Tensor:
 
 
 def test_a_plan_reads_as_text(net: Net, x: Tensor) -> None:
-    assert str(cs.plan(net, cs.CondConv(4), example=x, classifier=True)).splitlines() == [
+    planned = cs.plan(net, cs.CondConv(4), example=x, classifier=True)
+    assert repr(planned) == "<ModelPlan: 3 layers to convert, 1 skipped>"
+    assert str(planned).splitlines() == [
         "3 layers to convert, 1 skipped",
         "  deep  depthwise 3x3 8->8  input 8x12x12  then BatchNorm2d",
         "  wide  1x1 8->16 /2        input 8x12x12  then mean",
