@@ -13,7 +13,9 @@ from torch import nn
 from condconv_surgery import CondConv, ODConv, convert, report
 from condconv_surgery.errors import InputError
 from condconv_surgery.layers import conditional_layers, conditional_like
-from condconv_surgery.recipe import InputSpec
+from condconv_surgery.ops.mixture import Mixture
+from condconv_surgery.recipe import InputSpec, Recipe, attach_recipe
+from condconv_surgery.reporting.images.attention_statistics import attention_line, layer_attention
 from condconv_surgery.reporting.images.collect_gates import collect_gates, outputs_with_mean_gates
 from condconv_surgery.reporting.images.network_routing import measure_routing
 from condconv_surgery.reporting.images.report_images import find_images
@@ -135,8 +137,43 @@ def test_mean_gates_of_a_neutral_router_change_nothing(tmp_path: Path) -> None:
     found = measure_routing(model, images, spec=SPEC)
     assert found.accuracy == found.mean_gate_accuracy
     assert "changes no prediction from right to wrong or back" in found.verdict
-    assert dict(found.attention)["0"] == 0.0
+    (attention,) = found.attention
+    assert (attention.name, attention.spread, attention.between) == ("0", 0.0, 0.0)
+    assert attention.positions is None  # of a 1x1 kernel
     assert found.layers[0].static
+
+
+def test_the_scales_of_a_layer() -> None:
+    """Four images of two classes: filters vary by 0.2 within the classes, positions by 0.1 between them."""
+    filters = torch.tensor([[0.8, 1.0], [1.2, 1.0], [0.8, 1.0], [1.2, 1.0]])
+    positions = torch.tensor([0.9, 0.9, 1.1, 1.1])[:, None, None].expand(4, 3, 3)
+    found = layer_attention("deep", Mixture(None, positions, None, filters), torch.tensor([0, 0, 1, 1]))
+    assert found.channels is None
+    assert found.filters == pytest.approx((0.2 + 0.0) / 2)
+    assert found.positions == pytest.approx(0.1)
+    assert found.spread == pytest.approx((0.2 + 0.0 + 9 * 0.1) / 11)
+    assert found.between == pytest.approx(9 * 0.1**2 / (9 * 0.1**2 + 0.2**2))
+    other = layer_attention("wide", Mixture(in_scale=torch.ones(4, 6)), torch.tensor([0, 0, 1, 1]))
+    assert attention_line([other, found]) == (
+        "Attention: scales vary between images by 0.050 on average over 2 layers (standard deviation; 0: the same for "
+        "all images), most in deep: filters 0.100, positions 0.100; the class explains 69% of it."
+    )
+
+
+def test_one_expert_is_reported_by_its_scales(tmp_path: Path) -> None:
+    """What ``convert`` makes by default has no gates."""
+    model = nn.Sequential(conditional_like(nn.Conv2d(3, 3, 3), ODConv(1)), nn.AdaptiveAvgPool2d(1), nn.Flatten()).eval()
+    attach_recipe(model, Recipe(input=SPEC))
+    scramble(model)
+    found = report(model, data=write_images(tmp_path, classes=3, each=3))
+    assert found.routing is not None
+    assert found.routing.layers == ()
+    (attention,) = found.routing.attention
+    assert min(attention.spread, attention.channels or 0, attention.filters or 0, attention.positions or 0) > 0
+    for text in (f"{found}", found.to_markdown(), found.to_html()):
+        assert "Attention: scales vary between images by" in " ".join(text.split())
+    assert f"| `0` | {attention.spread:.3f} |" in found.to_markdown()
+    assert "| used |" not in found.to_markdown()
 
 
 def test_classes_are_matched_by_name(tmp_path: Path) -> None:

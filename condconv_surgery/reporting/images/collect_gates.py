@@ -13,6 +13,7 @@ from condconv_surgery.errors import InputError
 from condconv_surgery.layers.find_layers import router_hooks
 from condconv_surgery.models.classifier_logits import logits_of
 from condconv_surgery.ops.mixture import Mixture
+from condconv_surgery.reporting.images.attention_statistics import LayerAttention, layer_attention
 from condconv_surgery.runtime.modes import device_of, dtype_of, in_mode
 
 
@@ -23,13 +24,13 @@ class CollectedGates:
     gates: for each router with several experts, by the name of its layer or block, [N, E]; a softmax row sums to 1, a
         sigmoid row need not. For a router that is called several times: the mean over its calls.
     means: for each router the mean mixture, batch 1.
-    spreads: for each layer with attention, how much its scales differ between images (mean standard deviation).
+    attention: for each layer with attention, how much its scales differ between images.
     labels: [N]. outputs: the predictions, [N].
     """
 
     gates: dict[str, Tensor]
     means: dict[str, Mixture]
-    spreads: dict[str, float]
+    attention: tuple[LayerAttention, ...]
     labels: Tensor
     outputs: Outputs
 
@@ -57,8 +58,9 @@ def collect_gates(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) ->
     joined = {name: _joined(mixtures, len(labels)) for name, mixtures in recorded.items()}
     gates = {n: m.gate for n, m in joined.items() if m.gate is not None and m.gate.shape[1] > 1}
     means = {name: _mean(mixture) for name, mixture in joined.items()}
-    spreads = {name: _spread(mixture) for name, mixture in joined.items() if any(p is not None for p in mixture[1:])}
-    return CollectedGates(gates, means, spreads, labels, outputs)
+    scaled = {name: mixture for name, mixture in joined.items() if any(part is not None for part in mixture[1:])}
+    attention = tuple(layer_attention(name, mixture, labels) for name, mixture in scaled.items())
+    return CollectedGates(gates, means, attention, labels, outputs)
 
 
 def predict_batches(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Outputs]:
@@ -112,8 +114,3 @@ def _joined(mixtures: list[Mixture], images: int) -> Mixture:
 
 def _mean(mixture: Mixture) -> Mixture:
     return Mixture(*(None if part is None else part.mean(dim=0, keepdim=True) for part in mixture))
-
-
-def _spread(mixture: Mixture) -> float:
-    parts = [part.flatten(1) for part in mixture[1:] if part is not None]
-    return float(torch.cat(parts, dim=1).std(dim=0, correction=0).mean())

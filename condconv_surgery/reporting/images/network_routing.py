@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from condconv_surgery.data.labelled_images import LabelledImages, logit_of_each_class
 from condconv_surgery.layers.find_layers import routed_layers
 from condconv_surgery.recipe import InputSpec
+from condconv_surgery.reporting.images.attention_statistics import LayerAttention
 from condconv_surgery.reporting.images.collect_gates import Outputs, collect_gates, outputs_with_mean_gates
 from condconv_surgery.reporting.images.predictions import Predictions
 from condconv_surgery.reporting.images.report_images import ReportImages
@@ -26,7 +27,7 @@ class Routing:
     predictions: with routing, of the images. mean_gate_accuracy: top-1 with every mixture replaced by its mean over
         these images; ``None`` when the classes of the data are not those of the model.
     gain: of routing, with its 95% interval over images, paired. changed: predictions that routing makes right or wrong.
-    attention: for layers with attention, how much the scales differ between images (mean standard deviation).
+    attention: of layers with scales, how much these differ between images.
     classes: names in the data. source: the images, for thumbnails.
     """
 
@@ -36,7 +37,7 @@ class Routing:
     mean_gate_accuracy: float | None
     gain: Difference | None
     changed: int
-    attention: tuple[tuple[str, float], ...]
+    attention: tuple[LayerAttention, ...]
     source: LabelledImages
 
     @property
@@ -78,7 +79,7 @@ class Routing:
             "verdict": self.verdict,
             "files": list(self.predictions.images),
             "layers": [layer.to_dict() for layer in self.layers],
-            "attention_spread": dict(self.attention),
+            "attention": [layer.to_dict() for layer in self.attention],
         }
 
 
@@ -109,8 +110,7 @@ def measure_routing(
         static = predictions_of(images, outputs, routed.labels, classes)
         accuracy, gain = static.accuracy, paired_difference([predictions.correct], [static.correct])
         changed = sum(a != b for a, b in zip(predictions.correct, static.correct, strict=True))
-    spreads = tuple(routed.spreads.items())
-    return Routing(layers, images.classes, predictions, accuracy, gain, changed, spreads, images.images)
+    return Routing(layers, images.classes, predictions, accuracy, gain, changed, routed.attention, images.images)
 
 
 def predictions_of(images: ReportImages, outputs: Outputs, labels: Tensor, names: tuple[str, ...]) -> Predictions:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from condconv_surgery.reporting.images.attention_statistics import attention_line
 from condconv_surgery.reporting.images.network_routing import Routing
 from condconv_surgery.reporting.images.predictions import Predictions
 from condconv_surgery.reporting.measure.cost_table import Layer, Profile
@@ -92,20 +93,30 @@ def _or_empty(value: float | None) -> str:
 
 
 def _routing_lines(routing: Routing) -> list[str]:
-    return [
-        "## Routing",
-        "",
-        "| layer | used | variation | of kernels | between classes | verdict |",
-        "|---|---:|---:|---:|---:|---|",
-        *(
-            f"| `{r.name}` | {r.used:.2f} of {r.experts} | {r.variation:.3f} | {_or_empty(r.kernels)} "
-            f"| {r.between:.0%} | {r.verdict} |"
-            for r in routing.layers
-        ),
-        "",
-        routing.verdict,
-        "",
+    gates = [
+        f"| `{r.name}` | {r.used:.2f} of {r.experts} | {r.variation:.3f} | {_or_empty(r.kernels)} "
+        f"| {r.between:.0%} | {r.verdict} |"
+        for r in routing.layers
     ]
+    if gates:
+        header = [
+            "| layer | used | variation | of kernels | between classes | verdict |",
+            "|---|---:|---:|---:|---:|---|",
+        ]
+        gates = [*header, *gates, ""]
+    return ["## Routing", "", *gates, *_attention_lines(routing), routing.verdict, ""]
+
+
+def _attention_lines(routing: Routing) -> list[str]:
+    rows = [
+        f"| `{r.name}` | {r.spread:.3f} | {_or_empty(r.channels)} | {_or_empty(r.filters)} | {_or_empty(r.positions)} "
+        f"| {r.between:.0%} |"
+        for r in routing.attention
+    ]
+    if not rows:
+        return []
+    header = ["| layer | scales vary | input channels | filters | positions | between classes |", f"|---|{'---:|' * 5}"]
+    return [*header, *rows, "", attention_line(routing.attention), ""]
 
 
 def _csv_values(of: Layer | Profile, macs_before: int) -> list[int]:

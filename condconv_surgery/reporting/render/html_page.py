@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
+from condconv_surgery.reporting.images.attention_statistics import attention_line
 from condconv_surgery.reporting.images.network_routing import Routing
 from condconv_surgery.reporting.images.paired_models import differences_to_first
 from condconv_surgery.reporting.images.predictions import Predictions
@@ -54,6 +55,7 @@ def report_page(model: Measurements) -> str:
         varying=varying,
         static=static,
         static_line=table_rows.static_line(static) if static else "",
+        attention_line=attention_line(routing.attention) if routing and routing.attention else "",
         strongest=STRONGEST,
         plots=figures,
         **_predictions(model.predictions),

@@ -11,6 +11,7 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from condconv_surgery.reporting.images.attention_statistics import attention_line
 from condconv_surgery.reporting.images.network_routing import Routing
 from condconv_surgery.reporting.measure.cost_table import Layer, Macs, Profile
 from condconv_surgery.reporting.measure.expert_similarity import Experts
@@ -77,6 +78,8 @@ def render_routing(routing: Routing, experts: Sequence[Experts] = (), width: int
         parts += [simple_table(headers, rows, tight=True), Text(key, style="dim")]
     if static:
         parts.append(Text(table_rows.static_line(static), style="dim"))
+    if routing.attention:
+        parts.append(Text(attention_line(routing.attention)))
     return Group(*parts, Text(routing.verdict, style="bold"))
 
 
