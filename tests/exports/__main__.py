@@ -1,4 +1,4 @@
-"""``python -m tests.exports onnx openvino litert ncnn -o exports.jsonl --table docs/reference/exports.md``.
+"""``python -m tests.exports onnx openvino litert ncnn --table docs/reference/exports.md``.
 
 Each export's row is appended to the file at once; what has a row there is not run again. Without a runtime only the
 table is written.
@@ -19,6 +19,9 @@ from condconv_surgery.deploy.export_model import RUNTIMES
 from condconv_surgery.deploy.file_proof import TOLERANCE
 from tests.exports.one_export import CONSTANT_KERNELS, MAX_RATIO, NETWORKS, SIDE, VARIANTS, Row, try_export
 
+ROWS = "benchmarks/results/exports.jsonl"
+"""What has been tried, on one machine or another."""
+
 PACKAGES = {"onnx": "onnxruntime", "openvino": "openvino", "litert": "litert-torch", "ncnn": "ncnn", "pt2": "torch"}
 
 
@@ -28,7 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("runtime", nargs="*", choices=[*RUNTIMES, []], help="none: only the table")
     parser.add_argument("--networks", nargs="*", default=NETWORKS, choices=NETWORKS)
     parser.add_argument("--variants", nargs="*", default=list(VARIANTS), choices=list(VARIANTS))
-    parser.add_argument("-o", "--output", type=Path, default=Path("exports.jsonl"), help="rows, one JSON object a line")
+    parser.add_argument("-o", "--output", type=Path, default=Path(ROWS), help="rows, one JSON object a line")
     parser.add_argument("--table", type=Path, help="write all rows of --output as Markdown")
     options = parser.parse_args(arguments)
     failures = 0
@@ -72,7 +75,7 @@ def to_markdown(rows: list[Row]) -> str:
     lines = [
         "# Exports tried\n",
         "Networks of torchvision, converted, exported with `cs.export` and run in their runtime against the model. "
-        f"Written by `python -m tests.exports {' '.join(runtimes)} -o exports.jsonl --table docs/reference/exports.md` "
+        f"Written by `python -m tests.exports {' '.join(runtimes)} -o {ROWS} --table docs/reference/exports.md` "
         f"with torch {version('torch')}, torchvision {version('torchvision')}, {versions}, Python "
         f"{platform.python_version()}, on the CPU.\n",
         "All layers are converted but the stem and those over 1x1 maps. Weights and routers are random: experts "
@@ -85,9 +88,11 @@ def to_markdown(rows: list[Row]) -> str:
         "two sizes. `litert` and `ncnn`: one image of one size.\n",
     ]
     for runtime in runtimes:
+        cases = _cases(runtime)
         found = [row for row in rows if row.runtime == runtime]
+        found.sort(key=lambda row: cases.index((row.network, row.variant)))
         done = sum(not row.failure for row in found)
-        lines += [f"## {runtime}\n", f"{len(found)} of {len(_cases(runtime))} tried, {done} exported and equal.\n"]
+        lines += [f"## {runtime}\n", f"{len(found)} of {len(cases)} tried, {done} exported and equal.\n"]
         lines += ["| network | variant | forms | MB | file / weights | difference |"]
         lines += ["|---|---|---|---|---|---|", *(_line(row) for row in found), ""]
     return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""``python -m tests.sweep torchvision timm condconv -o rows.jsonl --table docs/reference/models.md``.
+"""``python -m tests.sweep torchvision timm condconv --table docs/reference/models.md``.
 
 Each model runs in processes of its own, one at a time; its row is appended to the file at once, and a model that has a
 row there is not run again. With ``--onnx`` ONNX files of the converted models are tried, half a minute to minutes each.
@@ -14,7 +14,7 @@ from dataclasses import asdict
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from tests.sweep.markdown_table import to_markdown
+from tests.sweep.markdown_table import ROWS, to_markdown
 from tests.sweep.model_list import Case, condconv_cases, timm_cases, torchvision_cases
 from tests.sweep.run_trials import read_rows, run, run_onnx
 
@@ -27,7 +27,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("library", nargs="*", choices=[*LIBRARIES, []], help="which models; none: only the table")
     parser.add_argument("--only", default="*", help="a glob over names, as in 'torchvision:resnet*'")
     parser.add_argument("--onnx", action="store_true", help="ONNX files, of the models that have a row")
-    parser.add_argument("-o", "--output", type=Path, default=Path("sweep.jsonl"), help="rows, one JSON object a line")
+    parser.add_argument("-o", "--output", type=Path, default=Path(ROWS), help="rows, one JSON object a line")
     parser.add_argument("--table", type=Path, help="write all rows of --output as Markdown")
     parser.add_argument("--timeout", type=float, default=1800, help="seconds for a model")
     options = parser.parse_args(arguments)

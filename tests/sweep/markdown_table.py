@@ -12,6 +12,9 @@ COLUMNS = (
     *("model", "input", "convolutions", "converted", "skipped", "eval", "train", "float64", "loaded = saved"),
     *("step", "folded", "ONNX"),
 )
+ROWS = "benchmarks/results/models.jsonl"
+"""What has been tried, on one machine or another."""
+
 HEADER = f"| {' | '.join(COLUMNS)} |\n|{'---|' * len(COLUMNS)}"
 
 
@@ -24,7 +27,7 @@ def to_markdown(rows: list[Row]) -> str:
     versions = ", ".join(f"{name} {version(name)}" for name in packages)
     parts = [
         "# Models tried\n",
-        f"Written by `python -m tests.sweep {' '.join(libraries)} -o rows.jsonl --table docs/reference/models.md` with "
+        f"Written by `python -m tests.sweep {' '.join(libraries)} -o {ROWS} --table docs/reference/models.md` with "
         f"{versions}, Python {platform.python_version()}, on the CPU. Random weights, {EXPERTS} CondConv experts, "
         "every convolution that can be converted, the stem and those over 1x1 maps too.\n",
         "- eval, train: the largest difference between original and converted, relative to the largest output; inf: "
