@@ -150,6 +150,38 @@ def test_another_one_is_refused_when_it_is_saved(kind: str, tmp_path: Path) -> N
     assert cs.load(tmp_path / "m.safetensors", model=Holder(None)).extra is None
 
 
+class Reader(nn.Module):
+    """Convolutions, then a recurrent network over the columns of their map, as a reader of text has."""
+
+    def __init__(self, kind: type[nn.RNNBase]) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
+        self.recurrent = kind(8, 6, num_layers=2, bidirectional=True, batch_first=True)
+        self.head = nn.Linear(12, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        columns = self.second(self.first(x).relu()).mean(2).transpose(1, 2)
+        return self.head(self.recurrent(columns)[0].mean(1))
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU])
+def test_recurrent_networks_survive(kind: type[nn.RNNBase], tmp_path: Path) -> None:
+    """They hold weak references to their parameters, and a list of them that must stay the same tensors."""
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, 16, 16)
+    model = cs.convert(Reader(kind), cs.CondConv(2), example=x).model
+    cs.save(model, tmp_path / "m.safetensors")
+    loaded = cs.load(tmp_path / "m.safetensors", trust=["tests"])
+    assert torch.equal(loaded.eval()(x), model.eval()(x))
+    loaded.zero_grad()
+    loaded(x).sum().backward()
+    with torch.no_grad():
+        for parameter in loaded.recurrent.parameters():  # type: ignore[union-attr]
+            assert parameter.grad is not None
+            parameter.add_(1.0)
+    assert not torch.allclose(loaded(x), model(x))
+
+
 def test_what_a_forward_left_behind_is_left_out(tmp_path: Path) -> None:
     model = Holder(None)
     model.extra = {"map": model(EXAMPLE), "constant": torch.ones(2)}

@@ -32,6 +32,9 @@ _OWN_KEYS = frozenset(nn.Module().__dict__)
 _CACHES_OF_FORWARD = ("corr_pyramid", "attention_bias_cache")
 """Attributes that a forward pass fills: in RAFT of torchvision; in LeViT, TinyViT and EfficientFormer of timm."""
 
+_OF_RECURRENT = ("_flat_weights", "_flat_weight_refs")
+"""What ``nn.LSTM`` and its kin derive from their parameters: a list of them, and weak references."""
+
 
 def describe(model: nn.Module, *, without_hooks: bool = False, stored: dict[str, Tensor] | None = None) -> Skeleton:
     """The modules of ``model``, its root first; a shared module is described once and referred to by number.
@@ -115,6 +118,7 @@ def _row(module: nn.Module, writer: ValueWriter, tensors: dict[int, int]) -> dic
             key: writer.write(_without_cache(module, key, value), f"{type(module).__name__}.{key}")
             for key, value in module.__dict__.items()
             if key not in (*_OWN_KEYS, *MARKS) and not isinstance(value, Recipe)
+            if not (isinstance(module, nn.RNNBase) and key in _OF_RECURRENT)
         },
         "parameters": {name: slot(value) for name, value in module._parameters.items()},
         "buffers": {name: slot(value) for name, value in module._buffers.items()},
@@ -178,5 +182,7 @@ def _set(
     module._parameters.update({name: tensor(entry, True) for name, entry in row["parameters"].items()})
     module._buffers.update({name: tensor(entry, False) for name, entry in row["buffers"].items()})
     module._non_persistent_buffers_set.update(set(row["transient"]) & set(module._buffers))
+    if isinstance(module, nn.RNNBase):
+        module._init_flat_weights()
     for name, number in row["children"].items():
         module._modules[name] = None if number is None else reader.module(number)
