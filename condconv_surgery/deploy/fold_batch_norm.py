@@ -32,7 +32,7 @@ from condconv_surgery.runtime.modes import example_arguments
 from condconv_surgery.surgery.conversion_plan import Skip
 from condconv_surgery.surgery.copy_model import copy_of
 from condconv_surgery.surgery.proof.compare_outputs import Gap, allowed, compare, exceeds, run_both_modes
-from condconv_surgery.surgery.proof.rounding_error import difference_in_float64
+from condconv_surgery.surgery.proof.rounding_error import difference_in_float64, fits_in_float64
 
 
 @dataclass(frozen=True)
@@ -108,6 +108,8 @@ def _fold_all(model: nn.Module) -> tuple[list[Pair], list[Skip]]:
 
 def _gap_in_float64(model: nn.Module, arguments: tuple[Any, ...]) -> Gap | None:
     """The difference that folding makes in float64; ``None`` where it is too large, or the model does not run in it."""
+    if not fits_in_float64(sum(parameter.numel() for parameter in model.parameters())):
+        return None
     found = difference_in_float64(copy_of(model), arguments, (False,), _fold_all)
     if found is None:
         return None

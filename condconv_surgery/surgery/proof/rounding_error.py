@@ -35,6 +35,12 @@ NOISE_FACTOR = 10.0
 FLOAT64_BYTES = 8 * 2**30
 """A converted model larger than this in float64 is judged by its noise, which needs no second copy of the experts."""
 
+
+def fits_in_float64(parameters: int) -> bool:
+    """Whether a model of so many parameters is small enough to be computed in float64."""
+    return 8 * parameters <= FLOAT64_BYTES
+
+
 Change = Callable[[nn.Module], object]
 
 
@@ -53,7 +59,7 @@ def explain_difference(
     parameters: their number in the converted model. before: the outputs of the original.
     Raises ``ProofError`` when ``difference`` is more than rounding, or when neither check can be run.
     """
-    too_large = 8 * parameters > FLOAT64_BYTES
+    too_large = not fits_in_float64(parameters)
     in_float64 = None if too_large else difference_in_float64(make_original(), arguments, plan.modes, change)
     if in_float64 is not None and _covers(in_float64[0], difference):
         exact, before_exact = in_float64
