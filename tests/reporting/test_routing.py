@@ -147,13 +147,13 @@ def test_the_scales_of_a_layer() -> None:
     """Four images of two classes: filters vary by 0.2 within the classes, positions by 0.1 between them."""
     filters = torch.tensor([[0.8, 1.0], [1.2, 1.0], [0.8, 1.0], [1.2, 1.0]])
     positions = torch.tensor([0.9, 0.9, 1.1, 1.1])[:, None, None].expand(4, 3, 3)
-    found = layer_attention("deep", Mixture(None, positions, None, filters), torch.tensor([0, 0, 1, 1]))
+    found = layer_attention("deep", Mixture(None, positions, None, filters), torch.tensor([0, 0, 1, 1]), 2)
     assert found.channels is None
     assert found.filters == pytest.approx((0.2 + 0.0) / 2)
     assert found.positions == pytest.approx(0.1)
     assert found.spread == pytest.approx((0.2 + 0.0 + 9 * 0.1) / 11)
     assert found.between == pytest.approx(9 * 0.1**2 / (9 * 0.1**2 + 0.2**2))
-    other = layer_attention("wide", Mixture(in_scale=torch.ones(4, 6)), torch.tensor([0, 0, 1, 1]))
+    other = layer_attention("wide", Mixture(in_scale=torch.ones(4, 6)), torch.tensor([0, 0, 1, 1]), 2)
     assert attention_line([other, found]) == (
         "Attention: scales vary between images by 0.050 on average over 2 layers (standard deviation; 0: the same for "
         "all images), most in deep: filters 0.100, positions 0.100; the class explains 69% of it."

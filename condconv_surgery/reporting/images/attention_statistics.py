@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from condconv_surgery.ops.mixture import Mixture
+from condconv_surgery.reporting.images.routing_statistics import share_between_classes
 
 
 @dataclass(frozen=True)
@@ -32,23 +33,19 @@ class LayerAttention:
         return asdict(self)
 
 
-def layer_attention(name: str, mixture: Mixture, labels: Tensor) -> LayerAttention:
+def layer_attention(name: str, mixture: Mixture, labels: Tensor, classes: int) -> LayerAttention:
     """The statistics of the scales in ``mixture``, of which there are some, for images with ``labels`` [N]."""
-    parts = [mixture.in_scale, mixture.out_scale, mixture.spatial]
-    deviations = [None if part is None else part.flatten(1).double().std(dim=0, correction=0) for part in parts]
-    channels, filters, positions = (None if part is None else float(part.mean()) for part in deviations)
-    spread = float(torch.cat([part for part in deviations if part is not None]).mean())
-    scales = torch.cat([part.flatten(1).double() for part in parts if part is not None], dim=1)
-    return LayerAttention(name, spread, channels, filters, positions, _between(scales, labels))
+    parts = (mixture.in_scale, mixture.out_scale, mixture.spatial)
+    rows = [None if part is None else part.flatten(1).double() for part in parts]
+    channels, filters, positions = (None if part is None else _spread(part) for part in rows)
+    scales = torch.cat([part for part in rows if part is not None], dim=1)
+    between = share_between_classes(scales, labels, classes, least=1e-12 * scales.shape[1])
+    return LayerAttention(name, _spread(scales), channels, filters, positions, between)
 
 
-def _between(scales: Tensor, labels: Tensor) -> float:
-    """The share of the variance of ``scales`` [N, K] that the class explains."""
-    centred = scales - scales.mean(dim=0)
-    total = float(centred.square().sum())
-    classes = [centred[labels == label] for label in set(labels.tolist())]
-    between = sum(len(rows) * float(rows.mean(dim=0).square().sum()) for rows in classes)
-    return between / total if total > 1e-12 * scales.numel() else 0.0
+def _spread(scales: Tensor) -> float:
+    """The standard deviation over the images, mean over all scales. scales: [N, K]."""
+    return float(scales.std(dim=0, correction=0).mean())
 
 
 def attention_line(layers: Sequence[LayerAttention]) -> str:

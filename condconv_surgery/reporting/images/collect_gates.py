@@ -13,7 +13,6 @@ from condconv_surgery.errors import InputError
 from condconv_surgery.layers.find_layers import router_hooks
 from condconv_surgery.models.classifier_logits import logits_of
 from condconv_surgery.ops.mixture import Mixture
-from condconv_surgery.reporting.images.attention_statistics import LayerAttention, layer_attention
 from condconv_surgery.runtime.modes import device_of, dtype_of, in_mode
 
 
@@ -24,13 +23,13 @@ class CollectedGates:
     gates: for each router with several experts, by the name of its layer or block, [N, E]; a softmax row sums to 1, a
         sigmoid row need not. For a router that is called several times: the mean over its calls.
     means: for each router the mean mixture, batch 1.
-    attention: for each layer with attention, how much its scales differ between images.
+    scales: for each layer with attention its mixture, a row for each image.
     labels: [N]. outputs: the predictions, [N].
     """
 
     gates: dict[str, Tensor]
     means: dict[str, Mixture]
-    attention: tuple[LayerAttention, ...]
+    scales: dict[str, Mixture]
     labels: Tensor
     outputs: Outputs
 
@@ -58,9 +57,8 @@ def collect_gates(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) ->
     joined = {name: _joined(mixtures, len(labels)) for name, mixtures in recorded.items()}
     gates = {n: m.gate for n, m in joined.items() if m.gate is not None and m.gate.shape[1] > 1}
     means = {name: _mean(mixture) for name, mixture in joined.items()}
-    scaled = {name: mixture for name, mixture in joined.items() if any(part is not None for part in mixture[1:])}
-    attention = tuple(layer_attention(name, mixture, labels) for name, mixture in scaled.items())
-    return CollectedGates(gates, means, attention, labels, outputs)
+    scales = {name: mixture for name, mixture in joined.items() if any(part is not None for part in mixture[1:])}
+    return CollectedGates(gates, means, scales, labels, outputs)
 
 
 def predict_batches(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Outputs]:

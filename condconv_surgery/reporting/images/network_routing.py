@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from condconv_surgery.data.labelled_images import LabelledImages, logit_of_each_class
 from condconv_surgery.layers.find_layers import routed_layers
 from condconv_surgery.recipe import InputSpec
-from condconv_surgery.reporting.images.attention_statistics import LayerAttention
+from condconv_surgery.reporting.images.attention_statistics import LayerAttention, layer_attention
 from condconv_surgery.reporting.images.collect_gates import Outputs, collect_gates, outputs_with_mean_gates
 from condconv_surgery.reporting.images.predictions import Predictions
 from condconv_surgery.reporting.images.report_images import ReportImages
@@ -110,7 +110,10 @@ def measure_routing(
         static = predictions_of(images, outputs, routed.labels, classes)
         accuracy, gain = static.accuracy, paired_difference([predictions.correct], [static.correct])
         changed = sum(a != b for a, b in zip(predictions.correct, static.correct, strict=True))
-    return Routing(layers, images.classes, predictions, accuracy, gain, changed, routed.attention, images.images)
+    attention = tuple(
+        layer_attention(name, mixture, routed.labels, len(images.classes)) for name, mixture in routed.scales.items()
+    )
+    return Routing(layers, images.classes, predictions, accuracy, gain, changed, attention, images.images)
 
 
 def predictions_of(images: ReportImages, outputs: Outputs, labels: Tensor, names: tuple[str, ...]) -> Predictions:

@@ -105,7 +105,7 @@ def layer_routing(
     shares = gate_statistics.shares(gates)
     entropy_of_mean = gate_statistics.entropy(shares.mean(dim=0))
     shares_by_class = _class_means(shares, labels, classes)  # [C, E]
-    weights = torch.bincount(labels, minlength=classes).double() / len(labels)
+    weights = class_weights(labels, classes)
     entropy = float(gate_statistics.entropy(shares).mean())
     experts, moments = gates.shape[1], gate_statistics.GateMoments.of(gates)
     return LayerRouting(
@@ -120,7 +120,7 @@ def layer_routing(
         variation=float(gate_statistics.total_variation(gates)),
         kernels=max(map(moments.kernel_variation, kernels), default=None),
         information=max(0.0, float(entropy_of_mean - (weights * gate_statistics.entropy(shares_by_class)).sum())),
-        between=_between(gates, labels, weights),
+        between=share_between_classes(gates, labels, classes),
         dead=tuple(i for i in range(experts) if float(shares[:, i].max()) < DEAD / experts),
         saturated=tuple(i for i in range(experts) if float((shares[:, i] > SATURATED).double().mean()) > SATURATED),
         top=tuple(tuple(shares[:, i].topk(min(TOP_IMAGES, len(shares))).indices.tolist()) for i in range(experts)),
@@ -133,9 +133,14 @@ def _class_means(rows: Tensor, labels: Tensor, classes: int) -> Tensor:
     return torch.stack([rows[labels == c].mean(dim=0) if bool((labels == c).any()) else mean for c in range(classes)])
 
 
-def _between(gates: Tensor, labels: Tensor, weights: Tensor) -> float:
-    """Fraction of the variance of ``gates`` between classes. weights: fraction of images per class, [C]."""
-    mean = gates.mean(dim=0)
-    total = float(((gates - mean) ** 2).sum(dim=1).mean())
-    between = float((weights[:, None] * (_class_means(gates, labels, len(weights)) - mean) ** 2).sum())
-    return between / total if total > 1e-12 else 0.0
+def share_between_classes(rows: Tensor, labels: Tensor, classes: int, least: float = 1e-12) -> float:
+    """Share of the variance of ``rows`` [N, K] that lies between classes; 0 for a variance up to ``least``."""
+    mean, weights = rows.mean(dim=0), class_weights(labels, classes)
+    total = float(((rows - mean) ** 2).sum(dim=1).mean())
+    between = float((weights[:, None] * (_class_means(rows, labels, classes) - mean) ** 2).sum())
+    return between / total if total > least else 0.0
+
+
+def class_weights(labels: Tensor, classes: int) -> Tensor:
+    """The fraction of the images in each class, [C]."""
+    return torch.bincount(labels, minlength=classes).double() / len(labels)

@@ -132,9 +132,8 @@ class Printable(ABC):
     def __str__(self) -> str:
         """What ``print`` prints, in 80 columns without colours."""
         text = StringIO()
-        Console(width=WIDTH, highlight=False, file=text, color_system=None, force_terminal=False).print(
-            self._tables(WIDTH)
-        )
+        console = Console(width=WIDTH, highlight=False, file=text, color_system=None, force_terminal=False)
+        console.print(self._tables(WIDTH))
         return text.getvalue().rstrip()
 
     def __repr__(self) -> str:
