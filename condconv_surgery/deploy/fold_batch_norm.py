@@ -108,7 +108,7 @@ def _fold_all(model: nn.Module) -> tuple[list[Pair], list[Skip]]:
 
 def _gap_in_float64(model: nn.Module, arguments: tuple[Any, ...]) -> Gap | None:
     """The difference that folding makes in float64; ``None`` where it is too large, or the model does not run in it."""
-    if not fits_in_float64(sum(parameter.numel() for parameter in model.parameters())):
+    if not fits_in_float64(model):
         return None
     found = difference_in_float64(copy_of(model), arguments, (False,), _fold_all)
     if found is None:

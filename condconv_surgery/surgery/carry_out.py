@@ -122,8 +122,7 @@ def _prove(
     if job.tolerance is not None or not exceeds(difference, before, None):
         require_within(difference, before, job.tolerance)
         return difference, None, ()
-    parameters = sum(parameter.numel() for parameter in target.parameters())
-    note, exact = explain_difference(make_original, job.arguments, made, change, parameters, before, difference)
+    note, exact = explain_difference(make_original, job.arguments, made, change, target, before, difference)
     return difference, exact, (note,)
 
 

@@ -18,15 +18,17 @@ from tests.sweep.trial import Row, loads_alike, try_model, try_onnx
 
 def run(cases: Iterable[Case], output: Path, timeout: float) -> Iterator[Row]:
     """The row of each case that has none in ``output`` yet, appended there."""
+    done = read_rows(output)
     for case in cases:
-        if case.source not in read_rows(output):
+        if case.source not in done:
             yield _kept(_row_of(case, timeout), output)
 
 
 def run_onnx(cases: Iterable[Case], output: Path, timeout: float) -> Iterator[Row]:
     """The row, with an ONNX file tried, of each case that was converted and has not tried one, appended there."""
+    rows = read_rows(output)
     for case in cases:
-        row = read_rows(output).get(case.source)
+        row = rows.get(case.source)
         if row is None or not row.converted or row.failure or row.onnx is not None or row.no_onnx:
             continue
         with tempfile.TemporaryDirectory() as folder:

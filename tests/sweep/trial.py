@@ -75,7 +75,8 @@ def try_model(case: Case, folder: Path) -> Row:
     try:
         _try(case, folder, found)
     except Exception as error:  # a sweep goes on
-        found["failure"] = _in_words(error)
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        found["failure"] = f"{type(error).__name__}: {error} ({Path(place.filename).name}:{place.lineno})"
     return Row(**found, seconds=round(time.perf_counter() - begin, 1))
 
 
@@ -99,11 +100,6 @@ def try_onnx(row: Row, case: Case, folder: Path) -> Row:
     return replace(row, onnx=exported.difference, no_onnx="")
 
 
-def _in_words(error: Exception) -> str:
-    place = traceback.extract_tb(error.__traceback__)[-1]
-    return f"{type(error).__name__}: {error} ({Path(place.filename).name}:{place.lineno})"
-
-
 def _converted(model: nn.Module, arguments: tuple[Any, ...]) -> cs.Conversion:
     variant = cs.CondConv(experts=EXPERTS)
     return cs.convert(model, variant, example=arguments, skip_stem=False, skip_pooled=False, inplace=True)
@@ -125,7 +121,7 @@ def _try(case: Case, folder: Path, found: dict[str, Any]) -> None:
     cs.save(conversion.model, folder / ARTIFACT)
     torch.save({"arguments": arguments, "outputs": _outputs(conversion.model, arguments)}, folder / OUTPUTS)
     found["folded"], found["fused"] = _folded(conversion.model, arguments)
-    if found["fused"] and found["fused"] > DOUBTFUL and fits_in_float64(2 * found["parameters"]):
+    if found["fused"] and found["fused"] > DOUBTFUL and fits_in_float64(conversion.model):
         with contextlib.suppress(Exception):  # not every model runs in float64
             found["fused_exact"] = _folded(copy.deepcopy(conversion.model).double(), _in_float64(arguments))[1]
     found["stepped"] = _takes_a_step(conversion.model, arguments)

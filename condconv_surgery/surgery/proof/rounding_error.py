@@ -36,9 +36,9 @@ FLOAT64_BYTES = 8 * 2**30
 """A converted model larger than this in float64 is judged by its noise, which needs no second copy of the experts."""
 
 
-def fits_in_float64(parameters: int) -> bool:
-    """Whether a model of so many parameters is small enough to be computed in float64."""
-    return 8 * parameters <= FLOAT64_BYTES
+def fits_in_float64(model: nn.Module) -> bool:
+    """Whether ``model`` is small enough to be computed in float64."""
+    return 8 * sum(parameter.numel() for parameter in model.parameters()) <= FLOAT64_BYTES
 
 
 Change = Callable[[nn.Module], object]
@@ -49,17 +49,17 @@ def explain_difference(
     arguments: tuple[Any, ...],
     plan: Plan,
     change: Change,
-    parameters: int,
+    converted: nn.Module,
     before: Outputs,
     difference: Difference,
 ) -> tuple[str, Difference | None]:
     """A note why ``difference`` is rounding, and the difference in float64 where the model runs in it.
 
     make_original: returns a copy of the unconverted model. change: converts a model as planned, in place.
-    parameters: their number in the converted model. before: the outputs of the original.
+    converted: the model whose outputs differ. before: the outputs of the original.
     Raises ``ProofError`` when ``difference`` is more than rounding, or when neither check can be run.
     """
-    too_large = not fits_in_float64(parameters)
+    too_large = not fits_in_float64(converted)
     in_float64 = None if too_large else difference_in_float64(make_original(), arguments, plan.modes, change)
     if in_float64 is not None and _covers(in_float64[0], difference):
         exact, before_exact = in_float64
