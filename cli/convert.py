@@ -23,9 +23,6 @@ if TYPE_CHECKING:
 AnyPlan = TypeVar("AnyPlan", bound="Plan")
 Patterns = Annotated[list[str] | None, typer.Option(help='Layer names, a glob ("layer4.*") or re:REGEX; repeatable.')]
 
-DEFAULTS = ("auto", "layer")
-"""Of --start and --routing."""
-
 
 def convert(
     ctx: typer.Context,
@@ -63,7 +60,7 @@ def convert(
     ] = None,
     routing: Annotated[
         str, typer.Option(help="layer: a router for each layer; block: one for all layers of a block.")
-    ] = DEFAULTS[1],
+    ] = Variant.routing,
     blocks: Annotated[
         list[str] | None,
         typer.Option("--block", help="Modules that share a router, a glob or re:REGEX; repeatable. Default: found."),
@@ -92,7 +89,7 @@ def convert(
         typer.Option(
             help=f"How experts get their own gradients: {', '.join(STARTS)}; auto is the best of the variant."
         ),
-    ] = DEFAULTS[0],
+    ] = Upcycling.start,
     calibration: Annotated[
         str | None,
         typer.Option(
@@ -116,7 +113,7 @@ def convert(
     trusted = tuple(trust or ())
     if variant is None:
         about_experts = any(option is not None for option in (experts, diversity, calibration, gates))
-        about_experts = about_experts or (start, routing) != DEFAULTS
+        about_experts = about_experts or start != Upcycling.start or routing != Variant.routing
         variant, experts = ("condconv", experts) if about_experts else ("odconv", 1)
     attention = {"reduction": reduction, "min_hidden": min_hidden, "gates": gates, "spatial": spatial}
     layer = make_variant(variant, trust=trusted, experts=experts, routing=routing, **attention)

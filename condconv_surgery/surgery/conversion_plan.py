@@ -41,7 +41,7 @@ class Plan:
         return plan_text(self)
 
     def __repr__(self) -> str:
-        return f"<{type(self).__name__}: {plan_text(self).splitlines()[0]}>"
+        return f"<{type(self).__name__}: {_headline(self)}>"
 
 
 def plan_text(plan: Plan, followed_by: Mapping[str, tuple[str, ...]] | None = None) -> str:
@@ -49,8 +49,7 @@ def plan_text(plan: Plan, followed_by: Mapping[str, tuple[str, ...]] | None = No
 
     followed_by: what takes the output of each layer (``fx_trace.trace_followers``), shown where known.
     """
-    count = len(plan.to_convert)
-    lines = [f"{count} layer{'' if count == 1 else 's'} to convert, {len(plan.skipped)} skipped"]
+    lines = [_headline(plan)]
     rows = [_row(site, plan, followed_by or {}) for site in plan.to_convert]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)] if rows else []
     lines += ["  " + "  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
@@ -58,6 +57,11 @@ def plan_text(plan: Plan, followed_by: Mapping[str, tuple[str, ...]] | None = No
         names = [skip.name for skip in plan.skipped if skip.reason == reason]
         lines.append(f"skipped {listed(names)}: {reason}")
     return "\n".join([*lines, *(f"note: {note}" for note in plan.notes)])
+
+
+def _headline(plan: Plan) -> str:
+    count = len(plan.to_convert)
+    return f"{count} layer{'' if count == 1 else 's'} to convert, {len(plan.skipped)} skipped"
 
 
 def _row(site: ConvSite, plan: Plan, followed_by: Mapping[str, tuple[str, ...]]) -> tuple[str, ...]:
