@@ -9,8 +9,8 @@ import typer
 
 from condconv_surgery.errors import InputError
 
+from .model_to_run import load_to_run, own_split, require_precision
 from .output.console import print_json, say
-from .report import load_for_report, own_split
 
 if TYPE_CHECKING:
     from condconv_surgery.reporting import Predictions
@@ -30,6 +30,9 @@ def predict(
     ] = None,
     batch: Annotated[int, typer.Option(help="Images of a batch.")] = 32,
     device: Annotated[str, typer.Option(help="Where to run: cpu, cuda, cuda:1.")] = "cpu",
+    round_experts: Annotated[
+        str | None, typer.Option(help="Hold experts in int8 or bfloat16, as when serving (cs.round_experts).")
+    ] = None,
     arch: Annotated[str | None, typer.Option(help="Architecture of a bare state_dict: torchvision:NAME.")] = None,
     weights: Annotated[str, typer.Option(help="default, none, or a FILE, for a model by name.")] = "default",
     input_size: Annotated[int | None, typer.Option(help="Side of the image in pixels, if not the model's own.")] = None,
@@ -45,11 +48,12 @@ def predict(
         raise InputError(f"--batch {batch}, --limit {limit}.", "Both must be at least 1.", "--batch 32 --limit 1000")
     if output is not None and (output.is_dir() or not output.parent.is_dir()):
         raise InputError(f"{output} cannot be written.", "It is a file in a folder that exists.", "-o predictions.csv")
+    precision = require_precision(round_experts)
     from condconv_surgery.models.artifact.atomic_write import replacing
     from condconv_surgery.reporting import predict as predictions_of
     from condconv_surgery.reporting.render.prediction_tables import predictions_csv
 
-    loaded = load_for_report(model, arch, weights, input_size, tuple(trust or ()), device, None)
+    loaded = load_to_run(model, arch, weights, input_size, tuple(trust or ()), device, None, precision)
     found = predictions_of(loaded, own_split(data, model), limit=limit, batch=batch)
     if output is not None:
         with replacing(output) as temporary:

@@ -10,11 +10,13 @@ import typer
 
 from condconv_surgery.errors import InputError, unknown_name
 
+from .model_to_run import load_to_run, own_split, require_precision
 from .output.console import print_json, say
 
 if TYPE_CHECKING:
     from torch import nn
 
+    from condconv_surgery.deploy.round_experts import Rounded
     from condconv_surgery.reporting import Comparison, Report
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
@@ -51,6 +53,9 @@ def report(
     dtype: Annotated[
         str | None, typer.Option(help=f"Of weights and input: {', '.join(DTYPES)}. Default: that of the file.")
     ] = None,
+    round_experts: Annotated[
+        str | None, typer.Option(help="Hold experts in int8 or bfloat16, as when serving (cs.round_experts).")
+    ] = None,
     original: Annotated[
         str | None, typer.Option(help="The model before conversion, for the distance that experts moved.")
     ] = None,
@@ -71,18 +76,24 @@ def report(
         raise InputError(f"--batch {batch}, --limit {limit}.", "Both must be at least 1.", "--batch 8 --limit 1000")
     if dtype is not None and dtype not in DTYPES:
         raise unknown_name("dtype", dtype, DTYPES, "--dtype bfloat16")
-
+    precision = require_precision(round_experts)
     _require_writable(html, plots)
     if runtime is not None and runtime != "onnx":
         raise unknown_name("runtime", runtime, ["onnx"], "--runtime onnx")
+    if runtime is not None and precision is not None:
+        raise InputError(
+            "--round-experts with --runtime.",
+            "Only models in PyTorch hold rounded experts; a file has exact ones.",
+            "one of them",
+        )
 
-    def load(spec: str) -> nn.Module:
-        return load_for_report(spec, arch, weights, input_size, tuple(trust or ()), device, dtype)
+    def load(spec: str, precision: Rounded | None = precision) -> nn.Module:
+        return load_to_run(spec, arch, weights, input_size, tuple(trust or ()), device, dtype, precision)
 
     if runtime is not None:
         _report_files(models, load, as_json)
         return
-    before = load(original) if original is not None else None
+    before = load(original, None) if original is not None else None
     result = _measure(models, load, before, data, limit, batch, html is not None if latency is None else latency)
     try:
         if as_json:
@@ -133,31 +144,6 @@ def _require_writable(html: Path | None, plots: Path | None) -> None:
             raise InputError(f"--plots {plots} cannot be made in {exists}.", "Plots go into a folder.", "--plots DIR")
 
 
-def load_for_report(
-    spec: str,
-    arch: str | None,
-    weights: str,
-    input_size: int | None,
-    trust: tuple[str, ...],
-    device: str,
-    dtype: str | None,
-) -> nn.Module:
-    """The model of a command that runs it, on its device. Raises ``InputError``."""
-    import torch
-
-    from condconv_surgery.models.sources import load_model
-
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise InputError(f"--device {device}, but torch sees no GPU.", "cpu always works.", "--device cpu")
-    say(f"Loading {spec}")
-    model = load_model(spec, arch=arch, weights=weights, input_size=input_size, trust=trust)
-    try:
-        return model.to(device=device, dtype=getattr(torch, dtype) if dtype else None)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise InputError(f"--device {device}: {reason}", "A device that torch knows.", "--device cpu") from error
-
-
 def _measure(
     models: list[str],
     load: Callable[[str], nn.Module],
@@ -188,14 +174,6 @@ def _measure(
         result = replace(result, provenance=result.provenance.of_command(_typed(), spec))
         reports.append(result if len(models) == 1 else replace(result, title=spec))
     return reports[0] if len(reports) == 1 else Comparison(tuple(reports))
-
-
-def own_split(data: str, model: str) -> str:
-    """``data``; of the word ``run`` the folder of the model's file, whose run chose the validation images."""
-    if data != "run" or Path("run").exists():
-        return data
-    path = Path(model)
-    return str(path if path.is_dir() else path.parent)
 
 
 def _typed() -> str:

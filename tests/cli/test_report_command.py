@@ -127,6 +127,23 @@ def test_latency_and_dtype(condconv: Run, artifact: Path) -> None:
     assert data["layers"][0]["weight_bytes"] * 2 == single["layers"][0]["weight_bytes"]
 
 
+def test_rounded_experts(condconv: Run, artifact: Path, tmp_path: Path) -> None:
+    images = write_images(tmp_path / "images", classes=3, each=4)
+    rounded = cs.round_experts(cs.load(artifact), "int8").model
+    code, out, err = condconv("report", artifact, *PLAIN, "--data", images, "--round-experts", "int8", "--json")
+    assert code == 0, err
+    measured = json.loads(out)["models"][0]
+    assert measured["accuracy"] == cs.report(rounded, data=images).to_dict()["accuracy"]
+    held = sum(tensor.nbytes for tensor in rounded.state_dict().values())
+    assert sum(layer["weight_bytes"] for layer in measured["layers"]) == held
+    assert "Experts of" in err
+    assert "has no experts to round" in err
+
+    code, out, err = condconv("predict", artifact, "--data", images, "--round-experts", "int8", "--json")
+    assert code == 0, err
+    assert json.loads(out)["accuracy"] == cs.predict(rounded, data=images).to_dict()["accuracy"]
+
+
 def test_side_by_side(condconv: Run, artifact: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     run.mkdir()
@@ -207,6 +224,8 @@ BAD = [
     ((), ("--json", "--csv"), "stdout has one form"),
     ((), ("--batch", 0), "must be at least 1"),
     ((), ("--dtype", "bfloat61"), "Nearest: bfloat16"),
+    ((), ("--round-experts", "int4"), "Nearest: int8"),
+    ((), ("--round-experts", "int8", "--runtime", "onnx"), "--round-experts with --runtime"),
     ((), ("--device", "nowhere"), "--device nowhere"),
     ((), ("--data", "nowhere"), "There is no nowhere"),
     ((), ("--html", "nowhere/r.html"), "could not be written"),
