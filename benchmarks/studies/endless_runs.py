@@ -18,34 +18,36 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import condconv_surgery as cs
-from benchmarks.studies.endless_arms import ARMS, Arm
+from benchmarks.studies.endless_arms import ARMS, RECIPES, TRAINING, Arm
 from condconv_surgery.layers import conditional_layers
 from condconv_surgery.layers.gate_statistics import total_variation
 from condconv_surgery.recipe.study_record import ScoredRun, SearchRun
-from condconv_surgery.recipe.training_sections import LayerOptions, OptimizerOptions, ScheduleOptions
+from condconv_surgery.recipe.training_options import TrainingOptions
 from condconv_surgery.reporting import profile
 from condconv_surgery.reporting.measure.expert_similarity import measure_experts
-from condconv_surgery.training import Batch, GateRecorder, apply_schedule, train_step
+from condconv_surgery.training import Batch, ExpertDropout, GateRecorder, apply_schedule, train_step
+from condconv_surgery.training.distillation import Teacher
+from condconv_surgery.training.objective import Objective
 from condconv_surgery.training.optimization.optimizers import make_optimizer
+from condconv_surgery.training.optimization.weight_average import averaged
 from examples.endless_emoji import MEAN, STD, EndlessEmoji
 
 BATCH, BASE_STEPS, BASE_LR, STEPS = 64, 20_000, 4e-3, 10_000
 TEST_BATCHES, TEST_SIZE = 32, 256
 RATES = (4e-3, 8e-3, 16e-3)
-SCHEDULE = ScheduleOptions(warmup=0.05, final_lr=0.0)
 
 
-def network(classes: int) -> nn.Sequential:
-    """A small MobileNetV1, 11 convolutions: 30k parameters for 300 classes."""
+def network(classes: int, wider: int = 1) -> nn.Sequential:
+    """A small MobileNetV1, 11 convolutions: 30k parameters for 300 classes; or one that is ``wider`` times as wide."""
 
     def conv(inputs: int, outputs: int, kernel: int, stride: int = 1, groups: int = 1) -> list[nn.Module]:
         layer = nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2, groups=groups, bias=False)
         return [layer, nn.BatchNorm2d(outputs), nn.ReLU()]
 
-    layers, width = conv(3, 8, 3, 2), 8
+    layers, width = conv(3, 8 * wider, 3, 2), 8 * wider
     for outputs, stride in ((16, 1), (32, 2), (32, 1), (64, 2), (64, 1)):
-        layers += [*conv(width, width, 3, stride, width), *conv(width, outputs, 1)]
-        width = outputs
+        layers += [*conv(width, width, 3, stride, width), *conv(width, outputs * wider, 1)]
+        width = outputs * wider
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, classes))
 
 
@@ -57,22 +59,31 @@ class Study:
     folder: Path
     steps: int = STEPS
     base_steps: int = BASE_STEPS
-    arms: dict[str, Arm] = field(default_factory=lambda: ARMS)
+    arms: dict[str, Arm] = field(default_factory=lambda: ARMS | RECIPES)
 
     def base(self, seed: int) -> nn.Module:
         """The static network that the arms of a seed start from, trained once."""
-        file = self.folder / f"base-{seed}.safetensors"
+        return self._trained_once(f"base-{seed}", seed, wider=1)
+
+    def _trained_once(self, name: str, seed: int, wider: int) -> nn.Module:
+        file = self.folder / f"{name}.safetensors"
         with _locked(file):
             torch.manual_seed(seed)
-            model = network(self.task.classes)
+            model = network(self.task.classes, wider)
             if not file.exists():
-                say(f"{file.stem}: {self.base_steps} steps")
+                say(f"{name}: {self.base_steps} steps")
                 batches = self.task.batches(self.base_steps, BATCH, "base", seed)
-                train(model, batches, self.base_steps, OptimizerOptions(lr=BASE_LR, weight_decay=0.02), LayerOptions())
+                train(model, batches, self.base_steps, TRAINING.updated({"optimizer": {"lr": BASE_LR}}))
                 save_file(model.state_dict(), file.with_suffix(".new"))
                 file.with_suffix(".new").rename(file)
         model.load_state_dict(load_file(file))
         return model
+
+    def teacher(self, arm: Arm, seed: int) -> nn.Module | None:
+        """The network that an arm learns from, if any. All seeds have one wide teacher."""
+        if arm.teacher == "start":
+            return self.base(seed)
+        return self._trained_once("wide", 1, wider=3) if arm.teacher == "wide" else None
 
     def images(self, seed: int, steps: int) -> Iterator[Batch]:
         """The training batches of a seed, drawn once and stored with 8 bits, as image files are."""
@@ -128,8 +139,8 @@ class Study:
             started, steps = time.perf_counter(), self.steps * arm.length
             model = self.converted(arm, seed)
             say(f"{file.stem}: {steps} steps")
-            options = OptimizerOptions(lr=lr, weight_decay=arm.weight_decay)
-            seconds = train(model, self.images(seed, steps), steps, options, arm.layers)
+            options = arm.options.updated({"optimizer": {"lr": lr}})
+            model, seconds = train(model, self.images(seed, steps), steps, options, self.teacher(arm, seed))
             correct, use = score(model, self.task, part)
             row = ScoredRun(seed, correct, lr, steps=steps, seconds=time.perf_counter() - started)
             facts = {"run": asdict(row), "step_seconds": seconds, **use, **_cost(model, self.task)}
@@ -153,18 +164,26 @@ class Study:
 
 
 def train(
-    model: nn.Module, batches: Iterator[Batch], steps: int, options: OptimizerOptions, layers: LayerOptions
-) -> float:
-    """AdamW, one cycle of the learning rate; returns the median seconds of a step without its images."""
-    optimizer = make_optimizer(model, options, layers)
+    model: nn.Module, batches: Iterator[Batch], steps: int, options: TrainingOptions, teacher: nn.Module | None = None
+) -> tuple[nn.Module, float]:
+    """One cycle of the learning rate; returns the network to score and the median seconds of a step without images."""
+    optimizer, average = make_optimizer(model, options.optimizer, options.layers), averaged(model, options.engine)
+    taught = None if teacher is None else Teacher(teacher, model, options.distill)
+    loss, share = Objective(model, options, None, taught), options.layers.expert_dropout
+    dropout = ExpertDropout(model, share) if share else None
     model.train()
     times = []
     for step, batch in enumerate(batches):
         started = time.perf_counter()
-        apply_schedule(model, optimizer, step, steps, SCHEDULE)
-        train_step(model, optimizer, [batch])
+        apply_schedule(model, optimizer, step, steps, options.schedule)
+        train_step(model, optimizer, [batch], loss_of=loss)
+        if average is not None:
+            average.update(model, step)
         times.append(time.perf_counter() - started)
-    return statistics.median(times)
+    loss.close()
+    if dropout is not None:
+        dropout.close()
+    return model if average is None else average.module, statistics.median(times)
 
 
 @torch.inference_mode()

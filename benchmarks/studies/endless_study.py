@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.studies.endless_arms import ARMS
+from benchmarks.studies.endless_arms import ARMS, RECIPES
 from benchmarks.studies.endless_runs import BASE_STEPS, RATES, STEPS, Study, file_name, say
 from condconv_surgery import native
 from condconv_surgery.recipe.study_record import ArmCost, ArmRecord, ScoredRun, StudyRecord
@@ -79,7 +79,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--packages", nargs="+", required=True, help="archives of emoji-datasource-VENDOR")
     parser.add_argument("--out", type=Path, required=True, help="folder of the runs")
     parser.add_argument("--seeds", nargs="+", type=int, help="by default 1 for a search, 1 to 5 for runs")
-    parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS))
+    parser.add_argument("--arms", nargs="+", choices=[*ARMS, *RECIPES], default=list(ARMS))
     parser.add_argument("--rates", nargs="+", type=float, default=RATES, help="of the search")
     parser.add_argument("--steps", type=int, default=STEPS, help="of an arm")
     parser.add_argument("--base-steps", type=int, default=BASE_STEPS, help="of the network that all arms start from")
@@ -97,7 +97,7 @@ def main(arguments: list[str] | None = None) -> None:
     if options.what == "search":
         for lr in options.rates:
             for name in options.arms:
-                if not ARMS[name].rate_of:
+                if not study.arms[name].rate_of:
                     for seed in options.seeds or [1]:
                         study.search(name, lr, seed)
         return
