@@ -73,3 +73,23 @@ def test_the_change_column_fits_a_phone(pages: dict[str, Path], tmp_path: Path) 
             assert all(right <= 390 for right in found["columns"])
             assert set(found["tiles"]) <= {0}, name
         assert found["columns"] == [], "of a study"
+
+
+LISTS = """({
+  beyond: [...document.querySelectorAll('.stacked')].map(
+    t => t.parentElement.scrollWidth - t.parentElement.clientWidth),
+  labels: [...document.querySelectorAll('.stacked tbody tr')].map(
+    r => [...r.querySelectorAll('td')].map(td => getComputedStyle(td, '::before').content)),
+  headers: [...document.querySelectorAll('.stacked thead th:not(:first-child)')].map(e => '"' + e.textContent + '"'),
+  plots: [...document.querySelectorAll('.plots > div')].map(e => e.scrollWidth - e.clientWidth) })"""
+
+
+@pytest.mark.parametrize("kind", ["comparison", "study"])
+def test_arms_and_models_are_lists_on_a_phone(pages: dict[str, Path], tmp_path: Path, kind: str) -> None:
+    with devtools(tmp_path) as call:
+        found = value_of(call, visit(call, pages[kind], 390), LISTS)
+        assert found["beyond"] == [0]
+        assert found["labels"] == [found["headers"]] * 2
+        assert set(found["plots"]) == {0}
+        wide = value_of(call, visit(call, pages[kind], 1280), LISTS)
+        assert {label for row in wide["labels"] for label in row} == {"none"}, "a table, whose header names the columns"

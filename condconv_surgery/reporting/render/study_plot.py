@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+from textwrap import fill
 from typing import TYPE_CHECKING, Any
 
 from condconv_surgery.recipe.study_record import StudyRecord
@@ -12,57 +15,86 @@ from condconv_surgery.reporting.study.study_results import ArmResult, StudyResul
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+NO_BREAK = "\u00a0"
+
+NAME_WIDTH = 52
+"""Characters of a line of an arm's name."""
+
 
 def study_figure(record: StudyRecord, results: StudyResults) -> Figure:
-    """Left: a row for each arm with its 95% interval. Right: the same differences against each cost that is known."""
-    arms = [arm for arm in results.arms if arm.difference is not None]
-    baseline = next((arm for arm in results.arms if arm.difference is None), None)
-    costs = _costs(results)
-    colours = {arm.name: SERIES[1 + i % (len(SERIES) - 1)] for i, arm in enumerate(arms)}
-    figure = make_figure(4.6 + 3.2 * len(costs), max(3.0, 1.4 + 0.6 * len(arms)))
-    axes = figure.subplots(1, 1 + len(costs), squeeze=False, width_ratios=[1.3, *[1] * len(costs)])[0]
-    _forest(axes[0], arms, colours, record.baseline)
-    for panel, (label, values) in zip(axes[1:], costs.items(), strict=True):
-        for arm in arms:
-            _bar(panel, values[arm.name], arm, colours[arm.name])
-        if baseline is not None:
-            panel.plot(values[baseline.name], 0, "o", color=SERIES[0], markersize=6)
-            panel.annotate(baseline.name, (values[baseline.name], 0), **_text_at(6, 5, SERIES[0]))
-        panel.axhline(0, color=SERIES[0], linewidth=0.8, zorder=0)
-        panel.set_xlabel(label)
-        panel.set_ylabel("difference, points")
-        panel.margins(x=0.18, y=0.12)
-        panel.locator_params(axis="x", nbins=4)
-        remove_frame(panel)
+    """All panels side by side: a row for each arm with its 95% interval; the same differences against each cost."""
+    panels = _panels(record, results)
+    figure = make_figure(4.6 + 3.2 * (len(panels) - 1), _height(results))
+    axes = figure.subplots(1, len(panels), squeeze=False, width_ratios=[1.3, *[1] * (len(panels) - 1)])[0]
+    for panel, draw in zip(axes, panels.values(), strict=True):
+        draw(panel)
     return figure
 
 
-def _forest(axes: Any, arms: list[ArmResult], colours: dict[str, str], baseline: str) -> None:
+def study_panels(record: StudyRecord, results: StudyResults) -> dict[str, Figure]:
+    """Each panel as a figure of its own, narrow enough for a phone, by what it shows."""
+    figures = {}
+    for label, draw in _panels(record, results).items():
+        figures[label] = make_figure(4.2, _height(results))
+        draw(figures[label].subplots())
+    return figures
+
+
+def _height(results: StudyResults) -> float:
+    return max(3.0, 1.4 + 0.6 * len(results.arms))
+
+
+def _panels(record: StudyRecord, results: StudyResults) -> dict[str, Callable[[Any], None]]:
+    """What draws each panel on its axes, by what it shows."""
+    arms = [arm for arm in results.arms if arm.difference is not None]
+    baseline = next((arm for arm in results.arms if arm.difference is None), None)
+    colours = {arm.name: SERIES[1 + i % (len(SERIES) - 1)] for i, arm in enumerate(arms)}
+    panels: dict[str, Callable[[Any], None]] = {"by arm": partial(_forest, arms, colours, record.baseline)}
+    for label, values in _costs(results).items():
+        panels[f"against {label}"] = partial(_against_cost, arms, colours, baseline, label, values)
+    return panels
+
+
+def _forest(arms: list[ArmResult], colours: dict[str, str], baseline: str, axes: Any) -> None:
+    """A row for each arm; its name stands above its interval, so that long names take no width."""
     for row, arm in enumerate(arms):
         found = arm.difference
         assert found is not None
-        colour, x = colours[arm.name], 100 * found.mean
-        axes.errorbar(x, row, xerr=100 * found.half, fmt="o", color=colour, capsize=4, markersize=6)
-        axes.annotate(points(found), (x, row), ha="center", **_text_at(0, 7, colour))
-    axes.axvline(0, color=SERIES[0], linewidth=0.8, zorder=0)
-    axes.set_yticks(range(len(arms)), [arm.name for arm in arms])
-    for label, arm in zip(axes.get_yticklabels(), arms, strict=True):
-        label.set_color(colours[arm.name])
-    axes.set_ylim(len(arms) - 0.4, -0.7)
+        colour = colours[arm.name]
+        axes.errorbar(100 * found.mean, row, xerr=100 * found.half, fmt="o", color=colour, capsize=4, markersize=6)
+        text = {"transform": axes.get_yaxis_transform(), "color": colour, "fontsize": 9, "va": "bottom"}
+        axes.text(0.02, row - 0.14, fill(f"{arm.name}  {points(found).replace(' ', NO_BREAK)}", NAME_WIDTH), **text)
+        axes.vlines(0, row - 0.1, row + 0.3, color=SERIES[0], linewidth=0.8, zorder=0)  # not through the names
+    axes.set_yticks([])
+    axes.set_ylim(len(arms) - 0.5, -0.8)
     axes.set_xlabel(f"difference of top-1 to {baseline}, points, 95% interval")
     axes.margins(x=0.12)
+    axes.spines["left"].set_visible(False)
     remove_frame(axes)
 
 
-def _text_at(x: float, y: float, colour: str) -> dict[str, Any]:
-    """Place and look of a small text, ``x`` and ``y`` points away from what it describes."""
-    return {"xytext": (x, y), "textcoords": "offset points", "fontsize": 9, "color": colour}
-
-
-def _bar(axes: Any, x: float, arm: ArmResult, colour: str) -> None:
-    assert arm.difference is not None
-    y, half = 100 * arm.difference.mean, 100 * arm.difference.half
-    axes.errorbar(x, y, yerr=half, fmt="o", color=colour, capsize=4, markersize=6)
+def _against_cost(
+    arms: list[ArmResult],
+    colours: dict[str, str],
+    baseline: ArmResult | None,
+    label: str,
+    values: dict[str, float],
+    axes: Any,
+) -> None:
+    for arm in arms:
+        assert arm.difference is not None
+        y, half = 100 * arm.difference.mean, 100 * arm.difference.half
+        axes.errorbar(values[arm.name], y, yerr=half, fmt="o", color=colours[arm.name], capsize=4, markersize=6)
+    if baseline is not None:
+        axes.plot(values[baseline.name], 0, "o", color=SERIES[0], markersize=6)
+        place = {"xytext": (6, 5), "textcoords": "offset points", "fontsize": 9, "color": SERIES[0]}
+        axes.annotate(baseline.name, (values[baseline.name], 0), **place)
+    axes.axhline(0, color=SERIES[0], linewidth=0.8, zorder=0)
+    axes.set_xlabel(label)
+    axes.set_ylabel("difference, points")
+    axes.margins(x=0.18, y=0.12)
+    axes.locator_params(axis="x", nbins=4)
+    remove_frame(axes)
 
 
 def _costs(results: StudyResults) -> dict[str, dict[str, float]]:
