@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from condconv_surgery.errors import InputError
+from condconv_surgery.errors import InputError, counted
 from condconv_surgery.recipe import TrainingOptions
 from condconv_surgery.recipe.study_arms import DEFAULT_ARMS, parse_arms
 from condconv_surgery.recipe.study_options import BUDGETS, StudyOptions
@@ -120,7 +120,7 @@ def _print_quick(found: QuickCheck) -> None:
 
     headers = [("static network", False), ("train top-1, %", True), ("validation top-1, %", True)]
     rows = [
-        [f"{epochs} epoch{'s' if epochs > 1 else ''}", f"{100 * train:.1f}", f"{100 * val:.1f}"]
+        [counted(epochs, "epoch"), f"{100 * train:.1f}", f"{100 * val:.1f}"]
         for epochs, train, val in zip(found.epochs, found.train_top1, found.val_top1, strict=True)
     ]
     console = make_console()

@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from condconv_surgery.errors import InputError
-from condconv_surgery.recipe.variants import experts_text
+from condconv_surgery.errors import InputError, counted
 
 from .output.console import print_json, say
 from .output.output_path import writable
@@ -59,7 +58,7 @@ def import_(
         print_json(summary)
         return
     say(f"Source      {summary['source']}")
-    say(f"Layers      {summary['layers']} {summary['variant']}, {experts_text(summary['experts'])} each")
+    say(f"Layers      {summary['layers']} {summary['variant']}, {counted(summary['experts'], 'expert')} each")
     say(f"Routers     {summary['routers']}")
     say(f"Parameters  {summary['parameters'] / 1e6:.2f}M")
     say(f"Wrote       {path}")

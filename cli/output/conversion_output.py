@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from condconv_surgery.errors import counted
+
 from .console import say, say_by_reason
 from .next_step import next_step
 
@@ -55,7 +57,8 @@ def print_plan(plan: ModelPlan) -> None:
     Console().print(table)
     for note in (*plan.notes, *plan.followers.notes()):
         say(f"Note: {note}")
-    say(f"Would convert {len(plan.to_convert)} layers and skip {len(plan.skipped)}. Nothing was changed (--dry-run).")
+    count = counted(len(plan.to_convert), "layer")
+    say(f"Would convert {count} and skip {len(plan.skipped)}. Nothing was changed (--dry-run).")
 
 
 def conversion_facts(
@@ -93,7 +96,6 @@ def _skipped(plan: Plan) -> list[dict[str, str]]:
 
 def say_conversion(facts: dict[str, Any], conversion: Conversion, trust: tuple[str, ...]) -> None:
     """What was converted, the costs, the differences and the next command, on stderr. facts: ``conversion_facts``."""
-    from condconv_surgery.recipe.variants import experts_text
 
     def change(name: str, unit: float, suffix: str) -> str:
         before, after = facts[name]["before"], facts[name]["after"]
@@ -101,7 +103,7 @@ def say_conversion(facts: dict[str, Any], conversion: Conversion, trust: tuple[s
 
     converted, skipped = facts["converted"], facts["skipped"]
     say(f"Source      {facts['source']}")
-    how = f"{facts['variant']}, {experts_text(facts['experts'])} each"
+    how = f"{facts['variant']}, {counted(facts['experts'], 'expert')} each"
     say(f"Converted   {converted} of {converted + len(skipped)} layers to {how}")
     if facts["routers"] < converted:
         say(f"Routers     {facts['routers']}, {len(conversion.plan.routers)} of them for a whole block")

@@ -42,11 +42,6 @@ class Variant:
         return {"kind": self.kind, **outside, **asdict(self)}
 
 
-def experts_text(count: int) -> str:
-    """As in "51 layers of 4 experts"."""
-    return f"{count} expert{'' if count == 1 else 's'}"
-
-
 class UnknownVariantError(InputError):
     """A variant is registered by a module outside of this package, which is neither imported nor trusted."""
 

@@ -10,8 +10,8 @@ from importlib.resources import files
 from string import Template
 from typing import Any
 
+from condconv_surgery.errors import counted
 from condconv_surgery.recipe import Recipe
-from condconv_surgery.recipe.variants import experts_text
 
 LIBRARY = "condconv-surgery"
 
@@ -65,14 +65,15 @@ def _front_matter(facts: CardFacts) -> str:
 
 
 def _table(recipe: Recipe, facts: CardFacts) -> str:
-    kinds = Counter(f"{row.variant.kind}, {experts_text(row.variant.experts)}" for row in recipe.layers)
+    kinds = Counter(f"{row.variant.kind}, {counted(row.variant.experts, 'expert')}" for row in recipe.layers)
+    variants = [f"{kind}: {counted(count, 'layer')}" for kind, count in kinds.items()]
     names = [row.names[0] for row in recipe.layers]
     spec = recipe.input
     holds = f"differences from {facts.base}" if facts.base else facts.experts and f"experts in {facts.experts}"
     rows: list[tuple[str, Any]] = [
         ("original", recipe.source.name or "a network of its own"),
         ("license of the original", facts.license or "unknown: ask its authors before you use it"),
-        ("variant", "; ".join(f"{kind}: {count} layers" for kind, count in kinds.items()) or "none: a plain network"),
+        ("variant", "; ".join(variants) or "none: a plain network"),
         ("layers", ", ".join(f"`{name}`" for name in names)),
         ("parameters", _change(facts.parameters)),
         ("MACs per image", _change(facts.macs)),

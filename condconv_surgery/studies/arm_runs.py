@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from condconv_surgery.data.three_parts import ThreeParts
-from condconv_surgery.errors import DivergedError, TrainingError
+from condconv_surgery.errors import DivergedError, TrainingError, counted
 from condconv_surgery.models.artifact.save_load import load
 from condconv_surgery.recipe.study_arms import Arm
 from condconv_surgery.recipe.study_record import ArmRecord, ScoredRun, SearchRun
@@ -39,7 +39,7 @@ class PlannedRun:
     search: bool = False
 
     def __str__(self) -> str:
-        length = f"{self.epochs} epoch{'s' if self.epochs > 1 else ''}"
+        length = counted(self.epochs, "epoch")
         why = ", to choose the rate" if self.search else ""
         return f"{self.arm.name}, learning rate {self.lr:g}, seed {self.seed}, {length}{why}"
 

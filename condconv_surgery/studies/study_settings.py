@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from condconv_surgery.data.three_parts import ThreeParts
+from condconv_surgery.errors import counted
 from condconv_surgery.recipe import InputSpec
 from condconv_surgery.recipe.study_arms import Arm
 from condconv_surgery.recipe.study_options import StudyOptions, rates_around
@@ -50,7 +51,7 @@ def protocol(
         budget = f"Equal time by the measured time of a step, so epochs differ: {epochs}."
     else:
         count = training.schedule.epochs
-        budget = f"Equal steps: {count} epoch{'s' if count > 1 else ''} for each arm."
+        budget = f"Equal steps: {counted(count, 'epoch')} for each arm."
     rates = rates_around(training.optimizer.lr, options.rates)
     if len(rates) > 1:
         search = (

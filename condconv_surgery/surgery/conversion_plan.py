@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from condconv_surgery.errors import listed
+from condconv_surgery.errors import counted, listed
 from condconv_surgery.recipe import SharedRouter
 from condconv_surgery.surgery.observe.conv_sites import ConvSite
 
@@ -61,7 +61,7 @@ def plan_text(plan: Plan, followed_by: Mapping[str, tuple[str, ...]] | None = No
 
 def _headline(plan: Plan) -> str:
     count = len(plan.to_convert)
-    return f"{count} layer{'' if count == 1 else 's'} to convert, {len(plan.skipped)} skipped"
+    return f"{counted(count, 'layer')} to convert, {len(plan.skipped)} skipped"
 
 
 def _row(site: ConvSite, plan: Plan, followed_by: Mapping[str, tuple[str, ...]]) -> tuple[str, ...]:

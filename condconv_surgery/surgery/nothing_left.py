@@ -39,7 +39,10 @@ def nothing_left(
     else:
         own = reasons(selection)
         texts = sorted({own[site.name] for site in matched})
-        cause = f"all {len(matched)} convolutions of {source} are skipped: {'; '.join(texts)}."
+        which = f"all {len(matched)} convolutions of {source} are"
+        if len(matched) == 1:
+            which = f"the only convolution of {source}{' that include matches' if len(candidates) > 1 else ''} is"
+        cause = f"{which} skipped: {'; '.join(texts)}."
     last = "another model" + (", or classifier=True" if classifier else "")
     inside = [MERGE] if any(site.adapter for site in matched) else []
     examples = (candidates[0], candidates[len(candidates) // 2], candidates[-1])

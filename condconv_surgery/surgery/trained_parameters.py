@@ -9,10 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from condconv_surgery.errors import InputError, listed
+from condconv_surgery.errors import InputError, counted, listed
 from condconv_surgery.layers.routed_block import ROUTER
 from condconv_surgery.recipe import Variant
-from condconv_surgery.recipe.variants import experts_text
 from condconv_surgery.surgery.conversion_plan import Plan
 from condconv_surgery.surgery.copy_model import Places
 from condconv_surgery.surgery.observe.conv_sites import ConvSite
@@ -42,7 +41,7 @@ def frozen_notes(model: nn.Module, sites: Sequence[ConvSite], variant: Variant) 
     of_files = "a file does not keep requires_grad: freeze them again after load"
     frozen = [site for site in sites if not site.module.weight.requires_grad]
     if frozen:
-        experts = experts_text(len(frozen) * variant.experts)
+        experts = counted(len(frozen) * variant.experts, "expert")
         return (
             f"{len(frozen)} of {len(sites)} layers to convert are frozen (requires_grad=False), so their {experts} and "
             f"routers are frozen too: requires_grad_(True) on a layer lets it learn; {of_files}",

@@ -167,7 +167,7 @@ def test_a_dry_run_writes_nothing(condconv, tmp_path: Path) -> None:
         ([*SMALL, "--min-channels", "-1"], "min_channels is -1"),
         ([*SMALL, "--input-size", "0"], "--input-size is 0"),
         ([*SMALL, "--tolerance", "-1"], "--tolerance is -1"),
-        (["torchvision:vit_b_32", "--weights", "none", "--exclude", "*"], "are skipped"),
+        (["torchvision:vit_b_32", "--weights", "none", "--exclude", "*"], "is skipped"),
         (["torchvision:nothing"], "Unknown torchvision model 'nothing'"),
         (["nothing"], "Unknown model 'nothing'"),
         (["os.path:join"], "cannot be built"),

@@ -210,7 +210,7 @@ def test_a_layer_called_from_where_no_replacement_reaches_is_left_alone(
     assert conversion.plan.skipped == planned.skipped
     with torch.compiler.set_stance("force_eager"):
         torch.testing.assert_close(conversion.model(x), before)
-    with pytest.raises(InputError, match=r"all 1 convolutions of .* are skipped: called from where"):
+    with pytest.raises(InputError, match=r"the only convolution of .* is skipped: called from where"):
         cs.plan(make(), cs.CondConv(), example=x, include=held)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from condconv_surgery.errors import counted
 from condconv_surgery.ops.mixture import Mixture
 from condconv_surgery.reporting.images.routing_statistics import share_between_classes
 
@@ -54,7 +55,7 @@ def attention_line(layers: Sequence[LayerAttention]) -> str:
     mean = sum(layer.spread for layer in layers) / len(layers)
     kinds = {"input channels": most.channels, "filters": most.filters, "positions": most.positions}
     parts = ", ".join(f"{kind} {value:.3f}" for kind, value in kinds.items() if value is not None)
-    count = f"{len(layers)} layers" if len(layers) > 1 else "1 layer"
+    count = counted(len(layers), "layer")
     return (
         f"Attention: scales vary between images by {mean:.3f} on average over {count} (standard deviation; 0: the "
         f"same for all images), most in {most.name}: {parts}; the class explains {most.between:.0%} of it."

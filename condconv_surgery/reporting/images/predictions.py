@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any
 
-from condconv_surgery.errors import listed
+from condconv_surgery.errors import counted, listed
 from condconv_surgery.reporting.study.binomial_interval import binomial_interval
 
 BINS = 15
@@ -71,7 +71,7 @@ class Predictions:
 
     def __repr__(self) -> str:
         top1 = "" if self.accuracy is None else f", top-1 {self.accuracy:.1%}"
-        return f"<{type(self).__name__}: {len(self.images)} images{top1}>"
+        return f"<{type(self).__name__}: {counted(len(self.images), 'image')}{top1}>"
 
     @cached_property
     def correct(self) -> str:

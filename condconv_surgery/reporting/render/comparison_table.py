@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from condconv_surgery.errors import counted
 from condconv_surgery.reporting.images.paired_models import differences_to_first
 from condconv_surgery.reporting.measure.measurements import Measurements
 from condconv_surgery.reporting.render.answers import caveats, comparison_answer
@@ -28,7 +29,7 @@ def rows_of(models: Sequence[Measurements]) -> list[list[str]]:
         rows.append(
             [
                 names[model.title],
-                f"{profile.converted} layers" if profile.converted else "-",
+                counted(profile.converted, "layer") if profile.converted else "-",
                 human(profile.parameters),
                 human(profile.macs.total),
                 human_bytes(profile.weight_bytes),

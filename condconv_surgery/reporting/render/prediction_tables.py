@@ -5,6 +5,7 @@ from __future__ import annotations
 from rich.console import Group, RenderableType
 from rich.text import Text
 
+from condconv_surgery.errors import counted
 from condconv_surgery.reporting.images.predictions import ClassAccuracy, Predictions
 from condconv_surgery.reporting.render.csv_text import csv_text
 from condconv_surgery.reporting.render.number_format import span
@@ -37,7 +38,7 @@ def calibration_line(predictions: Predictions) -> str:
         return ""
     gap = found.confidence - predictions.accuracy
     side = "over-confident" if gap > 0 else "under-confident"
-    bins = f"{len(found.bins)} bin{'' if len(found.bins) == 1 else 's'}"
+    bins = counted(len(found.bins), "bin")
     return (
         f"Calibration: mean confidence {found.confidence:.1%} against top-1 {predictions.accuracy:.1%} ({side}); "
         f"expected calibration error {100 * found.error:.1f} points over {bins}."

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from condconv_surgery.errors import listed
+from condconv_surgery.errors import counted, listed
 from condconv_surgery.reporting.images.network_routing import Routing
 from condconv_surgery.reporting.images.routing_statistics import LayerRouting
 from condconv_surgery.reporting.measure.cost_table import CONVENTION, PLAIN_CONVENTION, Layer, Profile
@@ -101,7 +101,7 @@ def varying_and_static(routing: Routing) -> tuple[list[LayerRouting], list[Layer
 
 def static_line(static: Sequence[LayerRouting]) -> str:
     """The layers for which a static layer suffices, as one group."""
-    count = f"{len(static)} layers" if len(static) > 1 else "1 layer"
+    count = counted(len(static), "layer")
     return f"Static layer suffices in {count}: {listed([layer.name for layer in static])}."
 
 

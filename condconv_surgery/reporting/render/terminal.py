@@ -11,6 +11,7 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from condconv_surgery.errors import counted
 from condconv_surgery.reporting.images.attention_statistics import attention_line
 from condconv_surgery.reporting.images.network_routing import Routing
 from condconv_surgery.reporting.measure.cost_table import Layer, Macs, Profile
@@ -88,7 +89,7 @@ def render_experts(experts: Sequence[Experts]) -> RenderableType:
     if not experts:
         return Group()
     cosine = sum(row.cosine for row in experts) / len(experts)
-    text = f"Experts: mean cosine {cosine:.3f} over {len(experts)} layers (1: equal kernels)"
+    text = f"Experts: mean cosine {cosine:.3f} over {counted(len(experts), 'layer')} (1: equal kernels)"
     moved = [row for row in experts if row.moved is not None]
     if moved:
         most = max(moved, key=lambda row: row.moved or 0.0)

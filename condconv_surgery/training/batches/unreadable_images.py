@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from condconv_surgery.data.image_dataset import UnreadableName
-from condconv_surgery.errors import InputError
+from condconv_surgery.errors import InputError, counted
 from condconv_surgery.training.distributed.world import ONE_PROCESS, World
 
 
@@ -47,8 +47,7 @@ class UnreadableImages:
         self.names += new
         if new and len(self.names) > self.limit:
             raise InputError(
-                f"{len(self.names)} unreadable image{'s' if len(self.names) > 1 else ''}: "
-                f"{self.explained(self.names[-3:])}.",
+                f"{counted(len(self.names), 'unreadable image')}: {self.explained(self.names[-3:])}.",
                 f"At most {self.limit} may be unreadable.",
                 f"repair or replace it, or data.max_bad={max(10, 2 * len(self.names))} to skip such images",
             )

@@ -8,10 +8,10 @@ from typing import Any
 from torch import nn
 
 from condconv_surgery.data.evaluation_images import data_to_measure
+from condconv_surgery.errors import counted
 from condconv_surgery.layers import ConditionalConv2d, conditional_layers
 from condconv_surgery.recipe import InputSpec
 from condconv_surgery.recipe.training_options import TrainingOptions
-from condconv_surgery.recipe.variants import experts_text
 from condconv_surgery.training.batches.samplers import Steps
 from condconv_surgery.training.distributed.world import World
 from condconv_surgery.training.state.progress import TrainingResult
@@ -29,7 +29,7 @@ def start_lines(
     return (
         f"Model: {options.model or type(model).__name__}{_layers(layers)}, {size:,} parameters{part}; "
         f"{options.engine.precision} on {world.device}{processes}.",
-        f"Steps: {steps.steps} in {epochs} epoch{'s' if epochs > 1 else ''}, of {steps.batch_size} images "
+        f"Steps: {steps.steps} in {counted(epochs, 'epoch')}, of {steps.batch_size} images "
         f"{spec.height}x{spec.width}; {optimizer.name}, learning rate {optimizer.lr:g}.",
     )
 
@@ -58,5 +58,5 @@ def _layers(layers: Sequence[ConditionalConv2d[Any]]) -> str:
     if not layers:
         return ""
     counts = sorted({layer.experts for layer in layers})
-    experts = f"{counts[0]} to {counts[-1]} experts" if len(counts) > 1 else experts_text(counts[0])
-    return f" with {len(layers)} conditional layer{'s' if len(layers) > 1 else ''} of {experts}"
+    experts = f"{counts[0]} to {counts[-1]} experts" if len(counts) > 1 else counted(counts[0], "expert")
+    return f" with {counted(len(layers), 'conditional layer')} of {experts}"
