@@ -4,7 +4,7 @@
 # make docs     build the documentation into site/; a warning is an error
 # make wheel    dist/*.whl with the C++ kernels: Linux on x86_64, any Python and torch that pyproject.toml allows
 # make wheel-check   that wheel in a new environment with the oldest torch
-# make oldest   the fast tests with the oldest Python and torch that pyproject.toml allows
+# make oldest   the fast tests with the oldest Python and torch that pyproject.toml allows, but for texts and benchmarks
 # make integrations   the tests with other people's trainers and runtimes, in an environment of their own
 
 PYTHON ?= python3
@@ -89,7 +89,8 @@ docs: $(DOCS_INSTALLED)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict --site-dir $(SITE)
 
 oldest: $(OLDEST_INSTALLED)
-	OMP_NUM_THREADS=1 $(OLDEST_VENV)/bin/python -m pytest -q --numprocesses 2 --dist worksteal -m "not slow"
+	OMP_NUM_THREADS=1 $(OLDEST_VENV)/bin/python -m pytest -q --numprocesses 2 --dist worksteal -m "not slow" \
+		--ignore tests/docs --ignore tests/benchmarks --ignore-glob '*/test_advice*.py'
 
 integrations: $(INTEGRATIONS_INSTALLED)
 	OMP_NUM_THREADS=1 $(INTEGRATIONS_VENV)/bin/python -m pytest -q --numprocesses 2 --dist loadfile -W default -m integrations \
