@@ -9,6 +9,7 @@ import typer
 
 from condconv_surgery.errors import InputError
 
+from .model_to_run import own_split
 from .output.console import print_json, say, say_by_reason
 from .output.output_path import writable
 
@@ -18,7 +19,10 @@ if TYPE_CHECKING:
 
 def collapse(
     artifact: Annotated[Path, typer.Argument(help="What condconv convert, import or finetune wrote.")],
-    data: Annotated[Path | None, typer.Option(help="Folder of images: the mixtures are averaged over them.")] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(help="Folder of images, or of a run: mixtures are averaged over the training images."),
+    ] = None,
     output: Annotated[Path | None, typer.Option("-o", "--output", help="The file to write (.safetensors).")] = None,
     keep: Annotated[
         list[str] | None,
@@ -27,7 +31,7 @@ def collapse(
     max_drop: Annotated[
         float | None, typer.Option(help="Points of top-1 that may be lost; routers stay as needed.")
     ] = None,
-    limit: Annotated[int, typer.Option(help="Most validation images, equally many of each class.")] = 1000,
+    limit: Annotated[int, typer.Option(help="Most images for top-1, equally many of each class.")] = 1000,
     trust: Annotated[list[str] | None, typer.Option(help="A package whose code may build it; repeatable.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan and write nothing.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")] = False,
@@ -45,7 +49,13 @@ def collapse(
     model = load(artifact, trust=tuple(trust or ()))
     say("Averaging mixtures and measuring accuracy ...")
     result = collapse_model(
-        model, data, keep=_keep(keep or []), max_drop=max_drop, limit=limit, inplace=True, dry_run=dry_run
+        model,
+        own_split(data, str(artifact)),
+        keep=_keep(keep or []),
+        max_drop=max_drop,
+        limit=limit,
+        inplace=True,
+        dry_run=dry_run,
     )
     if path is not None and result.model is not None:
         save(result.model, path)
@@ -66,7 +76,7 @@ def _summary(result: Collapse, path: Path | None) -> dict[str, Any]:
         "output": None if path is None else f"{path}",
         "collapsed": sum(not layer.kept for layer in result.layers),
         "kept": sum(bool(layer.kept) for layer in result.layers),
-        "top1": {"before": result.before, "after": result.after},
+        "top1": {"before": result.before, "after": result.after, "images": result.scored_on},
         "layers": [
             {"name": layer.name, "router": layer.router, "variation": layer.variation, "kept": layer.kept or None}
             for layer in result.layers
@@ -92,7 +102,7 @@ def _say_result(result: Collapse, path: Path | None) -> None:
     if result.before is None or result.after is None:
         say("Top-1       unknown: the folder's classes are not those of the model")
     else:
-        say(f"Top-1       {result.before:.2%} -> {result.after:.2%}")
+        say(f"Top-1       {result.before:.2%} -> {result.after:.2%}, on {result.scored_on}")
     if path is None:
         say("Nothing was written (--dry-run).")
         return

@@ -9,6 +9,7 @@ import typer
 
 from condconv_surgery.errors import InputError, unknown_name
 
+from .model_to_run import own_split
 from .output.console import print_json, say
 from .output.output_path import writable
 
@@ -45,7 +46,7 @@ def export(
     ] = None,
     data: Annotated[
         str | None,
-        typer.Option(help="Images for the ranges of int8; their validation part gives the top-1 of model and file."),
+        typer.Option(help="Images, or the folder of a run: ranges of int8 (training), top-1 of model and file."),
     ] = None,
     trust: Annotated[list[str] | None, typer.Option(help="A package whose code may build it; repeatable.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")] = False,
@@ -69,7 +70,7 @@ def export(
     if size is not None and size < 1:
         raise InputError(f"--input-size is {size}.", "It must be at least 1 pixel.", "--input-size 224")
     options = {"to": to, "form": form or "auto", "batch": batch, "dynamic_size": dynamic_size, "size": size}
-    options |= {"quantize": quantize, "data": data}
+    options |= {"quantize": quantize, "data": None if data is None else own_split(data, str(artifact))}
     _export_file(artifact, writable(output, TARGETS[to]), options, tuple(trust or ()), as_json)
 
 
@@ -90,7 +91,9 @@ def _export_file(artifact: Path, path: Path, options: dict[str, Any], trust: tup
                 "difference": result.difference,
                 "rounding": result.rounding,
                 "compared": shapes,
-                "top1": None if result.accuracy is None else dict(zip(("model", "file"), result.accuracy, strict=True)),
+                "top1": None
+                if result.accuracy is None
+                else dict(zip(("model", "file", "images"), (*result.accuracy, result.scored_on), strict=True)),
             }
         )
         return
@@ -101,7 +104,7 @@ def _export_file(artifact: Path, path: Path, options: dict[str, Any], trust: tup
     if result.rounding is not None:
         say(f"Rounding    is the cause: the model itself is {result.rounding:.2g} from its outputs in float64")
     if result.accuracy is not None:
-        say("Top-1       {:.2%} of the model, {:.2%} of the file".format(*result.accuracy))
+        say("Top-1       {:.2%} of the model, {:.2%} of the file, on ".format(*result.accuracy) + result.scored_on)
     say(f"Wrote       {path}: {path.stat().st_size / 1e6:.1f} MB{versions}")
 
 

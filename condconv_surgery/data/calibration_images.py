@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from condconv_surgery.data.decode_image import UnreadableImageError, read_image
+from condconv_surgery.data.evaluation_images import is_run, training_images_of
 from condconv_surgery.data.find_data import find_parts, is_folder, require_data
 from condconv_surgery.data.image_folders import find_unlabelled_images
 from condconv_surgery.data.labelled_images import LabelledImages, even_subset
@@ -23,9 +24,12 @@ CALIBRATION_IMAGES = 256
 def calibration_images(source: str | Path, spec: InputSpec, batch: int = 16) -> Iterator[Tensor]:
     """Batches [B, C, H, W] of up to ``CALIBRATION_IMAGES`` training images, preprocessed for the model.
 
-    source: a folder, with or without classes, or another source that ``finetune`` reads as ``data``. Raises
-    ``InputError`` for a source without images or a damaged file.
+    source: a folder, with or without classes, another source that ``finetune`` reads as ``data``, or the directory of
+    a run, for the images that it trained on. Raises ``InputError`` for a source without images or a damaged file.
     """
+    if is_run(str(source)):
+        yield from calibration_subset(training_images_of(Path(source)), spec, batch)
+        return
     options = DataOptions(folder=str(source))
     require_data(options)
     if not is_folder(options):

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from condconv_surgery.data.find_data import divide, find_parts, folder_parts, is_folder, require_data
+from condconv_surgery.data.find_data import DividedData, divide, find_parts, folder_parts, is_folder, require_data
 from condconv_surgery.data.image_folders import ImageFiles, scan
 from condconv_surgery.data.labelled_images import LabelledImages
 from condconv_surgery.errors import DamagedFileError, InputError
@@ -21,6 +21,9 @@ CHECK, IMAGES = "data.json", "images.jsonl"
 
 Facts = dict[str, Any]
 """Numbers of training and validation images, class names, and the numbers of each class."""
+
+
+NOT_HELD_OUT = "The data have no validation part: the model may have been trained on these images."
 
 
 class EvaluationImages(NamedTuple):
@@ -71,15 +74,7 @@ def validation_images_of(run: Path) -> EvaluationImages:
 
     Raises ``InputError`` when the data have changed since, so that others would be measured.
     """
-    options = options_of(run)
-    if options.data.streaming:
-        raise InputError(
-            f"The run {run} read a stream.",
-            "The images of a stream are not listed.",
-            f'data="{options.data.folder}", which lists its validation part',
-        )
-    require_data(options.data)
-    divided = divide(find_parts(options.data), options.data, options.seed)
+    options, divided = _divided(run)
     if isinstance(divided.val, ImageFiles) and (run / IMAGES).is_file():
         return _recorded_validation(divided.val, run, options.data.folder)
     before, now = _recorded_facts(run), _facts(divided.train, divided.val)
@@ -95,6 +90,24 @@ def validation_images_of(run: Path) -> EvaluationImages:
             f'data="{options.data.folder}" with images that the run did not train on',
         )
     return EvaluationImages(divided.val, True, f"{options.data.folder} (validation images of {run})")
+
+
+def training_images_of(run: Path) -> LabelledImages:
+    """The images that a run trains on, by its recipe."""
+    return _divided(run)[1].train
+
+
+def _divided(run: Path) -> tuple[TrainingOptions, DividedData]:
+    """The options of a run, and its data divided by them. Raises ``InputError`` for a run that read a stream."""
+    options = options_of(run)
+    if options.data.streaming:
+        raise InputError(
+            f"The run {run} read a stream.",
+            "The images of a stream are not listed.",
+            f'data="{options.data.folder}", which lists its validation part',
+        )
+    require_data(options.data)
+    return options, divide(find_parts(options.data), options.data, options.seed)
 
 
 def _recorded_validation(val: ImageFiles, run: Path, folder: str) -> EvaluationImages:

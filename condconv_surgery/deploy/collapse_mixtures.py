@@ -43,12 +43,14 @@ class Collapse:
 
     model: of the original's class, in eval mode; ``None`` after a dry run. layers: by falling variation.
     before, after: top-1, 0 to 1, of the conditional and of the collapsed network; ``None`` without labels.
+    scored_on: the images of that accuracy, in words, with a warning where the model may have been trained on them.
     """
 
     model: nn.Module | None = field(repr=False)
     layers: tuple[LayerPlan, ...]
     before: float | None
     after: float | None
+    scored_on: str = ""
 
 
 def collapse(
@@ -68,9 +70,10 @@ def collapse(
 
         W = out_scale * in_scale * spatial * sum_e gate[e] W_e,    each of them its mean over the images
 
-    data: a folder of images, with ``train`` and ``val`` or without, or a tensor [N, C, H, W], or batches of images,
-        alone or with labels (a ``DataLoader``). Of a folder the training images give the means, and the validation
-        images the accuracy, where the folder's classes are the model's.
+    data: a folder of images, with ``train`` and ``val`` or without, or the directory of a run, or a tensor
+        [N, C, H, W], or batches of images, alone or with labels (a ``DataLoader``). Of a folder the training images
+        give the means, and the validation images the accuracy, where the folder's classes are the model's. A folder
+        without such parts gives both: its accuracy may be that of images that the model was trained on.
     keep: how many routers stay conditional, those whose kernels vary most between images; or patterns of layer names.
     max_drop: points of top-1 that may be lost; as few routers as that takes stay conditional.
     limit: most validation images, equally many of each class.
@@ -81,19 +84,19 @@ def collapse(
     """
     require_collapsible(model)
     _require_options(model, keep, max_drop)
-    calibration, labelled = deployment_images(model, data, limit)
+    calibration, labelled, scored_on = deployment_images(model, data, limit)
     means = mean_mixtures(model, calibration)
     before = top1(model, labelled)
     layers = _plan(model, means, keep, max_drop, before, labelled)
     frozen = {layer.router for layer in layers if not layer.kept}
     if dry_run:
-        return Collapse(None, layers, before, top1(model, labelled, frozen, means))
+        return Collapse(None, layers, before, top1(model, labelled, frozen, means), scored_on)
     plain = model if inplace else copy_of(model)
     make_plain(
         plain, {name: mean.mixture for name, mean in means.items()}, {layer.name for layer in layers if not layer.kept}
     )
     plain.eval()
-    return Collapse(plain, layers, before, top1(plain, labelled))
+    return Collapse(plain, layers, before, top1(plain, labelled), scored_on)
 
 
 def mean_kernel(layer: ConditionalConv2d[Any], mixture: Mixture) -> tuple[Tensor, Tensor | None]:

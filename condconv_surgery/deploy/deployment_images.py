@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from condconv_surgery.data.calibration_images import calibration_images
-from condconv_surgery.data.evaluation_images import find_evaluation_images
+from condconv_surgery.data.evaluation_images import NOT_HELD_OUT, find_evaluation_images, is_run
 from condconv_surgery.data.labelled_images import LabelledImages, even_subset, logit_of_each_class
 from condconv_surgery.deploy.mean_mixtures import Labelled
-from condconv_surgery.errors import InputError
+from condconv_surgery.errors import InputError, counted
 from condconv_surgery.models.classifier_logits import main_logits
 from condconv_surgery.models.preprocess import EvaluationTransform
 from condconv_surgery.recipe import InputSpec, recipe_of
@@ -41,10 +41,18 @@ class FolderBatches(Sequence[Labelled]):
         return torch.stack(images), self.logits[torch.tensor([self.images.labels[i] for i in chosen])]
 
 
+class DeploymentImages(NamedTuple):
+    """calibration: the images of the means. labelled: those of the accuracy, if any; scored_on: which, in words."""
+
+    calibration: Sequence[Labelled]
+    labelled: Sequence[Labelled]
+    scored_on: str = ""
+
+
 def deployment_images(
     model: nn.Module, data: str | Path | Tensor | Iterable[Any], limit: int, spec: InputSpec | None = None
-) -> tuple[Sequence[Labelled], Sequence[Labelled]]:
-    """The images of the means, and the labelled ones, of which there may be none.
+) -> DeploymentImages:
+    """The training images of ``data`` for the means, its validation images for the accuracy; of a run, the run's own.
 
     limit: most labelled images of a folder. spec: what its images are made to, by default the model's own input.
     """
@@ -53,16 +61,21 @@ def deployment_images(
         batches = [(images, labels) for images, labels in batches if len(images)]
         if not batches:
             raise InputError("data= holds no images.", "The means need some; 256 are enough.", "more images")
-        return batches, batches
+        return DeploymentImages(batches, batches)
     spec = spec or input_spec_of(model)
     calibration = [(images, None) for images in calibration_images(Path(data), spec, BATCH)]
     try:
-        images = find_evaluation_images(DataOptions(folder=str(data))).images
+        found = find_evaluation_images(DataOptions(folder=str(data)))
     except InputError:  # images without class folders
-        return calibration, []
-    images = even_subset(images, limit)
+        if is_run(str(data)):
+            raise
+        return DeploymentImages(calibration, [])
+    images = even_subset(found.images, limit)
     logits = _logits(model, images.classes, calibration[0][0])
-    return calibration, [] if logits is None else FolderBatches(images, spec, logits)
+    if logits is None:
+        return DeploymentImages(calibration, [])
+    scored_on = f"{counted(len(images), 'image')} of {found.where}.{'' if found.held_out else f' {NOT_HELD_OUT}'}"
+    return DeploymentImages(calibration, FolderBatches(images, spec, logits), scored_on)
 
 
 def _batch(batch: Any) -> Labelled:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from condconv_surgery.deploy.deployment_images import deployment_images
+from condconv_surgery.deploy.deployment_images import DeploymentImages, deployment_images
 from condconv_surgery.deploy.detectors import DetectorGraph, is_detector
 from condconv_surgery.deploy.file_accuracy import in_batches, top1_of_file
 from condconv_surgery.deploy.file_proof import TOLERANCE, require_exportable
@@ -47,7 +47,8 @@ class Export:
     model and file, relative to the outputs' magnitude, before any quantisation. shapes: the inputs at which they were
     compared. versions: of the file's format. accuracy: top-1, 0 to 1, of model and file; None without labels.
     rounding: where ``difference`` is more than 1e-4 because the model amplifies rounding: how far its own outputs in
-    float32 are from those in float64. The file is at most ``deploy.file_proof.ROUNDING_FACTOR`` times as far.
+    float32 are from those in float64; the file is at most ``deploy.file_proof.ROUNDING_FACTOR`` times as far.
+    scored_on: the images of the accuracy, in words, with a warning where the model may have been trained on them.
     """
 
     path: Path
@@ -58,6 +59,7 @@ class Export:
     versions: dict[str, int] = field(default_factory=dict)
     accuracy: tuple[float, float] | None = None
     rounding: float | None = None
+    scored_on: str = ""
 
     def form_counts(self) -> dict[str, int]:
         """How many conditional layers have each form."""
@@ -114,7 +116,8 @@ def export(
     inputs = _detector_images(spec) if detector else _inputs(spec, batch, dynamic_size)
     images = inputs[0] if batch else _images(2, spec.channels, spec.height, spec.width)
     require_exportable(DetectorGraph(original) if detector else original, images)
-    calibration, labelled = ([], []) if data is None else deployment_images(original, data, limit, spec)
+    images_of = DeploymentImages([], []) if data is None else deployment_images(original, data, limit, spec)
+    calibration, labelled, scored_on = images_of
     _require_sizes(calibration, spec, dynamic_size)
     served, forms = serving_form(original, form=form, preferred=preferred, batch=None if detector else batch)
     request = Request(images, batch, dynamic_size, metadata_of(model, spec))
@@ -132,7 +135,7 @@ def export(
         before = top1(original, labelled)
         accuracy = None if before is None else (before, top1_of_file(runtime, temporary, labelled, batch))
     shapes = tuple(tuple(x.shape) for x in inputs)
-    return Export(path, to, forms, proof.difference, shapes, versions, accuracy, proof.rounding)
+    return Export(path, to, forms, proof.difference, shapes, versions, accuracy, proof.rounding, scored_on)
 
 
 def _quantizable(runtime: Runtime, quantize: str, data: Any) -> Sequence[str]:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import condconv_surgery as cs
 from condconv_surgery.deploy.collapse_mixtures import mean_kernel
+from condconv_surgery.deploy.deployment_images import deployment_images
 from condconv_surgery.layers import conditional_layers, conditional_like, routers
 from condconv_surgery.ops.mixture import Mixture
 from condconv_surgery.recipe import CondConv, DynamicConv, InputSpec, ODConv, Variant
@@ -223,3 +224,23 @@ def test_the_command(condconv: Run, tmp_path: Path) -> None:
     assert code == 2
     assert '--keep "layer9.*" matches none' in err
     assert condconv("collapse", artifact, "-o", plain)[0] == 2
+
+
+def test_the_directory_of_a_run_stands_for_its_images(condconv: Run, tmp_path: Path) -> None:
+    data, run = write_images(tmp_path / "data", classes=3, each=5, side=32), tmp_path / "run"
+    run.mkdir()
+    (run / "recipe.toml").write_text(f'[data]\nfolder = "{data}"\n')
+    (run / "curves.png").write_bytes(next(data.rglob("*.png")).read_bytes())  # no training image
+    model = resnet(CondConv(2))
+    fit_heads(model, ("class0", "class1", "class2"), InputSpec(height=32, width=32))
+    found = deployment_images(model, run, 1000)
+    assert [len(images) for images, _ in found.calibration] == [12]
+    assert [len(labels) for _, labels in found.labelled] == [3]
+    assert found.scored_on == f"3 images of {data} (validation images of {run})."
+    plain = deployment_images(model, data, 1000)
+    assert plain.scored_on.startswith(f"15 images of {data}. The data have no validation part")
+
+    cs.save(model, run / "best.safetensors")
+    code, _, err = condconv("collapse", run / "best.safetensors", "--data", "run", "-o", tmp_path / "p.safetensors")
+    assert code == 0, err
+    assert f"on 3 images of {data} (validation images of {run})" in " ".join(err.split())

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any
 
+from condconv_surgery.data.evaluation_images import NOT_HELD_OUT
 from condconv_surgery.errors import counted, listed
 from condconv_surgery.reporting.study.binomial_interval import binomial_interval
 
@@ -152,7 +153,7 @@ class Predictions:
         elif self.targets is None:
             parts.append("The model's classes are not those of the folder, so accuracy is unknown.")
         if self.correct and not self.held_out:
-            parts.append("The data have no validation part: the model may have been trained on these images.")
+            parts.append(NOT_HELD_OUT)
         if self.unreadable:
             parts.append(f"Left out as unreadable: {listed(self.unreadable)}.")
         return " ".join(parts)
