@@ -12,14 +12,13 @@ from torch import Tensor, nn
 
 from condconv_surgery.deploy.deployment_images import deployment_images
 from condconv_surgery.deploy.mean_mixtures import Labelled, MeanMixture, mean_mixtures, top1
-from condconv_surgery.errors import InputError, listed, nearest
+from condconv_surgery.errors import InputError, listed
 from condconv_surgery.layers import ConditionalConv2d, RoutedBlock, plain_like
 from condconv_surgery.layers.find_layers import folded_layers, named_layers, require_exact_experts, routed_layers
 from condconv_surgery.layers.routed_block import remove_block_router
 from condconv_surgery.ops.mixture import Mixture
-from condconv_surgery.recipe import attach_recipe, recipe_of
+from condconv_surgery.recipe import attach_recipe, matches, patterns_of, recipe_of, require_matches
 from condconv_surgery.surgery.copy_model import copy_of
-from condconv_surgery.surgery.select import matches
 from condconv_surgery.surgery.upcycle import move_hooks
 
 
@@ -83,6 +82,7 @@ def collapse(
     conditional layers or a folded one, and for data that cannot be used.
     """
     require_collapsible(model)
+    keep = keep if isinstance(keep, int) else patterns_of(keep)
     _require_options(model, keep, max_drop)
     calibration, labelled, scored_on = deployment_images(model, data, limit)
     means = mean_mixtures(model, calibration)
@@ -135,14 +135,7 @@ def _require_options(model: nn.Module, keep: int | Sequence[str], max_drop: floa
         if keep < 0:
             raise InputError(f"keep={keep}.", "It is a number of routers, or names of layers.", "keep=3")
         keep = ()
-    for pattern in keep:
-        if not any(matches(name, pattern) for name in names):
-            close = nearest(pattern, names) or names[:3]
-            raise InputError(
-                f'keep="{pattern}" matches none of {len(names)} conditional layers.',
-                f"They are named like: {', '.join(close)}",
-                f'keep="{names[-1].split(".")[0]}*"',
-            )
+    require_matches("keep", keep, names)
     if max_drop is not None and not 0 <= max_drop <= 100:
         raise InputError(f"max_drop={max_drop}.", "It is in points of top-1, 0 to 100.", "max_drop=0.2")
 

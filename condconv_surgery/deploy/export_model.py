@@ -112,7 +112,8 @@ def export(
     _require_file_name(path, runtime)
     spec = input_spec_of(model)
     spec = spec if size is None else replace(spec, height=size, width=size)
-    original = copy_of(model).eval().cpu().float()
+    original = copy_of(model).cpu().float()
+    original.eval()  # returns None where a model's own train() does
     inputs = _detector_images(spec) if detector else _inputs(spec, batch, dynamic_size)
     images = inputs[0] if batch else _images(2, spec.channels, spec.height, spec.width)
     require_exportable(DetectorGraph(original) if detector else original, images)

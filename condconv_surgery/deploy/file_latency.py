@@ -57,7 +57,8 @@ def file_latency(
     Raises ``InputError`` for a model without conditional layers, or a folded one, and as ``export``.
     """
     require_collapsible(model)
-    static = copy_of(model).eval()
+    static = copy_of(model)
+    static.eval()
     mixtures = {name: mixture_of_zeros(router) for name, router in routers(static).items()}
     make_plain(static, mixtures, set(conditional_layers(static)))
     with tempfile.TemporaryDirectory() as folder:

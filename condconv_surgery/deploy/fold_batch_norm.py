@@ -100,7 +100,8 @@ def fold(
 
 def _fold_all(model: nn.Module) -> tuple[list[Pair], list[Skip]]:
     """In place. What was folded, and what was not."""
-    pairs, skipped = batch_norm_pairs(model.eval())
+    model.eval()  # returns None where a model's own train() does
+    pairs, skipped = batch_norm_pairs(model)
     for pair in pairs:
         _fold_pair(model, pair)
     return pairs, skipped

@@ -1,13 +1,6 @@
 """Every decision as a frozen dataclass, checked when made, JSON in and out. Imports no torch."""
 
-from condconv_surgery.recipe.conversion_options import (
-    STARTS,
-    LayerFilter,
-    Selection,
-    Upcycling,
-    as_argument,
-    patterns_of,
-)
+from condconv_surgery.recipe.conversion_options import STARTS, LayerFilter, Selection, Upcycling
 from condconv_surgery.recipe.model_recipe import (
     FORMAT,
     ConvertedLayer,
@@ -18,6 +11,7 @@ from condconv_surgery.recipe.model_recipe import (
     attach_recipe,
     recipe_of,
 )
+from condconv_surgery.recipe.name_patterns import as_argument, matches, patterns_of, require_matches
 from condconv_surgery.recipe.study_arms import Arm, parse_arm
 from condconv_surgery.recipe.study_record import ArmCost, ArmRecord, ScoredRun, SearchRun, StudyRecord
 from condconv_surgery.recipe.training_options import TrainingOptions
@@ -60,9 +54,11 @@ __all__ = [
     "as_argument",
     "attach_recipe",
     "make_variant",
+    "matches",
     "parse_arm",
     "patterns_of",
     "recipe_of",
+    "require_matches",
     "variant",
     "variant_from_dict",
 ]

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from condconv_surgery.errors import InputError
+from condconv_surgery.recipe.name_patterns import as_argument, patterns_of, require_pattern
 
 LayerFilter = Callable[[str, Any], bool]
 """Takes a layer's name and module, says whether it matches."""
@@ -46,9 +47,9 @@ class Selection:
         for name in ("include", "exclude"):
             for pattern in getattr(self, name):
                 if not callable(pattern):
-                    _require_pattern(name, pattern)
+                    require_pattern(name, pattern)
         for block in self.blocks:
-            _require_pattern("blocks", block)
+            require_pattern("blocks", block)
         for name in self.subclasses:
             _require_class(name)
         if isinstance(self.min_channels, bool) or not isinstance(self.min_channels, int) or self.min_channels < 0:
@@ -91,25 +92,6 @@ class Upcycling:
             )
 
 
-def patterns_of(value: object) -> tuple[Any, ...]:
-    """A single text or function is one pattern, ``None`` is none. Raises ``InputError`` for what is not iterable."""
-    if value is None:
-        return ()
-    if isinstance(value, str) or callable(value):
-        return (value,)
-    if not isinstance(value, Iterable):
-        raise InputError(
-            f"{value!r} is not a pattern.", "A pattern is a text; a list may hold several.", '["layer4.*"]'
-        )
-    return tuple(value)
-
-
-def as_argument(name: str, patterns: Iterable[object]) -> str:
-    """The patterns as one would type them: ``include=["layer4.*"]``."""
-    texts = (f'"{p}"' if isinstance(p, str) else getattr(p, "__name__", repr(p)) for p in patterns)
-    return f"{name}=[{', '.join(texts)}]"
-
-
 def _require_class(name: object) -> None:
     if not isinstance(name, str) or not re.fullmatch(r"[^\s.]+(\.[^\s.]+)+", name):
         raise InputError(
@@ -117,21 +99,3 @@ def _require_class(name: object) -> None:
             "It is the full name, as a plan gives it where it skips such a layer.",
             'subclasses=["package.module.Class"]',
         )
-
-
-def _require_pattern(argument: str, pattern: object) -> None:
-    if not isinstance(pattern, str) or not pattern:
-        raise InputError(
-            f"{as_argument(argument, [pattern])} is empty.",
-            "A pattern names layers.",
-            f'{argument}=["layer4.*"]',
-        )
-    if pattern.startswith("re:"):
-        try:
-            re.compile(pattern[3:])
-        except re.error as error:
-            raise InputError(
-                f"{as_argument(argument, [pattern])} is not a regular expression: {error}.",
-                "After re: comes a Python regular expression.",
-                f'{argument}=["re:layer[34]\\..*"]',
-            ) from error

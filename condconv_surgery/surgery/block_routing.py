@@ -20,7 +20,7 @@ from condconv_surgery.layers import ConditionalConv2d, ConvGeometry
 from condconv_surgery.layers.graph_code import GraphCode
 from condconv_surgery.layers.routed_block import ROUTER, add_block_router
 from condconv_surgery.layers.router_base import make_router
-from condconv_surgery.recipe import SharedRouter, as_argument
+from condconv_surgery.recipe import SharedRouter, as_argument, matches
 from condconv_surgery.runtime.snapshot import preserving_state
 from condconv_surgery.surgery.block_graph import (
     CONTAINERS,
@@ -33,7 +33,6 @@ from condconv_surgery.surgery.block_graph import (
 from condconv_surgery.surgery.conversion_plan import Plan
 from condconv_surgery.surgery.observe.conv_sites import ConvSite
 from condconv_surgery.surgery.observe.layer_calls import Calls, observe
-from condconv_surgery.surgery.select import matches
 
 CallsByMode = dict[bool, dict[str, Calls]]
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping
-from fnmatch import fnmatchcase
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +10,7 @@ from torch.nn.utils import parametrize
 
 from condconv_surgery.errors import InputError
 from condconv_surgery.layers.conv2d_subclasses import full_name, is_understood
-from condconv_surgery.recipe import LayerFilter, Selection, as_argument
+from condconv_surgery.recipe import LayerFilter, Selection, as_argument, matches, require_matches
 from condconv_surgery.surgery.conversion_plan import Plan, Skip
 from condconv_surgery.surgery.nothing_left import nothing_left
 from condconv_surgery.surgery.observe.conv_sites import ConvSite, Sites
@@ -66,6 +64,9 @@ def select(
             source,
             lambda other: {site.name: _reason_to_skip(site, other, site is stem, originals) for site in candidates},
         )
+    names = [*(name for site in candidates for name in site.names), *(name for name, _ in observed.functional)]
+    require_matches("include", selection.include, names)
+    require_matches("exclude", selection.exclude, names)
     return Plan(tuple(to_convert), tuple(skipped), observed.modes, observed.notes)
 
 
@@ -194,13 +195,6 @@ def _any_matches(filters: Iterable[str | LayerFilter], site: ConvSite, originals
         for one in filters
         for name in site.names
     )
-
-
-def matches(name: str, pattern: str) -> bool:
-    """``pattern`` is a glob, or ``re:`` and a regular expression, for the whole name."""
-    if pattern.startswith("re:"):
-        return re.fullmatch(pattern[3:], name) is not None
-    return fnmatchcase(name, pattern)
 
 
 def _convertible_classifier(observed: Sites, selection: Selection) -> ConvSite | None:

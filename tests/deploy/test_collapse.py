@@ -181,8 +181,13 @@ def test_refusals() -> None:
     model = resnet(CondConv(2))
     with pytest.raises(cs.InputError, match="has no conditional layer"):
         cs.collapse(small_net(), IMAGES)
-    with pytest.raises(cs.InputError, match=r'keep="layer5\.\*" matches none of'):
+    with pytest.raises(cs.InputError, match=r'keep=\["layer5\.\*"\] matches none of'):
         cs.collapse(model, IMAGES, keep=["layer5.*"])
+    with pytest.raises(cs.InputError) as raised:
+        cs.collapse(model, IMAGES, keep="layer4")  # a text, and the name of a module
+    assert raised.value.fix == 'keep=["layer4.*"]'
+    kept = cs.collapse(model, IMAGES, keep="layer4.*", dry_run=True).layers
+    assert {layer.name for layer in kept if layer.kept} == {layer.name for layer in kept if "layer4" in layer.name}
     with pytest.raises(cs.InputError, match="no labels are known"):
         cs.collapse(model, IMAGES, max_drop=0.5)
     with pytest.raises(cs.InputError, match="points of top-1, 0 to 100"):
@@ -244,3 +249,17 @@ def test_the_directory_of_a_run_stands_for_its_images(condconv: Run, tmp_path: P
     code, _, err = condconv("collapse", run / "best.safetensors", "--data", "run", "-o", tmp_path / "p.safetensors")
     assert code == 0, err
     assert f"on 3 images of {data} (validation images of {run})" in " ".join(err.split())
+
+
+def test_a_train_that_returns_nothing(tmp_path: Path) -> None:
+    class FrozenNorms(nn.Sequential):
+        def train(self, mode: bool = True) -> None:  # type: ignore[override]
+            super().train(mode)
+            self[1].eval()
+
+    plain = FrozenNorms(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8))
+    model = cs.convert(plain, CondConv(2), example=IMAGES).model
+    scramble(model)
+    model.eval()
+    assert cs.fold(model, example=IMAGES).folded
+    assert cs.export(model, tmp_path / "m.pt2", to="pt2", size=32).difference < 1e-4

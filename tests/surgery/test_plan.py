@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import inspect
+import re
 import threading
 
 import pytest
 import torch
+import torchvision
 from torch import Tensor, fx, nn
 
 import condconv_surgery as cs
@@ -167,3 +169,29 @@ def test_a_constant_layer_is_skipped_and_a_frozen_one_is_not(x: Tensor) -> None:
     )
     model.dfl.weight.data[0, 3] += 0.5
     assert [site.name for site in cs.plan(model, cs.CondConv(), example=x).to_convert] == ["box", "dfl"]
+
+
+@pytest.mark.parametrize(
+    ("options", "said", "advice"),
+    [
+        ({"exclude": ["layer4"]}, r'exclude=\["layer4"\] matches none of 20 layers', 'exclude=["layer4.*"]'),
+        ({"include": ["layer3.*", "layr4.*"]}, r'include=\["layr4\.\*"\] matches none', 'include=["layer4.*"]'),
+        ({"exclude": ["re:layer9.*"]}, "matches none of 20 layers", "exclude="),
+    ],
+)
+def test_a_pattern_that_matches_nothing_is_an_error(options: dict[str, list[str]], said: str, advice: str) -> None:
+    model = torchvision.models.resnet18(weights=None)
+    x = torch.randn(1, 3, 32, 32)
+    with pytest.raises(InputError, match=said) as raised:
+        cs.plan(model, cs.CondConv(2), example=x, **options)
+    assert raised.value.fix.startswith(advice)
+    name, pattern = re.fullmatch(r'(\w+)=\["(.*)"\]', raised.value.fix).groups()  # type: ignore[union-attr]
+    assert cs.plan(model, cs.CondConv(2), example=x, **{name: [pattern]}).to_convert
+
+
+def test_a_second_conversion_does_not_look_into_routers() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    x = torch.randn(2, 3, 16, 16)
+    once = cs.convert(model, cs.CondConv(2), example=x).model
+    with pytest.raises(InputError, match=r"calls no nn\.Linear"):
+        cs.convert(once, cs.CondConv(2), example=x, classifier=True)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from condconv_surgery.errors import InputError, one_line
+from condconv_surgery.layers import Router
 from condconv_surgery.layers.find_layers import named_layers
 from condconv_surgery.runtime.model_call import values_of
 from condconv_surgery.surgery.observe.adapters import adapters_by_prefix
@@ -81,7 +82,7 @@ def find_sites(model: nn.Module, arguments: tuple[Any, ...]) -> Sites:
     arguments: of its forward. The model is run in both modes, and is as before afterwards; what else uses it at the
     same time is disturbed. Raises ``InputError`` when it runs in neither mode.
     """
-    names = named_layers(model, nn.Conv2d, nn.Linear)
+    names = _outside_routers(model, named_layers(model, nn.Conv2d, nn.Linear))
     layers = {first: module for (first, *_), module in names}
     reads = WeightReads()
     calls_by_mode, notes = _observe_both_modes(model, names, arguments, reads)
@@ -117,6 +118,13 @@ def find_sites(model: nn.Module, arguments: tuple[Any, ...]) -> Sites:
         )
     ordered = tuple(sorted(sites, key=lambda site: site.order))
     return Sites(ordered, tuple(calls_by_mode), tuple(notes), tuple(reads.functional.items()))
+
+
+def _outside_routers(model: nn.Module, names: NamedLayers) -> NamedLayers:
+    """Without the layers inside a router of an earlier conversion, which are no layers of the network."""
+    modules = model.named_modules(remove_duplicate=False)
+    inside = tuple(f"{name}." for name, module in modules if isinstance(module, Router))
+    return [(own, module) for own, module in names if not own[0].startswith(inside)]
 
 
 def _holders(model: nn.Module) -> dict[int, list[tuple[int, str]]]:
