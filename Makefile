@@ -1,6 +1,6 @@
 # make demo     convert, fine-tune and report on real weights and images
 # make test     lint, types and every test, the slow ones too
-# make fast     the tests that take seconds
+# make fast     the tests that take seconds each
 # make docs     build the documentation into site/; a warning is an error
 # make wheel    dist/*.whl with the C++ kernels: Linux on x86_64, any Python and torch that pyproject.toml allows
 # make wheel-check   that wheel in a new environment with the oldest torch

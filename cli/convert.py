@@ -37,11 +37,13 @@ def convert(
     variant: Annotated[
         str | None,
         typer.Option(
-            help=f"Conditional convolution: {', '.join(VARIANTS)}. Default: odconv with one expert, or condconv where "
-            "an option is about experts (--experts, --start, --diversity, --data, --gates, --routing)."
+            help=f"Conditional convolution: {', '.join(VARIANTS)}. Default: odconv with one expert; condconv with "
+            "--experts, --start, --diversity, --data or --routing, but for options of odconv."
         ),
     ] = None,
-    experts: Annotated[int | None, typer.Option(help="Kernels per layer. Default: 4 of a named variant.")] = None,
+    experts: Annotated[
+        int | None, typer.Option(help="Kernels per layer. Default: 4; 1 where nothing is said about experts.")
+    ] = None,
     reduction: Annotated[
         int | None, typer.Option(help="Hidden width of the router: channels / REDUCTION (odconv, dynamicconv).")
     ] = None,
@@ -55,7 +57,7 @@ def convert(
         bool | None,
         typer.Option(
             "--spatial/--no-spatial",
-            help="Attention over kernel positions (odconv; default on). Off with --experts 1: exports to any runtime.",
+            help="Attention over kernel positions (odconv; default on). Off with one expert: exports to any runtime.",
         ),
     ] = None,
     routing: Annotated[
@@ -81,7 +83,8 @@ def convert(
         bool, typer.Option("--classifier", help="Also convert the last layer, which gives the logits.")
     ] = False,
     diversity: Annotated[
-        float | None, typer.Option(help="Noise that separates the experts, in standard deviations of the weight.")
+        float | None,
+        typer.Option(help="With --start noise: what separates the experts, in standard deviations of the weight."),
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the noise and of random directions.")] = 0,
     start: Annotated[
@@ -111,11 +114,11 @@ def convert(
 ) -> None:
     """Replace the convolutions of a trained MODEL by conditional ones; same function at the start."""
     trusted = tuple(trust or ())
-    if variant is None:
-        about_experts = any(option is not None for option in (experts, diversity, calibration, gates))
-        about_experts = about_experts or start != Upcycling.start or routing != Variant.routing
-        variant, experts = ("condconv", experts) if about_experts else ("odconv", 1)
     attention = {"reduction": reduction, "min_hidden": min_hidden, "gates": gates, "spatial": spatial}
+    if variant is None:
+        for_experts = any(option is not None for option in (diversity, calibration))
+        for_experts = for_experts or start != Upcycling.start or routing != Variant.routing
+        variant, experts = _default_variant(experts, for_experts, attention)
     layer = make_variant(variant, trust=trusted, experts=experts, routing=routing, **attention)
     patterns, names = (tuple(include or ()), tuple(exclude or ())), (tuple(blocks or ()), tuple(subclasses or ()))
     selection = Selection(*patterns, min_channels, skip_stem, skip_pooled, classifier, *names)
@@ -146,6 +149,17 @@ def convert(
         print_json(facts)
     else:
         say_conversion(facts, conversion, trusted)
+
+
+def _default_variant(experts: int | None, for_experts: bool, attention: dict[str, Any]) -> tuple[str, int | None]:
+    """The variant, and its number of experts, where none is named: the one that has the options that are given.
+
+    for_experts: there are others than ``experts`` that a single expert has no use for. attention: those of ODConv.
+    """
+    if any(option is not None for option in attention.values()):
+        several = for_experts or attention["gates"] is not None
+        return "odconv", experts if experts is not None or several else 1
+    return ("condconv", experts) if for_experts or experts is not None else ("odconv", 1)
 
 
 def _check_sizes(input_size: int | None, tolerance: float | None) -> None:

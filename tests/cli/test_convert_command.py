@@ -125,11 +125,14 @@ def test_a_person_reads_what_was_done(condconv, tmp_path: Path) -> None:
         (["--start", "noise"], CondConv(experts=4)),
         (["--diversity", "0.1", "--start", "noise"], CondConv(experts=4)),
         (["--routing", "block"], CondConv(experts=4, routing="block")),
+        (["--gates", "sigmoid"], ODConv(experts=4, gates="sigmoid")),
+        (["--experts", 4, "--min-hidden", 64], ODConv(experts=4, min_hidden=64)),
+        (["--reduction", 8], ODConv(experts=1, reduction=8)),
     ],
     ids=str,
 )
 def test_the_default_variant(condconv: Run, tmp_path: Path, options: list[Any], expected: Variant) -> None:
-    """One ODConv expert, unless an option speaks of experts."""
+    """One ODConv expert, unless an option speaks of experts; ODConv where an option is its own."""
     code, _, err = condconv("convert", *SMALL, *options, "--include", "stage4.*", "-o", tmp_path / "m.safetensors")
     assert code == 0, err
     layers = conditional_layers(cs.load(tmp_path / "m.safetensors")).values()

@@ -27,6 +27,7 @@ def to_markdown(rows: list[Row]) -> str:
     versions = ", ".join(f"{name} {version(name)}" for name in packages)
     parts = [
         "# Models tried\n",
+        "Every model of torchvision, and of each of timm's families the one with the fewest parameters.\n",
         f"Written by `python -m tests.sweep {' '.join(libraries)} -o {ROWS} --table docs/reference/models.md` with "
         f"{versions}, Python {platform.python_version()}, on the CPU. Random weights, {EXPERTS} CondConv experts, "
         "every convolution that can be converted, the stem and those over 1x1 maps too.\n",
