@@ -25,6 +25,7 @@ from condconv_surgery.training.monitor.explained_errors import explained_errors
 from condconv_surgery.training.monitor.progress_display import displayed
 from condconv_surgery.training.monitor.run_summary import next_call
 from condconv_surgery.training.monitor.tensorboard_events import make_callback
+from condconv_surgery.training.optimization.parameter_groups import preserving_frozen
 from condconv_surgery.training.run import Run
 from condconv_surgery.training.state.progress import TrainingResult
 from condconv_surgery.training.state.run_lock import locked_folder
@@ -102,7 +103,11 @@ def train_run(
     """
     _require_trainable(model)
     callback = make_callback(options, callback, world)
-    with deterministic(options.engine.deterministic), locked_folder(Path(options.output), world, callback.note) as lock:
+    with (
+        deterministic(options.engine.deterministic),
+        locked_folder(Path(options.output), world, callback.note) as lock,
+        preserving_frozen(model),
+    ):
         with explained_errors():
             run = Run(model, options, world, request, callback, lock, images, resume)
         with explained_errors(lambda: run.progress.step, run.kept):  # closing too: torch may report a dead worker then

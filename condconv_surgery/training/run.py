@@ -33,7 +33,12 @@ from condconv_surgery.training.monitor.run_metrics import Meter, temperature_of
 from condconv_surgery.training.monitor.run_summary import start_lines
 from condconv_surgery.training.monitor.training_curves import draw_curves
 from condconv_surgery.training.state.image_record import with_recorded_images, write_image_record
-from condconv_surgery.training.state.leaf_modules import leaf_modules, require_same_modules
+from condconv_surgery.training.state.leaf_modules import (
+    frozen_parameters,
+    leaf_modules,
+    require_same_frozen,
+    require_same_modules,
+)
 from condconv_surgery.training.state.progress import Progress, TrainingResult
 from condconv_surgery.training.state.resume import METRICS, cut_metrics, require_fresh, require_same_run
 from condconv_surgery.training.state.run_files import (
@@ -123,6 +128,8 @@ class Run:
         self.saved_step = state.facts["progress"]["step"]
         if before := state.facts.get("modules"):
             require_same_modules(before, self.modules, state.facts["options"]["model"], self.folder)
+        if (frozen := state.facts.get("frozen")) is not None:
+            require_same_frozen(frozen, frozen_parameters(self.learner.model), self.folder)
         self.learner.restore(state)
         self.progress = Progress.from_dict(state.facts["progress"])
         self.unreadable.names = list(state.facts.get("unreadable", []))
@@ -246,6 +253,7 @@ class Run:
                 "processes": self.world.size,
                 "unreadable": self.unreadable.names,
                 "modules": self.modules,
+                "frozen": frozen_parameters(self.learner.model),
             }
             self.callback.flush()
             state = self.learner.state(facts)
