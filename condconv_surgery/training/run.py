@@ -40,7 +40,7 @@ from condconv_surgery.training.state.leaf_modules import (
     require_same_modules,
 )
 from condconv_surgery.training.state.progress import Progress, TrainingResult
-from condconv_surgery.training.state.resume import METRICS, cut_metrics, require_fresh, require_same_run
+from condconv_surgery.training.state.resume import METRICS, began_with, cut_metrics, require_fresh, require_same_run
 from condconv_surgery.training.state.run_files import (
     copy_file,
     failing_resumably,
@@ -85,6 +85,8 @@ class Run:
         before = (recipe_of(model) or Recipe()).classes
         with seeded(options.seed, "head"):
             self.heads = fit_heads(model, self.data.train.classes, spec)
+        if self.state is not None:  # a model in memory has had its new heads since the run began
+            self.heads = began_with(self.state, self.heads, model)
         self.modules = leaf_modules(model)
         self.model_notes = opening_notes(model, spec, options, self.heads, self.data.order.steps)
         self.model_notes += renamed_note(before, self.data.train.classes, self.heads)
@@ -253,6 +255,7 @@ class Run:
                 "processes": self.world.size,
                 "unreadable": self.unreadable.names,
                 "modules": self.modules,
+                "heads": self.heads,
                 "frozen": frozen_parameters(self.learner.model),
             }
             self.callback.flush()
