@@ -56,8 +56,8 @@ def finetune(
     output: overrides ``output``, the run's folder. It gets ``last.safetensors`` and ``best.safetensors`` (models),
         ``metrics.jsonl`` (a row per epoch), ``recipe.toml`` (all options), ``state.safetensors`` (to resume from), and
         at the end ``curves.png``.
-    resume: continue from the state in the folder; the final weights are those of an uninterrupted run. ``model`` is
-        then the model that the run began with.
+    resume: continue from the state in the folder; the final weights are those of an uninterrupted run. ``model`` is the
+        one that the run began with, or the object that it left half-trained.
     callback: called before the first step, after steps and epochs, and at the end.
     progress: show the run on stderr, as a bar on a terminal, else as lines. Default: unless ``callback`` is given.
 
