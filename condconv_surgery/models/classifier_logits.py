@@ -36,7 +36,7 @@ def main_logits(output: object) -> Any:
 
 def logits_of(output: object) -> Logits:
     """The logits in a model's output: a tensor, a tuple of tensors of which the first one counts, or ``output.logits``
-    (``class_scores``).
+    (``class_scores``). Other tensors of a tuple are auxiliary logits where they have the shape of the first one.
 
     Where that one holds probabilities, another tensor of which they are the softmax is ``main``, else their logarithms:
     their cross-entropy is that of the logits. Decided on the device, without a synchronisation.
@@ -47,9 +47,10 @@ def logits_of(output: object) -> Logits:
 
 
 def matrices_of(output: object) -> list[Tensor]:
-    """The tensors [B, K] in a model's output, as they are. Raises as ``logits_of``."""
-    logits = [scores for scores in class_scores(output) if isinstance(scores, Tensor)]
-    if not logits or any(t.dim() != 2 for t in logits):
+    """The tensors [B, K] in a model's output, as they are: the first one, and others of its shape. Raises as
+    ``logits_of``."""
+    tensors = [scores for scores in class_scores(output) if isinstance(scores, Tensor)]
+    if not tensors or tensors[0].dim() != 2:
         what = (
             f"a tensor of shape {tuple(output.shape)}" if isinstance(output, Tensor) else f"a {type(output).__name__}"
         )
@@ -59,7 +60,14 @@ def matrices_of(output: object) -> list[Tensor]:
             "output.logits.",
             "your own loop with the functions of condconv_surgery.training",
         )
-    return logits
+    return [tensor for tensor in tensors if tensor.shape == tensors[0].shape]
+
+
+def other_tensors(output: object) -> dict[int, Tensor]:
+    """The tensors of a tuple that are no logits, such as features, by their index in it."""
+    shape = matrices_of(output)[0].shape
+    items = enumerate(class_scores(output))
+    return {index: item for index, item in items if isinstance(item, Tensor) and item.shape != shape}
 
 
 def is_classifier(model: nn.Module) -> bool:

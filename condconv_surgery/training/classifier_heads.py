@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from condconv_surgery.errors import InputError, one_line
 from condconv_surgery.layers import ConditionalConv2d, ConditionalLinear, conditional_like
 from condconv_surgery.models.build_model import resized
-from condconv_surgery.models.classifier_logits import are_probabilities, matrices_of
+from condconv_surgery.models.classifier_logits import are_probabilities, matrices_of, other_tensors
 from condconv_surgery.models.transformers_source import name_labels
 from condconv_surgery.recipe import InputSpec, Recipe, attach_recipe, recipe_of
 from condconv_surgery.runtime.model_call import image_keyword
@@ -50,7 +50,8 @@ def find_heads(model: nn.Module, spec: InputSpec) -> list[str]:
     Raises ``InputError`` when no layer has the width of the output.
     """
     heads: list[str] = []
-    for _, produced, (main, *auxiliary) in _passes(model, spec):
+    for _, produced, output in _passes(model, spec):
+        main, *auxiliary = matrices_of(output)
         names = [_layer_of(produced, main, or_by_width=True)]
         names += [_layer_of(produced, extra, or_by_width=False) for extra in auxiliary]
         heads += [name for name in names if name and name not in heads]
@@ -63,13 +64,17 @@ def find_heads(model: nn.Module, spec: InputSpec) -> list[str]:
     return heads
 
 
-def probability_notes(model: nn.Module, spec: InputSpec) -> list[str]:
-    """A note where outputs are not logits but probabilities, or a sigmoid of what the head returns.
+def output_notes(model: nn.Module, spec: InputSpec) -> list[str]:
+    """A note where outputs are not logits but probabilities, or a sigmoid of what the head returns; and one for each
+    other tensor beside them.
 
     Runs the model once in each mode on zeros, and leaves it as it was.
     """
     kinds: dict[str, list[str]] = {"probabilities": [], "a sigmoid of its logits": []}
-    for mode, produced, (output, *_) in _passes(model, spec):
+    left_out: dict[str, None] = {}
+    for mode, produced, outputs in _passes(model, spec):
+        output = matrices_of(outputs)[0]
+        left_out |= dict.fromkeys(_left_out(index, other, output) for index, other in other_tensors(outputs).items())
         raw = dict(produced).get(_layer_of(produced, output, or_by_width=True) or "")
         if are_probabilities(output):
             kinds["probabilities"].append(mode)
@@ -80,15 +85,20 @@ def probability_notes(model: nn.Module, spec: InputSpec) -> list[str]:
         f"The model returns {kind} in {' and '.join(modes)} mode: {effect}."
         for (kind, modes), effect in zip(kinds.items(), effects, strict=True)
         if modes
-    ]
+    ] + list(left_out)
+
+
+def _left_out(index: int, other: Tensor, logits: Tensor) -> str:
+    shape, of_logits = (str([*tensor.shape]).replace("[2", "[B", 1) for tensor in (other, logits))  # of two images
+    return f"model(images)[{index}], {shape}, is not of the logits' shape, {of_logits}: the loss leaves it out."
 
 
 Produced = list[tuple[str, Tensor]]
 """Outputs of linear layers and convolutions by name, in the order of their calls."""
 
 
-def _passes(model: nn.Module, spec: InputSpec) -> Iterator[tuple[str, Produced, list[Tensor]]]:
-    """A pass on zeros in each mode: its name, what the layers produced, and the outputs [B, K]."""
+def _passes(model: nn.Module, spec: InputSpec) -> Iterator[tuple[str, Produced, object]]:
+    """A pass on zeros in each mode: its name, what the layers produced, and the model's output."""
     produced: Produced = []
 
     def record(name: str, module: nn.Module, args: object, output: object) -> None:
@@ -109,8 +119,8 @@ def _is_close(one: Tensor, other: Tensor) -> bool:
 
 
 @torch.no_grad()
-def _run(model: nn.Module, spec: InputSpec, training: bool) -> list[Tensor]:
-    """The outputs [B, K] on zeros; the model is left as it was: this pass must not change statistics of batch norms."""
+def _run(model: nn.Module, spec: InputSpec, training: bool) -> object:
+    """The output for two images of zeros; the model is left as it was, with the statistics of its batch norms."""
     if name := image_keyword(model):
         raise InputError(
             f"The forward of {type(model).__name__} takes {name} by keyword only.",
@@ -121,7 +131,9 @@ def _run(model: nn.Module, spec: InputSpec, training: bool) -> list[Tensor]:
     x = torch.zeros(2, spec.channels, spec.height, spec.width, device=parameter.device, dtype=parameter.dtype)
     with preserving_state(model), in_mode(model, training):
         try:
-            return matrices_of(model(x))
+            output = model(x)
+            matrices_of(output)  # raises for one that is not a classifier's
+            return output
         except (RuntimeError, ValueError) as error:
             if not any(words in str(error).lower() for words in TOO_SMALL):
                 raise

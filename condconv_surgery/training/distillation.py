@@ -11,10 +11,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from condconv_surgery.errors import InputError, SurgeryError, nearest, unknown_name
+from condconv_surgery.data.labelled_images import logit_of_each_class
+from condconv_surgery.errors import InputError, SurgeryError, listed, nearest, unknown_name
 from condconv_surgery.models.classifier_logits import logits_of
 from condconv_surgery.models.sources import load_model
+from condconv_surgery.recipe import InputSpec, Recipe, recipe_of
 from condconv_surgery.recipe.training_sections import DistillOptions
+from condconv_surgery.runtime.modes import device_of
 
 MODEL_NAME = re.compile(r"[\w.]+:[\w./-]+")
 """``torchvision:resnet18``, ``package.module:function``."""
@@ -59,12 +62,54 @@ class FeatureRecorder:
         self.outputs[name] = output
 
 
+def renormalisation(student: InputSpec, teacher: InputSpec) -> tuple[Tensor, Tensor] | None:
+    """Scale and shift, each [C, 1, 1], that turn the student's input into the teacher's; ``None`` for equal ones.
+
+    ``x std_s / std_t + (mean_s - mean_t) / std_t``
+    """
+    if (student.mean, student.std) == (teacher.mean, teacher.std) or student.channels != teacher.channels:
+        return None
+    mean_s, std_s, mean_t, std_t = (
+        torch.tensor(values, dtype=torch.float64).view(-1, 1, 1)
+        for values in (student.mean, student.std, teacher.mean, teacher.std)
+    )
+    return (std_s / std_t).float(), ((mean_s - mean_t) / std_t).float()
+
+
+def class_order(student: tuple[str, ...], teacher: tuple[str, ...]) -> Tensor | None:
+    """The index in the teacher's logits of each of the student's classes; ``None`` for equal or unknown names.
+
+    Raises ``InputError`` when the teacher does not have all of them.
+    """
+    if not student or not teacher or student == teacher:
+        return None
+    order = logit_of_each_class(student, teacher)
+    if order is None:
+        raise InputError(
+            f"The teacher does not have the classes {listed(sorted(set(student) - set(teacher)))}.",
+            f"Logits are compared by the names of their classes; the teacher's are {listed(teacher)}.",
+            "class folders named as the teacher's classes, or a teacher that was fine-tuned on these",
+        )
+    return order
+
+
 class Teacher:
-    """A frozen network, and the loss between it and the student."""
+    """A frozen network, and the loss between it and the student.
+
+    The recipes of both say how the teacher's images are normalised where the student's are not, and which of its
+    logits is the one of each of the student's classes.
+    """
 
     def __init__(self, model: nn.Module, student: nn.Module, options: DistillOptions) -> None:
         self.model = model.requires_grad_(False).eval()
         self.options = options
+        device, mine, its = device_of(model), recipe_of(student), recipe_of(model)
+        if mine is None or its is None:  # then it is taken to be as the student
+            mine = its = Recipe()
+        scaling = renormalisation(mine.input, its.input)
+        order = class_order(mine.classes, its.classes) if options.weight else None
+        self.scaling = None if scaling is None else (scaling[0].to(device), scaling[1].to(device))
+        self.order = None if order is None else order.to(device)
         self.teacher_features = FeatureRecorder(self.model, options.features)
         self.student_features = FeatureRecorder(student, options.features)
 
@@ -74,7 +119,7 @@ class Teacher:
         Raises ``InputError`` when the teacher has another number of classes.
         """
         with torch.no_grad():
-            logits = logits_of(self.model(images)).main
+            logits = logits_of(self.model(self._normalised(images))).main
         on_logits = student.new_zeros(()) if not self.options.weight else self._on_logits(student, logits)
         maps = [
             feature_loss(self.student_features.outputs[name], self.teacher_features.outputs[name])
@@ -86,7 +131,12 @@ class Teacher:
         self.student_features.close()
         self.teacher_features.close()
 
+    def _normalised(self, images: Tensor) -> Tensor:
+        return images if self.scaling is None else images * self.scaling[0] + self.scaling[1]
+
     def _on_logits(self, student: Tensor, teacher: Tensor) -> Tensor:
+        if self.order is not None:
+            teacher = teacher[:, self.order]
         if student.shape != teacher.shape:
             raise InputError(
                 f"The teacher has {teacher.shape[1]} classes, the images have {student.shape[1]}.",

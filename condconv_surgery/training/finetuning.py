@@ -25,6 +25,7 @@ from condconv_surgery.training.monitor.explained_errors import explained_errors
 from condconv_surgery.training.monitor.progress_display import displayed
 from condconv_surgery.training.monitor.run_summary import next_call
 from condconv_surgery.training.monitor.tensorboard_events import make_callback
+from condconv_surgery.training.optimization.parameter_groups import preserving_frozen
 from condconv_surgery.training.run import Run
 from condconv_surgery.training.state.progress import TrainingResult
 from condconv_surgery.training.state.run_lock import locked_folder
@@ -55,8 +56,8 @@ def finetune(
     output: overrides ``output``, the run's folder. It gets ``last.safetensors`` and ``best.safetensors`` (models),
         ``metrics.jsonl`` (a row per epoch), ``recipe.toml`` (all options), ``state.safetensors`` (to resume from), and
         at the end ``curves.png``.
-    resume: continue from the state in the folder; the final weights are those of an uninterrupted run. ``model`` is
-        then the model that the run began with.
+    resume: continue from the state in the folder; the final weights are those of an uninterrupted run. ``model`` is the
+        one that the run began with, or the object that it left half-trained.
     callback: called before the first step, after steps and epochs, and at the end.
     progress: show the run on stderr, as a bar on a terminal, else as lines. Default: unless ``callback`` is given.
 
@@ -102,7 +103,11 @@ def train_run(
     """
     _require_trainable(model)
     callback = make_callback(options, callback, world)
-    with deterministic(options.engine.deterministic), locked_folder(Path(options.output), world, callback.note) as lock:
+    with (
+        deterministic(options.engine.deterministic),
+        locked_folder(Path(options.output), world, callback.note) as lock,
+        preserving_frozen(model),
+    ):
         with explained_errors():
             run = Run(model, options, world, request, callback, lock, images, resume)
         with explained_errors(lambda: run.progress.step, run.kept):  # closing too: torch may report a dead worker then

@@ -71,6 +71,7 @@ class Learner:
                 shard(module, world)
         self.only = routing_parameters(model, heads) if layers.warm_routers else None
         self.optimizer = make_optimizer(model, options.optimizer, layers)
+        self.start = teacher if options.distill.teacher == "start" else None  # a model in memory has been trained since
         self.teacher = None if teacher is None else Teacher(teacher.to(world.device), model, options.distill)
         weights = balanced_weights(counts).to(world.device) if options.optimizer.class_weights else None
         self.objective = Objective(model, options, weights, self.teacher)
@@ -147,6 +148,8 @@ class Learner:
         tensors |= model_part(self.model)
         if self.average is not None:
             tensors |= model_part(self.average, "average")
+        if self.start is not None:
+            tensors |= model_part(self.start, "start")
         scaler = None if self.scaler is None else self.scaler.state_dict()
         return State(tensors, {**facts, "optimizer": plain, "scaler": scaler})
 
@@ -157,6 +160,8 @@ class Learner:
         restore_optimizer(self.optimizer, state.part("optimizer"), state.facts["optimizer"])
         if self.average is not None:
             restore_model(self.average, state.part("average"), name, folder)
+        if self.start is not None and (tensors := state.part("start")):  # an older state has none
+            restore_model(self.start, tensors, name, folder)
         if self.scaler is not None:
             self.scaler.load_state_dict(state.facts["scaler"])
 

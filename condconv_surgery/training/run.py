@@ -33,9 +33,14 @@ from condconv_surgery.training.monitor.run_metrics import Meter, temperature_of
 from condconv_surgery.training.monitor.run_summary import start_lines
 from condconv_surgery.training.monitor.training_curves import draw_curves
 from condconv_surgery.training.state.image_record import with_recorded_images, write_image_record
-from condconv_surgery.training.state.leaf_modules import leaf_modules, require_same_modules
+from condconv_surgery.training.state.leaf_modules import (
+    frozen_parameters,
+    leaf_modules,
+    require_same_frozen,
+    require_same_modules,
+)
 from condconv_surgery.training.state.progress import Progress, TrainingResult
-from condconv_surgery.training.state.resume import METRICS, cut_metrics, require_fresh, require_same_run
+from condconv_surgery.training.state.resume import METRICS, began_with, cut_metrics, require_fresh, require_same_run
 from condconv_surgery.training.state.run_files import (
     copy_file,
     failing_resumably,
@@ -80,6 +85,8 @@ class Run:
         before = (recipe_of(model) or Recipe()).classes
         with seeded(options.seed, "head"):
             self.heads = fit_heads(model, self.data.train.classes, spec)
+        if self.state is not None:  # a model in memory has had its new heads since the run began
+            self.heads = began_with(self.state, self.heads, model)
         self.modules = leaf_modules(model)
         self.model_notes = opening_notes(model, spec, options, self.heads, self.data.order.steps)
         self.model_notes += renamed_note(before, self.data.train.classes, self.heads)
@@ -123,6 +130,8 @@ class Run:
         self.saved_step = state.facts["progress"]["step"]
         if before := state.facts.get("modules"):
             require_same_modules(before, self.modules, state.facts["options"]["model"], self.folder)
+        if (frozen := state.facts.get("frozen")) is not None:
+            require_same_frozen(frozen, frozen_parameters(self.learner.model), self.folder)
         self.learner.restore(state)
         self.progress = Progress.from_dict(state.facts["progress"])
         self.unreadable.names = list(state.facts.get("unreadable", []))
@@ -246,6 +255,8 @@ class Run:
                 "processes": self.world.size,
                 "unreadable": self.unreadable.names,
                 "modules": self.modules,
+                "heads": self.heads,
+                "frozen": frozen_parameters(self.learner.model),
             }
             self.callback.flush()
             state = self.learner.state(facts)

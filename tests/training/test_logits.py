@@ -16,8 +16,8 @@ import condconv_surgery as cs
 from condconv_surgery.errors import InputError
 from condconv_surgery.models.classifier_logits import logits_of
 from condconv_surgery.recipe import InputSpec, attach_recipe, recipe_of
-from condconv_surgery.training import Batch, distillation_loss, evaluate
-from condconv_surgery.training.classifier_heads import find_heads, probability_notes
+from condconv_surgery.training import Batch, distillation_loss, evaluate, train_step
+from condconv_surgery.training.classifier_heads import find_heads, output_notes
 from tests.images import write_images
 
 
@@ -42,6 +42,36 @@ FORMS = {
     "logits": lambda z: z,
     "logits and features": lambda z: (z, z.relu()),
 }
+
+
+class Embeds(Classifier):
+    """Returns a projection for retrieval, [B, 16], and a feature map beside the logits."""
+
+    def __init__(self) -> None:
+        super().__init__(lambda z: z)
+        self.projection = nn.Linear(8, 16)
+
+    def forward(self, x: Tensor) -> object:
+        maps = self.conv(x).relu()
+        return self.fc(maps.mean((2, 3))), self.projection(maps.mean((2, 3))), maps
+
+
+def test_other_outputs_are_no_logits(tmp_path: Path) -> None:
+    """They add nothing to the loss, their layers are not replaced as heads are, and a note names them."""
+    model = Embeds()
+    images, labels = torch.randn(4, 3, 8, 8), torch.tensor([0, 1, 2, 0])
+    loss = train_step(model, torch.optim.SGD(model.parameters(), lr=0.0), [Batch(images, labels)]).tally.loss
+    assert loss == pytest.approx(F.cross_entropy(model(images)[0], labels).item(), rel=1e-5)
+    assert find_heads(model, InputSpec(height=8, width=8)) == ["fc"]
+    assert output_notes(model, InputSpec(height=8, width=8)) == [
+        "model(images)[1], [B, 16], is not of the logits' shape, [B, 3]: the loss leaves it out.",
+        "model(images)[2], [B, 8, 6, 6], is not of the logits' shape, [B, 3]: the loss leaves it out.",
+    ]
+    before = model.projection.weight.clone()
+    folder = write_images(tmp_path / "images", classes=4, each=5, side=16)
+    options = {"schedule": {"epochs": 1}, "data": {"workers": 0, "image_size": 16}, "optimizer": {"weight_decay": 0}}
+    assert cs.finetune(model, options, data=folder, output=tmp_path / "run").heads == {"fc": 4}
+    assert torch.equal(model.projection.weight, before)
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -102,7 +132,7 @@ def test_what_only_looks_like_probabilities_stays() -> None:
     ],
 )
 def test_probabilities_are_named(model: nn.Module, note: str) -> None:
-    notes = probability_notes(model, InputSpec(height=8, width=8))
+    notes = output_notes(model, InputSpec(height=8, width=8))
     assert "".join(notes).startswith(note)
     assert bool(notes) == bool(note)
 

@@ -7,17 +7,20 @@ from torch import nn
 from condconv_surgery.models.artifact.save_load import why_not_alone
 from condconv_surgery.recipe import InputSpec
 from condconv_surgery.recipe.training_options import TrainingOptions
-from condconv_surgery.training.classifier_heads import probability_notes
+from condconv_surgery.training.classifier_heads import output_notes
 from condconv_surgery.training.monitor.unused_options import unused_options
+from condconv_surgery.training.optimization.parameter_groups import frozen_note
 from condconv_surgery.training.optimization.weight_average import average_note
 
 
 def opening_notes(
     model: nn.Module, spec: InputSpec, options: TrainingOptions, heads: dict[str, int], steps: int
 ) -> list[str]:
-    """One line each: new heads, outputs that are no logits, how files load, a short average, unused options."""
+    """One line each: new heads, outputs that are no logits, frozen parameters, how files load, a short average, options
+    without effect."""
     lines = [f"New head {name}: {width} classes." for name, width in heads.items()]
-    lines += probability_notes(model, spec)
+    lines += output_notes(model, spec)
+    lines += frozen_note(model, options.layers.freeze)
     if reason := why_not_alone(model):
         lines.append(f"The files of this run need load(path, model=MyNet()): {reason}.")
     lines += average_note(options.engine.ema, steps)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
 
-from condconv_surgery.errors import InputError
+from condconv_surgery.errors import InputError, listed
 from condconv_surgery.layers import conditional_layers, routers
 from condconv_surgery.recipe.training_sections import LayerOptions, OptimizerOptions
 
@@ -63,7 +64,36 @@ def parameter_groups(
 
 def freeze(model: nn.Module, patterns: tuple[str, ...]) -> list[nn.Module]:
     """Freeze the layers that match a glob; returns them. Raises ``InputError`` when a pattern matches none."""
-    frozen = []
+    return [layer.requires_grad_(False) for layer in _matching(model, patterns)]
+
+
+@contextmanager
+def preserving_frozen(model: nn.Module) -> Iterator[None]:
+    """After the block the parameters are frozen that were so before it, and no others; a new head is not."""
+    before = {name: p.shape for name, p in model.named_parameters() if not p.requires_grad}
+    try:
+        yield
+    finally:
+        for name, parameter in model.named_parameters():
+            trained = before.get(name) != parameter.shape  # by name: sharding replaces parameters by others
+            if parameter.requires_grad != trained:
+                parameter.requires_grad_(trained)
+
+
+def frozen_note(model: nn.Module, patterns: tuple[str, ...]) -> list[str]:
+    """A line about parameters that are frozen before a run and that no pattern of ``layers.freeze`` names."""
+    named = {id(p) for layer in _matching(model, patterns) for p in layer.parameters()}
+    frozen = {n: p.numel() for n, p in model.named_parameters() if not p.requires_grad and id(p) not in named}
+    if not frozen:
+        return []
+    return [
+        f"{sum(frozen.values()):,} parameters are frozen, as they came, and stay so: {listed([*frozen])}. "
+        "requires_grad_(True) on a layer lets it learn."
+    ]
+
+
+def _matching(model: nn.Module, patterns: tuple[str, ...]) -> list[nn.Module]:
+    found = []
     names = [name for name, _ in model.named_modules() if name]
     for pattern in patterns:
         matched = [name for name in names if fnmatch.fnmatchcase(name, pattern)]
@@ -73,8 +103,8 @@ def freeze(model: nn.Module, patterns: tuple[str, ...]) -> list[nn.Module]:
                 f"They are named like: {', '.join(names[:3])}, {names[-1]}.",
                 f'layers.freeze=["{names[0]}"]',
             )
-        frozen += [model.get_submodule(name).requires_grad_(False) for name in matched]
-    return frozen
+        found += [model.get_submodule(name) for name in matched]
+    return found
 
 
 def _less_frozen(model: nn.Module) -> str:

@@ -1,4 +1,5 @@
-"""Check that a run goes on with the layers that it began with, not only with tensors of the same shapes."""
+"""Check that a run goes on with the layers that it began with, not only with tensors of the same shapes, and trains the
+same parameters."""
 
 from __future__ import annotations
 
@@ -7,7 +8,7 @@ from pathlib import Path
 
 from torch import nn
 
-from condconv_surgery.errors import InputError
+from condconv_surgery.errors import InputError, listed
 from condconv_surgery.training.state.run_files import new_run
 
 SHOWN = 3
@@ -39,4 +40,27 @@ def require_same_modules(before: dict[str, str], now: dict[str, str], name: str,
             f"The model is not the one that the run began with: {'; '.join(changes)}{more}.",
             "The weights of a run fit the layers that they were trained in.",
             f"{name or 'that model'}, or {new_run(folder)}",
+        )
+
+
+def frozen_parameters(model: nn.Module) -> list[str]:
+    """Names of the parameters that have no gradient."""
+    return [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
+
+
+def require_same_frozen(before: list[str], now: list[str], folder: Path) -> None:
+    """Raise ``InputError`` when others are frozen than in the run in ``folder``: the optimizer's state is not theirs.
+
+    before, now: ``frozen_parameters``.
+    """
+    changes = [
+        f"{listed(sorted(names))}, {verb} frozen"
+        for names, verb in ((set(now) - set(before), "now"), (set(before) - set(now), "no longer"))
+        if names
+    ]
+    if changes:
+        raise InputError(
+            f"The run began to train other parameters: {'; '.join(changes)}.",
+            "The state of the optimizer is that of the parameters that the run trains.",
+            f"requires_grad_(...) of the model as when the run began, or {new_run(folder)}",
         )

@@ -7,6 +7,8 @@ import shlex
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from condconv_surgery.errors import InputError
 from condconv_surgery.recipe.training_options import TrainingOptions
 from condconv_surgery.training.state.run_files import new_run, read_rows, write_rows
@@ -85,6 +87,12 @@ def _as_before(options: dict[str, Any], names: list[str]) -> str:
 def _written(options: dict[str, Any], names: list[str]) -> str:
     """Those of some options that are set, as a message writes them."""
     return ", ".join(f"{name}={options[name]!r}" for name in names if options[name] not in UNSET)
+
+
+def began_with(state: State, heads: dict[str, int], model: nn.Module) -> dict[str, int]:
+    """The heads that were new when the run of the state began; ``heads`` where the state is older than this fact."""
+    names = dict(model.named_modules())
+    return {name: width for name, width in state.facts.get("heads", heads).items() if name in names}
 
 
 def cut_metrics(folder: Path, epochs_done: int) -> str:
