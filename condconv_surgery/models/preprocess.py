@@ -43,7 +43,7 @@ class EvaluationTransform:
         )
         cropped = tv.center_crop(resized, [spec.height, spec.width])
         pixels = tv.to_dtype(tv.pil_to_tensor(cropped), torch.float32, scale=True)
-        normalised: Tensor = tv.normalize(pixels, list(spec.mean), list(spec.std))
+        normalised: Tensor = tv.normalize(pixels, list(spec.mean), list(spec.std), inplace=True)
         return normalised
 
     def _covering(self, image: Image.Image) -> list[int]:
@@ -69,7 +69,7 @@ def to_channels(image: Image.Image, channels: int = 3) -> Image.Image:
         rgba = image.convert("RGBA")
         white = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
         return Image.alpha_composite(white, rgba).convert(mode)
-    return image.convert(mode)
+    return image if image.mode == mode else image.convert(mode)  # to the same mode it would copy
 
 
 def _enlarged(side: int, fraction: float) -> int:

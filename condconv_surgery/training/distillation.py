@@ -101,7 +101,8 @@ class Teacher:
     """
 
     def __init__(self, model: nn.Module, student: nn.Module, options: DistillOptions) -> None:
-        self.model = model.requires_grad_(False).eval()
+        self.model = model.requires_grad_(False)
+        self.model.eval()  # returns None where a model's own train() does
         self.options = options
         device, mine, its = device_of(model), recipe_of(student), recipe_of(model)
         if mine is None or its is None:  # then it is taken to be as the student

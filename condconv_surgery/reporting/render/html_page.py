@@ -153,7 +153,7 @@ def _images_and_classes(routing: Routing | None) -> dict[str, Any]:
 
 def _thumbnail(routing: Routing, index: int) -> str:
     """A JPEG as a data URI."""
-    image = routing.source.decode(index)
+    image = routing.source.decode(index).copy()  # what is decoded may be the image of a data set in memory
     image.thumbnail((THUMBNAIL, THUMBNAIL))
     out = io.BytesIO()
     image.save(out, "JPEG", quality=80)
