@@ -11,6 +11,7 @@ from torch import Tensor
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as tv
 
+from condconv_surgery.errors import InputError
 from condconv_surgery.models.eight_bits import to_eight_bits, upright
 from condconv_surgery.recipe import InputSpec
 
@@ -24,10 +25,19 @@ class EvaluationTransform:
 
     The image is resized until it just covers ``(height, width) / crop_fraction`` and cropped at its centre, values are
     scaled to [0, 1], then ``(value - mean) / std``. For a square input this is torchvision's ``ImageClassification``
-    preset and timm's evaluation transform, up to the last bits of float32.
+    preset and timm's evaluation transform, up to the last bits of float32. Raises ``InputError`` for other channels
+    than one and three, which no image file has.
     """
 
     spec: InputSpec
+
+    def __post_init__(self) -> None:
+        if self.spec.channels not in (1, 3):
+            raise InputError(
+                f"The model takes images of {self.spec.channels} channels.",
+                "Image files are read in RGB, or in grey for one channel.",
+                "your own loop with the functions of condconv_surgery.training",
+            )
 
     @property
     def least(self) -> int:

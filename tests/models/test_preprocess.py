@@ -12,6 +12,7 @@ from PIL import Image
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms._presets import ImageClassification
 
+from condconv_surgery.errors import InputError
 from condconv_surgery.models.preprocess import EvaluationTransform, to_channels
 from condconv_surgery.recipe import InputSpec
 
@@ -67,3 +68,8 @@ def test_transparency_is_white() -> None:
 def test_survives_a_trip_to_a_loader_process() -> None:
     transform = EvaluationTransform(InputSpec(height=32, width=32))
     assert torch.equal(pickle.loads(pickle.dumps(transform))(image((40, 30))), transform(image((40, 30))))
+
+
+def test_no_image_file_has_four_channels() -> None:
+    with pytest.raises(InputError, match="takes images of 4 channels"):
+        EvaluationTransform(InputSpec(4, 32, 32, mean=(0.5,) * 4, std=(0.5,) * 4))
