@@ -30,7 +30,7 @@ say "4. condconv report $folder/run/best.safetensors"
 condconv report "$folder/run/best.safetensors"
 
 say "5. condconv compare: does it pay where capacity is the limit?"
-python "$here/digits.py" --parts "$folder/parts"
+python "$here/digits.py" "$folder/parts" --parts 0.1
 # One thread: for a network of 546 parameters, waiting for a second one costs more than it computes
 OMP_NUM_THREADS=1 condconv compare "$here/trained_out.safetensors" --data "$folder/parts" -o "$folder/study" \
   --arm static --arm odconv:4,gates=sigmoid,classifier=true --seeds 3 --rates 1 --lr 4e-3 \

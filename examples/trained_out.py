@@ -1,6 +1,6 @@
 """Train a network of 546 parameters on digits until it gains no more: the start of the demo's comparison.
 
-python examples/digits.py --parts digits
+python examples/digits.py digits --parts
 python examples/trained_out.py digits examples/trained_out.safetensors     # some minutes
 """
 
