@@ -10,12 +10,14 @@ from torch import Tensor, fx, nn
 from torch.profiler import ProfilerActivity, profile
 
 from condconv_surgery import native
-from condconv_surgery.layers import CondConv2d, ConvGeometry, Mixture, ODConv2d
+from condconv_surgery.layers import CondConv2d, ConvGeometry, ODConv2d, conditional_like
 from condconv_surgery.ops.backends.cpp import load_kernels
 from condconv_surgery.ops.backends.cpp.cpp_convolution import supports
 from condconv_surgery.ops.conditional_conv2d import conditional_conv2d
+from condconv_surgery.recipe import CondConv, DynamicConv, ODConv, Variant
 from tests.ops.test_implementations import MIXTURES, make_case, values_and_gradients
 from tests.reference import per_sample_loop
+from tests.variant_cases import scramble
 
 pytestmark = pytest.mark.skipif(not native.is_enabled(), reason="the kernels are not built")
 
@@ -103,12 +105,31 @@ def test_a_profiler_sees_the_kernels() -> None:
     assert names >= {f"condconv_surgery::cpp_{name}" for name in expected}
 
 
-def test_gradients_are_not_differentiated_again() -> None:
-    geometry, x = ConvGeometry.make(4, 6, 3), torch.randn(2, 4, 6, 6, requires_grad=True)
-    y = conditional_conv2d(x, torch.randn(3, 6, 4, 3, 3), None, Mixture(torch.rand(2, 3)), geometry, "blockwise")
-    (grad,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="differentiate twice"):
-        grad.sum().backward()
+@pytest.mark.parametrize("penalised", ["sum", "square"])
+@pytest.mark.parametrize("variant", [CondConv(3), DynamicConv(3), ODConv(1), ODConv(3)], ids=repr)
+@pytest.mark.parametrize(
+    "conv",
+    [nn.Conv2d(4, 6, 3, 2, 1), nn.Conv2d(4, 6, 1), nn.Conv2d(4, 4, 3, groups=4), nn.Conv2d(4, 6, 3, groups=2)],
+    ids=lambda conv: conv.extra_repr(),
+)
+def test_gradients_are_differentiated_again(conv: nn.Conv2d, variant: Variant, penalised: str) -> None:
+    """A gradient penalty, through two layers: as with the loop, whose operators are torch's own."""
+    first, x = nn.Conv2d(4, 4, 3), torch.randn(2, 4, 9, 9)
+    model = nn.Sequential(first, nn.Softplus(), conditional_like(conv, variant))
+    scramble(model)
+    found = {}
+    for implementation in ("auto", "blockwise", "loop"):
+        model[2].implementation = implementation  # type: ignore[assignment]
+        model.zero_grad()
+        image = x.clone().requires_grad_()
+        y = model(image)
+        (grad,) = torch.autograd.grad(y.sum() if penalised == "sum" else y.square().sum(), image, create_graph=True)
+        grad.square().sum().backward()
+        found[implementation] = {name: p.grad for name, p in model.named_parameters()}
+    for name, wanted in found.pop("loop").items():
+        for other in found.values():
+            scale = float(wanted.abs().max())
+            torch.testing.assert_close(other[name], wanted, rtol=2e-3, atol=2e-3 * scale + 1e-6)
 
 
 @pytest.mark.parametrize(

@@ -5,8 +5,8 @@
 The kernels of a whole batch have B * |W| elements (1.4 GB for ResNet-18 at batch 32). They would be written to fresh
 memory, read back once, and saved for backward. Here few exist at a time, in a buffer that stays warm; only small ones
 are saved for backward (``MAX_KEPT_SHARE``). It is one custom operator with its own backward formula, so that a compiler
-sees one node for any batch size, and a backend computes it. Its backward cannot be differentiated again; the other
-implementations can.
+sees one node for any batch size, and a backend computes it. Where its gradients are to be differentiated again, torch's
+operators compute them (``per_sample.second_order``).
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from condconv_surgery.ops.implementations.implementation import Implementation
 from condconv_surgery.ops.mixture import Mixture
 from condconv_surgery.ops.per_sample.mix_kernels import empty_gradients, mix_batch
 from condconv_surgery.ops.per_sample.per_sample_conv import empty_output
+from condconv_surgery.ops.per_sample.second_order import recorded_gradients
 from condconv_surgery.ops.tracing_state import are_plain, is_intercepted
 
 MAX_KEPT_SHARE = 3
@@ -189,6 +190,9 @@ def _differentiate(
 ) -> tuple[Tensor | None, ...]:
     kernels, *tensors = ctx.saved_tensors  # type: ignore[attr-defined]
     needs = list(ctx.needs_input_grad[:_TENSORS])  # type: ignore[attr-defined]
+    if torch.is_grad_enabled():
+        arguments = ConvArguments(*ctx.arguments)  # type: ignore[attr-defined]
+        return (*recorded_gradients(grad, tensors, arguments, needs), None, None, None, None, None)
     grads = _backward(grad, kernels, *tensors, *ctx.arguments, needs)  # type: ignore[attr-defined]
     needed = [g if n and t is not None else None for g, n, t in zip(grads, needs, tensors, strict=True)]
     return (*needed, None, None, None, None, None)

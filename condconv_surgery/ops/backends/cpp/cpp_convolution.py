@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from condconv_surgery.ops.backends.cpp.cpp_eligibility import kernels_for
 from condconv_surgery.ops.backends.cpp.load_kernels import kernels
@@ -14,6 +13,7 @@ from condconv_surgery.ops.backends.cpp.operators import convolution_gradients
 from condconv_surgery.ops.geometry import ConvArguments, ConvGeometry
 from condconv_surgery.ops.mixture import Mixture
 from condconv_surgery.ops.per_sample.per_sample_conv import format_of
+from condconv_surgery.ops.per_sample.second_order import recorded_gradients
 from condconv_surgery.ops.tracing_state import are_plain, is_intercepted
 
 MAX_TAPS = 81
@@ -117,10 +117,11 @@ class _Convolution(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, experts, *parts = ctx.saved_tensors
         needs = list(ctx.needs_input_grad[1:])
+        if torch.is_grad_enabled():
+            return (None, *recorded_gradients(grad, ctx.saved_tensors, ctx.arguments, needs))
+        x, experts, *parts = ctx.saved_tensors
         return (None, *convolution_gradients(grad, x, experts, Mixture(*parts), ctx.arguments, needs))
 
 

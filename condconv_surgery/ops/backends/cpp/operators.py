@@ -11,12 +11,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from condconv_surgery.ops.geometry import ConvArguments
 from condconv_surgery.ops.mixture import Mixture
 from condconv_surgery.ops.per_sample.mix_kernels import mix_experts, unmix_kernels
 from condconv_surgery.ops.per_sample.per_sample_conv import output_size
+from condconv_surgery.ops.per_sample.second_order import recorded_gradients
 
 NAMES = (
     "convolve",
@@ -91,11 +91,13 @@ def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> Non
     ctx.arguments = inputs[_TENSORS:]
 
 
-@once_differentiable
 def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    x, experts, *parts = ctx.saved_tensors
-    needs = list(ctx.needs_input_grad[:_TENSORS])
-    gradients = convolution_gradients(grad, x, experts, Mixture(*parts), ConvArguments(*ctx.arguments), needs)
+    needs, arguments = list(ctx.needs_input_grad[:_TENSORS]), ConvArguments(*ctx.arguments)
+    if torch.is_grad_enabled():
+        gradients = recorded_gradients(grad, ctx.saved_tensors, arguments, needs)
+    else:
+        x, experts, *parts = ctx.saved_tensors
+        gradients = convolution_gradients(grad, x, experts, Mixture(*parts), arguments, needs)
     return (*gradients, None, None, None, None)
 
 

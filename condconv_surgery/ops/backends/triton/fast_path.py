@@ -16,6 +16,7 @@ from condconv_surgery.ops.geometry import ConvGeometry
 from condconv_surgery.ops.mixture import Mixture
 from condconv_surgery.ops.per_sample.mix_kernels import empty_gradients
 from condconv_surgery.ops.per_sample.per_sample_conv import format_of
+from condconv_surgery.ops.per_sample.second_order import recorded_gradients
 from condconv_surgery.ops.tracing_state import are_plain, is_intercepted
 
 
@@ -73,14 +74,12 @@ class _Convolution(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        kernels, x, experts, *parts = ctx.saved_tensors
+        _, x, experts, *parts = ctx.saved_tensors
         needs = list(ctx.needs_input_grad[:6])
-        if torch.is_grad_enabled():  # a second derivative: the operator raises that it has none
-            operator = torch.ops.condconv_surgery.convolve_blockwise_backward
-            grads = operator(grad, kernels, x, experts, *parts, *ctx.arguments, needs)
-        else:
-            mixture = Mixture(*parts)
-            out = empty_gradients(x, experts, mixture)
-            grads = convolve_backward(grad, x, experts, mixture, ctx.arguments, out, needs)
+        if torch.is_grad_enabled():
+            return (*recorded_gradients(grad, (x, experts, *parts), ctx.arguments, needs), None)
+        mixture = Mixture(*parts)
+        out = empty_gradients(x, experts, mixture)
+        grads = convolve_backward(grad, x, experts, mixture, ctx.arguments, out, needs)
         with_needs = zip(grads, needs, (x, experts, *parts), strict=True)
         return (*(g if n and t is not None else None for g, n, t in with_needs), None)
