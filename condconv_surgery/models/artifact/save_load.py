@@ -22,6 +22,7 @@ from condconv_surgery.errors import DamagedFileError, InputError, nearest
 from condconv_surgery.layers import ConditionalConv2d, ConditionalLinear, routed_blocks
 from condconv_surgery.layers.find_layers import named_layers, require_exact_experts
 from condconv_surgery.layers.routed_block import shared_router_of
+from condconv_surgery.models.artifact.as_built import is_as_built, note_not_as_built
 from condconv_surgery.models.artifact.atomic_write import replacing, require_values
 from condconv_surgery.models.artifact.container import (
     MAGIC,
@@ -41,7 +42,7 @@ from condconv_surgery.models.checkpoints.recognise_architecture import recognise
 from condconv_surgery.models.factory_source import FACTORY
 from condconv_surgery.models.source_registry import builder_for
 from condconv_surgery.models.transformers_source import PREFIX, transformers_source_of
-from condconv_surgery.recipe import ConvertedLayer, Recipe, attach_recipe, recipe_of
+from condconv_surgery.recipe import ConvertedLayer, Recipe, Source, attach_recipe, recipe_of
 from condconv_surgery.runtime.tensor_hash import hash_tensors
 from condconv_surgery.surgery import BlockError, lift_convolutions, route_block
 
@@ -64,7 +65,7 @@ def save(
     if alone and "undescribed" in metadata:
         raise InputError(
             f"{path} alone could not rebuild the model: {metadata['undescribed']}.",
-            "A model that a function of yours builds needs no description, only its weights.",
+            "A model as a function of yours builds it needs no description, only its weights.",
             'load_model("package.module:factory", weights="FILE"), or alone=False and load(path, model=MyNet())',
         )
     if "skeleton" in metadata:
@@ -158,13 +159,23 @@ def _description(model: nn.Module, recipe: Recipe, stored: dict[str, Tensor]) ->
     """
     name = recipe.source.name
     folded = any(layer.ungated_bias for layer in recipe.layers)  # its norms are gone
-    is_factory = bool(name) and builder_for(name) is FACTORY  # a user's factory is not called again to compare
-    if name and not folded and (is_factory or same_modules(model, recipe.source, recipe.heads)):
+    if name and not folded and _source_builds(model, recipe):
         return {}
     try:
         return {"skeleton": json.dumps(describe(model, stored=stored))}
     except UndescribableError as error:
-        return {"undescribed": error.what}
+        changed = f", and it is no longer what {name} builds" if _is_factory(recipe.source) and not folded else ""
+        return {"undescribed": f"{error.what}{changed}"}
+
+
+def _source_builds(model: nn.Module, recipe: Recipe) -> bool:
+    if _is_factory(recipe.source):
+        return is_as_built(model, recipe.heads)
+    return same_modules(model, recipe.source, recipe.heads)
+
+
+def _is_factory(source: Source) -> bool:
+    return bool(source.name) and builder_for(source.name) is FACTORY
 
 
 def _skeleton(content: Content, trust: tuple[str, ...]) -> nn.Module:
@@ -172,8 +183,9 @@ def _skeleton(content: Content, trust: tuple[str, ...]) -> nn.Module:
     _check_widths(content)
     elements = sum(tensor.numel() for tensor in content.tensors.values())
     if content.skeleton is not None:
-        return check_module(rebuild(content.skeleton, trust, elements, content.attributes), path)
-    if not source.name:
+        model = rebuild(content.skeleton, trust, elements, content.attributes)
+        return check_module(note_not_as_built(model), path)
+    if not source.name or content.undescribed:
         raise InputError(
             f"{path} does not say how its model is built: {content.undescribed or 'it has no source'}.",
             "Give the unconverted model, with any weights.",
