@@ -43,6 +43,7 @@ from condconv_surgery.models.factory_source import FACTORY
 from condconv_surgery.models.source_registry import builder_for
 from condconv_surgery.models.transformers_source import PREFIX, transformers_source_of
 from condconv_surgery.recipe import ConvertedLayer, Recipe, Source, attach_recipe, recipe_of
+from condconv_surgery.runtime.own_state import own_state
 from condconv_surgery.runtime.tensor_hash import hash_tensors
 from condconv_surgery.surgery import BlockError, lift_convolutions, route_block
 
@@ -56,8 +57,9 @@ def save(
     """``delta_base.save`` with a base that is loaded."""
     path = Path(path)
     require_exact_experts(model, 'A file of rounded experts is written from exact ones: save(precision="int8").')
-    require_values(model.state_dict())
-    tensors, aliases = unique_tensors(model.state_dict())
+    state = own_state(model)
+    require_values(state)
+    tensors, aliases = unique_tensors(state)
     recipe = _current_recipe(model)
     metadata = {"format": MAGIC, "recipe": json.dumps(recipe.to_dict()), "aliases": json.dumps(aliases)}
     stored: dict[str, Tensor] = {}
@@ -211,7 +213,7 @@ def _check_widths(content: Content) -> None:
 def _fill(model: nn.Module, content: Content, transients: bool) -> None:
     """Copy every tensor of the file into the model. Names and shapes must be equal; the model takes its dtypes."""
     path, tensors = content.path, content.all_tensors()
-    targets = model.state_dict(keep_vars=True)
+    targets = own_state(model, keep_vars=True)
     if transients:
         targets |= transient_tensors(model)
     missing, unexpected = sorted(set(targets) - set(tensors)), sorted(set(tensors) - set(targets))
