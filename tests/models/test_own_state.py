@@ -71,10 +71,14 @@ def converted(kind: type[Net]) -> nn.Module:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_tensor_is_in_the_file(kind: type[Net], tmp_path: Path) -> None:
+@pytest.mark.parametrize("code", [False, True], ids=["alone", "model="])
+def test_every_tensor_is_in_the_file(kind: type[Net], code: bool, tmp_path: Path) -> None:
     model = converted(kind)
     cs.save(model, tmp_path / "m.safetensors")
-    loaded = cs.load(tmp_path / "m.safetensors", trust="tests")
+    skeleton = kind() if code else None
+    if skeleton is not None:
+        skeleton.table.copy_(model.table)
+    loaded = cs.load(tmp_path / "m.safetensors", model=skeleton, trust="tests")
     assert torch.equal(loaded(EXAMPLE), model(EXAMPLE))
     assert torch.equal(loaded.frozen.weight, model.frozen.weight)
     assert loaded.other.weight is loaded.one.weight

@@ -121,7 +121,7 @@ def load(
             "The recipe's layers must exist in the model that its source builds.",
             "install the versions that wrote it: " + ", ".join(f"{k}=={v}" for k, v in recipe.versions.items()),
         ) from error
-    _fill(skeleton, content, transients=content.skeleton is not None and model is None)
+    _fill(skeleton, content, transients=content.skeleton is not None)
     attach_recipe(skeleton, recipe)
     skeleton.eval()  # returns None where a model's own train() does
     return skeleton
