@@ -31,8 +31,9 @@ def save(
     """Write ``model``, converted or not, so that ``load(path)`` gives it back with bit-identical outputs.
 
     The recipe is the model's own, updated from its modules. A model that differs from what its source builds, or has no
-    source, is described module by module, with the values of its plain attributes. Training flags, ``requires_grad``
-    (as in a state dict: freeze again after ``load``) and hooks are not saved.
+    source, is described module by module, with the values of its plain attributes. ``torch.compile``, ``DataParallel``,
+    ``DistributedDataParallel`` and ``AveragedModel`` are taken off. Training flags, ``requires_grad`` (as in a state
+    dict: freeze again after ``load``) and hooks are not saved.
 
     alone: the file must be enough. Without it, a model that cannot be described (hooks, local functions) is written
         too, for ``load(path, model=skeleton)``.

@@ -45,6 +45,7 @@ from condconv_surgery.models.transformers_source import PREFIX, transformers_sou
 from condconv_surgery.recipe import ConvertedLayer, Recipe, Source, attach_recipe, recipe_of
 from condconv_surgery.runtime.own_state import own_state
 from condconv_surgery.runtime.tensor_hash import hash_tensors
+from condconv_surgery.runtime.wrappers import unwrapped
 from condconv_surgery.surgery import BlockError, lift_convolutions, route_block
 
 UNCHECKED_WIDTH = 1024
@@ -55,7 +56,7 @@ def save(
     model: nn.Module, path: str | Path, *, alone: bool = True, base: Base | None = None, precision: str = "exact"
 ) -> DeltaRecord | RoundedExperts | None:
     """``delta_base.save`` with a base that is loaded."""
-    path = Path(path)
+    model, path = unwrapped(model), Path(path)
     require_exact_experts(model, 'A file of rounded experts is written from exact ones: save(precision="int8").')
     state = own_state(model)
     require_values(state)
@@ -88,6 +89,7 @@ def save(
 
 def why_not_alone(model: nn.Module) -> str:
     """Why the file of ``save`` would not be enough to rebuild ``model``; empty where it is."""
+    model = unwrapped(model)
     return _description(model, _current_recipe(model), {}).get("undescribed", "")
 
 

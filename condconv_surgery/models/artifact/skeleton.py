@@ -26,8 +26,8 @@ from condconv_surgery.recipe import Recipe
 
 Skeleton = list[dict[str, Any]]
 
-_OWN_KEYS = frozenset(nn.Module().__dict__)
-"""Attributes of every module: dicts of parameters, buffers, children and hooks, and the training flag."""
+_OWN_KEYS = frozenset((*nn.Module().__dict__, "_compiled_call_impl"))
+"""Attributes of any module: dicts of parameters, buffers, children and hooks, the training flag, the compiled call."""
 
 _CACHES_OF_FORWARD = ("corr_pyramid", "attention_bias_cache")
 """Attributes that a forward pass fills: in RAFT of torchvision; in LeViT, TinyViT and EfficientFormer of timm."""
