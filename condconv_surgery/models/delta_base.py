@@ -70,7 +70,8 @@ def load(
     """The model that ``save`` wrote, in eval mode, on the CPU, carrying its recipe.
 
     path: a file, a folder of ``save_pretrained``, or ``hf:OWNER/NAME``.
-    model: the unconverted model, for a file that cannot rebuild it; it is converted in place and returned.
+    model: the unconverted model, for a file that cannot rebuild it or names classes of a script or notebook; it is
+        converted in place and returned.
     trust: packages, ``trust=["mypackage"]``, whose factories and classes the file may name, beyond torch.nn,
         torchvision and timm.
     base: of a delta file, where the name in it does not find the base: another name, a file of weights, or the model.

@@ -9,6 +9,7 @@ There is no pickle, and nothing is imported that the user or this package did no
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from importlib.metadata import version
@@ -36,7 +37,7 @@ from condconv_surgery.models.artifact.json_values import UndescribableError
 from condconv_surgery.models.artifact.rounded_experts import RoundedExperts, rounded_tensors
 from condconv_surgery.models.artifact.skeleton import describe, rebuild, transient_tensors
 from condconv_surgery.models.build_model import build, put_conditional, replace_heads
-from condconv_surgery.models.checkpoints.allowlist import trusted
+from condconv_surgery.models.checkpoints.allowlist import ScriptClassError, trusted
 from condconv_surgery.models.checkpoints.pickled_modules import check_module
 from condconv_surgery.models.checkpoints.recognise_architecture import recognise_module, same_modules
 from condconv_surgery.models.factory_source import FACTORY
@@ -88,9 +89,11 @@ def save(
 
 
 def why_not_alone(model: nn.Module) -> str:
-    """Why the file of ``save`` would not be enough to rebuild ``model``; empty where it is."""
+    """Why another process could not rebuild ``model`` from the file of ``save``; empty where it can."""
     model = unwrapped(model)
-    return _description(model, _current_recipe(model), {}).get("undescribed", "")
+    metadata = _description(model, _current_recipe(model), {})
+    of_script = re.search(r'"(__main__\.[\w.]+)"', metadata.get("skeleton", ""))
+    return f"{of_script[1]} is of this script" if of_script else metadata.get("undescribed", "")
 
 
 def load(
@@ -187,7 +190,10 @@ def _skeleton(content: Content, trust: tuple[str, ...]) -> nn.Module:
     _check_widths(content)
     elements = sum(tensor.numel() for tensor in content.tensors.values())
     if content.skeleton is not None:
-        model = rebuild(content.skeleton, trust, elements, content.attributes)
+        try:
+            model = rebuild(content.skeleton, trust, elements, content.attributes)
+        except ScriptClassError as error:
+            raise _of_a_script(path, error.name) from error
         return check_module(note_not_as_built(model), path)
     if not source.name or content.undescribed:
         raise InputError(
@@ -196,6 +202,14 @@ def _skeleton(content: Content, trust: tuple[str, ...]) -> nn.Module:
             f'condconv_surgery.load("{path}", model=MyNet())',
         )
     return build(source, trust)
+
+
+def _of_a_script(path: Path, name: str) -> InputError:
+    return InputError(
+        f"{path} names {name}, a class of the script or notebook that saved it.",
+        "Give the unconverted model, with any weights. (A command needs its class in a module when it is converted.)",
+        f'condconv_surgery.load("{path}", model={name.rpartition(".")[2]}())',
+    )
 
 
 def _check_widths(content: Content) -> None:
