@@ -160,6 +160,7 @@ def _load_checkpoint(text: str, options: LoadOptions) -> nn.Module:
     model = build(plain, (*options.trust, package_of(plain)))  # naming a factory is trusting its package
     heads: dict[str, int] = {}
     if layout is PLAIN:
+        builder_for(plain.name).as_trained(model, plain, own, text)
         own = plain_weights(own, model.state_dict().keys(), text)
         state = fitting_names(own, model)
         if options.num_classes is None:
