@@ -99,3 +99,10 @@ def test_it_is_the_state_dict_of_a_class_that_overrides_nothing(make: Any) -> No
     assert list(ours) == list(theirs)
     assert all(torch.equal(ours[name], tensor) and not ours[name].requires_grad for name, tensor in theirs.items())
     assert own_state(model, keep_vars=True).items() >= dict(model.named_parameters(remove_duplicate=False)).items()
+
+
+def test_what_prepares_a_module_for_its_state_runs_first() -> None:
+    """As FSDP does: it replaces parameters."""
+    model, new = Net(), nn.Parameter(torch.zeros(3))
+    model.fc.register_state_dict_pre_hook(lambda module, prefix, keep: module.register_parameter("bias", new))
+    assert torch.equal(own_state(model)["fc.bias"], new)
