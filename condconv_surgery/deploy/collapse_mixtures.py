@@ -18,6 +18,7 @@ from condconv_surgery.layers.find_layers import folded_layers, named_layers, req
 from condconv_surgery.layers.routed_block import remove_block_router
 from condconv_surgery.ops.mixture import Mixture
 from condconv_surgery.recipe import attach_recipe, matches, patterns_of, recipe_of, require_matches
+from condconv_surgery.runtime.wrappers import unwrapped
 from condconv_surgery.surgery.copy_model import copy_of
 from condconv_surgery.surgery.upcycle import move_hooks
 
@@ -81,6 +82,7 @@ def collapse(
     A network that was converted and never trained collapses to the original. Raises ``InputError`` for a model without
     conditional layers or a folded one, and for data that cannot be used.
     """
+    model = unwrapped(model)
     require_collapsible(model)
     keep = keep if isinstance(keep, int) else patterns_of(keep)
     _require_options(model, keep, max_drop)

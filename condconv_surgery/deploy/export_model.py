@@ -31,6 +31,7 @@ from condconv_surgery.layers import conditional_layers
 from condconv_surgery.models.artifact.atomic_write import replacing_files, require_values
 from condconv_surgery.recipe import InputSpec, recipe_of
 from condconv_surgery.runtime.modes import input_spec_of
+from condconv_surgery.runtime.wrappers import unwrapped
 from condconv_surgery.surgery.copy_model import copy_of
 
 RUNTIMES: dict[str, Runtime] = {own.name: own for own in (Onnx(), Pt2(), OpenVino(), LiteRt(), Ncnn())}
@@ -101,7 +102,7 @@ def export(
     without a file, when outputs differ by more than 1e-4 of their magnitude at batches of 1, 3 and 8, or at ``batch``,
     and by more than the model's own rounding, which float64 shows.
     """
-    runtime, path = _runtime(to), Path(path)
+    model, runtime, path = unwrapped(model), _runtime(to), Path(path)
     runtime.require_packages()
     require_values(model.state_dict())
     detector = is_detector(model)

@@ -29,6 +29,7 @@ from condconv_surgery.layers import ConditionalConv2d, conditional_layers
 from condconv_surgery.layers.conv2d_subclasses import full_name
 from condconv_surgery.layers.find_layers import folded_layers, require_exact_experts
 from condconv_surgery.runtime.modes import example_arguments
+from condconv_surgery.runtime.wrappers import unwrapped
 from condconv_surgery.surgery.conversion_plan import Skip
 from condconv_surgery.surgery.copy_model import copy_of
 from condconv_surgery.surgery.proof.compare_outputs import Gap, allowed, compare, exceeds, run_both_modes
@@ -77,6 +78,7 @@ def fold(
     Raises ``InputError`` for a model without conditional layers, or one that is folded already, and ``ProofError`` when
     the outputs differ by more than the tolerance.
     """
+    model = unwrapped(model)
     _require_foldable(model)
     arguments = example_arguments(model, example)
     before = run_both_modes(model, arguments, (False,)) if prove else None

@@ -20,6 +20,7 @@ from condconv_surgery.layers import ConditionalConv2d, conditional_layers
 from condconv_surgery.layers.find_layers import named_layers, require_exact_experts
 from condconv_surgery.layers.weight_forms.rounded_weight import RoundedWeight
 from condconv_surgery.models.artifact.rounded_experts import SCALE, rounded_tensors
+from condconv_surgery.runtime.wrappers import unwrapped
 from condconv_surgery.surgery.copy_model import copy_of
 
 Rounded = Literal["int8", "bfloat16"]
@@ -60,6 +61,7 @@ def round_experts(model: nn.Module, precision: Rounded = "int8", *, inplace: boo
         raise InputError(
             f"precision is {precision!r}.", f"It must be one of: {', '.join(get_args(Rounded))}.", 'precision="int8"'
         )
+    model = unwrapped(model)
     if not conditional_layers(model):
         raise InputError(
             "The model has no conditional layer.", "Only experts are rounded.", "convert(model, CondConv(experts=4))"

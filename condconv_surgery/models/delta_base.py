@@ -31,8 +31,9 @@ def save(
     """Write ``model``, converted or not, so that ``load(path)`` gives it back with bit-identical outputs.
 
     The recipe is the model's own, updated from its modules. A model that differs from what its source builds, or has no
-    source, is described module by module, with the values of its plain attributes. Training flags, ``requires_grad``
-    (as in a state dict: freeze again after ``load``) and hooks are not saved.
+    source, is described module by module, with the values of its plain attributes. ``torch.compile``, ``DataParallel``,
+    ``DistributedDataParallel`` and ``AveragedModel`` are taken off. Training flags, ``requires_grad`` (as in a state
+    dict: freeze again after ``load``) and hooks are not saved.
 
     alone: the file must be enough. Without it, a model that cannot be described (hooks, local functions) is written
         too, for ``load(path, model=skeleton)``.
@@ -69,7 +70,8 @@ def load(
     """The model that ``save`` wrote, in eval mode, on the CPU, carrying its recipe.
 
     path: a file, a folder of ``save_pretrained``, or ``hf:OWNER/NAME``.
-    model: the unconverted model, for a file that cannot rebuild it; it is converted in place and returned.
+    model: the unconverted model, for a file that cannot rebuild it or names classes of a script or notebook; it is
+        converted in place and returned.
     trust: packages, ``trust=["mypackage"]``, whose factories and classes the file may name, beyond torch.nn,
         torchvision and timm.
     base: of a delta file, where the name in it does not find the base: another name, a file of weights, or the model.

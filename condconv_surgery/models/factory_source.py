@@ -9,6 +9,7 @@ import torchvision
 from torch import nn
 
 from condconv_surgery.errors import InputError, nearest, unknown_name
+from condconv_surgery.models.artifact.as_built import note_as_built
 from condconv_surgery.models.checkpoints.allowlist import import_advice
 from condconv_surgery.models.source_registry import builder_for, named_source
 from condconv_surgery.recipe import Source
@@ -65,8 +66,8 @@ def _build(source: Source) -> nn.Module:
         close = nearest(name, known, 1) or known[:1]
         fix = f"{module}:{close[0]}" if close else f"a function in {module}"
         raise InputError(f"{module}:{name} cannot be imported: {module} has no function {name!r}.", allowed, fix)
-    model: nn.Module = factory(**source.options)
-    return model
+    model = factory(**source.options)
+    return note_as_built(model) if isinstance(model, nn.Module) else model  # the caller says what it is instead
 
 
 FACTORY = replace(named_source("factory", _build), matches=lambda text: True)

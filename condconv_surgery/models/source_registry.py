@@ -11,12 +11,12 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import redirect_stdout
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from torch import nn
+from torch import Tensor, nn
 
 from condconv_surgery.errors import InputError, SurgeryError
 from condconv_surgery.models.artifact.strict_fill import fill_foreign, modern_names
@@ -27,6 +27,13 @@ from condconv_surgery.models.checkpoints.state_names import fitting_names
 from condconv_surgery.models.checkpoints.tensor_kinds import require_kinds_of
 from condconv_surgery.recipe import InputSpec, Recipe, Source, attach_recipe
 from condconv_surgery.runtime.modes import input_of_stem
+
+AsTrained = Callable[[nn.Module, Source, Mapping[str, Tensor], str], None]
+"""See ``ModelSource.as_trained``."""
+
+
+def _as_built(model: nn.Module, source: Source, weights: Mapping[str, Tensor], what: str) -> None:
+    """No change."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +55,8 @@ class ModelSource:
     build: the unconverted model with random weights, for ``load`` of an artifact; ``None`` where an artifact cannot
         name this source (a file). Its options can come from a file that somebody else wrote.
     input_spec: the images that a built model takes.
+    as_trained: change a built model, in place, to what the weights of a file were trained in, as far as these tell;
+        it gets the model, its source, the weights and the file for log lines.
     """
 
     name: str
@@ -55,6 +64,7 @@ class ModelSource:
     load: Callable[[str, LoadOptions], nn.Module]
     build: Callable[[Source], nn.Module] | None = None
     input_spec: Callable[[nn.Module, Source], InputSpec] = lambda model, source: input_of_stem(model)
+    as_trained: AsTrained = _as_built
 
 
 SOURCES: list[ModelSource] = []
@@ -81,11 +91,12 @@ def named_source(
     *,
     pretrained: Callable[[str], nn.Module | None] = lambda name: None,
     input_spec: Callable[[nn.Module, Source], InputSpec] = lambda model, source: input_of_stem(model),
+    as_trained: AsTrained = _as_built,
 ) -> ModelSource:
     """A source of ``PREFIX:NAME``, loaded with its published weights, random ones or those of a file.
 
     build: the model with random weights. pretrained: from NAME to the model with its published weights, ``None`` where
-    it has none.
+    it has none. input_spec, as_trained: see ``ModelSource``.
     """
 
     def load(text: str, options: LoadOptions) -> nn.Module:
@@ -103,14 +114,14 @@ def named_source(
         attach_recipe(model, Recipe(source=source, input=input_spec(model, source), heads=heads))
         return model
 
-    return ModelSource(prefix, lambda text: text.startswith(f"{prefix}:"), load, build, input_spec)
+    return ModelSource(prefix, lambda text: text.startswith(f"{prefix}:"), load, build, input_spec, as_trained)
 
 
 def _fill_from_file(model: nn.Module, source: Source, options: LoadOptions) -> dict[str, int]:
     """Copy the weights of a file into ``model``; returns the width of its head, by name, if that became another one."""
-    own = plain_weights(
-        modern_names(read_weights(Path(options.weights), options.trust)), model.state_dict().keys(), options.weights
-    )
+    read = modern_names(read_weights(Path(options.weights), options.trust))
+    builder_for(source.name).as_trained(model, source, read, options.weights)
+    own = plain_weights(read, model.state_dict().keys(), options.weights)
     state = fitting_names(own, model)
     heads: dict[str, int] = {}
     if options.num_classes is None:

@@ -44,6 +44,12 @@ from condconv_surgery.runtime.tensor_hash import hash_weights
 
 _LOG = logging.getLogger("condconv_surgery")
 
+SAME_TENSORS = {
+    "torchvision:resnet18": "timm:resnetblur18 has the same tensors, and arch= takes them for it",
+    "torchvision:resnet50": "timm:resnetaa50 and timm:resnetblur50 have the same tensors, and arch= takes them for one",
+}
+"""Of networks that the tensors in a file can't tell from another one: what else they may be of."""
+
 FILE_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".tar", ".safetensors", ".onnx", ".h5", ".pt2", ".pkl")
 
 
@@ -154,12 +160,15 @@ def _load_checkpoint(text: str, options: LoadOptions) -> nn.Module:
         attach_recipe(model, Recipe(source=Source(f"torchvision:{published[0]}"), input=input_of(published[1])))
         return model
     source = arch or _recognised(layout, state, own)
+    if arch is None and source.name in SAME_TENSORS:
+        _LOG.warning("%s: taken for %s; %s", text, source.name, SAME_TENSORS[source.name])
     if arch is None and "num_classes" in source.options:
         _LOG.warning("%s: %d classes, as in the file", text, source.options["num_classes"])
     plain = layout.plain_source(source)
     model = build(plain, (*options.trust, package_of(plain)))  # naming a factory is trusting its package
     heads: dict[str, int] = {}
     if layout is PLAIN:
+        builder_for(plain.name).as_trained(model, plain, own, text)
         own = plain_weights(own, model.state_dict().keys(), text)
         state = fitting_names(own, model)
         if options.num_classes is None:

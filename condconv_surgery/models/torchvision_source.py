@@ -1,13 +1,16 @@
 """``torchvision:NAME``: its models, its published weights fetched safely, and the files that hold these.
 
 With weights, some torchvision builders make another network than without: detectors get frozen batch norms (and another
-epsilon), GoogLeNet and Inception transform their input. So a published file is given to its own builder.
+epsilon), GoogLeNet and Inception transform their input. So a published file is given to its own builder; for any other
+file ``as_trained`` makes the same changes.
 """
 
 from __future__ import annotations
 
 import hashlib
 import inspect
+import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,10 +18,18 @@ import torch
 import torchvision
 from torch import Tensor, nn
 from torchvision.models import WeightsEnum
+from torchvision.models.detection import FCOS, RetinaNet
+from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
+from torchvision.ops.misc import FrozenBatchNorm2d
 
 from condconv_surgery.errors import unknown_name
 from condconv_surgery.models.source_registry import named_source
 from condconv_surgery.recipe import InputSpec, Source
+
+TRANSFORMING = ("googlenet", "inception_v3")
+"""Networks that transform their input when they are built with weights."""
+
+_LOG = logging.getLogger("condconv_surgery")
 
 
 def default_weights(name: str) -> WeightsEnum | None:
@@ -46,6 +57,36 @@ def build_published(name: str, weights: WeightsEnum, state: dict[str, Tensor] | 
     model = _build(Source(f"torchvision:{name}"), _WithState(weights, state))
     model.eval()
     return model
+
+
+def as_trained(model: nn.Module, source: Source, weights: Mapping[str, Tensor], what: str) -> None:
+    """Change ``model`` to the form in which torchvision trains with its published weights, in place.
+
+    A detector whose file has no counters of batch norms gets frozen ones. That GoogLeNet or Inception transform their
+    input no file says: it is taken to be so, as in every network that began with published weights, and logged.
+    """
+    name = source.name.partition(":")[2]
+    if name in TRANSFORMING:
+        setattr(model, "transform_input", True)  # noqa: B010 - no tensor, as the type checker thinks
+        _LOG.warning(
+            "%s: taken to transform its input, as torchvision's %s does with published weights; for one trained from "
+            "scratch name a function of yours that builds it (package.module:function)",
+            what,
+            name,
+        )
+    counted = any(key.endswith("num_batches_tracked") for key in weights)
+    if isinstance(model, GeneralizedRCNN | RetinaNet | FCOS) and not counted:
+        _freeze_norms(model, name)
+
+
+def _freeze_norms(model: nn.Module, name: str) -> None:
+    """Replace the batch norms that are frozen in the detector of that name with published weights."""
+    state = {k: v for k, v in _build(Source(f"torchvision:{name}")).state_dict().items() if "num_batches" not in k}
+    weights = default_weights(name)
+    published = nn.Module() if weights is None else build_published(name, weights, state)
+    for key, norm in published.named_modules():
+        if isinstance(norm, FrozenBatchNorm2d):
+            model.set_submodule(key, FrozenBatchNorm2d(len(norm.weight), norm.eps))
 
 
 def fetch(weights: WeightsEnum) -> dict[str, Tensor]:
@@ -114,7 +155,7 @@ def _build(source: Source, weights: _WithState | None = None) -> nn.Module:
     fixed: dict[str, Any] = {"weights": weights}
     if "weights_backbone" in inspect.signature(builder).parameters:
         fixed["weights_backbone"] = None  # the default downloads
-    if name in ("googlenet", "inception_v3") and weights is None:
+    if name in TRANSFORMING and weights is None:
         fixed["init_weights"] = False  # truncated normals take seconds, and are filled at once
     model: nn.Module = builder(**{**source.options, **fixed})
     return model
@@ -132,4 +173,5 @@ TORCHVISION = named_source(
     _build,
     pretrained=_pretrained,
     input_spec=lambda model, source: input_of(default_weights(source.name.partition(":")[2])),
+    as_trained=as_trained,
 )

@@ -27,6 +27,7 @@ from condconv_surgery.reporting.render.html_page import report_fragment, report_
 from condconv_surgery.reporting.render.prediction_tables import render_predictions
 from condconv_surgery.reporting.render.table_rows import other_counters
 from condconv_surgery.reporting.render.terminal import Printable, render_experts, render_profile, render_routing
+from condconv_surgery.runtime.wrappers import unwrapped
 
 
 @dataclass(frozen=True, repr=False)
@@ -107,6 +108,7 @@ def report(
     to measure how far its experts have moved. recorded: top-1 known from elsewhere, 0 to 1.
     Raises ``InputError`` when the model does not run on the input, or the folder holds no labelled images.
     """
+    model = unwrapped(model)
     recipe = recipe_of(model)
     images = find_images(data, limit) if data is not None else None
     classes = recipe.classes if recipe is not None else ()

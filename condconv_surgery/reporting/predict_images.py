@@ -12,6 +12,7 @@ from condconv_surgery.reporting.images.network_routing import predictions_of
 from condconv_surgery.reporting.images.predictions import Predictions
 from condconv_surgery.reporting.images.report_images import find_images_to_predict
 from condconv_surgery.runtime.modes import input_spec_of
+from condconv_surgery.runtime.wrappers import unwrapped
 
 
 def predict(model: nn.Module, data: str | Path, *, limit: int | None = None, batch: int = 32) -> Predictions:
@@ -25,6 +26,7 @@ def predict(model: nn.Module, data: str | Path, *, limit: int | None = None, bat
     images of that run), or a folder of images without classes, which have no label. limit: at most so many, equally
     many of each class. Raises ``InputError`` for data without images, and for outputs that are not finite.
     """
+    model = unwrapped(model)
     recipe = recipe_of(model)
     images = find_images_to_predict(data, limit)
     labels, outputs = predict_batches(model, images.batches(input_spec_of(model), batch))

@@ -18,6 +18,7 @@ from condconv_surgery.models.hub_source import PREFIX, WEIGHTS, require_hub
 from condconv_surgery.models.sources import load_model
 from condconv_surgery.recipe import recipe_of
 from condconv_surgery.reporting.measure.profile import profile
+from condconv_surgery.runtime.wrappers import unwrapped
 from condconv_surgery.sharing.model_card import CardFacts, config, model_card
 
 LICENSES = {"torchvision": "bsd-3-clause", "condconv": "mit"}
@@ -44,7 +45,7 @@ def save_pretrained(
 
     Raises as ``save``.
     """
-    folder = Path(folder)
+    model, folder = unwrapped(model), Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     record = save(model, folder / WEIGHTS, base=base, precision=precision)
     totals = profile(model)

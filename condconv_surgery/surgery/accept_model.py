@@ -9,11 +9,11 @@ import torch
 from torch import fx, nn
 from torch._ops import OpOverload
 from torch.distributed.tensor import DTensor
-from torch.nn.parallel import DataParallel, DistributedDataParallel
+from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parameter import is_lazy
-from torch.optim.swa_utils import AveragedModel
 
 from condconv_surgery.errors import InputError
+from condconv_surgery.runtime.wrappers import is_compiled, unwrapped
 
 
 def accept(model: object, *, inplace: bool = False, prove: bool = False) -> nn.Module:
@@ -26,7 +26,9 @@ def accept(model: object, *, inplace: bool = False, prove: bool = False) -> nn.M
     if not isinstance(model, nn.Module):
         fix = "convert the nn.Module from which it was exported, then export that"
         raise InputError(f"convert was given a {type(model).__name__}.", "It takes an nn.Module.", fix)
-    inner = _inside(model, inplace)
+    inner = unwrapped(model)
+    if inplace:
+        _require_no_process_group(model)
     _require_modules(inner)
     _require_weights(inner, prove)
     return inner
@@ -35,29 +37,21 @@ def accept(model: object, *, inplace: bool = False, prove: bool = False) -> nn.M
 @contextmanager
 def running_eagerly(model: nn.Module) -> Iterator[None]:
     """Run compiled modules as plain Python: a conversion runs each module a few times, with hooks."""
-    compiled = any(m._compiled_call_impl is not None or _is_compiled(m) for m in model.modules())
+    compiled = any(m._compiled_call_impl is not None or is_compiled(m) for m in model.modules())
     # imports the compiler: only if needed
     with torch.compiler.set_stance("force_eager") if compiled else nullcontext():
         yield
 
 
-def _inside(model: nn.Module, inplace: bool) -> nn.Module:
-    while isinstance(model, (DataParallel, DistributedDataParallel, AveragedModel)) or _is_compiled(model):
-        if inplace and isinstance(model, DistributedDataParallel):
-            raise InputError(
-                "A DistributedDataParallel cannot be converted in place: it has registered its parameters already.",
-                "Convert the model, then wrap it.",
-                "DistributedDataParallel(convert(ddp.module, ...).model)",
-            )
-        inner = model._orig_mod if _is_compiled(model) else model.module
-        assert isinstance(inner, nn.Module)
-        model = inner
-    return model
-
-
-def _is_compiled(module: nn.Module) -> bool:
-    """Made by ``torch.compile(model)``. (Its class is not imported: that takes seconds.)"""
-    return type(module).__name__ == "OptimizedModule" and isinstance(module._modules.get("_orig_mod"), nn.Module)
+def _require_no_process_group(model: nn.Module) -> None:
+    """Raise ``InputError`` where a ``DistributedDataParallel`` is among the wrappers of ``model``."""
+    inner = unwrapped(model)
+    if any(isinstance(m, DistributedDataParallel) and unwrapped(m) is inner for m in model.modules()):
+        raise InputError(
+            "A DistributedDataParallel cannot be converted in place: it has registered its parameters already.",
+            "Convert the model, then wrap it.",
+            "DistributedDataParallel(convert(ddp.module, ...).model)",
+        )
 
 
 def _require_modules(model: nn.Module) -> None:

@@ -18,6 +18,7 @@ from condconv_surgery.layers.find_layers import folded_layers, require_exact_exp
 from condconv_surgery.models.artifact.save_load import why_not_alone
 from condconv_surgery.models.sources import load_model
 from condconv_surgery.recipe.training_options import TrainingOptions
+from condconv_surgery.runtime.wrappers import unwrapped
 from condconv_surgery.training.batches.loaders import TrainAndVal
 from condconv_surgery.training.distributed.world import World, open_world
 from condconv_surgery.training.monitor.callback import Callback
@@ -82,7 +83,7 @@ def finetune(
 def model_of(model: nn.Module | str | Path, options: TrainingOptions) -> nn.Module:
     """``model``, or the one that the options name, in float32: a file may hold half precision, too coarse for steps."""
     if isinstance(model, nn.Module):
-        return model
+        return unwrapped(model)
     torch.manual_seed(options.seed)  # for weights that are initialised at random
     return load_model(options.model, arch=options.arch, weights=options.weights, trust=options.trust).float()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import sys
 import zipfile
 from pathlib import Path
@@ -16,11 +17,12 @@ from safetensors.torch import save_file
 from torch import nn
 
 from condconv_surgery.errors import DamagedFileError, InputError, SurgeryError
+from condconv_surgery.models.artifact.meta_init import build_on_meta
 from condconv_surgery.models.checkpoints.read_checkpoint import read_weights
 from condconv_surgery.models.checkpoints.recognise_architecture import recognise
 from condconv_surgery.models.checkpoints.state_names import fitting_names
 from condconv_surgery.models.checkpoints.weight_sets import AVERAGED
-from condconv_surgery.models.sources import load_model
+from condconv_surgery.models.sources import SAME_TENSORS, load_model
 from condconv_surgery.recipe import Source, recipe_of
 
 SMALL = "torchvision:shufflenet_v2_x0_5"
@@ -329,3 +331,25 @@ def test_a_folder_of_transformers_asks_for_the_package(
     (tmp_path / "config.json").write_text(json.dumps(values))
     with pytest.raises(InputError, match=r"not installed(.|\n)*Try: pip install \"condconv-surgery\[transformers\]"):
         load_model(f"{prefix}{tmp_path}")
+
+
+@pytest.mark.parametrize("arch", [None, "torchvision:resnet18"])
+def test_a_network_that_its_tensors_do_not_tell_is_named(
+    arch: str | None, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """timm's variants with another pooling have the tensors of torchvision's ResNet."""
+    torch.save(torchvision.models.resnet18(weights=None).state_dict(), tmp_path / "mine.pth")
+    model = load_model(tmp_path / "mine.pth", arch=arch)
+    assert recipe_of(model).source.name == "torchvision:resnet18"
+    said = f"{tmp_path}/mine.pth: taken for torchvision:resnet18; timm:resnetblur18 has the same tensors"
+    assert (said in caplog.text) is (arch is None)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SAME_TENSORS)
+def test_networks_of_the_same_tensors_are_all_named(name: str) -> None:
+    timm = pytest.importorskip("timm")
+    own = shapes(torchvision.models.get_model(name.partition(":")[2], weights=None))
+    kin = [m for m in timm.list_models() if timm.model_entrypoint(m).__module__ == "timm.models.resnet"]
+    found = {f"timm:{m}" for m in kin if shapes(build_on_meta(Source(f"timm:{m}"))) == own}
+    assert found - {name.replace("torchvision", "timm")} == set(re.findall(r"timm:\w+", SAME_TENSORS[name]))

@@ -11,6 +11,7 @@ import pytest
 import torch
 import torchvision
 from torchvision.models import WeightsEnum
+from torchvision.ops.misc import FrozenBatchNorm2d
 
 from condconv_surgery.models.artifact.save_load import load, save
 from condconv_surgery.models.sources import load_model
@@ -99,3 +100,44 @@ def published_file(name: str, folder: Path) -> Path:
     torch.save(state, path)
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     return path.rename(folder / f"weights-{digest[:8]}.pth")
+
+
+@pytest.mark.parametrize("text", ["m.pt", "torchvision:googlenet"])
+def test_a_network_that_transforms_its_input_does_so_from_any_file(
+    text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Fine-tuned from published weights: no file says how it takes its images, and the log says what was assumed."""
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    options = {"aux_logits": False, "init_weights": False, "transform_input": True}
+    trained = torchvision.models.googlenet(weights=None, num_classes=1000 if ":" in text else 7, **options).eval()
+    state = trained.state_dict()
+    if ":" in text:  # as torchvision builds it by name
+        state = torchvision.models.googlenet(weights=None, init_weights=False).state_dict() | state
+    torch.save(state, "m.pt")
+    model = load_model(text, **({"weights": "m.pt"} if ":" in text else {}))
+    x = torch.rand(2, 3, 96, 96)
+    torch.testing.assert_close(model(x), trained(x))
+    assert "m.pt: taken to transform its input, as torchvision's googlenet does" in caplog.text
+    save(model, tmp_path / "m.safetensors")
+    torch.testing.assert_close(load(tmp_path / "m.safetensors")(x), trained(x))
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+@pytest.mark.parametrize("how", ["arch=", "weights="])
+def test_a_detector_has_frozen_norms_where_its_file_has_no_counters(frozen: bool, how: str, tmp_path: Path) -> None:
+    """Another number of classes than COCO's, as a detector that was fine-tuned has it."""
+    name, path = "torchvision:retinanet_resnet50_fpn", str(tmp_path / "mine.pt")
+    built = torchvision.models.get_model(name.partition(":")[2], weights=None, weights_backbone=None, num_classes=3)
+    state = {k: v for k, v in built.state_dict().items() if not frozen or not k.endswith("num_batches_tracked")}
+    torch.save(state, path)
+    if how == "arch=":
+        model = load_model(path, arch=name, num_classes=3)
+    else:
+        model = load_model(name, weights=path, num_classes=3)
+    norms = [module for key, module in model.backbone.named_modules() if key.endswith("bn1")]
+    assert {type(norm) for norm in norms} == {FrozenBatchNorm2d if frozen else torch.nn.BatchNorm2d}
+    assert {norm.eps for norm in norms} == {0.0 if frozen else 1e-5}  # as torchvision has it with COCO_V1
+    assert all(torch.equal(model.state_dict()[key], tensor) for key, tensor in state.items())
+    save(model, tmp_path / "m.safetensors")
+    assert type(load(tmp_path / "m.safetensors").backbone.body.bn1) is type(norms[0])

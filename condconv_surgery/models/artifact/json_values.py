@@ -39,9 +39,10 @@ class UndescribableError(InputError):
 
 
 class ValueWriter:
-    """From values to JSON. ``number`` returns the index of a module in the skeleton; ``stored`` gets large tensors."""
+    """From values to JSON. ``number`` returns what stands for a module, its index in a skeleton; ``stored`` gets large
+    tensors."""
 
-    def __init__(self, number: Callable[[nn.Module], int], stored: dict[str, Tensor]) -> None:
+    def __init__(self, number: Callable[[nn.Module], int | str], stored: dict[str, Tensor]) -> None:
         self.number = number
         self.stored = stored
 

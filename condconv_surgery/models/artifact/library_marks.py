@@ -1,4 +1,4 @@
-"""Marks of transformers and Accelerate on modules, and hooks by which a model captures outputs when it needs them.
+"""Marks of this package, transformers and Accelerate on modules, and hooks that capture outputs for a model that asks.
 
 They are no part of what a model computes, and an artifact leaves them out.
 """
@@ -13,7 +13,10 @@ from condconv_surgery.surgery.upcycle import has_hooks
 
 _HOME = "transformers.utils.output_capturing"
 
-MARKS = ("_is_hf_initialized", "_output_capturing_hooks_installed", "_is_accelerate_prepared")
+AS_BUILT = "condconv_as_built"
+"""Attribute of a model that a user's factory built: see ``as_built``."""
+
+MARKS = ("_is_hf_initialized", "_output_capturing_hooks_installed", "_is_accelerate_prepared", AS_BUILT)
 """Attributes by which they know what they have done to a module: what is missing is done again when needed."""
 
 _FORWARD_HOOKS = ("_forward_hooks", "_forward_pre_hooks")

@@ -9,6 +9,7 @@ There is no pickle, and nothing is imported that the user or this package did no
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from importlib.metadata import version
@@ -22,6 +23,7 @@ from condconv_surgery.errors import DamagedFileError, InputError, nearest
 from condconv_surgery.layers import ConditionalConv2d, ConditionalLinear, routed_blocks
 from condconv_surgery.layers.find_layers import named_layers, require_exact_experts
 from condconv_surgery.layers.routed_block import shared_router_of
+from condconv_surgery.models.artifact.as_built import is_as_built, note_not_as_built
 from condconv_surgery.models.artifact.atomic_write import replacing, require_values
 from condconv_surgery.models.artifact.container import (
     MAGIC,
@@ -35,14 +37,16 @@ from condconv_surgery.models.artifact.json_values import UndescribableError
 from condconv_surgery.models.artifact.rounded_experts import RoundedExperts, rounded_tensors
 from condconv_surgery.models.artifact.skeleton import describe, rebuild, transient_tensors
 from condconv_surgery.models.build_model import build, put_conditional, replace_heads
-from condconv_surgery.models.checkpoints.allowlist import trusted
+from condconv_surgery.models.checkpoints.allowlist import ScriptClassError, trusted
 from condconv_surgery.models.checkpoints.pickled_modules import check_module
 from condconv_surgery.models.checkpoints.recognise_architecture import recognise_module, same_modules
 from condconv_surgery.models.factory_source import FACTORY
 from condconv_surgery.models.source_registry import builder_for
 from condconv_surgery.models.transformers_source import PREFIX, transformers_source_of
-from condconv_surgery.recipe import ConvertedLayer, Recipe, attach_recipe, recipe_of
+from condconv_surgery.recipe import ConvertedLayer, Recipe, Source, attach_recipe, recipe_of
+from condconv_surgery.runtime.own_state import own_state
 from condconv_surgery.runtime.tensor_hash import hash_tensors
+from condconv_surgery.runtime.wrappers import unwrapped
 from condconv_surgery.surgery import BlockError, lift_convolutions, route_block
 
 UNCHECKED_WIDTH = 1024
@@ -53,10 +57,11 @@ def save(
     model: nn.Module, path: str | Path, *, alone: bool = True, base: Base | None = None, precision: str = "exact"
 ) -> DeltaRecord | RoundedExperts | None:
     """``delta_base.save`` with a base that is loaded."""
-    path = Path(path)
+    model, path = unwrapped(model), Path(path)
     require_exact_experts(model, 'A file of rounded experts is written from exact ones: save(precision="int8").')
-    require_values(model.state_dict())
-    tensors, aliases = unique_tensors(model.state_dict())
+    state = own_state(model)
+    require_values(state)
+    tensors, aliases = unique_tensors(state)
     recipe = _current_recipe(model)
     metadata = {"format": MAGIC, "recipe": json.dumps(recipe.to_dict()), "aliases": json.dumps(aliases)}
     stored: dict[str, Tensor] = {}
@@ -64,7 +69,7 @@ def save(
     if alone and "undescribed" in metadata:
         raise InputError(
             f"{path} alone could not rebuild the model: {metadata['undescribed']}.",
-            "A model that a function of yours builds needs no description, only its weights.",
+            "A model as a function of yours builds it needs no description, only its weights.",
             'load_model("package.module:factory", weights="FILE"), or alone=False and load(path, model=MyNet())',
         )
     if "skeleton" in metadata:
@@ -84,8 +89,11 @@ def save(
 
 
 def why_not_alone(model: nn.Module) -> str:
-    """Why the file of ``save`` would not be enough to rebuild ``model``; empty where it is."""
-    return _description(model, _current_recipe(model), {}).get("undescribed", "")
+    """Why another process could not rebuild ``model`` from the file of ``save``; empty where it can."""
+    model = unwrapped(model)
+    metadata = _description(model, _current_recipe(model), {})
+    of_script = re.search(r'"(__main__\.[\w.]+)"', metadata.get("skeleton", ""))
+    return f"{of_script[1]} is of this script" if of_script else metadata.get("undescribed", "")
 
 
 def load(
@@ -118,7 +126,7 @@ def load(
             "The recipe's layers must exist in the model that its source builds.",
             "install the versions that wrote it: " + ", ".join(f"{k}=={v}" for k, v in recipe.versions.items()),
         ) from error
-    _fill(skeleton, content, transients=content.skeleton is not None and model is None)
+    _fill(skeleton, content, transients=content.skeleton is not None)
     attach_recipe(skeleton, recipe)
     skeleton.eval()  # returns None where a model's own train() does
     return skeleton
@@ -158,13 +166,23 @@ def _description(model: nn.Module, recipe: Recipe, stored: dict[str, Tensor]) ->
     """
     name = recipe.source.name
     folded = any(layer.ungated_bias for layer in recipe.layers)  # its norms are gone
-    is_factory = bool(name) and builder_for(name) is FACTORY  # a user's factory is not called again to compare
-    if name and not folded and (is_factory or same_modules(model, recipe.source, recipe.heads)):
+    if name and not folded and _source_builds(model, recipe):
         return {}
     try:
         return {"skeleton": json.dumps(describe(model, stored=stored))}
     except UndescribableError as error:
-        return {"undescribed": error.what}
+        changed = f", and it is no longer what {name} builds" if _is_factory(recipe.source) and not folded else ""
+        return {"undescribed": f"{error.what}{changed}"}
+
+
+def _source_builds(model: nn.Module, recipe: Recipe) -> bool:
+    if _is_factory(recipe.source):
+        return is_as_built(model, recipe.heads)
+    return same_modules(model, recipe.source, recipe.heads)
+
+
+def _is_factory(source: Source) -> bool:
+    return bool(source.name) and builder_for(source.name) is FACTORY
 
 
 def _skeleton(content: Content, trust: tuple[str, ...]) -> nn.Module:
@@ -172,14 +190,26 @@ def _skeleton(content: Content, trust: tuple[str, ...]) -> nn.Module:
     _check_widths(content)
     elements = sum(tensor.numel() for tensor in content.tensors.values())
     if content.skeleton is not None:
-        return check_module(rebuild(content.skeleton, trust, elements, content.attributes), path)
-    if not source.name:
+        try:
+            model = rebuild(content.skeleton, trust, elements, content.attributes)
+        except ScriptClassError as error:
+            raise _of_a_script(path, error.name) from error
+        return check_module(note_not_as_built(model), path)
+    if not source.name or content.undescribed:
         raise InputError(
             f"{path} does not say how its model is built: {content.undescribed or 'it has no source'}.",
             "Give the unconverted model, with any weights.",
             f'condconv_surgery.load("{path}", model=MyNet())',
         )
     return build(source, trust)
+
+
+def _of_a_script(path: Path, name: str) -> InputError:
+    return InputError(
+        f"{path} names {name}, a class of the script or notebook that saved it.",
+        "Give the unconverted model, with any weights. (A command needs its class in a module when it is converted.)",
+        f'condconv_surgery.load("{path}", model={name.rpartition(".")[2]}())',
+    )
 
 
 def _check_widths(content: Content) -> None:
@@ -199,7 +229,7 @@ def _check_widths(content: Content) -> None:
 def _fill(model: nn.Module, content: Content, transients: bool) -> None:
     """Copy every tensor of the file into the model. Names and shapes must be equal; the model takes its dtypes."""
     path, tensors = content.path, content.all_tensors()
-    targets = model.state_dict(keep_vars=True)
+    targets = own_state(model, keep_vars=True)
     if transients:
         targets |= transient_tensors(model)
     missing, unexpected = sorted(set(targets) - set(tensors)), sorted(set(tensors) - set(targets))

@@ -26,8 +26,8 @@ from condconv_surgery.recipe import Recipe
 
 Skeleton = list[dict[str, Any]]
 
-_OWN_KEYS = frozenset(nn.Module().__dict__)
-"""Attributes of every module: dicts of parameters, buffers, children and hooks, and the training flag."""
+_OWN_KEYS = frozenset((*nn.Module().__dict__, "_compiled_call_impl"))
+"""Attributes of any module: dicts of parameters, buffers, children and hooks, the training flag, the compiled call."""
 
 _CACHES_OF_FORWARD = ("corr_pyramid", "attention_bias_cache")
 """Attributes that a forward pass fills: in RAFT of torchvision; in LeViT, TinyViT and EfficientFormer of timm."""
@@ -104,6 +104,16 @@ def transient_tensors(model: nn.Module) -> dict[str, Tensor]:
     }
 
 
+def plain_state(module: nn.Module) -> dict[str, Any]:
+    """The attributes of ``module`` that are no part of ``nn.Module``, without caches and marks."""
+    return {
+        key: _without_cache(module, key, value)
+        for key, value in module.__dict__.items()
+        if key not in (*_OWN_KEYS, *MARKS) and not isinstance(value, Recipe)
+        if not (isinstance(module, nn.RNNBase) and key in _OF_RECURRENT)
+    }
+
+
 def _row(module: nn.Module, writer: ValueWriter, tensors: dict[int, int]) -> dict[str, Any]:
     def slot(tensor: Tensor | None) -> list[Any] | None:
         if tensor is None:
@@ -115,10 +125,7 @@ def _row(module: nn.Module, writer: ValueWriter, tensors: dict[int, int]) -> dic
     return {
         "class": name_in_file(plain_class_of(module)),
         "state": {
-            key: writer.write(_without_cache(module, key, value), f"{type(module).__name__}.{key}")
-            for key, value in module.__dict__.items()
-            if key not in (*_OWN_KEYS, *MARKS) and not isinstance(value, Recipe)
-            if not (isinstance(module, nn.RNNBase) and key in _OF_RECURRENT)
+            key: writer.write(value, f"{type(module).__name__}.{key}") for key, value in plain_state(module).items()
         },
         "parameters": {name: slot(value) for name, value in module._parameters.items()},
         "buffers": {name: slot(value) for name, value in module._buffers.items()},

@@ -110,6 +110,20 @@ _PUBLISHED = {
 """Packages by the name that they are imported by. The module of a user may have the name of a stranger's package."""
 
 
+class ScriptClassError(InputError):
+    """A file names a class of the script or notebook that wrote it. The advice is for a pickle."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        leaf = name.rpartition(".")[2]
+        super().__init__(
+            f"The file names {name}, a class of the script or notebook that saved it.",
+            "A class is found by the module that defines it, and here that script is not running.",
+            f"the class {leaf} in a module, say nets.py, and there torch.save(model.state_dict(), 'model.pt'); then "
+            f'that file with arch="nets:{leaf}"',
+        )
+
+
 def resolve(name: str, trust: tuple[str, ...] = ()) -> Any:
     """The object that ``package.module.Name`` stands for.
 
@@ -203,7 +217,7 @@ def _imported(name: str, module: str, leaf: str) -> Any:
         return getattr(importlib.import_module(module), leaf)
     except (ImportError, AttributeError) as error:
         if module == "__main__":
-            raise _of_a_script(name) from error
+            raise ScriptClassError(name) from error
         raise InputError(
             f"The file names {name}, which cannot be imported: {error}.",
             "What defines it must be importable here, in a version that still has that name.",
@@ -220,15 +234,6 @@ def import_advice(package: str) -> str:
     return f"PYTHONPATH=FOLDER in front of the command: the folder that holds {package}"
 
 
-def _of_a_script(name: str) -> InputError:
-    return InputError(
-        f"The file names {name}, a class of the script or notebook that saved it.",
-        "A class is found by the module that defines it, and here that script is not running.",
-        f"the class {name.rpartition('.')[2]} in a module, say nets.py, and there torch.save(model.state_dict(), "
-        f"'model.pt'); then that file with arch=\"nets:{name.rpartition('.')[2]}\"",
-    )
-
-
 def _refused(name: str, reason: str) -> InputError:
     return InputError(
         f"The file names {name}: {reason}.",
@@ -239,7 +244,7 @@ def _refused(name: str, reason: str) -> InputError:
 
 def _untrusted(name: str, package: str) -> InputError:
     if package == "__main__":
-        return _of_a_script(name)
+        return ScriptClassError(name)
     return InputError(
         f"The file names {name}, code of the package {package!r}.",
         "Without trust= only layers of torch.nn, torchvision and timm are imported.",

@@ -19,6 +19,7 @@ from condconv_surgery.models.artifact.atomic_write import replacing, require_val
 from condconv_surgery.models.checkpoints.recognise_architecture import recognise
 from condconv_surgery.models.layouts import odconv_layout, timm_layout
 from condconv_surgery.recipe import Source
+from condconv_surgery.runtime.wrappers import unwrapped
 
 State = dict[str, Tensor]
 
@@ -71,6 +72,7 @@ def write_layout(model: nn.Module, layout: str, path: str | Path) -> State:
     """
     if layout not in LAYOUTS:
         raise unknown_name("layout", layout, list(LAYOUTS), 'layout="timm"')
+    model = unwrapped(model)
     if not conditional_layers(model):
         raise InputError(
             "The model has no conditional layer.",

@@ -17,6 +17,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from condconv_surgery.errors import InputError
 from condconv_surgery.layers import conditional_layers
 from condconv_surgery.recipe.training_sections import EngineOptions
+from condconv_surgery.runtime.own_state import own_state
 from condconv_surgery.training.distributed.world import World
 
 
@@ -68,8 +69,8 @@ class UnshardedCopy:
     @torch.no_grad()
     def filled(self, model: nn.Module) -> nn.Module | None:
         """The copy with the current weights of ``model``; ``None`` in every process but the first. Collective."""
-        targets = {} if self.model is None else self.model.state_dict()
-        for name, tensor in model.state_dict().items():
+        targets = {} if self.model is None else own_state(self.model)
+        for name, tensor in own_state(model).items():
             value = full_tensor(tensor)  # in all processes
             if name in targets:
                 targets[name].copy_(value)

@@ -19,6 +19,7 @@ from torch.optim import Optimizer
 
 from condconv_surgery.errors import DamagedFileError, TrainingError, listed
 from condconv_surgery.models.artifact.atomic_write import replacing
+from condconv_surgery.runtime.own_state import own_state
 from condconv_surgery.runtime.tensor_hash import hash_tensors
 from condconv_surgery.training.distributed.fsdp import full_tensor, sharded_like
 from condconv_surgery.training.state.run_files import failing_resumably, new_run
@@ -107,7 +108,7 @@ def read_state(path: Path) -> State:
 
 def model_part(model: nn.Module, part: str = "model") -> dict[str, Tensor]:
     """Parameters and persistent buffers, under ``part.``."""
-    return {f"{part}.{name}": full_tensor(tensor) for name, tensor in model.state_dict().items()}
+    return {f"{part}.{name}": full_tensor(tensor) for name, tensor in own_state(model).items()}
 
 
 @torch.no_grad()
@@ -116,7 +117,7 @@ def restore_model(model: nn.Module, tensors: dict[str, Tensor], name: str = "", 
 
     name: of the model that the run in ``folder`` began with.
     """
-    target = model.state_dict()
+    target = own_state(model)
     if target.keys() != tensors.keys() or any(target[n].shape != t.shape for n, t in tensors.items()):
         differing = ", ".join(sorted(target.keys() ^ tensors.keys())[:3])
         raise TrainingError(
