@@ -206,9 +206,12 @@ class ConditionalConv2d(nn.Module, Generic[V]):
         router = modules["router"]
         if router is None or modules["standardisation"] is not None or self.implementation != "auto":
             return None
-        form = None if is_hooked(router) else router.whole_form()  # type: ignore[operator]
+        whole_form = (
+            None if is_hooked(router) else getattr(router, "whole_form", None)
+        )  # a router of one's own has none
+        form = None if whole_form is None else whole_form()
         weight, rounding = parts.get("weight"), modules["rounding"]
-        if form is None or weight is None:
+        if form is None or weight is None or "bias" not in parts:  # computed, by a parametrization say
             return None
         scales = None if rounding is None else rounding._buffers["scale"]
         return fast_layer(x, weight, parts["bias"], form, self.geometry, scales)

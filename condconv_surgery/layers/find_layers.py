@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any
 
 from torch import nn
+from torch.nn.utils import parametrize
 
 from condconv_surgery.errors import InputError, listed
 from condconv_surgery.layers.conditional import ConditionalConv2d
@@ -39,6 +40,30 @@ def require_exact_experts(model: nn.Module, allowed: str) -> None:
             allowed,
             "the model from before round_experts",
         )
+
+
+def require_stored_experts(model: nn.Module) -> None:
+    """Raise ``InputError`` where a parameter of a conditional layer or router is computed before each call.
+
+    (By a parametrization, pruning or a norm of weights. A file holds the parameters, not how to compute them.)
+    """
+    for outer, module in model.named_modules():
+        for inner, part in module.named_modules() if isinstance(module, ConditionalConv2d | Router) else ():
+            computed = [name for name in ("weight", "bias") if name not in part._parameters]
+            if computed and isinstance(part, ConditionalConv2d | nn.Linear):
+                layer = f"{outer}.{inner}".strip(".")
+                raise InputError(
+                    f"{layer}.{computed[0]} is computed before each call.",
+                    "A file holds experts and routers themselves.",
+                    f'{_ending(part, computed[0])}(model.get_submodule("{layer}"), "{computed[0]}")',
+                )
+
+
+def _ending(module: nn.Module, name: str) -> str:
+    """The function that makes a computed parameter an ordinary one."""
+    if parametrize.is_parametrized(module, name):
+        return "torch.nn.utils.parametrize.remove_parametrizations"
+    return "torch.nn.utils." + ("prune.remove" if f"{name}_mask" in module._buffers else "remove_spectral_norm")
 
 
 def named_layers(model: nn.Module, *kinds: type[nn.Module]) -> list[tuple[tuple[str, ...], Any]]:

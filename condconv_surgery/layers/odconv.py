@@ -118,7 +118,7 @@ class ODConvRouter(Router):
         return Mixture(gate, spatial, in_scale, out_scale)
 
     def _route(self, pooled: Tensor) -> Mixture:
-        parts = route(pooled, self.fusable_form())
+        parts = None if "mix" in self.__dict__ else route(pooled, self.fusable_form())
         return self.mix(pooled) if parts is None else self._with_sigmoid_gates(self.mixture_of(parts), pooled)
 
     def _with_sigmoid_gates(self, mixture: Mixture, pooled: Tensor) -> Mixture:

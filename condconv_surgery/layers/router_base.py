@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +31,15 @@ class Router(nn.Module):
 
     weight_factor: float = 1.0
     bias_factor: float = 1.0
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        """A subclass that computes the mixture its own way has no form of its parent's, unless it says so."""
+        super().__init_subclass__(**options)
+        own = vars(cls)
+        if any(name in own for name in ("forward", "_route", "mix")):
+            for name in ("fusable_form", "whole_form", "_route"):
+                if name not in own:
+                    setattr(cls, name, getattr(Router, name))
 
     def forward(self, x: Tensor) -> Mixture:
         """The mixture of each sample of ``x`` [B, I, H, W], or [I, H, W], or [B, I] if it is pooled already.
@@ -68,7 +77,7 @@ class Router(nn.Module):
         return Mixture(parts[0])
 
     def _route(self, pooled: Tensor) -> Mixture:
-        form = self.fusable_form()
+        form = None if "mix" in self.__dict__ else self.fusable_form()  # replaced on the object
         parts = None if form is None else route(pooled, form)
         return self.mix(pooled) if parts is None else self.mixture_of(parts)
 

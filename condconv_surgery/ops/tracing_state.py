@@ -86,11 +86,11 @@ def norm_parts(norm: nn.Module) -> list[Tensor] | None:
 
 
 def is_hooked(module: nn.Module) -> bool:
-    """Whether hooks see its calls, or its ``forward`` was replaced on the instance."""
+    """Whether hooks see its calls, or its ``forward`` or a router's ``mix`` was replaced on the instance."""
     own = module.__dict__  # asked for each map of a router at each call: attributes and ``any`` take twice as long
     try:
         if own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]:
             return True
-        return "forward" in own or bool(nn.modules.module._has_any_global_hook())  # type: ignore[no-untyped-call]
+        return "forward" in own or "mix" in own or bool(nn.modules.module._has_any_global_hook())  # type: ignore[no-untyped-call]
     except (AttributeError, KeyError):
         return True

@@ -14,7 +14,7 @@ from torch import nn
 
 from condconv_surgery.data.find_data import require_data
 from condconv_surgery.errors import InputError, listed
-from condconv_surgery.layers.find_layers import folded_layers, require_exact_experts
+from condconv_surgery.layers.find_layers import folded_layers, require_exact_experts, require_stored_experts
 from condconv_surgery.models.artifact.save_load import why_not_alone
 from condconv_surgery.models.sources import load_model
 from condconv_surgery.recipe.training_options import TrainingOptions
@@ -154,6 +154,7 @@ def _require_guard() -> None:
 
 def _require_trainable(model: nn.Module) -> None:
     require_exact_experts(model, "Training needs exact ones.")
+    require_stored_experts(model)
     if folded := folded_layers(model):
         raise InputError(
             f"The model is folded: {listed(folded)} took in the batch norm behind.",

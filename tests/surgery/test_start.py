@@ -248,3 +248,10 @@ def test_auto_is_the_start_of_each_variant_that_is_not_a_saddle() -> None:
         "odconv": "softmax",
         "odconv, sigmoid gates": "antithetic",
     }
+
+
+def test_images_in_bytes_are_no_calibration() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3))
+    images = torch.randint(0, 256, (32, 3, 8, 8), dtype=torch.uint8)
+    with pytest.raises(InputError, match=r"calibration= holds images of uint8(.|\n)*normalised floats"):
+        cs.convert(model, cs.CondConv(2), example=torch.randn(2, 3, 8, 8), calibration=images)

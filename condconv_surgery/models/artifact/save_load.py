@@ -21,7 +21,7 @@ from torch import Tensor, fx, nn
 
 from condconv_surgery.errors import DamagedFileError, InputError, nearest
 from condconv_surgery.layers import ConditionalConv2d, ConditionalLinear, routed_blocks
-from condconv_surgery.layers.find_layers import named_layers, require_exact_experts
+from condconv_surgery.layers.find_layers import named_layers, require_exact_experts, require_stored_experts
 from condconv_surgery.layers.routed_block import shared_router_of
 from condconv_surgery.models.artifact.as_built import is_as_built, note_not_as_built
 from condconv_surgery.models.artifact.atomic_write import replacing, require_values
@@ -59,6 +59,7 @@ def save(
     """``delta_base.save`` with a base that is loaded."""
     model, path = unwrapped(model), Path(path)
     require_exact_experts(model, 'A file of rounded experts is written from exact ones: save(precision="int8").')
+    require_stored_experts(model)
     state = own_state(model)
     require_values(state)
     tensors, aliases = unique_tensors(state)

@@ -73,6 +73,12 @@ def calibration_batches(model: nn.Module, images: Tensor | Iterable[Any]) -> Ite
                 "It is a tensor of images [N, C, H, W], or batches of them, alone, first in a tuple or in a dict.",
                 "calibration=torch.utils.data.DataLoader(images, batch_size=32)",
             )
+        if not x.is_floating_point():
+            raise InputError(
+                f"calibration= holds images of {x.dtype}.".replace("torch.", ""),
+                "They are given to the model as they are: normalised floats.",
+                "a transform with v2.ToDtype(torch.float32, scale=True) and v2.Normalize",
+            )
         x = x[: MOST_IMAGES - count]
         count += len(x)
         yield image_arguments(model, x.to(dtype))
