@@ -17,6 +17,9 @@ from condconv_surgery.layers.router_base import Router
 from condconv_surgery.ops.mixture import Mixture
 from condconv_surgery.recipe import Variant
 
+LARGEST_TEMPERATURE = 1e30
+"""Well inside float32, in which routers hold it."""
+
 RouterHook = Callable[[str, nn.Module, Any, Mixture], Mixture | None]
 """Takes the name, the module, the inputs and the mixture of a router; returns the mixture to use instead, if any."""
 
@@ -105,9 +108,9 @@ def routed_layers(model: nn.Module) -> dict[str, list[ConditionalConv2d[Variant]
 
 def set_temperature(model: nn.Module, value: float) -> int:
     """Set the temperature of every router that has one; returns their number."""
-    if not 0 < value < float("inf"):
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= LARGEST_TEMPERATURE:
         raise InputError(
-            f"The temperature is {value!r}.", "It must be a positive number.", "set_temperature(model, 30.0)"
+            f"The temperature is {value!r}.", "It must be a number in (0, 1e30].", "set_temperature(model, 30.0)"
         )
     buffers = [getattr(router, "temperature", None) for router in routers(model).values()]
     present = [buffer for buffer in buffers if buffer is not None]

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -129,11 +129,16 @@ def _settings(node: fx.Node) -> _Settings:
             raise _NotLiftedError(f"its {key} is computed, not a parameter of the module")
         names[key] = None if value is None else str(value.target)
     rest = {key: arguments[key] for key in ("stride", "padding", "dilation", "groups")}
-    fixed = {key: tuple(value) if isinstance(value, (list, tuple)) else value for key, value in rest.items()}
+    fixed = {key: _pair(value) if isinstance(value, (list, tuple)) else value for key, value in rest.items()}
     if any(isinstance(leaf, fx.Node) for leaf in pytree.tree_leaves(fixed)):
         raise _NotLiftedError("a setting of it is computed")
     assert names["weight"] is not None
     return _Settings(names["weight"], names["bias"], **fixed)
+
+
+def _pair(values: Sequence[Any]) -> tuple[Any, ...]:
+    """One value for height and width, as ``F.conv2d`` takes it, twice."""
+    return (*values, *values) if len(values) == 1 else tuple(values)
 
 
 def _require_sole_use(module: fx.GraphModule, target: str, nodes: list[fx.Node]) -> None:

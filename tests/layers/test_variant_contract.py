@@ -212,8 +212,9 @@ def test_set_temperature_sets_the_routers_that_have_one() -> None:
     assert set_temperature(model, 30.0) == 2
     assert [float(m.router.temperature) for m in model[1:]] == [30.0, 30.0]
     assert list(conditional_layers(model)) == ["0", "1", "2"]
-    with pytest.raises(InputError, match="temperature is 0"):
-        set_temperature(model, 0)
+    for wrong in (0, "a", 1e39, float("nan"), True):
+        with pytest.raises(InputError, match="The temperature is"):
+            set_temperature(model, wrong)  # type: ignore[arg-type]
 
 
 def test_an_error_of_a_wrong_input_says_what_is_allowed() -> None:

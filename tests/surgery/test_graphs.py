@@ -263,3 +263,20 @@ def test_the_mode_of_a_feature_extractor_is_kept(inplace: bool, training: bool) 
     assert {name: m.training for name, m in converted.named_modules() if name in modes} == modes
     with torch.no_grad():
         torch.testing.assert_close(converted(x)["features"], expected, rtol=1e-4, atol=1e-4)
+
+
+def test_one_value_of_a_setting_counts_for_height_and_width() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(6, 4, 3, 3))
+            self.stem = nn.Conv2d(3, 4, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return F.conv2d(self.stem(x), self.weight, stride=(2,), padding=[1])
+
+    graph, x = fx.symbolic_trace(Net()), torch.randn(2, 3, 9, 9)
+    wanted = graph(x)
+    assert lift_convolutions(graph) == ()
+    torch.testing.assert_close(graph(x), wanted)
+    assert len(cs.convert(graph, cs.CondConv(2), example=x).plan.to_convert) == 1
