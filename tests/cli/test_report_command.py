@@ -237,7 +237,7 @@ def test_images_that_trained_the_model_are_said_to_have_trained_it(
     shared = sum(first.name(i) not in measured for i in range(len(first)))
     assert shared > 0
     (tmp_path / "link").symlink_to(tmp_path / "first")
-    said = f"{shared} of these 3 images trained this model ({tmp_path / 'second'}): --data run measures it on its own"
+    said = f"{shared} of these 3 images trained this model ({tmp_path / 'second'}): with this run as the data"
     for source in ("first", "link"):
         code, out, err = condconv("predict", tmp_path / "second", "--data", tmp_path / source, "--json")
         assert code == 0, err

@@ -161,7 +161,7 @@ class Predictions:
         if self.trained:
             parts.append(
                 f"{self.trained} of these {counted(len(self.images), 'image')} trained this model ({self.run}): "
-                "--data run measures it on its own validation images."
+                "with this run as the data, it is measured on its own validation images."
             )
         elif self.correct and not self.held_out:
             parts.append(NOT_HELD_OUT)
