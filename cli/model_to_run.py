@@ -74,3 +74,9 @@ def own_split(data: str, model: str) -> str:
         return data
     path = Path(model)
     return str(path if path.is_dir() else path.parent)
+
+
+def run_of(model: str) -> Path:
+    """The folder of a model's file, which may be that of its run; a directory, or the name of a model, as it is."""
+    path = Path(model)
+    return path.parent if path.is_file() else path

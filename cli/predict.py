@@ -9,7 +9,7 @@ import typer
 
 from condconv_surgery.errors import InputError
 
-from .model_to_run import load_to_run, own_split, require_precision
+from .model_to_run import load_to_run, own_split, require_precision, run_of
 from .output.console import print_json, say
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ def predict(
     from condconv_surgery.reporting.render.prediction_tables import predictions_csv
 
     loaded = load_to_run(model, arch, weights, input_size, tuple(trust or ()), device, None, precision)
-    found = predictions_of(loaded, own_split(data, model), limit=limit, batch=batch)
+    found = predictions_of(loaded, own_split(data, model), limit=limit, batch=batch).of_run(run_of(model))
     if output is not None:
         with replacing(output) as temporary:
             temporary.write_text(predictions_csv(found), encoding="utf-8")

@@ -10,7 +10,7 @@ import typer
 
 from condconv_surgery.errors import InputError, unknown_name
 
-from .model_to_run import load_to_run, own_split, require_precision
+from .model_to_run import load_to_run, own_split, require_precision, run_of
 from .output.console import print_json, say
 
 if TYPE_CHECKING:
@@ -171,7 +171,7 @@ def _measure(
             original=original,
             recorded=recorded_accuracy(spec),
         )
-        result = replace(result, provenance=result.provenance.of_command(_typed(), spec))
+        result = replace(result, provenance=result.provenance.of_command(_typed(), spec)).of_run(run_of(spec))
         reports.append(result if len(models) == 1 else replace(result, title=spec))
     return reports[0] if len(reports) == 1 else Comparison(tuple(reports))
 

@@ -55,12 +55,21 @@ def share(
     loaded = load(model, trust=trusted)
     recorded = recorded_accuracy(model)
     if path.suffix == ".safetensors":
-        save(loaded, path, base=base, precision=precision)
+        save(loaded, path, base=base, precision=precision, trust=trusted)
         file = path
     else:
         scores = {} if recorded is None else {f"top-1 on {recorded.where}": recorded.top1}
-        card = {"name": push or "", "license": license}
-        file = save_pretrained(loaded, path, scores=scores, base=base, precision=precision, **card) / WEIGHTS
+        folder = save_pretrained(
+            loaded,
+            path,
+            name=push or "",
+            license=license,
+            scores=scores,
+            base=base,
+            precision=precision,
+            trust=trusted,
+        )
+        file = folder / WEIGHTS
     address = upload(path, push) if push else None
     summary = _summary(loaded, file, path, base, trusted)
     if as_json:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
+from collections.abc import Iterable
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from condconv_surgery.data.find_data import DividedData, divide, find_parts, folder_parts, is_folder, require_data
-from condconv_surgery.data.image_folders import ImageFiles, scan
+from condconv_surgery.data.image_folders import ImageFiles, printable, scan
 from condconv_surgery.data.labelled_images import LabelledImages
 from condconv_surgery.errors import DamagedFileError, InputError
 from condconv_surgery.recipe.toml_text import RECIPE, read_recipe_file
@@ -80,16 +83,26 @@ def validation_images_of(run: Path) -> EvaluationImages:
     before, now = _recorded_facts(run), _facts(divided.train, divided.val)
     changed = {fact for fact in before.keys() & now.keys() if before[fact] != now[fact]}
     if changed:
-        others = ", with other classes or labels" if changed - {"train", "val"} else ""
+        relabelled = "classes" in changed or not changed & {"train", "val"}
+        others = ", with other classes or labels" if relabelled else ""
         counts = (
             f"{before['train']} training and {before['val']} validation images then, {now['train']} and {now['val']}"
         )
         raise InputError(
             f"The data of {run} have changed: {counts} now{others}.",
-            "Their split is another one, with images that the run trained on.",
-            f'data="{options.data.folder}" with images that the run did not train on',
+            "Their split is another one, with images that the run trained on." if divided.split_off else "",
+            _other_data(options.data, divided.split_off),
         )
     return EvaluationImages(divided.val, True, f"{options.data.folder} (validation images of {run})")
+
+
+def _other_data(data: DataOptions, split_off: bool) -> str:
+    """What to type for images that a run did not train on, where its data have changed."""
+    if split_off:
+        return 'data="FOLDER" with images that the run did not train on'
+    named = data.folder.partition(":")[0] in ("torchvision", "hf")  # val is then a part of this data set
+    source = data.val if data.val and not named else data.folder
+    return f'data="{source}", whose validation images the run did not train on'
 
 
 def training_images_of(run: Path) -> LabelledImages:
@@ -144,6 +157,26 @@ def recorded_images(run: Path) -> list[tuple[str, str, str]]:
             "It lists the images of the run, a line of JSON for each.",
             'data="FOLDER", images that the run did not train on',
         ) from error
+
+
+def trained_images(run: Path, images: Iterable[str]) -> int:
+    """How many of the image files ``images`` a run recorded among its training images; 0 where it recorded none."""
+    if not (is_run(str(run)) and (run / IMAGES).is_file()):
+        return 0
+    try:
+        parts = folder_parts(options_of(run).data)
+        rows = recorded_images(run)
+    except (InputError, DamagedFileError):
+        return 0
+    root = parts.train or parts.root
+    trained = _real_paths(printable(str(root / file)) for part, _, file in rows if part == "train")
+    return sum(path in trained for path in _real_paths(images))
+
+
+def _real_paths(images: Iterable[str]) -> set[tuple[str, str]]:
+    """Real folder and name of each file; a folder is resolved once."""
+    resolved = cache(os.path.realpath)
+    return {(resolved(path.parent), path.name) for path in map(Path, images)}
 
 
 def _facts(train: LabelledImages, val: LabelledImages) -> Facts:

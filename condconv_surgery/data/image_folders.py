@@ -68,6 +68,11 @@ def find_unlabelled_images(folder: Path, limit: int) -> list[Path]:
     require_folder(folder)
     parts = find_parts_of(folder)
     root = parts.train or (folder if not parts.divided else next(p for p in (parts.val, parts.test) if p))
+    return images_at_any_depth(root, limit)
+
+
+def images_at_any_depth(root: Path, limit: int) -> list[Path]:
+    """Up to ``limit`` images directly in ``root`` or below it, evenly chosen. Raises ``InputError`` without any."""
     below, _ = images_below(root, visible_folders(root))
     files = loose_images(root) + [file for name in below for file in below[name]]
     if not files:

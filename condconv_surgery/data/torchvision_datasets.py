@@ -124,7 +124,8 @@ def _labels(data: Any) -> tuple[int, ...]:
     for attribute in ("targets", "labels", "_labels", "y"):
         found = getattr(data, attribute, None)
         if found is not None and len(found) == len(data):
-            return tuple(int(label) for label in found)
+            rows = getattr(found, "ndim", 1) == 2  # QMNIST: [N, 8], the class and where the digit comes from
+            return tuple(int(label[0] if rows else label) for label in found)
     samples = getattr(data, "_samples", None)
     if samples is not None:
         return tuple(int(label) for _, label in samples)

@@ -27,6 +27,7 @@ def save(
     alone: bool = True,
     base: str | Path | nn.Module | None = None,
     precision: Precision = "exact",
+    trust: str | tuple[str, ...] = (),
 ) -> DeltaRecord | RoundedExperts | None:
     """Write ``model``, converted or not, so that ``load(path)`` gives it back with bit-identical outputs.
 
@@ -43,6 +44,7 @@ def save(
         they are floats again when loaded. With ``base``, of the differences from its weights, ``"bfloat16"`` only.
         Routers, biases, norms and plain layers stay exact. The ``error`` of the record that is returned is the largest
         difference of a weight.
+    trust: packages, as ``load`` takes them, whose code may build ``base``.
 
     Raises ``InputError`` when the file cannot be written, would not be enough, a tensor has no values, the base has
     none of them or no experts would get smaller; an existing file is then unchanged.
@@ -57,7 +59,7 @@ def save(
             "Differences from a base are rounded to bfloat16; int8 is for the experts of a whole file.",
             'precision="bfloat16", or leave base= out',
         )
-    return save_load.save(model, path, alone=alone, base=_base(base), precision=precision)
+    return save_load.save(model, path, alone=alone, base=_base(base, trusted(trust)), precision=precision)
 
 
 def load(

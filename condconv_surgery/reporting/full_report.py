@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +62,12 @@ class Report(Printable, Measurements):
     def _repr_html_(self) -> str:
         """The table that a notebook shows."""
         return report_fragment(self)
+
+    def of_run(self, run: Path) -> Report:
+        """The same with what ``run``, which trained the model, recorded: how many of the images it trained on."""
+        predictions = self.predictions.of_run(run) if self.predictions else None
+        routing = replace(self.routing, predictions=predictions) if self.routing and predictions else self.routing
+        return replace(self, predictions=predictions, routing=routing)
 
     def _tables(self, width: int) -> Group:
         parts = [render_profile(self.profile, self.title, width, self.cost), render_experts(self.experts)]

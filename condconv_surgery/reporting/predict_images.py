@@ -23,11 +23,13 @@ def predict(model: nn.Module, data: str | Path, *, limit: int | None = None, bat
         print(found.accuracy, found.calibration.error)
 
     data: what ``finetune`` reads (its validation part, else its test part, else all), a run directory (the validation
-    images of that run), or a folder of images without classes, which have no label. limit: at most so many, equally
-    many of each class. Raises ``InputError`` for data without images, and for outputs that are not finite.
+    images of that run), or a folder with images directly in it, of which all at any depth are taken, without labels,
+    unless its folders are classes of the model. limit: at most so many, equally many of each class. Raises
+    ``InputError`` for data without images, and for outputs that are not finite.
     """
     model = unwrapped(model)
     recipe = recipe_of(model)
-    images = find_images_to_predict(data, limit)
+    classes = recipe.classes if recipe is not None else ()
+    images = find_images_to_predict(data, limit, classes)
     labels, outputs = predict_batches(model, images.batches(input_spec_of(model), batch))
-    return predictions_of(images, outputs, labels, recipe.classes if recipe is not None else ())
+    return predictions_of(images, outputs, labels, classes)

@@ -34,6 +34,7 @@ def save_pretrained(
     scores: Mapping[str, float] | None = None,
     base: str | Path | nn.Module | None = None,
     precision: Precision = "exact",
+    trust: str | tuple[str, ...] = (),
 ) -> Path:
     """Write ``model.safetensors``, ``config.json`` and ``README.md`` into ``folder``, and return it.
 
@@ -41,13 +42,13 @@ def save_pretrained(
 
     name: ``OWNER/NAME`` in the card; by default the folder's. license: of the original weights, where the source does
     not say it. scores: for the card, 0 to 1, as ``{"top-1 on my images": 0.91}``. base, precision: see ``save``: the
-    file then holds what the base has not, or its experts in fewer bits.
+    file then holds what the base has not, or its experts in fewer bits. trust: packages whose code may build ``base``.
 
     Raises as ``save``.
     """
     model, folder = unwrapped(model), Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    record = save(model, folder / WEIGHTS, base=base, precision=precision)
+    record = save(model, folder / WEIGHTS, base=base, precision=precision, trust=trust)
     totals = profile(model)
     recipe = read_recipe(folder / WEIGHTS)
     facts = CardFacts(

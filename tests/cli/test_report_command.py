@@ -14,8 +14,9 @@ import torchvision
 
 import condconv_surgery as cs
 from condconv_surgery.models.sources import load_model
+from condconv_surgery.training.state.image_record import write_image_record
 from tests.conftest import Run
-from tests.images import write_images
+from tests.images import find_training_images, write_images
 from tests.variant_cases import scramble
 
 PLAIN = ("torchvision:mobilenet_v3_small", "--weights", "none", "--input-size", 64)
@@ -218,6 +219,42 @@ def test_the_word_run_names_the_run_of_the_model(condconv: Run, artifact: Path, 
     assert code == 0, err
     assert len(out.splitlines()) == 1 + 3
     assert f"(validation images of {run})" in err
+
+
+def test_images_that_trained_the_model_are_said_to_have_trained_it(
+    condconv: Run, artifact: Path, tmp_path: Path
+) -> None:
+    """The validation images of one run are training images of another that splits the same folder by another seed."""
+    data = write_images(tmp_path / "data", classes=3, each=5)
+    for seed, run in enumerate((tmp_path / "first", tmp_path / "second")):
+        train, val = find_training_images(data, seed=seed)
+        run.mkdir()
+        (run / "best.safetensors").write_bytes(artifact.read_bytes())
+        (run / "recipe.toml").write_text(f'seed = {seed}\n[data]\nfolder = "{data}"\n')
+        write_image_record(run, train, val)
+    measured = {val.name(i) for i in range(len(val))}
+    first = find_training_images(data, seed=0)[1]
+    shared = sum(first.name(i) not in measured for i in range(len(first)))
+    assert shared > 0
+    (tmp_path / "link").symlink_to(tmp_path / "first")
+    said = f"{shared} of these 3 images trained this model ({tmp_path / 'second'}): with this run as the data"
+    for source in ("first", "link"):
+        code, out, err = condconv("predict", tmp_path / "second", "--data", tmp_path / source, "--json")
+        assert code == 0, err
+        assert said in err
+        assert (json.loads(out)["held_out"], json.loads(out)["trained"]) == (False, shared)
+    models = [tmp_path / "first", tmp_path / "second/best.safetensors"]
+    code, out, err = condconv("report", *models, "--data", tmp_path / "first", "--markdown")
+    assert code == 0, err
+    assert said in out
+    assert f", {shared} of which trained second" in out
+    code, out, err = condconv("report", models[1], "--data", tmp_path / "first", "--json")
+    assert said in json.loads(out)["routing"]["verdict"]
+    assert f", {shared} of which trained it" in json.loads(out)["answer"]
+    for model in models:  # on its own images nothing limits it
+        code, _, err = condconv("predict", model, "--data", "run")
+        assert code == 0, err
+        assert "trained this" not in err
 
 
 BAD = [

@@ -147,6 +147,20 @@ def test_a_run_over_shards_is_measured_on_the_same_labels_or_not_at_all(tmp_path
         find_evaluation_images(DataOptions(folder=str(tmp_path / "run")))
 
 
+def test_a_run_with_its_own_validation_shards_is_told_to_measure_these(tmp_path: Path) -> None:
+    """Its training images are no images that it did not train on, and nothing was split off."""
+    train, val = shard(tmp_path / "train.tar", pairs()), shard(tmp_path / "val.tar", pairs())
+    data = {"folder": str(train), "val": str(val), "image_size": 16, "batch_size": 3, "workers": 0}
+    finetune(small_net(), {"data": data, "schedule": {"epochs": 1}}, output=tmp_path / "run")
+    shard(train, pairs()[:-2])
+    with pytest.raises(InputError) as error:
+        find_evaluation_images(DataOptions(folder=str(tmp_path / "run")))
+    said = str(error.value)
+    assert "changed: 6 training and 6 validation images then, 5 and 6 now." in said
+    assert f'data="{val}", whose validation images the run did not train on' in said
+    assert "split" not in said
+
+
 @pytest.mark.parametrize("name", ["s.tar.gz", "s.tgz", "s.tar"])
 def test_compressed_shards_are_said_to_be(tmp_path: Path, name: str) -> None:
     content = gzip.compress(shard(tmp_path / "plain/s.tar", pairs()).read_bytes())

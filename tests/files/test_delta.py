@@ -19,6 +19,7 @@ from condconv_surgery.errors import DamagedFileError, InputError
 from condconv_surgery.models.artifact.container import read_delta
 from condconv_surgery.models.sources import load_model
 from condconv_surgery.runtime.tensor_hash import hash_tensors
+from tests.conftest import Run
 
 X = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
 SMALL = "torchvision:shufflenet_v2_x0_5"
@@ -172,3 +173,23 @@ def test_a_changed_record_is_damaged(
     save_file(tensors, path, {**metadata, "delta": json.dumps(delta), "tensors_sha256": digest})
     with pytest.raises(DamagedFileError, match="delta"):
         cs.load(path, base=base)
+
+
+def test_a_base_of_a_trusted_package_is_shared_from(
+    condconv: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """``--trust`` is for the base, too, and ``save`` takes it."""
+    (tmp_path / "pkg_of_base.py").write_text(
+        "from torch import nn\n\n\ndef net():\n    return nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3))\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    trust = ("pkg_of_base",)
+    whole, base = tmp_path / "whole.safetensors", tmp_path / "base.safetensors"
+    net = load_model("pkg_of_base:net", trust=trust)
+    cs.save(net, base)
+    cs.save(cs.convert(net, cs.CondConv(experts=2), example=X).model, whole)
+    for output in ("delta.safetensors", "folder"):
+        code, _, err = condconv("share", whole, "--trust", *trust, "--base", base, "-o", tmp_path / output)
+        assert code == 0, err
+    with pytest.raises(InputError, match="pkg_of_base"):
+        cs.save(cs.load(whole, trust=trust), tmp_path / "other.safetensors", base=base)

@@ -90,6 +90,32 @@ def test_accuracy_that_a_run_recorded(tmp_path: Path) -> None:
     assert recorded_accuracy("torchvision:resnet18") is None
 
 
+def test_recorded_accuracies_are_of_the_same_images_only_where_the_records_say_so(
+    plain: Report, tmp_path: Path
+) -> None:
+    """Two runs with equally many validation images of one folder and one seed, between which the folder has changed."""
+    rows = {"a": ["0", "1"], "b": ["1", "0"], "c": ["0", "2"]}
+    for name, images in rows.items():
+        run = tmp_path / name
+        run.mkdir()
+        (run / "best.safetensors").touch()
+        (run / "metrics.jsonl").write_text('{"val_top1": 0.5, "best": true}\n')
+        (run / "recipe.toml").write_text(to_toml(TrainingOptions().updated({"data": {"folder": "digits"}})))
+        (run / "data.json").write_text('{"train": 30, "val": 2}')
+        lines = [["train", "cat", "cat/9.png"], *(["val", "cat", f"cat/{image}.png"] for image in images)]
+        (run / "images.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+    def answer(*names: str) -> str:
+        own = [replace(plain, title=name, recorded=recorded_accuracy(tmp_path / name)) for name in names]
+        return str(Comparison(tuple(own)).to_dict()["answer"])
+
+    assert answer("a", "b").startswith("Each run recorded its top-1 on the same 2 validation images of digits (seed 0)")
+    assert answer("a", "c").startswith("The accuracies are not of the same images")
+    for name in ("a", "b"):
+        (tmp_path / name / "images.jsonl").unlink()
+    assert answer("a", "b").startswith("The accuracies are not of the same images")
+
+
 def predicted(report: Report, right: str, images: str = "a") -> Report:
     """``report`` of a model that is right where ``right`` has a 1, on images of two classes."""
     labels = tuple(i % 2 for i in range(len(right)))

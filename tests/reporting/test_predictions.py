@@ -116,6 +116,38 @@ def test_predict_of_a_folder_without_classes(tmp_path: Path) -> None:
     assert [row["predicted"] for row in found.rows()] == ["red"] * 4
 
 
+def test_images_beside_a_folder_are_predicted_with_those_in_it(tmp_path: Path) -> None:
+    """The folder is no class of the model, so it says nothing of labels."""
+    folder = write_images(tmp_path / "images", classes=1, each=2) / "class0"
+    write_images(folder / "old", classes=1, each=1)
+    model = brightest("red", "green", "blue")
+    found = cs.predict(model, folder)
+    assert [Path(name).relative_to(folder).as_posix() for name in found.images] == [
+        "00.png",
+        "01.png",
+        "old/class0/00.png",
+    ]
+    assert found.labels == (None,) * 3
+    assert len(cs.predict(model, folder, limit=2).images) == 2
+    for name in ("train", "test"):  # two parts without classes, were they not photos of trains
+        (folder / name).mkdir()
+        (folder / name / "c.png").write_bytes((folder / "00.png").read_bytes())
+    assert cs.predict(model, folder).labels == (None,) * 5
+
+
+def test_images_beside_class_folders_are_left_out_and_counted(tmp_path: Path) -> None:
+    folder = write_images(tmp_path / "images", classes=2, each=3)
+    for name in ("a.png", "b.png"):
+        (folder / name).write_bytes((folder / "class0/00.png").read_bytes())
+    found = cs.predict(brightest("class0", "class1", "class2"), folder)
+    assert (found.accuracy, len(found.images)) == (1.0, 6)
+    assert f"2 images were left out: directly in {folder}, beside its class folders." in summary_lines(found)[0]
+    assert len(cs.predict(brightest("red", "green", "blue"), folder).images) == 8
+    (folder / "class2").mkdir()
+    with pytest.raises(InputError, match="class folders without images: class2"):
+        cs.predict(brightest("class0", "class1", "class2"), folder)
+
+
 def test_predict_of_a_run_takes_its_validation_images(tmp_path: Path) -> None:
     folder = write_images(tmp_path / "images", classes=3, each=10)
     run = tmp_path / "run"

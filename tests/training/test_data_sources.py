@@ -73,6 +73,28 @@ def test_a_torchvision_set_by_name(tmp_path: Path) -> None:
     assert train.name(5) == "MNIST[5]"
 
 
+def write_qmnist(root: Path, each: int = 4) -> None:
+    """Files as QMNIST has them: 8 integers for each image, of which the first is its class."""
+    raw = root / "QMNIST/raw"
+    raw.mkdir(parents=True)
+    images = np.zeros((10 * each, 28, 28), dtype="uint8")
+    labels = np.full((len(images), 8), 99, dtype=">i4")
+    labels[:, 0] = np.arange(len(images)) % 10
+    for part in ("train", "test"):
+        head = struct.pack(">IIII", 2051, *images.shape)
+        (raw / f"qmnist-{part}-images-idx3-ubyte").write_bytes(head + images.tobytes())
+        head = struct.pack(">III", 0xC02, *labels.shape)
+        (raw / f"qmnist-{part}-labels-idx2-int").write_bytes(head + labels.tobytes())
+
+
+def test_the_class_of_a_qmnist_image_is_the_first_of_its_labels(tmp_path: Path) -> None:
+    write_qmnist(tmp_path)
+    train, val = find_data(DataOptions(folder="torchvision:qmnist", root=str(tmp_path)), 0)
+    assert (len(train), len(val)) == (30, 10)
+    assert set(train.labels) == set(range(10)) == set(val.labels)
+    assert len(train.classes) == 10
+
+
 def test_a_torchvision_set_in_one_piece_is_split() -> None:
     train, val = find_data(DataOptions(folder="torchvision:FakeData", val_fraction=0.3), 0)
     assert len(train) + len(val) == 1000

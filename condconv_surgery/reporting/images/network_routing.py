@@ -133,4 +133,5 @@ def predictions_of(images: ReportImages, outputs: Outputs, labels: Tensor, names
         images.held_out,
         images.where,
         tuple(images.unreadable),
+        notes=images.notes,
     )

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
-from condconv_surgery.data.evaluation_images import NOT_HELD_OUT
+from condconv_surgery.data.evaluation_images import NOT_HELD_OUT, trained_images
 from condconv_surgery.errors import counted, listed
 from condconv_surgery.reporting.study.binomial_interval import binomial_interval
 
@@ -57,6 +58,8 @@ class Predictions:
     ``outputs``, the names of the logits. confidence: softmax probability of the predicted class, 0 to 1.
     targets: the logit of each class; ``None`` when the classes of the data are not those of the model.
     held_out, where: as in ``EvaluationImages``. unreadable: images that were left out, with the reason.
+    trained, run: how many of the images trained the model, and in which run, where that is known. notes: further
+    sentences of ``caveats``.
     """
 
     images: tuple[str, ...]
@@ -69,6 +72,9 @@ class Predictions:
     held_out: bool = True
     where: str = ""
     unreadable: tuple[str, ...] = ()
+    trained: int = 0
+    run: str = ""
+    notes: tuple[str, ...] = ()
 
     def __repr__(self) -> str:
         top1 = "" if self.accuracy is None else f", top-1 {self.accuracy:.1%}"
@@ -152,11 +158,22 @@ class Predictions:
             parts.append("The images have no labels, so accuracy is unknown.")
         elif self.targets is None:
             parts.append("The model's classes are not those of the folder, so accuracy is unknown.")
-        if self.correct and not self.held_out:
+        if self.trained:
+            parts.append(
+                f"{self.trained} of these {counted(len(self.images), 'image')} trained this model ({self.run}): "
+                "with this run as the data, it is measured on its own validation images."
+            )
+        elif self.correct and not self.held_out:
             parts.append(NOT_HELD_OUT)
+        parts += self.notes
         if self.unreadable:
             parts.append(f"Left out as unreadable: {listed(self.unreadable)}.")
         return " ".join(parts)
+
+    def of_run(self, run: Path) -> Predictions:
+        """The same with what ``run``, which trained the model, recorded: how many of the images it trained on."""
+        trained = trained_images(run, self.images)
+        return replace(self, trained=trained, run=str(run), held_out=False) if trained else self
 
     def rows(self) -> list[dict[str, Any]]:
         """A row for each image: ``image``, ``label``, ``predicted``, ``confidence``, ``correct`` (empty if unknown)."""
@@ -181,6 +198,7 @@ class Predictions:
             "images": len(self.images),
             "where": self.where,
             "held_out": self.held_out,
+            "trained": self.trained,
             "unreadable": list(self.unreadable),
             "accuracy": self.accuracy,
             "interval": None if self.interval is None else list(self.interval),

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from condconv_surgery.data.evaluation_images import CHECK, options_of
-from condconv_surgery.errors import InputError
+from condconv_surgery.data.evaluation_images import CHECK, IMAGES, options_of, recorded_images
+from condconv_surgery.errors import DamagedFileError, InputError
 from condconv_surgery.models.sources import file_of_run
 
 METRICS = "metrics.jsonl"
@@ -15,11 +16,15 @@ METRICS = "metrics.jsonl"
 
 @dataclass(frozen=True)
 class RecordedAccuracy:
-    """Validation top-1, 0 to 1, as a run recorded it. images, data: how many images, and of which data; if known."""
+    """Validation top-1, 0 to 1, as a run recorded it. images, data: how many images, and of which data; if known.
+
+    fingerprint: a hash of the classes and paths of its validation images; empty where the run did not record them.
+    """
 
     top1: float
     images: int = 0
     data: str = ""
+    fingerprint: str = ""
 
     @property
     def where(self) -> str:
@@ -38,7 +43,8 @@ def recorded_accuracy(artifact: str | Path) -> RecordedAccuracy | None:
     value = chosen[-1].get("val_top1") if chosen else None
     if not isinstance(value, (int, float)):
         return None
-    return RecordedAccuracy(float(value), _validation_images(path.parent), _data(path.parent))
+    run = path.parent
+    return RecordedAccuracy(float(value), _validation_images(run), _data(run), _fingerprint(run))
 
 
 def _validation_images(run: Path) -> int:
@@ -46,6 +52,16 @@ def _validation_images(run: Path) -> int:
         return int(json.loads((run / CHECK).read_text(encoding="utf-8"))["val"])
     except (OSError, ValueError, KeyError, TypeError):
         return 0
+
+
+def _fingerprint(run: Path) -> str:
+    """Of the validation images that a run recorded, in any order."""
+    try:
+        rows = recorded_images(run) if (run / IMAGES).is_file() else []
+    except DamagedFileError:
+        return ""
+    images = sorted(row for row in rows if row[0] == "val")
+    return hashlib.sha256(json.dumps(images).encode()).hexdigest() if images else ""
 
 
 def _data(run: Path) -> str:

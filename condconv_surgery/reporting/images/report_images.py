@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -13,9 +13,10 @@ from torch import Tensor
 from condconv_surgery.data.decode_image import UnreadableImageError
 from condconv_surgery.data.evaluation_images import find_evaluation_images, is_run
 from condconv_surgery.data.find_data import is_folder
-from condconv_surgery.data.image_folders import ImageFiles, find_unlabelled_images
-from condconv_surgery.data.labelled_images import LabelledImages, even_subset
-from condconv_surgery.data.walk_images import loose_images
+from condconv_surgery.data.folder_layout import find_parts_of
+from condconv_surgery.data.image_folders import ImageFiles, images_at_any_depth
+from condconv_surgery.data.labelled_images import LabelledImages, even_subset, logit_of_each_class
+from condconv_surgery.data.walk_images import images_below, loose_images, visible_folders
 from condconv_surgery.errors import InputError
 from condconv_surgery.models.preprocess import EvaluationTransform
 from condconv_surgery.recipe import InputSpec
@@ -27,12 +28,14 @@ class ReportImages:
     """Labelled images, whether they come from a validation or test part, apart from training images, and where from.
 
     unreadable: names of images that could not be decoded. A pass over ``batches`` takes them out of ``images``.
+    notes: what else was left out, in sentences.
     """
 
     images: LabelledImages
     held_out: bool = True
     where: str = ""
     unreadable: list[str] = field(default_factory=list)
+    notes: tuple[str, ...] = ()
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -73,15 +76,33 @@ def find_images(source: str | Path, limit: int = 1000) -> ReportImages:
     return ReportImages(even_subset(images, limit), held_out, where)
 
 
-def find_images_to_predict(source: str | Path, limit: int | None = None) -> ReportImages:
-    """As ``find_images``; of a folder that holds images and no class folders, all its images, with the label -1."""
-    options = DataOptions(folder=str(source))
+def find_images_to_predict(source: str | Path, limit: int | None = None, classes: tuple[str, ...] = ()) -> ReportImages:
+    """As ``find_images``; of a folder with images directly in it, all its images at any depth, with the label -1.
+
+    classes: names of the model's logits. A folder whose own folders are classes of the model keeps its labels, and a
+    note says how many images directly in it are left out.
+    """
+    options, folder, most = DataOptions(folder=str(source)), Path(source), sys.maxsize if limit is None else limit
+    data_by_name = is_run(options.folder) or not is_folder(options) or not folder.is_dir()
+    loose = [] if data_by_name else loose_images(folder)
+    if not loose:
+        return find_images(source, most)
+    names = _folders_with_images(folder)
+    if not names or logit_of_each_class(names, classes) is None:
+        paths = images_at_any_depth(folder, most)
+        files = tuple(str(path.relative_to(folder)) for path in paths)
+        return ReportImages(ImageFiles(folder, (), files, (-1,) * len(files)), where=str(folder))
+    were = "image was" if len(loose) == 1 else "images were"
+    note = f"{len(loose)} {were} left out: directly in {folder}, beside its class folders."
+    return replace(find_images(source, most), notes=(note,))
+
+
+def _folders_with_images(folder: Path) -> tuple[str, ...]:
+    """The folders that would be classes, of the part that would be measured, without empty ones."""
     try:
-        return find_images(source, sys.maxsize if limit is None else limit)
-    except InputError:
-        folder = Path(source)
-        if is_run(options.folder) or not is_folder(options) or not folder.is_dir() or not loose_images(folder):
-            raise
-    paths = find_unlabelled_images(folder, sys.maxsize if limit is None else limit)
-    files = tuple(str(path.relative_to(folder)) for path in paths)
-    return ReportImages(ImageFiles(folder, (), files, (-1,) * len(files)), where=str(folder))
+        parts = find_parts_of(folder)
+        root = parts.val or parts.test or parts.train or folder
+    except InputError:  # of a layout that can be read in two ways, which matters for labels only
+        root = folder
+    below, _ = images_below(root, visible_folders(root))
+    return tuple(name for name, files in below.items() if files)

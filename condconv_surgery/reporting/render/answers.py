@@ -28,6 +28,7 @@ def comparison_answer(models: Sequence[Measurements]) -> str:
     best, found = max(compared, key=lambda pair: pair[1].mean)
     name, other, several = names[best.title], names[first.title], len(compared) > 1
     where = f"on the same {found.images} images of {first.predictions.where}"
+    where += _known_training(first.predictions, other) + _known_training(best.predictions, name)
     size = f"{points(found)} points of top-1 (95% interval) {where}; {_change(first, best)}"
     if found.low > 0:
         return f"{name} is better than {other}{', most of all' if several else ''}: {size}."
@@ -94,7 +95,13 @@ def _top1(model: Measurements) -> str:
 
 
 def _trained_on(predictions: Predictions) -> str:
-    return "" if predictions.held_out else ", which it may have been trained on"
+    known = _known_training(predictions, "it")
+    return known or ("" if predictions.held_out else ", which it may have been trained on")
+
+
+def _known_training(predictions: Predictions | None, name: str) -> str:
+    """How many of the images trained the model ``name``, where its run says so."""
+    return f", {predictions.trained} of which trained {name}" if predictions and predictions.trained else ""
 
 
 def _cost(model: Measurements) -> str:
@@ -120,8 +127,8 @@ def _of_recorded(models: Sequence[Measurements]) -> str:
     if len(known) < 2:
         return "Only costs are compared: fewer than two accuracies are known. Images would give them."
     places = {model.recorded.where if model.recorded and not model.measured else "" for model in known}
-    recorded = all(model.recorded and model.recorded.images for model in known)
-    if len(places) == 1 and recorded and "" not in places:
+    prints = {model.recorded.fingerprint if model.recorded else "" for model in known}
+    if len(places) == 1 == len(prints) and "" not in places | prints:
         return (
             f"Each run recorded its top-1 on the same {places.pop()}; the certainty of a difference needs the images."
         )
