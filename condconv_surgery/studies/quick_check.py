@@ -20,11 +20,18 @@ from condconv_surgery.reporting.study.study_results import points
 from condconv_surgery.studies.arm_models import arm_options
 from condconv_surgery.studies.arm_runs import is_over
 from condconv_surgery.studies.image_scores import correct_images
+from condconv_surgery.studies.study_folder import (
+    read_quick_settings,
+    require_same_quick_check,
+    write_quick_settings,
+)
 from condconv_surgery.studies.study_inputs import study_inputs
-from condconv_surgery.training.distributed.world import open_world
+from condconv_surgery.studies.study_settings import run_settings
+from condconv_surgery.training.distributed.world import World, open_world
 from condconv_surgery.training.finetuning import train_run
 from condconv_surgery.training.monitor.callback import Callback
 from condconv_surgery.training.monitor.progress_display import console_display
+from condconv_surgery.training.state.run_files import make_folder
 from condconv_surgery.training.state.stop_signals import catch_signals
 
 FITS = 0.98
@@ -153,7 +160,7 @@ def quick_check(
 
     Takes the arguments of ``compare``. Both runs start from ``model``, each with a learning-rate schedule of its own
     length; the last epoch of each is scored. Returns the number of the signal that stopped it, where one did: the same
-    call goes on. Raises as ``compare`` does.
+    call goes on. Raises as ``compare`` does, also for an output in which another model, other images or options began.
     """
     given = study_inputs(model, options, data, output)
     folder = Path(given.training.output) / "quick"
@@ -162,6 +169,7 @@ def quick_check(
     images, epochs = (parts.train, parts.val), (training.schedule.epochs, 2 * training.schedule.epochs)
     scored, train, val = even_subset(parts.train, MOST_IMAGES), [], []
     with open_world() as world, catch_signals() as request:
+        _begin(folder, run_settings(original, training, parts), world)
         for length in epochs:
             run = training.updated({"output": str(folder / str(length)), "schedule": {"epochs": length}})
             trained = copy.deepcopy(original)
@@ -177,3 +185,14 @@ def quick_check(
     chance = max(scored.counts()) / len(scored)
     top1 = (shares[0][0], shares[0][1]), (shares[1][0], shares[1][1])
     return QuickCheck(epochs, *top1, longer, parts.origin, chance, len(scored))
+
+
+def _begin(folder: Path, settings: dict[str, Any], world: World) -> None:
+    """Record the model, images and options of the runs in ``folder``. Raises ``InputError`` where theirs are others."""
+    before = read_quick_settings(folder)
+    world.barrier()  # every process has looked
+    if before is not None:
+        require_same_quick_check(before, settings, folder)
+    elif world.is_first:
+        make_folder(folder)
+        write_quick_settings(folder, settings)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from condconv_surgery.errors import InputError
+from condconv_surgery.errors import DamagedFileError, InputError
 from condconv_surgery.recipe import CondConv
 from condconv_surgery.reporting import Difference
 from condconv_surgery.studies import QuickCheck, quick_check
@@ -79,6 +79,36 @@ def test_an_untrained_network_is_at_chance(tmp_path: Path) -> None:
     assert isinstance(check, QuickCheck)
     assert (check.chance, check.train_images) == (pytest.approx(1 / 3), 18)
     assert check.verdict.startswith("The network has learnt nothing at this rate")
+
+
+def test_another_model_image_or_option_needs_another_folder(tmp_path: Path) -> None:
+    data, other = write_images(tmp_path / "data", each=10), write_images(tmp_path / "other", each=9)
+    options, output = study_options(schedule={"epochs": 1}), tmp_path / "study"
+
+    def check(seed: int = 0, images: Path = data, **changes: dict[str, object]) -> object:
+        chosen = {**options, **{name: {**options.get(name, {}), **values} for name, values in changes.items()}}
+        return quick_check(small_net(dropout=0.0, seed=seed), chosen, data=images, output=output, progress=False)
+
+    first = check()
+    with pytest.raises(
+        InputError, match=r'holds a quick check with other settings: model was .*\n.*\n.*another output="S'
+    ):
+        check(seed=1)
+    with pytest.raises(InputError, match=r"other settings: images\."):
+        check(images=other)
+    with pytest.raises(InputError, match=r"other settings: training\.optimizer\.lr was 0\.01 and is 0\.02"):
+        check(optimizer={"lr": 0.02})
+    assert check() == first
+    longer = check(schedule={"epochs": 2})
+    assert isinstance(longer, QuickCheck)
+    assert isinstance(first, QuickCheck)
+    assert longer.val_top1[0] == first.val_top1[1], "the run of two epochs is not trained again"
+    (output / "quick/settings.json").write_text("[")
+    with pytest.raises(DamagedFileError, match=r"settings\.json cannot be read"):
+        check()
+    (output / "quick/settings.json").unlink()
+    with pytest.raises(InputError, match="model was None"):
+        check()
 
 
 def test_an_easy_task_is_fitted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
