@@ -15,6 +15,7 @@ from condconv_surgery.training.state.run_files import write_text
 from condconv_surgery.training.state.run_state import BEFORE, LAST
 
 RECORD = "study.json"
+QUICK_SETTINGS = "settings.json"
 SHOWN = 60
 """Characters of a value in a message."""
 
@@ -43,17 +44,51 @@ def write_record(folder: Path, record: StudyRecord) -> None:
 def require_same_study(before: StudyRecord, settings: dict[str, Any], folder: Path) -> None:
     """Raise ``InputError`` when a study began with other settings. More seeds may be added."""
     old, new = flattened(before.settings), flattened(settings)
-    changed = [name for name in sorted({*old, *new}) if old.get(name) != new.get(name)]
+    changed = _changed(old, new)
     if isinstance(old.get("seeds"), int) and old["seeds"] <= new["seeds"]:
         changed = [name for name in changed if name != "seeds"]
     if "arms" in changed:  # of arms that one of the two lacks, the name says enough
         changed = [name for name in changed if not name.startswith("arm.")]
     if changed:
-        what = ", ".join(f"{name} was {_short(old.get(name))} and is {_short(new.get(name))}" for name in changed[:4])
         raise InputError(
-            f"{folder} holds a study with other settings: {what}{', ...' if len(changed) > 4 else ''}.",
+            f"{folder} holds a study with other settings: {_changes(old, new, changed)}.",
             "A study is continued with the same model, images, arms and options; only seeds may be added.",
             f'the same options, or a new study: another output="STUDY" (or: rm -r {shlex.quote(str(folder))})',
+        )
+
+
+def read_quick_settings(folder: Path) -> dict[str, Any] | None:
+    """The settings with which a quick check began in the folder; empty for runs without any. Raises as above."""
+    path = folder / QUICK_SETTINGS
+    if not path.exists():
+        return {} if folder.exists() and any(folder.glob(f"*/{LAST}")) else None
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(settings, dict):
+            return settings
+        error: object = f"it holds a {type(settings).__name__}"
+    except (OSError, ValueError) as reason:
+        error = reason
+    raise DamagedFileError(
+        f"{path} cannot be read: {error}.",
+        "It is the JSON object that compare writes.",
+        f'a new quick check: another output="STUDY" (or: rm -r {shlex.quote(str(folder))})',
+    )
+
+
+def write_quick_settings(folder: Path, settings: dict[str, Any]) -> None:
+    """Write the settings of a quick check, atomically."""
+    write_text(folder / QUICK_SETTINGS, json.dumps(settings, indent=1, allow_nan=False) + "\n")
+
+
+def require_same_quick_check(before: dict[str, Any], settings: dict[str, Any], folder: Path) -> None:
+    """Raise ``InputError`` when a quick check began with other settings. Its epochs are none of them."""
+    old, new = flattened(before), flattened(settings)
+    if changed := _changed(old, new):
+        raise InputError(
+            f"{folder} holds a quick check with other settings: {_changes(old, new, changed)}.",
+            "A quick check is repeated with the same model, images and options; only epochs may differ.",
+            f'the same options, or a new quick check: another output="STUDY" (or: rm -r {shlex.quote(str(folder))})',
         )
 
 
@@ -61,6 +96,16 @@ def remove_states(run: Path) -> None:
     """Remove what a completed run no longer needs: what it is resumed from, and the weights that are not the best."""
     for name in (LAST, BEFORE, IMAGES, "last.safetensors"):
         (run / name).unlink(missing_ok=True)
+
+
+def _changed(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    return [name for name in sorted({*old, *new}) if old.get(name) != new.get(name)]
+
+
+def _changes(old: dict[str, Any], new: dict[str, Any], changed: list[str]) -> str:
+    """What the first changed settings were and are."""
+    what = ", ".join(f"{name} was {_short(old.get(name))} and is {_short(new.get(name))}" for name in changed[:4])
+    return f"{what}{', ...' if len(changed) > 4 else ''}"
 
 
 def _short(value: object) -> str:

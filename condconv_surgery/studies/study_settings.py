@@ -26,18 +26,27 @@ def settings_of(
     model: nn.Module, options: StudyOptions, training: TrainingOptions, parts: ThreeParts
 ) -> dict[str, Any]:
     """JSON values: model and images by their hashes, arms, seeds, budget, rates and training options."""
-    free = {*FREE, "arch", "weights", "trust"} - {"schedule.epochs"}
-    shared = {name: value for name, value in flattened(training.to_dict()).items() if name not in free}
+    shared = run_settings(model, training, parts)
     settings = {
-        "model": hash_weights(model),
-        "images": parts.fingerprints(),
+        **shared,
         "arms": [arm.name for arm in options.arms],
         "arm": {arm.name: _arm(arm) for arm in options.arms},
         "seeds": options.seeds,
         "budget": options.budget,
         "rates": options.rates,
-        "training": shared,
+        "training": {**shared["training"], "schedule.epochs": training.schedule.epochs},
     }
+    return _plain(settings)
+
+
+def run_settings(model: nn.Module, training: TrainingOptions, parts: ThreeParts) -> dict[str, Any]:
+    """JSON values: model and images by their hashes, and training options but for the number of epochs."""
+    free = {*FREE, "arch", "weights", "trust"}
+    shared = {name: value for name, value in flattened(training.to_dict()).items() if name not in free}
+    return _plain({"model": hash_weights(model), "images": parts.fingerprints(), "training": shared})
+
+
+def _plain(settings: dict[str, Any]) -> dict[str, Any]:
     plain: dict[str, Any] = json.loads(json.dumps(settings, default=repr))  # functions in include= as their repr
     return plain
 

@@ -1,8 +1,8 @@
-"""Find the classifier heads of a model and replace them where the number of classes differs."""
+"""Find the classifier heads of a model, and fit them to the number of classes and to their order."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import asdict, replace
 from functools import partial
@@ -19,6 +19,7 @@ from condconv_surgery.recipe import InputSpec, Recipe, attach_recipe, recipe_of
 from condconv_surgery.runtime.model_call import image_keyword
 from condconv_surgery.runtime.modes import in_mode
 from condconv_surgery.runtime.snapshot import preserving_state
+from condconv_surgery.training.head_order import is_reordered, reorder_heads
 
 TOO_SMALL = ("output size is too small", "kernel size can't be greater than actual input size", "expected more than 1")
 """What torch says of an image that is smaller than a network needs."""
@@ -27,18 +28,22 @@ TOO_SMALL = ("output size is too small", "kernel size can't be greater than actu
 def fit_heads(model: nn.Module, classes: tuple[str, ...], spec: InputSpec) -> dict[str, int]:
     """Give every head of ``model`` one logit per class, in place; returns the widths of the new heads by name.
 
-    A head of the right width is kept as trained. A new one is initialised from torch's global generator. The recipe of
-    the model records the new widths and the class names.
+    A head of the right width is kept as trained; where the recipe has the same classes in another order, its rows are
+    put in the order of ``classes``. A new one is initialised from torch's global generator. The recipe of the model
+    records the new widths and the class names. Raises ``InputError`` when a head can be neither found nor reordered.
     """
+    recipe = recipe_of(model) or Recipe()
     names = find_heads(model, spec)
     old = {name: _width(model.get_submodule(name)) for name in names}
     changed = {name: len(classes) for name, width in old.items() if width != len(classes)}
+    if is_reordered(recipe.classes, classes) and names[0] not in changed:
+        kept = [name for name in names if name not in changed]
+        reorder_heads(model, kept, recipe.classes, classes, partial(_logits_of_noise, model, spec))
     for name, width in changed.items():
         model.set_submodule(name, _like(model.get_submodule(name), width))
         if "." not in name and isinstance(getattr(model, "num_classes", None), int):
             model.num_classes = width  # type: ignore[assignment]  # timm's attribute
     name_labels(model, classes)
-    recipe = recipe_of(model) or Recipe()
     attach_recipe(model, replace(recipe, input=spec, heads={**recipe.heads, **changed}, classes=classes))
     return changed
 
@@ -114,13 +119,18 @@ def _passes(model: nn.Module, spec: InputSpec) -> Iterator[tuple[str, Produced, 
             yield mode, produced, _run(model, spec, mode == "train")
 
 
+def _logits_of_noise(model: nn.Module, spec: InputSpec) -> Tensor:
+    """Logits for two images of noise in eval mode, equal for each call: [2, C]."""
+    return matrices_of(_run(model, spec, training=False, images=torch.randn))[0]
+
+
 def _is_close(one: Tensor, other: Tensor) -> bool:
     return torch.allclose(one, other, rtol=1e-3, atol=1e-3)
 
 
 @torch.no_grad()
-def _run(model: nn.Module, spec: InputSpec, training: bool) -> object:
-    """The output for two images of zeros; the model is left as it was, with the statistics of its batch norms."""
+def _run(model: nn.Module, spec: InputSpec, training: bool, images: Callable[..., Tensor] = torch.zeros) -> object:
+    """The output for two images, zeros by default; the model is left as it was, with its batch norms' statistics."""
     if name := image_keyword(model):
         raise InputError(
             f"The forward of {type(model).__name__} takes {name} by keyword only.",
@@ -128,8 +138,8 @@ def _run(model: nn.Module, spec: InputSpec, training: bool) -> object:
             f"def forward(self, {name}, ...), without the * before it",
         )
     parameter = next(model.parameters())
-    x = torch.zeros(2, spec.channels, spec.height, spec.width, device=parameter.device, dtype=parameter.dtype)
     with preserving_state(model), in_mode(model, training):
+        x = images(2, spec.channels, spec.height, spec.width, device=parameter.device, dtype=parameter.dtype)
         try:
             output = model(x)
             matrices_of(output)  # raises for one that is not a classifier's

@@ -64,7 +64,10 @@ def test_quick_says_what_limits_the_network(condconv: Run, data: Path, tmp_path:
     code, out, err = condconv(*command, "--json")
     assert code == 0, err
     found = json.loads(out)
-    assert found["limit"] in ("data", "mostly data", "capacity")
+    assert found["limit"] in ("data", "mostly data", "capacity", "not known")
+    code, _, err = condconv(*command, "--lr", 0.02)
+    assert code == 2
+    assert "a new quick check: another -o STUDY" in err
     assert not (tmp_path / "study/study.json").exists()
 
 

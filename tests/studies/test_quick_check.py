@@ -1,4 +1,4 @@
-"""Can conversion pay at all? The four answers, and two runs that give one of them."""
+"""Can conversion pay at all? The answers, and two runs that give one of them."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from condconv_surgery.errors import InputError
+from condconv_surgery.errors import DamagedFileError, InputError
 from condconv_surgery.recipe import CondConv
 from condconv_surgery.reporting import Difference
 from condconv_surgery.studies import QuickCheck, quick_check
@@ -38,6 +38,77 @@ def test_the_four_answers() -> None:
 
 def test_a_gain_within_its_interval_is_no_improvement() -> None:
     assert not found(0.7, 0.68, 0.05, half=0.06).improves
+
+
+def test_a_wide_interval_is_no_evidence_of_a_network_that_is_trained_out() -> None:
+    check = QuickCheck((10, 20), (0.45, 0.60), (10 / 24, 14 / 24), Difference(1 / 6, 0.196, 1, 24))
+    assert (check.limit, check.is_trained_out) == ("not known", False)
+    assert check.verdict == (
+        "Not known: there is no evidence that the network is trained out (+16.7 ± 19.6 points with twice the steps; on "
+        "training images +15.0); more validation images (now 24) and longer training (now 10 and 20 epochs) would tell."
+    )
+    noisy = found(0.70, 0.68, 0.0, half=0.03)
+    assert noisy.verdict.endswith("; more validation images (now 500) would tell.")
+    nearly = found(0.70, 0.68, 0.009, half=0.012)
+    assert nearly.verdict.endswith("; longer training (now 10 and 20 epochs) would tell.")
+
+
+def test_a_gain_on_training_images_alone_is_not_trained_out() -> None:
+    fitting = QuickCheck((10, 20), (0.70, 0.80), (0.65, 0.65), Difference(0.0, 0.01, 1, 500))
+    assert fitting.limit == "not known"
+    assert fitting.verdict.endswith("on training images +10.0); longer training (now 10 and 20 epochs) would tell.")
+
+
+def test_a_network_at_chance_has_learnt_nothing() -> None:
+    third = (1 / 3, 1 / 3)
+    check = QuickCheck((1, 2), third, third, Difference(0.0, 0.561, 1, 6), chance=1 / 3, train_images=18)
+    assert (check.limit, check.has_learnt) == ("not known", False)
+    assert check.verdict.startswith(
+        "The network has learnt nothing at this rate: its top-1 on training images (33.3%) is not above chance (33.3%)"
+    )
+    lucky = QuickCheck((1, 2), (0.35, 0.36), third, Difference(0.0, 0.01, 1, 500), chance=1 / 3, train_images=200)
+    assert not lucky.has_learnt
+    weak = QuickCheck((1, 2), (0.35, 0.36), third, Difference(0.0, 0.01, 1, 500), chance=1 / 3, train_images=2000)
+    assert weak.has_learnt
+
+
+def test_an_untrained_network_is_at_chance(tmp_path: Path) -> None:
+    data = write_images(tmp_path / "data", each=10)
+    options = study_options(optimizer={"lr": 1e-9}, schedule={"epochs": 1})
+    check = quick_check(small_net(dropout=0.0), options, data=data, output=tmp_path / "study", progress=False)
+    assert isinstance(check, QuickCheck)
+    assert (check.chance, check.train_images) == (pytest.approx(1 / 3), 18)
+    assert check.verdict.startswith("The network has learnt nothing at this rate")
+
+
+def test_another_model_image_or_option_needs_another_folder(tmp_path: Path) -> None:
+    data, other = write_images(tmp_path / "data", each=10), write_images(tmp_path / "other", each=9)
+    options, output = study_options(schedule={"epochs": 1}), tmp_path / "study"
+
+    def check(seed: int = 0, images: Path = data, **changes: dict[str, object]) -> object:
+        chosen = {**options, **{name: {**options.get(name, {}), **values} for name, values in changes.items()}}
+        return quick_check(small_net(dropout=0.0, seed=seed), chosen, data=images, output=output, progress=False)
+
+    first = check()
+    with pytest.raises(
+        InputError, match=r'holds a quick check with other settings: model was .*\n.*\n.*another output="S'
+    ):
+        check(seed=1)
+    with pytest.raises(InputError, match=r"other settings: images\."):
+        check(images=other)
+    with pytest.raises(InputError, match=r"other settings: training\.optimizer\.lr was 0\.01 and is 0\.02"):
+        check(optimizer={"lr": 0.02})
+    assert check() == first
+    longer = check(schedule={"epochs": 2})
+    assert isinstance(longer, QuickCheck)
+    assert isinstance(first, QuickCheck)
+    assert longer.val_top1[0] == first.val_top1[1], "the run of two epochs is not trained again"
+    (output / "quick/settings.json").write_text("[")
+    with pytest.raises(DamagedFileError, match=r"settings\.json cannot be read"):
+        check()
+    (output / "quick/settings.json").unlink()
+    with pytest.raises(InputError, match="model was None"):
+        check()
 
 
 def test_an_easy_task_is_fitted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,6 +8,7 @@ from condconv_surgery.models.artifact.save_load import why_not_alone
 from condconv_surgery.recipe import InputSpec
 from condconv_surgery.recipe.training_options import TrainingOptions
 from condconv_surgery.training.classifier_heads import output_notes
+from condconv_surgery.training.head_order import is_reordered
 from condconv_surgery.training.monitor.unused_options import unused_options
 from condconv_surgery.training.optimization.parameter_groups import frozen_note
 from condconv_surgery.training.optimization.weight_average import average_note
@@ -28,7 +29,10 @@ def opening_notes(
 
 
 def renamed_note(before: tuple[str, ...], classes: tuple[str, ...], heads: dict[str, int]) -> list[str]:
-    """A line where the head is kept and the classes have other names than ``before``."""
+    """A line where the head is kept and the classes have another order or other names than ``before``."""
     if not before or before == classes or heads:
         return []
-    return [f"The head is kept for the same number of classes; they were called {', '.join(before[:4])}, ..."]
+    called = f"{', '.join(before[:4])}{', ...' if len(before) > 4 else ''}"
+    if is_reordered(before, classes):
+        return [f"The head is kept for the same classes, its rows in the order of the data; the order was {called}."]
+    return [f"The head is kept for the same number of classes, but these are others; they were called {called}."]
