@@ -1,7 +1,7 @@
 """``python -m tests.sweep torchvision timm condconv --table docs/reference/models.md``.
 
 Each model runs in processes of its own, one at a time; its row is appended to the file at once, and a model that has a
-row there is not run again. With ``--onnx`` ONNX files of the converted models are tried, half a minute to minutes each.
+row there is not run again. With ``--onnx`` ONNX files of the converted models are tried, seconds to minutes each.
 """
 
 from __future__ import annotations
