@@ -64,7 +64,7 @@ def select(
             source,
             lambda other: {site.name: _reason_to_skip(site, other, site is stem, originals) for site in candidates},
         )
-    names = [*(name for site in candidates for name in site.names), *(name for name, _ in observed.functional)]
+    names = [*(name for site in observed.sites for name in site.names), *(name for name, _ in observed.functional)]
     require_matches("include", selection.include, names)
     require_matches("exclude", selection.exclude, names)
     return Plan(tuple(to_convert), tuple(skipped), observed.modes, observed.notes)

@@ -204,7 +204,7 @@ MISTAKES: dict[str, Callable[[], list[str]]] = {
     "an input of no size": lambda: ["convert", "nets:tiny", "-o", "out.safetensors", "--input-size", "0"],
     "too small an input": lambda: ["convert", "nets:tiny", "-o", "out.safetensors", "--input-size", "3"],
     "a tolerance below zero": made("nets:tiny", "--tolerance", "-1"),
-    "an option of another variant": made("nets:tiny", "--experts", "2", "--reduction", "4"),
+    "an option of another variant": made("nets:tiny", "--variant", "condconv", "--reduction", "4"),
     "block routing for odconv": made("nets:tiny", "--variant", "odconv", "--routing", "block"),
     "an unknown layout": artifact("export", "made.safetensors", "--layout", "tim", "-o", "out.safetensors"),
     "a form for one image": artifact(

@@ -174,9 +174,9 @@ def test_a_constant_layer_is_skipped_and_a_frozen_one_is_not(x: Tensor) -> None:
 @pytest.mark.parametrize(
     ("options", "said", "advice"),
     [
-        ({"exclude": ["layer4"]}, r'exclude=\["layer4"\] matches none of 20 layers', 'exclude=["layer4.*"]'),
+        ({"exclude": ["layer4"]}, r'exclude=\["layer4"\] matches none of 21 layers', 'exclude=["layer4.*"]'),
         ({"include": ["layer3.*", "layr4.*"]}, r'include=\["layr4\.\*"\] matches none', 'include=["layer4.*"]'),
-        ({"exclude": ["re:layer9.*"]}, "matches none of 20 layers", "exclude="),
+        ({"exclude": ["re:layer9.*"]}, "matches none of 21 layers", "exclude="),
     ],
 )
 def test_a_pattern_that_matches_nothing_is_an_error(options: dict[str, list[str]], said: str, advice: str) -> None:
