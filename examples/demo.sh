@@ -36,6 +36,6 @@ OMP_NUM_THREADS=1 condconv compare "$here/trained_out.safetensors" --data "$fold
   --arm static --arm odconv:4,gates=sigmoid,classifier=true --seeds 3 --rates 1 --lr 4e-3 \
   --epochs 20 --batch-size 32 --image-size 16 --workers 0
 
-say "6. condconv export $folder/run/best.safetensors --to onnx --data $folder/digits -o $folder/digits.onnx"
-condconv export "$folder/run/best.safetensors" --to onnx --data "$folder/digits" -o "$folder/digits.onnx"
+say "6. condconv export $folder/run/best.safetensors --to onnx --data $folder/run -o $folder/digits.onnx"
+condconv export "$folder/run/best.safetensors" --to onnx --data "$folder/run" -o "$folder/digits.onnx"
 python "$here/serve_onnx.py" "$folder/digits.onnx" "$folder/digits/3/0003.png" "$folder/digits/7/0007.png"
