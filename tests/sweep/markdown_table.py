@@ -39,7 +39,9 @@ def to_markdown(rows: list[Row]) -> str:
         "- folded: how many batch norms `condconv_surgery.fold` put into the converted layers, and the largest "
         "difference of the outputs in eval mode after it (in brackets: in float64, where float32 leaves doubt).",
         "- ONNX: the largest difference of the exported file in ONNX Runtime, one file for batches of 1, 3 and 8 "
-        "(detectors: one image). Empty: not tried (`--onnx` does); `no (1)`: the reason stands below the table.\n",
+        "(detectors: one image). Empty: not tried (`--onnx` does); `no (1)`: the reason stands below the table. A "
+        "network whose random weights amplify rounding cannot be compared: EfficientNet-B1's own outputs in float32 "
+        "are half of their size away from those in float64.\n",
     ]
     if "torchvision" in libraries:
         parts.append(
