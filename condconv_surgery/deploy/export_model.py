@@ -127,8 +127,9 @@ def export(
         versions = runtime.write(served, request, temporary)
         proof = runtime.prove(original, temporary, inputs)
         if not proof.holds:
+            doubt = "" if proof.doubt is None else f"; in float32 the model itself is {proof.doubt:.2g} off float64"
             raise ProofError(
-                f"The exported file differs from the model by {proof.difference:.3g} of its outputs.",
+                f"The exported file differs from the model by {proof.difference:.3g} of its outputs{doubt}.",
                 f"At most {TOLERANCE:g} is allowed. Nothing was written.",
                 "another form=, or collapse",
             )

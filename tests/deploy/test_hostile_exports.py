@@ -217,6 +217,8 @@ def test_what_is_farther_off_than_the_model_rounds_differs() -> None:
     assert not prove_outputs(model, [[model(x)], [x[:, :9] + 5 * own]], [x, x[:, :9]]).holds  # each input by itself
     hopeless = Amplifies(nn.Identity(), at=2.0**20)
     assert not prove_outputs(hopeless, [[x + 0.1]], [x]).holds  # it keeps one digit: nothing can be compared
+    assert prove_outputs(hopeless, [[x + 0.1]], [x]).doubt > 1e-2  # type: ignore[operator]
+    assert prove_outputs(nn.Identity(), [[x + 0.1]], [x]).doubt is None
 
 
 class Two(nn.Module):
