@@ -1,4 +1,4 @@
-"""The model and the images of a command that runs a model: ``report`` and ``predict``."""
+"""The model and the images of a command that runs a model."""
 
 from __future__ import annotations
 
@@ -70,10 +70,8 @@ def _rounded(model: nn.Module, spec: str, precision: Rounded) -> nn.Module:
 
 def own_split(data: str, model: str) -> str:
     """``data``; of the word ``run`` the folder of the model's file, whose run chose the validation images."""
-    if data != "run" or Path("run").exists():
-        return data
-    path = Path(model)
-    return str(path if path.is_dir() else path.parent)
+    run = run_of(model)
+    return str(run) if data == "run" and not Path("run").exists() and run.is_dir() else data
 
 
 def run_of(model: str) -> Path:

@@ -43,7 +43,7 @@ class Collapse:
 
     model: of the original's class, in eval mode; ``None`` after a dry run. layers: by falling variation.
     before, after: top-1, 0 to 1, of the conditional and of the collapsed network; ``None`` without labels.
-    scored_on: the images of that accuracy, in words, with a warning where the model may have been trained on them.
+    scored_on: the images of that accuracy, as text, with a warning where the model may have been trained on them.
     """
 
     model: nn.Module | None = field(repr=False)

@@ -42,7 +42,7 @@ class FolderBatches(Sequence[Labelled]):
 
 
 class DeploymentImages(NamedTuple):
-    """calibration: the images of the means. labelled: those of the accuracy, if any; scored_on: which, in words."""
+    """calibration: the images of the means. labelled: those of the accuracy, if any; scored_on: which, as text."""
 
     calibration: Sequence[Labelled]
     labelled: Sequence[Labelled]

@@ -49,7 +49,7 @@ class Export:
     compared. versions: of the file's format. accuracy: top-1, 0 to 1, of model and file; None without labels.
     rounding: where ``difference`` is more than 1e-4 because the model amplifies rounding: how far its own outputs in
     float32 are from those in float64; the file is at most ``deploy.file_proof.ROUNDING_FACTOR`` times as far.
-    scored_on: the images of the accuracy, in words, with a warning where the model may have been trained on them.
+    scored_on: the images of the accuracy, as text, with a warning where the model may have been trained on them.
     """
 
     path: Path

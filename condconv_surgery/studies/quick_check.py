@@ -15,6 +15,7 @@ from condconv_surgery.data.labelled_images import even_subset
 from condconv_surgery.models.artifact.save_load import load
 from condconv_surgery.recipe.study_arms import Arm
 from condconv_surgery.recipe.training_options import TrainingOptions
+from condconv_surgery.reporting.study.binomial_interval import Z
 from condconv_surgery.reporting.study.paired_difference import Difference, paired_difference
 from condconv_surgery.reporting.study.study_results import points
 from condconv_surgery.studies.arm_models import arm_options
@@ -42,9 +43,6 @@ GENERALISES = 2.0
 
 TRAINED_OUT = 0.02
 """What twice the steps may gain: top-1 on training images, and the upper end of the interval on validation images."""
-
-Z95 = 1.96
-"""Standard errors of a 95% interval."""
 
 MOST_IMAGES = 2000
 """Training images that are scored, evenly from all classes."""
@@ -76,7 +74,7 @@ class QuickCheck:
     def has_learnt(self) -> bool:
         """Is top-1 on training images above chance, by more than images that are drawn at random explain?"""
         error = math.sqrt(self.chance * (1 - self.chance) / max(self.train_images, 1))
-        return max(self.train_top1) > self.chance + Z95 * error
+        return max(self.train_top1) > self.chance + Z * error
 
     @property
     def is_trained_out(self) -> bool:

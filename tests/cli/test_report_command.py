@@ -219,6 +219,9 @@ def test_the_word_run_names_the_run_of_the_model(condconv: Run, artifact: Path, 
     assert code == 0, err
     assert len(out.splitlines()) == 1 + 3
     assert f"(validation images of {run})" in err
+    code, _, err = condconv("predict", *PLAIN, "--data", "run")  # a name has no run: not what lies in this folder
+    assert code == 2
+    assert "There is no run" in err
 
 
 def test_images_that_trained_the_model_are_said_to_have_trained_it(
