@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from condconv_surgery.data.decode_image import decode_image
-from condconv_surgery.errors import InputError
+from condconv_surgery.errors import InputError, listed
 
 L = TypeVar("L", bound="LabelledImages")
 R = TypeVar("R", bound="Rows")
@@ -167,3 +167,9 @@ def logit_of_each_class(folder: tuple[str, ...], model: tuple[str, ...]) -> Tens
     if folder == model:  # with two classes of one name, too
         return torch.arange(len(model))
     return torch.tensor([model.index(name) for name in folder])
+
+
+def assumed_order(classes: tuple[str, ...]) -> str:
+    """What to say where a model names no classes, and has as many logits as the data have classes."""
+    numbered = [f"{index} {name}" for index, name in enumerate(classes)]
+    return f"The model names no classes: its logits are taken to be, in order, {listed(numbered)}."

@@ -11,12 +11,12 @@ from torch import Tensor, nn
 
 from condconv_surgery.data.calibration_images import calibration_images
 from condconv_surgery.data.evaluation_images import NOT_HELD_OUT, find_evaluation_images, is_run
-from condconv_surgery.data.labelled_images import LabelledImages, even_subset, logit_of_each_class
+from condconv_surgery.data.labelled_images import LabelledImages, assumed_order, even_subset, logit_of_each_class
 from condconv_surgery.deploy.mean_mixtures import Labelled
 from condconv_surgery.errors import InputError, counted
 from condconv_surgery.models.classifier_logits import main_logits
 from condconv_surgery.models.preprocess import EvaluationTransform
-from condconv_surgery.recipe import InputSpec, recipe_of
+from condconv_surgery.recipe import InputSpec, classes_of
 from condconv_surgery.recipe.training_sections import DataOptions
 from condconv_surgery.runtime.modes import device_of, dtype_of, in_mode, input_spec_of
 
@@ -74,7 +74,8 @@ def deployment_images(
     logits = _logits(model, images.classes, calibration[0][0])
     if logits is None:
         return DeploymentImages(calibration, [])
-    scored_on = f"{counted(len(images), 'image')} of {found.where}.{'' if found.held_out else f' {NOT_HELD_OUT}'}"
+    caveats = [NOT_HELD_OUT] * (not found.held_out) + [assumed_order(images.classes)] * (not classes_of(model))
+    scored_on = " ".join([f"{counted(len(images), 'image')} of {found.where}.", *caveats])
     return DeploymentImages(calibration, FolderBatches(images, spec, logits), scored_on)
 
 
@@ -92,8 +93,7 @@ def _batch(batch: Any) -> Labelled:
 
 def _logits(model: nn.Module, folder: tuple[str, ...], images: Tensor) -> Tensor | None:
     """The index in the logits of each class of the folder; None where the model has other classes."""
-    classes = recipe_of(model).classes if recipe_of(model) else ()  # type: ignore[union-attr]
-    if classes:
+    if classes := classes_of(model):
         return logit_of_each_class(folder, classes)
     with in_mode(model, training=False), torch.no_grad():
         output = model(images[:1].to(device_of(model), dtype_of(model)))

@@ -9,6 +9,7 @@ from condconv_surgery.recipe.model_recipe import (
     SharedRouter,
     Source,
     attach_recipe,
+    classes_of,
     recipe_of,
 )
 from condconv_surgery.recipe.name_patterns import as_argument, matches, patterns_of, require_matches
@@ -53,6 +54,7 @@ __all__ = [
     "Variant",
     "as_argument",
     "attach_recipe",
+    "classes_of",
     "make_variant",
     "matches",
     "parse_arm",

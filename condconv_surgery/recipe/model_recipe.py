@@ -175,3 +175,9 @@ def recipe_of(model: object) -> Recipe | None:
     """The recipe stored on ``model``, if any."""
     recipe = getattr(model, _ATTRIBUTE, None)
     return recipe if isinstance(recipe, Recipe) else None
+
+
+def classes_of(model: object) -> tuple[str, ...]:
+    """The class names in the order of the logits; empty when unknown."""
+    recipe = recipe_of(model)
+    return recipe.classes if recipe is not None else ()

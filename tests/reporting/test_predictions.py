@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 import condconv_surgery as cs
+from condconv_surgery.deploy.deployment_images import deployment_images
 from condconv_surgery.errors import InputError
 from condconv_surgery.recipe import Recipe, TrainingOptions, attach_recipe
 from condconv_surgery.recipe.toml_text import to_toml
@@ -133,6 +134,19 @@ def test_images_beside_a_folder_are_predicted_with_those_in_it(tmp_path: Path) -
         (folder / name).mkdir()
         (folder / name / "c.png").write_bytes((folder / "00.png").read_bytes())
     assert cs.predict(model, folder).labels == (None,) * 5
+
+
+def test_the_order_of_classes_without_names_is_said(tmp_path: Path) -> None:
+    """Numbers are in the order of text, 0, 1, 10, 2, as everywhere: right for a model that was trained on folders."""
+    folder = write_images(tmp_path / "images", classes=3, each=2)
+    for old, new in (("class1", "10"), ("class2", "2"), ("class0", "0")):
+        (folder / old).rename(folder / new)
+    said = "The model names no classes: its logits are taken to be, in order, 0 0, 1 10, 2 2."
+    assert said in cs.predict(brightest(), folder).caveats
+    assert said in " ".join(f"{report(brightest(), data=folder)}".split())
+    assert said in deployment_images(brightest(), folder, 100).scored_on
+    for found in (cs.predict(brightest("0", "10", "2"), folder), cs.predict(brightest("a", "b", "c"), folder)):
+        assert "in order" not in found.caveats
 
 
 def test_images_beside_class_folders_are_left_out_and_counted(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from condconv_surgery.data.labelled_images import LabelledImages, logit_of_each_class
+from condconv_surgery.data.labelled_images import LabelledImages, assumed_order, logit_of_each_class
 from condconv_surgery.layers.find_layers import routed_layers
 from condconv_surgery.recipe import InputSpec
 from condconv_surgery.reporting.images.attention_statistics import LayerAttention, layer_attention
@@ -120,8 +120,10 @@ def predictions_of(images: ReportImages, outputs: Outputs, labels: Tensor, names
     """The predictions of one pass. names: of the logits; without them the classes of the data, if equally many."""
     logit_of = logit_of_each_class(images.classes, names) if images.classes else None
     targets: tuple[int, ...] | None = None if logit_of is None else tuple(logit_of.tolist())
+    notes = images.notes
     if targets is None and images.classes and not names and outputs.width == len(images.classes):
         targets, names = tuple(range(outputs.width)), images.classes
+        notes = (assumed_order(images.classes), *notes)
     return Predictions(
         images.files,
         tuple(None if label < 0 else label for label in labels.tolist()),
@@ -133,5 +135,5 @@ def predictions_of(images: ReportImages, outputs: Outputs, labels: Tensor, names
         images.held_out,
         images.where,
         tuple(images.unreadable),
-        notes=images.notes,
+        notes=notes,
     )
