@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torchvision.models.detection import FCOS, FasterRCNN, MaskRCNN, RetinaNet
+from torchvision.models.detection import FCOS, FasterRCNN, KeypointRCNN, MaskRCNN, RetinaNet
 from torchvision.models.detection.anchor_utils import AnchorGenerator, DefaultBoxGenerator
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
+from torchvision.models.detection.keypoint_rcnn import KeypointRCNNHeads, KeypointRCNNPredictor
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
 from torchvision.models.detection.ssd import SSD
 from torchvision.ops import MultiScaleRoIAlign
@@ -57,6 +58,11 @@ def mask_rcnn() -> nn.Module:
     return rcnn(MaskRCNN, mask_roi_pool=MultiScaleRoIAlign(["0"], 14, 2), **heads)
 
 
+def keypoint_rcnn() -> nn.Module:
+    heads = {"keypoint_head": KeypointRCNNHeads(WIDTH, (8,)), "keypoint_predictor": KeypointRCNNPredictor(8, 5)}
+    return rcnn(KeypointRCNN, keypoint_roi_pool=MultiScaleRoIAlign(["0"], 14, 2), **heads)
+
+
 def retinanet() -> nn.Module:
     anchors = AnchorGenerator(((8, 16, 32),), ((0.5, 1.0, 2.0),))
     return RetinaNet(backbone(), 3, anchor_generator=anchors, topk_candidates=50, **SIZES)
@@ -73,7 +79,14 @@ def ssd() -> nn.Module:
     return SSD(net, DefaultBoxGenerator([[2]]), (SIDE, SIDE), 3, topk_candidates=50)
 
 
-DETECTORS = {"faster": lambda: rcnn(FasterRCNN), "mask": mask_rcnn, "retinanet": retinanet, "fcos": fcos, "ssd": ssd}
+DETECTORS = {
+    "faster": lambda: rcnn(FasterRCNN),
+    "mask": mask_rcnn,
+    "keypoint": keypoint_rcnn,
+    "retinanet": retinanet,
+    "fcos": fcos,
+    "ssd": ssd,
+}
 
 
 def converted(name: str, variant: Variant) -> nn.Module:
@@ -120,6 +133,7 @@ def detect(path: Path, images: Tensor) -> dict[str, Tensor]:
     [
         pytest.param("faster", CondConv(2), "auto", marks=slow),  # a part of the next
         ("mask", CondConv(2), "auto"),
+        pytest.param("keypoint", CondConv(2), "auto", marks=slow),
         pytest.param("retinanet", ODConv(2), "auto", marks=slow),
         pytest.param("fcos", CondConv(2), "sum", marks=slow),
         ("ssd", ODConv(1), "auto"),
