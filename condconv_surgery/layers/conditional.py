@@ -178,6 +178,7 @@ class ConditionalConv2d(nn.Module, Generic[V]):
                 f"{type(self).__name__} was given an input of shape {tuple(input.shape)}.",
                 f"It takes [B, {self.geometry.in_channels}, H, W] or [{self.geometry.in_channels}, H, W].",
             )
+        self._require_floats(input)
         mixture = self.route(input) if mixture is None else mixture
         return self._with_ungated_bias(self.convolve(input, mixture))
 
@@ -199,6 +200,15 @@ class ConditionalConv2d(nn.Module, Generic[V]):
     def float_experts(self) -> Tensor:
         """The experts as they are mixed: ``weight``, or what it stands for where it is rounded."""
         return self.weight if self.rounding is None else self.rounding(self.weight)
+
+    def _require_floats(self, x: Tensor) -> None:
+        """Kernels are mixed in the dtype of ``x``: integers would truncate them to zeros."""
+        if not x.is_floating_point():
+            raise InputError(
+                f"{type(self).__name__} was given an input of {x.dtype}.",
+                f"It takes floats, as its weights are: {self.exact_dtype}.",
+                f"x.to({self.exact_dtype})",
+            )
 
     def _in_one_call(self, x: Tensor) -> Tensor | None:
         """The whole layer by one call of a backend, or None: where the router or a part of it must be called."""

@@ -44,6 +44,7 @@ class ConditionalLinear(ConditionalConv2d[Variant]):
                 f"{type(self).__name__} was given an input of shape {tuple(input.shape)}.",
                 f"Its last dimension must be {self.in_features}.",
             )
+        self._require_floats(input)
         flat = input.unsqueeze(1) if input.dim() == 2 else input.flatten(1, -2)  # [B, N, I]
         tokens = flat.transpose(1, 2).unsqueeze(-1)  # [B, I, N, 1]
         mixture = self.route(tokens) if mixture is None else mixture

@@ -23,9 +23,25 @@ def is_intercepted() -> bool:
             torch._C._get_tracing_state() is not None
             or torch._C._len_torch_dispatch_stack()
             or ((modes := torch._C._len_torch_function_stack()) and any(map(_is_intercepting, range(modes))))
-            or torch._C._are_functorch_transforms_active()
-            or forward_ad._current_level >= 0
+            or is_transformed()
         )
+    except AttributeError:
+        return True
+
+
+def is_transformed() -> bool:
+    """Whether ``torch.func`` or forward-mode differentiation transforms calls. They have rules for torch's operators
+    alone: of any other they raise an error, or lose the tangent. ``torch.compile`` can trace the question."""
+    try:
+        return bool(torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0)
+    except AttributeError:
+        return True
+
+
+def is_batch_of_gradients(grad: Tensor) -> bool:
+    """Whether ``is_grads_batched=True`` computes, by a ``vmap`` that is older than that of ``torch.func``."""
+    try:
+        return not torch.compiler.is_compiling() and torch._C._functorch.is_legacy_batchedtensor(grad)
     except AttributeError:
         return True
 

@@ -224,6 +224,21 @@ def test_an_error_of_a_wrong_input_says_what_is_allowed() -> None:
         conditional_like(nn.Linear(8, 5), CondConv())(torch.randn(2, 4))
 
 
+@variants
+@pytest.mark.parametrize("implementation", ["auto", "blockwise", "loop"])
+@pytest.mark.parametrize("recording", [True, False])
+def test_integers_are_an_error(variant: Variant, implementation: str, recording: bool) -> None:
+    """``nn.Conv2d`` raises for them too; kernels in their dtype would be zeros, and so the outputs."""
+    layer, linear = make(variant), ConditionalLinear(8, 4, variant=variant)
+    layer.implementation = linear.implementation = implementation
+    for batch, dtype in ((1, torch.uint8), (2, torch.int64)):
+        with torch.set_grad_enabled(recording):
+            with pytest.raises(InputError, match=rf"(?s)input of {dtype}.*It takes floats.*Try: x.to\(torch.float32\)"):
+                layer(torch.full((batch, 8, 5, 5), 200, dtype=dtype))
+            with pytest.raises(InputError, match=rf"input of {dtype}"):
+                linear(torch.full((batch, 8), 200, dtype=dtype))
+
+
 @pytest.mark.parametrize("variant", EVERY_VARIANT, ids=str)
 def test_compile_has_no_graph_break(variant: Variant) -> None:
     layer = make(variant).eval()

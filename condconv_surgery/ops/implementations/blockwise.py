@@ -5,8 +5,8 @@
 The kernels of a whole batch have B * |W| elements (1.4 GB for ResNet-18 at batch 32). They would be written to fresh
 memory, read back once, and saved for backward. Here few exist at a time, in a buffer that stays warm; only small ones
 are saved for backward (``MAX_KEPT_SHARE``). It is one custom operator with its own backward formula, so that a compiler
-sees one node for any batch size, and a backend computes it. Where its gradients are to be differentiated again, torch's
-operators compute them (``per_sample.second_order``).
+sees one node for any batch size, and a backend computes it. Where its gradients are to be differentiated again, or
+``torch.func`` transforms the call, torch's operators compute it (``per_sample.second_order``).
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from condconv_surgery.ops.implementations.implementation import Implementation
 from condconv_surgery.ops.mixture import Mixture
 from condconv_surgery.ops.per_sample.mix_kernels import empty_gradients, mix_batch
 from condconv_surgery.ops.per_sample.per_sample_conv import empty_output
-from condconv_surgery.ops.per_sample.second_order import recorded_gradients
-from condconv_surgery.ops.tracing_state import are_plain, is_intercepted
+from condconv_surgery.ops.per_sample.second_order import convolve_by_torch, needs_recording, recorded_gradients
+from condconv_surgery.ops.tracing_state import are_plain, is_intercepted, is_transformed
 
 MAX_KEPT_SHARE = 3
 """Kernels of a sample with up to this many times the elements of its activations are saved for backward rather than
@@ -52,6 +52,8 @@ class Blockwise(Implementation):
 
     def convolve(self, x: Tensor, experts: Tensor, mixture: Mixture, geometry: ConvGeometry, /) -> Tensor:
         x, arguments = geometry.pad(x)
+        if is_transformed():
+            return convolve_by_torch(x, experts, mixture, arguments)
         backend = backend_for(x, experts, mixture, geometry)
         own = backend.recorded_convolve(x, experts, mixture, arguments)
         if own is not None:
@@ -190,7 +192,7 @@ def _differentiate(
 ) -> tuple[Tensor | None, ...]:
     kernels, *tensors = ctx.saved_tensors  # type: ignore[attr-defined]
     needs = list(ctx.needs_input_grad[:_TENSORS])  # type: ignore[attr-defined]
-    if torch.is_grad_enabled():
+    if needs_recording(grad):
         arguments = ConvArguments(*ctx.arguments)  # type: ignore[attr-defined]
         return (*recorded_gradients(grad, tensors, arguments, needs), None, None, None, None, None)
     grads = _backward(grad, kernels, *tensors, *ctx.arguments, needs)  # type: ignore[attr-defined]

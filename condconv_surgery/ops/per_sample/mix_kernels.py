@@ -11,7 +11,7 @@ from torch import Tensor
 
 from condconv_surgery.ops.mixture import Mixture
 from condconv_surgery.ops.per_sample.per_sample_conv import format_of
-from condconv_surgery.ops.tracing_state import is_jit_traced
+from condconv_surgery.ops.tracing_state import is_jit_traced, is_transformed
 
 
 def mix_kernels(experts: Tensor, mixture: Mixture, groups: int = 1, out: Tensor | None = None) -> Tensor:
@@ -22,7 +22,7 @@ def mix_kernels(experts: Tensor, mixture: Mixture, groups: int = 1, out: Tensor 
     """
     kernels = mix_experts(experts, mixture.gate, out)
     # in place where autograd records nothing: these kernels are in the cache, and a second buffer would not be
-    in_place = kernels is not experts and not torch.is_grad_enabled() and not is_jit_traced()
+    in_place = kernels is not experts and not torch.is_grad_enabled() and not (is_jit_traced() or is_transformed())
     return scale_kernels(kernels, mixture, groups, kernels if in_place else None)
 
 

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from condconv_surgery.ops.geometry import ConvArguments
+from condconv_surgery.ops.tracing_state import is_transformed
 
 
 def counts_as_cpu(x: Tensor) -> bool:
@@ -22,8 +23,9 @@ def counts_as_cpu(x: Tensor) -> bool:
 
 def format_of(x: Tensor) -> torch.memory_format:
     """The memory format of the output, as ``nn.Conv2d`` takes it from its input."""
-    last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
-    return torch.channels_last if last else torch.contiguous_format
+    if x.is_contiguous() or is_transformed():  # vmap cannot say more
+        return torch.contiguous_format
+    return torch.channels_last if x.is_contiguous(memory_format=torch.channels_last) else torch.contiguous_format
 
 
 def output_size(x: Tensor, kernel_size: Sequence[int], arguments: ConvArguments) -> list[int]:

@@ -13,7 +13,7 @@ from condconv_surgery.ops.backends.cpp.operators import convolution_gradients
 from condconv_surgery.ops.geometry import ConvArguments, ConvGeometry
 from condconv_surgery.ops.mixture import Mixture
 from condconv_surgery.ops.per_sample.per_sample_conv import format_of
-from condconv_surgery.ops.per_sample.second_order import recorded_gradients
+from condconv_surgery.ops.per_sample.second_order import needs_recording, recorded_gradients
 from condconv_surgery.ops.tracing_state import are_plain, is_intercepted
 
 MAX_TAPS = 81
@@ -119,7 +119,7 @@ class _Convolution(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         needs = list(ctx.needs_input_grad[1:])
-        if torch.is_grad_enabled():
+        if needs_recording(grad):
             return (None, *recorded_gradients(grad, ctx.saved_tensors, ctx.arguments, needs))
         x, experts, *parts = ctx.saved_tensors
         return (None, *convolution_gradients(grad, x, experts, Mixture(*parts), ctx.arguments, needs))
@@ -135,7 +135,7 @@ class _Contiguous(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
-        return grad.contiguous(memory_format=ctx.format)
+        return grad if needs_recording(grad) else grad.contiguous(memory_format=ctx.format)  # vmap has no formats
 
 
 def convolve_backward(

@@ -16,7 +16,7 @@ from condconv_surgery.ops.geometry import ConvArguments
 from condconv_surgery.ops.mixture import Mixture
 from condconv_surgery.ops.per_sample.mix_kernels import mix_experts, unmix_kernels
 from condconv_surgery.ops.per_sample.per_sample_conv import output_size
-from condconv_surgery.ops.per_sample.second_order import recorded_gradients
+from condconv_surgery.ops.per_sample.second_order import needs_recording, recorded_gradients
 
 NAMES = (
     "convolve",
@@ -93,7 +93,7 @@ def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> Non
 
 def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     needs, arguments = list(ctx.needs_input_grad[:_TENSORS]), ConvArguments(*ctx.arguments)
-    if torch.is_grad_enabled():
+    if needs_recording(grad):
         gradients = recorded_gradients(grad, ctx.saved_tensors, arguments, needs)
     else:
         x, experts, *parts = ctx.saved_tensors

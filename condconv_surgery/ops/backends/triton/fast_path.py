@@ -16,7 +16,7 @@ from condconv_surgery.ops.geometry import ConvGeometry
 from condconv_surgery.ops.mixture import Mixture
 from condconv_surgery.ops.per_sample.mix_kernels import empty_gradients
 from condconv_surgery.ops.per_sample.per_sample_conv import format_of
-from condconv_surgery.ops.per_sample.second_order import recorded_gradients
+from condconv_surgery.ops.per_sample.second_order import needs_recording, recorded_gradients
 from condconv_surgery.ops.tracing_state import are_plain, is_intercepted
 
 
@@ -76,7 +76,7 @@ class _Convolution(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         _, x, experts, *parts = ctx.saved_tensors
         needs = list(ctx.needs_input_grad[:6])
-        if torch.is_grad_enabled():
+        if needs_recording(grad):
             return (*recorded_gradients(grad, (x, experts, *parts), ctx.arguments, needs), None)
         mixture = Mixture(*parts)
         out = empty_gradients(x, experts, mixture)
