@@ -225,6 +225,9 @@ def test_latency_of_the_file_against_the_original(condconv: Run, tmp_path: Path)
     code, _, err = condconv("report", artifact, "--runtime", "ncnn")
     assert code == 2
     assert "--runtime onnx" in err
+    for unused in (("--html", tmp_path / "r.html"), ("--batch", "4"), ("--csv",), ("--data", tmp_path)):
+        code, _, err = condconv("report", artifact, "--runtime", "onnx", *unused)
+        assert (code, unused[0] in err) == (2, True), "it would do without what was asked for"
     cs.save(cs.fold(model, example=example).model, artifact)
     code, _, err = condconv("report", artifact, "--runtime", "onnx")
     assert code == 2
