@@ -165,6 +165,7 @@ def test_data_that_cannot_calibrate(tmp_path: Path) -> None:
         (torch.empty(0, 3, 32, 32), "data= holds no images"),
         (torch.randn(4, 3, 48, 48), r"\[4, 3, 48, 48\](.|\n)*\[B, 3, 32, 32\](.|\n)*Try: size=48"),
         (torch.randn(4, 1, 32, 32), r"\[4, 1, 32, 32\]"),
+        (torch.zeros(4, 3, 32, 32, dtype=torch.uint8), r"of torch.uint8(.|\n)*normalised(.|\n)*Try: data=FOLDER"),
     ):
         with pytest.raises(InputError, match=words):
             cs.export(model, path, size=32, quantize="int8", data=data)
