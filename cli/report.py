@@ -80,11 +80,27 @@ def report(
     _require_writable(html, plots)
     if runtime is not None and runtime != "onnx":
         raise unknown_name("runtime", runtime, ["onnx"], "--runtime onnx")
-    if runtime is not None and precision is not None:
-        raise InputError(
-            "--round-experts with --runtime.",
-            "Only models in PyTorch hold rounded experts; a file has exact ones.",
-            "one of them",
+    if runtime is not None:
+        if precision is not None:
+            raise InputError(
+                "--round-experts with --runtime.",
+                "Only models in PyTorch hold rounded experts; a file has exact ones.",
+                "one of them",
+            )
+        _require_only_latency(
+            {
+                "--data": data is not None,
+                "--limit": limit != 1000,
+                "--latency": latency is not None,
+                "--batch": batch != 8,
+                "--device": device != "cpu",
+                "--dtype": dtype is not None,
+                "--original": original is not None,
+                "--html": html is not None,
+                "--plots": plots is not None,
+                "--csv": as_csv,
+                "--markdown": as_markdown,
+            }
         )
 
     def load(spec: str, precision: Rounded | None = precision) -> nn.Module:
@@ -128,6 +144,17 @@ def _report_files(models: list[str], load: Callable[[str], nn.Module], as_json: 
             print(f"  batch {row.batch:<3}  {times} (spread {row.spread * 1e3:.1f} ms, {row.repeats} calls)")
         forms = ", ".join(f"{count} as {name}" for name, count in measured[0].forms.items())
         print(f"  layers     {forms}; {measured[0].threads} threads")
+
+
+def _require_only_latency(given: dict[str, bool]) -> None:
+    """Raise ``InputError`` for an option that ``--runtime`` would ignore. given: whether each was."""
+    ignored = [flag for flag, is_given in given.items() if is_given]
+    if ignored:
+        raise InputError(
+            f"{', '.join(ignored)} with --runtime.",
+            "It prints only the latency of exported files, in float32 on the CPU, at batch 1 and 32, or as --json.",
+            "two commands, one with --runtime onnx alone",
+        )
 
 
 def _require_writable(html: Path | None, plots: Path | None) -> None:

@@ -139,8 +139,8 @@ def _compact_attention(router: Router, form: Attention) -> CompactRouter | None:
 
 
 def _linear(weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> nn.Linear:
-    linear = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, dtype=dtype)
-    linear.weight.copy_(weight)
+    linear = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, device="meta")  # draws no random numbers
+    linear.weight = nn.Parameter(weight.to(dtype, copy=True))
     if bias is not None:
-        linear.bias.copy_(bias)
+        linear.bias = nn.Parameter(bias.to(dtype, copy=True))
     return linear.requires_grad_(False)

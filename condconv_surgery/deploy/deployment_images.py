@@ -87,6 +87,12 @@ def _batch(batch: Any) -> Labelled:
             "It is a folder, a tensor of images [N, C, H, W], or batches of them, alone or with labels.",
             "data=torch.utils.data.DataLoader(images, batch_size=32)",
         )
+    if not x.is_floating_point():
+        raise InputError(
+            f"data= holds images of {x.dtype}.",
+            "They are floats, normalised as the model was trained.",
+            "data=FOLDER, whose images are made so",
+        )
     labels = rest[0] if rest and isinstance(rest[0], Tensor) and rest[0].dim() == 1 else None
     return x, labels
 

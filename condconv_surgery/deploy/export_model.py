@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from condconv_surgery.deploy.deployment_images import DeploymentImages, deployment_images
 from condconv_surgery.deploy.detectors import DetectorGraph, is_detector
 from condconv_surgery.deploy.file_accuracy import in_batches, top1_of_file
-from condconv_surgery.deploy.file_proof import TOLERANCE, require_exportable
+from condconv_surgery.deploy.file_proof import proven, require_exportable
 from condconv_surgery.deploy.graph_forms import CONSTANT
 from condconv_surgery.deploy.mean_mixtures import Labelled, top1
 from condconv_surgery.deploy.runtimes.litert_model import LiteRt
@@ -26,7 +27,7 @@ from condconv_surgery.deploy.runtimes.openvino_model import OpenVino
 from condconv_surgery.deploy.runtimes.pt2_program import Pt2
 from condconv_surgery.deploy.runtimes.runtime_protocol import Request, Runtime
 from condconv_surgery.deploy.serving_form import serving_form
-from condconv_surgery.errors import InputError, ProofError, unknown_name
+from condconv_surgery.errors import InputError, unknown_name
 from condconv_surgery.layers import conditional_layers
 from condconv_surgery.models.artifact.atomic_write import replacing_files, require_values
 from condconv_surgery.recipe import InputSpec, recipe_of
@@ -100,7 +101,8 @@ def export(
     Raises ``InputError`` for a form that a layer or the runtime cannot have, a path that cannot be written or missing
     packages, ``SurgeryError`` where the model cannot be exported or gives NaN or the disk is full, and ``ProofError``,
     without a file, when outputs differ by more than 1e-4 of their magnitude at batches of 1, 3 and 8, or at ``batch``,
-    and by more than the model's own rounding, which float64 shows.
+    and by more than the model's own rounding, which float64 shows. With ``dynamic_size`` a larger size is compared too,
+    and a smaller one of odd sides where the model takes it.
     """
     model, runtime, path = unwrapped(model), _runtime(to), Path(path)
     runtime.require_packages()
@@ -111,6 +113,7 @@ def export(
     batch = _batch(runtime, batch, dynamic_size)
     preferred = runtime.preferred if quantize is None else _quantizable(runtime, quantize, data)
     _require_file_name(path, runtime)
+    _require_free_name(path, runtime)
     spec = input_spec_of(model)
     spec = spec if size is None else replace(spec, height=size, width=size)
     original = copy_of(model).cpu().float()
@@ -118,6 +121,8 @@ def export(
     inputs = _detector_images(spec) if detector else _inputs(spec, batch, dynamic_size)
     images = inputs[0] if batch else _images(2, spec.channels, spec.height, spec.width)
     require_exportable(DetectorGraph(original) if detector else original, images)
+    if dynamic_size:
+        inputs += _of_odd_sizes(original, spec, batch)
     images_of = DeploymentImages([], []) if data is None else deployment_images(original, data, limit, spec)
     calibration, labelled, scored_on = images_of
     _require_sizes(calibration, spec, dynamic_size)
@@ -125,14 +130,7 @@ def export(
     request = Request(images, batch, dynamic_size, metadata_of(model, spec))
     with replacing_files(path, size=sum(tensor.nbytes for tensor in original.state_dict().values())) as temporary:
         versions = runtime.write(served, request, temporary)
-        proof = runtime.prove(original, temporary, inputs)
-        if not proof.holds:
-            doubt = "" if proof.doubt is None else f"; in float32 the model itself is {proof.doubt:.2g} off float64"
-            raise ProofError(
-                f"The exported file differs from the model by {proof.difference:.3g} of its outputs{doubt}.",
-                f"At most {TOLERANCE:g} is allowed. Nothing was written.",
-                "another form=, or collapse",
-            )
+        proof = proven(partial(runtime.prove, original, temporary, inputs), dynamic_size)
         if quantize is not None:
             quantize_convolutions(temporary, [x for one, _ in calibration for x in in_batches(one, batch)])
         before = top1(original, labelled)
@@ -169,9 +167,22 @@ def _inputs(spec: InputSpec, batch: int | None, dynamic_size: bool) -> list[Tens
     return [_images(one, spec.channels, *side) for side in sides for one in (BATCHES if batch is None else (batch,))]
 
 
+def _of_odd_sizes(model: nn.Module, spec: InputSpec, batch: int | None) -> list[Tensor]:
+    """A smaller image of odd sides, where the model takes it: a graph made at an even size may hold for even ones."""
+    images = _images(batch or 2, spec.channels, spec.height * 3 // 4 | 1, spec.width * 7 // 8 | 1)
+    try:
+        with torch.no_grad():
+            model(images)
+    except Exception:  # whatever a user's forward raises: it takes multiples of 32 only, say
+        return []
+    return [images]
+
+
 def metadata_of(model: nn.Module, spec: InputSpec) -> dict[str, Any]:
     """What whoever serves the file has to know, as JSON values."""
     recipe, layers = recipe_of(model), conditional_layers(model)
+    if is_detector(model):  # it normalises images itself
+        spec = replace(spec, mean=(0.0,) * spec.channels, std=(1.0,) * spec.channels)
     return {
         "classes": list(recipe.classes) if recipe else [],
         "mean": list(spec.mean),
@@ -223,6 +234,17 @@ def _require_file_name(path: Path, runtime: Runtime) -> None:
     if path.suffix != runtime.suffix:
         wanted = path.with_suffix(runtime.suffix)
         raise InputError(f"{path} does not end in {runtime.suffix}.", f'With to="{runtime.name}" it must.', f"{wanted}")
+
+
+def _require_free_name(path: Path, runtime: Runtime) -> None:
+    """Raise ``InputError`` where the second file would replace one that no export of this runtime wrote."""
+    beside = path.with_suffix(runtime.suffix_beside) if runtime.suffix_beside else path
+    if beside.exists() and not path.exists():
+        raise InputError(
+            f"{beside} is there, without {path}: it belongs to another file.",
+            f"An export to {runtime.name} writes both, and would replace it.",
+            f"{path.with_name(f'{path.stem}_{runtime.name}{runtime.suffix}')}",
+        )
 
 
 def _detector_images(spec: InputSpec) -> list[Tensor]:

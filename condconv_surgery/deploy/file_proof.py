@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from condconv_surgery.errors import SurgeryError, listed, one_line
+from condconv_surgery.errors import ProofError, SurgeryError, listed, one_line
 from condconv_surgery.surgery.copy_model import copy_of
 from condconv_surgery.surgery.proof.output_tensors import output_tensors
 from condconv_surgery.surgery.proof.rounding_error import fits_in_float64
@@ -68,6 +68,32 @@ def require_exportable(model: nn.Module, images: Tensor) -> None:
             "No file can be compared with that.",
             "weights from before training diverged",
         )
+
+
+def proven(prove: Callable[[], FileProof], dynamic_size: bool) -> FileProof:
+    """What ``prove`` gives. Raises ``ProofError`` where the file does not compute what the model does, or not run.
+
+    dynamic_size: whether the file is for any height and width.
+    """
+    advice = "dynamic_size=False: a graph cannot decide by the size" if dynamic_size else "another form=, or collapse"
+    try:
+        proof = prove()
+    except (SurgeryError, OSError):
+        raise
+    except Exception as error:  # what a runtime raises is no class of its own
+        raise ProofError(
+            f"The exported file does not run in its runtime: {one_line(error)}",
+            "It must take every batch and size that it is for. Nothing was written.",
+            advice,
+        ) from error
+    if not proof.holds:
+        doubt = "" if proof.doubt is None else f"; in float32 the model itself is {proof.doubt:.2g} off float64"
+        raise ProofError(
+            f"The exported file differs from the model by {proof.difference:.3g} of its outputs{doubt}.",
+            f"At most {TOLERANCE:g} is allowed. Nothing was written.",
+            advice,
+        )
+    return proof
 
 
 @torch.no_grad()

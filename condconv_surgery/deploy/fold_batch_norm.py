@@ -17,7 +17,9 @@ is an operator.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -28,7 +30,7 @@ from condconv_surgery.errors import InputError, ProofError, listed
 from condconv_surgery.layers import ConditionalConv2d, conditional_layers
 from condconv_surgery.layers.conv2d_subclasses import full_name
 from condconv_surgery.layers.find_layers import folded_layers, require_exact_experts
-from condconv_surgery.runtime.modes import example_arguments
+from condconv_surgery.runtime.modes import example_arguments, restore_modes
 from condconv_surgery.runtime.wrappers import unwrapped
 from condconv_surgery.surgery.conversion_plan import Skip
 from condconv_surgery.surgery.copy_model import copy_of
@@ -76,14 +78,15 @@ def fold(
         the model amplifies the rounding of float32.
 
     Raises ``InputError`` for a model without conditional layers, or one that is folded already, and ``ProofError`` when
-    the outputs differ by more than the tolerance.
+    the outputs differ by more than the tolerance: ``model`` is then as it was.
     """
     model = unwrapped(model)
     _require_foldable(model)
     arguments = example_arguments(model, example)
     before = run_both_modes(model, arguments, (False,)) if prove else None
     folded = model if inplace else copy_of(model)
-    pairs, skipped = _fold_all(folded)
+    undo: list[Callable[[], None]] = []
+    pairs, skipped = _fold_all(folded, undo if inplace and prove else None)
     if before is None:
         return Folding(folded, tuple(pairs), tuple(skipped), None)
     difference = compare(before, run_both_modes(folded, arguments, (False,)))
@@ -91,6 +94,8 @@ def fold(
         return Folding(folded, tuple(pairs), tuple(skipped), difference.eval)
     exact = None if inplace or tolerance is not None else _gap_in_float64(model, arguments)
     if exact is None:
+        for step in reversed(undo):
+            step()
         raise ProofError(
             f"The folded model differs from the original by {difference.eval.absolute if difference.eval else 0:.3g}.",
             f"At most {allowed(before.eval or [], tolerance, before.half):.3g} is allowed. Either tracing does not see "
@@ -100,13 +105,34 @@ def fold(
     return Folding(folded, tuple(pairs), tuple(skipped), difference.eval, exact)
 
 
-def _fold_all(model: nn.Module) -> tuple[list[Pair], list[Skip]]:
-    """In place. What was folded, and what was not."""
+def _fold_all(model: nn.Module, undo: list[Callable[[], None]] | None = None) -> tuple[list[Pair], list[Skip]]:
+    """In place. What was folded, and what was not. undo: gets the steps back, for which it holds copies of experts."""
+    if undo is not None:
+        undo.append(partial(restore_modes, [(module, module.training) for module in model.modules()]))
     model.eval()  # returns None where a model's own train() does
     pairs, skipped = batch_norm_pairs(model)
     for pair in pairs:
+        if undo is not None:
+            undo.append(_undo_of(model, pair))
         _fold_pair(model, pair)
     return pairs, skipped
+
+
+def _undo_of(model: nn.Module, pair: Pair) -> Callable[[], None]:
+    """What takes ``_fold_pair`` back, bit for bit."""
+    layer, norm = cast("ConditionalConv2d[Any]", model.get_submodule(pair.layer)), model.get_submodule(pair.norm)
+    kept = [(value, value.detach().clone()) for value in (layer.weight, layer.bias) if value is not None]
+    names = _names_of(model, norm)
+
+    @torch.no_grad()
+    def undo() -> None:
+        for value, before in kept:
+            value.copy_(before)
+        layer.ungated_bias = None
+        for name in names:
+            model.set_submodule(name, norm)
+
+    return undo
 
 
 def _gap_in_float64(model: nn.Module, arguments: tuple[Any, ...]) -> Gap | None:
@@ -146,8 +172,12 @@ def fold_norm(layer: ConditionalConv2d[Any], norm: nn.Module) -> None:
 def _fold_pair(model: nn.Module, pair: Pair) -> None:
     norm = model.get_submodule(pair.norm)
     fold_norm(cast("ConditionalConv2d[Any]", model.get_submodule(pair.layer)), norm)
-    for name in [name for name, module in model.named_modules(remove_duplicate=False) if module is norm]:
+    for name in _names_of(model, norm):
         model.set_submodule(name, _rest_of(norm))
+
+
+def _names_of(model: nn.Module, wanted: nn.Module) -> list[str]:
+    return [name for name, module in model.named_modules(remove_duplicate=False) if module is wanted]
 
 
 def scale_and_shift(norm: nn.Module) -> tuple[Tensor, Tensor]:

@@ -186,6 +186,9 @@ def test_the_command(detector: nn.Module, condconv: Run, tmp_path: Path) -> None
     code, out, err = condconv(*arguments, "--to", "onnx", "-o", tmp_path / "m.onnx", "--json")
     assert code == 0, err
     assert json.loads(out)["compared"] == [[1, 3, SIDE, SIDE]] * 3
+    onnx = pytest.importorskip("onnx")
+    written = {entry.key: json.loads(entry.value) for entry in onnx.load(tmp_path / "m.onnx").metadata_props}
+    assert (written["mean"], written["std"]) == ([0] * 3, [1] * 3), "the detector itself normalises"
 
 
 @pytest.mark.slow

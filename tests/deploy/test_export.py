@@ -48,7 +48,7 @@ def test_equal_at_every_batch_and_size(variant: Variant, form: str, forms: str, 
     result = cs.export(model, path, form=form, dynamic_size=True, size=32)
     assert result.difference < 1e-5
     assert ", ".join(sorted(set(result.forms.values()))) == forms
-    assert len(result.shapes) == 6
+    assert len(result.shapes) == 7
     for shape in ((1, 3, 32, 32), (5, 3, 48, 80), (2, 3, 33, 47)):
         images = torch.randn(shape)
         torch.testing.assert_close(run(path, images), model(images), rtol=1e-4, atol=1e-5)
@@ -60,6 +60,46 @@ def test_equal_at_every_batch_and_size(variant: Variant, form: str, forms: str, 
         graph = onnx.load(path).graph
         constants = {initializer.name for initializer in graph.initializer}
         assert all(node.input[1] in constants for node in graph.node if node.op_type == "Conv")
+
+
+class BySize(nn.Module):
+    """Another function for odd widths, or for small images, as padding to a multiple of a stride is."""
+
+    def __init__(self, decides: str) -> None:
+        super().__init__()
+        self.inner, self.decides = mixed(CondConv(2)), decides
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.shape[-1] % 2 if self.decides == "odd" else x.shape[-1] < 32:
+            x = 1 + x.flip(1)
+        y: Tensor = self.inner(x)
+        return y
+
+
+@pytest.mark.parametrize("decides", ["odd", "small"])
+@pytest.mark.parametrize("to", ["onnx", "pt2"])
+def test_a_forward_that_decides_by_the_size(decides: str, to: str, tmp_path: Path) -> None:
+    """A graph made at 32 pixels, and right at 64 and 96, would be wrong there."""
+    with pytest.raises(cs.SurgeryError, match=r"Nothing was written(.|\n)*Try: dynamic_size=False"):
+        cs.export(BySize(decides).eval(), tmp_path / f"m.{to}", to=to, dynamic_size=True, size=32)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_model_that_takes_even_sizes_only(tmp_path: Path) -> None:
+    class Even(BySize):
+        def forward(self, x: Tensor) -> Tensor:
+            if x.shape[-1] % 32:
+                raise ValueError("multiples of 32")
+            y: Tensor = self.inner(x)
+            return y
+
+    assert len(cs.export(Even("").eval(), tmp_path / "m.onnx", dynamic_size=True, size=32).shapes) == 6
+
+
+def test_export_draws_no_random_numbers(tmp_path: Path) -> None:
+    model, before = mixed(ODConv(2)), torch.get_rng_state()
+    cs.export(model, tmp_path / "m.onnx", size=32)
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 @pytest.mark.parametrize(("batch", "form"), [(1, "kernel"), pytest.param(4, "grouped", marks=slow)])
@@ -185,6 +225,9 @@ def test_latency_of_the_file_against_the_original(condconv: Run, tmp_path: Path)
     code, _, err = condconv("report", artifact, "--runtime", "ncnn")
     assert code == 2
     assert "--runtime onnx" in err
+    for unused in (("--html", tmp_path / "r.html"), ("--batch", "4"), ("--csv",), ("--data", tmp_path)):
+        code, _, err = condconv("report", artifact, "--runtime", "onnx", *unused)
+        assert (code, unused[0] in err) == (2, True), "it would do without what was asked for"
     cs.save(cs.fold(model, example=example).model, artifact)
     code, _, err = condconv("report", artifact, "--runtime", "onnx")
     assert code == 2
@@ -198,7 +241,7 @@ def test_a_whole_network() -> None:
     assert not row.failure
     assert row.difference < 1e-4
     assert row.ratio < 1.05
-    assert row.inputs == 6
+    assert row.inputs == 7
 
 
 @slow

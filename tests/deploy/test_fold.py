@@ -235,6 +235,20 @@ def test_what_tracing_cannot_see_fails_the_proof() -> None:
         cs.fold(model, example=torch.rand(2, 8, 6, 6))
 
 
+def test_a_model_that_is_not_proven_in_place_is_as_it_was() -> None:
+    model = Outside(pairs_of(GEOMETRIES["3x3"], CondConv(experts=2))).eval()
+    model.child.conv1.train()
+    x, norm, before = torch.rand(2, 8, 6, 6), model.child.bn1, {k: v.clone() for k, v in model.state_dict().items()}
+    expected, modes = model(x), [module.training for module in model.modules()]
+    with pytest.raises(cs.ProofError, match="differs from the original by"):
+        cs.fold(model, example=x, inplace=True)
+    assert model.child.bn1 is norm
+    assert list(model.state_dict()) == list(before)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert modes == [module.training for module in model.modules()]
+    assert torch.equal(model(x), expected)
+
+
 def test_rounding_that_the_model_amplifies_is_no_error() -> None:
     """Its float32 outputs keep three digits; in float64 folding is exact."""
     network, x = pairs_of(GEOMETRIES["3x3"], CondConv(experts=2)).eval(), torch.randn(8, 8, 16, 16)

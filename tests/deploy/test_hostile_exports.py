@@ -119,6 +119,18 @@ def test_the_path(condconv: Run, artifact: Path, tmp_path: Path, monkeypatch: py
     assert {file.name for file in tmp_path.iterdir()} == {"m.safetensors", "out.onnx"}
 
 
+@pytest.mark.parametrize(("to", "name"), [("ncnn", "m.param"), ("openvino", "m.xml")])
+def test_weights_of_another_file_are_not_replaced(
+    to: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """OpenVINO and ncnn both write a .bin: the second export would make the first one's model unreadable."""
+    monkeypatch.setattr(RUNTIMES[to], "require_packages", lambda: None)
+    (tmp_path / "m.bin").write_bytes(b"of another file")
+    with pytest.raises(InputError, match=rf"m.bin is there, without .*{name}(.|\n)*Try: .*m_{to}\."):
+        cs.export(mixed(CondConv(2)), tmp_path / name, to=to, size=32)
+    assert (tmp_path / "m.bin").read_bytes() == b"of another file"
+
+
 def test_a_read_only_folder(condconv: Run, artifact: Path, small_disk: Path) -> None:
     subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
     with pytest.raises(InputError, match=r"could not be written: .*Read-only(.|\n)*Try: another path"):
@@ -153,6 +165,7 @@ def test_data_that_cannot_calibrate(tmp_path: Path) -> None:
         (torch.empty(0, 3, 32, 32), "data= holds no images"),
         (torch.randn(4, 3, 48, 48), r"\[4, 3, 48, 48\](.|\n)*\[B, 3, 32, 32\](.|\n)*Try: size=48"),
         (torch.randn(4, 1, 32, 32), r"\[4, 1, 32, 32\]"),
+        (torch.zeros(4, 3, 32, 32, dtype=torch.uint8), r"of torch.uint8(.|\n)*normalised(.|\n)*Try: data=FOLDER"),
     ):
         with pytest.raises(InputError, match=words):
             cs.export(model, path, size=32, quantize="int8", data=data)

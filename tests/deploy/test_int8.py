@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import runpy
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import nn
 
 import condconv_surgery as cs
+from condconv_surgery.deploy.export_model import metadata_of
 from condconv_surgery.deploy.file_accuracy import in_batches
 from condconv_surgery.models.preprocess import EvaluationTransform
 from condconv_surgery.recipe import CondConv, InputSpec, ODConv, Variant
@@ -71,6 +74,31 @@ def test_the_last_batch_is_filled_up() -> None:
     assert [len(part) for part in parts] == [4, 4]
     assert torch.equal(torch.cat(parts)[:5], images)
     assert in_batches(images, None)[0] is images
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("kind", ["RGB", "L", "CMYK", "P", "RGBA", "LA", "turned", "wide"])
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+def test_the_example_sees_what_the_network_was_trained_on(
+    channels: int, kind: str, interpolation: str, tmp_path: Path
+) -> None:
+    size = (32, 48) if kind == "wide" else (32, 32)
+    spec = InputSpec(channels, *size, interpolation=interpolation)
+    pixels = np.random.default_rng(0).integers(0, 256, (41, 53, 4), dtype=np.uint8)
+    image = Image.fromarray(pixels if kind in ("RGBA", "LA") else np.ascontiguousarray(pixels[..., :3]))
+    path, exif = tmp_path / ("i.tif" if kind == "CMYK" else "i.png"), Image.Exif()
+    if kind == "turned":
+        exif[274] = 6
+    (image.convert(kind) if kind.isupper() else image).save(path, exif=exif)
+    prepared = runpy.run_path(str(EXAMPLE))["prepared"]
+    actual = prepared(path, metadata_of(nn.Conv2d(channels, 1, 1), spec))
+    torch.testing.assert_close(torch.from_numpy(actual)[0], EvaluationTransform(spec)(Image.open(path)))
+
+
+def test_the_example_refuses_deep_images(tmp_path: Path) -> None:
+    Image.fromarray(np.zeros((4, 4), np.uint16)).save(tmp_path / "i.png")
+    with pytest.raises(SystemExit, match="more than 8 bits"):
+        runpy.run_path(str(EXAMPLE))["prepared"](tmp_path / "i.png", metadata_of(nn.Conv2d(3, 1, 1), InputSpec()))
 
 
 def test_a_file_is_measured_and_served(condconv: Run, tmp_path: Path) -> None:

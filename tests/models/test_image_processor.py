@@ -62,3 +62,18 @@ def test_the_size_in_a_models_configuration_is_its_input(size: object, expected:
 
     spec = input_spec_of(Net(nn.Conv2d(1, 2, 3)))
     assert (spec.channels, spec.height, spec.width) == (1, *expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "channels"), [("tf_efficientnetv2_b0", 3), ("mobilenetv3_small_050", 3), ("resnet10t", 1)]
+)
+def test_the_input_in_timms_configuration_is_the_models(name: str, channels: int) -> None:
+    """Also of a model that ``timm.create_model`` has built: its mean and std may be others than ImageNet's."""
+    timm = pytest.importorskip("timm")
+    model = timm.create_model(name, in_chans=channels)
+    spec, own = input_spec_of(model), timm.data.resolve_model_data_config(model)
+    average = [sum(own[key]) / 3 for key in ("mean", "std")]
+    wanted = (own["mean"], own["std"]) if channels == 3 else tuple((value,) for value in average)
+    assert (spec.channels, spec.height, spec.width) == (channels, *own["input_size"][1:])
+    assert (spec.mean, spec.std) == wanted
+    assert (spec.interpolation, spec.crop_fraction) == (own["interpolation"], own["crop_pct"])

@@ -20,6 +20,7 @@ class Ncnn(Runtime):
     """A .param, and a .bin beside it, in float32, for one image of one size. ncnn has no batch."""
 
     name, suffix, extra = "ncnn", ".param", "ncnn"
+    suffix_beside = ".bin"
     packages = ("ncnn", "pnnx")
     preferred = CONSTANT
     fixed_batch = fixed_size = True

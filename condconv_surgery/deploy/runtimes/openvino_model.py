@@ -18,6 +18,7 @@ class OpenVino(Runtime):
     """A model in OpenVINO's format: an .xml, and a .bin beside it. Run on its CPU plugin, in float32."""
 
     name, suffix, extra = "openvino", ".xml", "openvino"
+    suffix_beside = ".bin"
     packages = ("openvino", "onnx", "onnxscript")
     preferred = ("scale", "kernel", "matmul", "sum", "taps", "grouped")
 

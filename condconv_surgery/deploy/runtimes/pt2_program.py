@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from condconv_surgery.deploy.runtimes.runtime_protocol import Request, Runtime, cannot_export, quietly
-from condconv_surgery.errors import SurgeryError
+from condconv_surgery.errors import ProofError, SurgeryError
 
 RUN = """
 import sys
@@ -66,6 +66,12 @@ class Pt2(Runtime):
             done = subprocess.run(command, capture_output=True, text=True)
             if done.returncode:
                 lines = done.stderr.strip().splitlines()
+                if lines and "Guard failed" in lines[-1]:  # torch's own: the forward decides by the size
+                    raise ProofError(
+                        f"The exported program does not take every size: {lines[-1]}",
+                        "One graph computes the same operators for all images. Nothing was written.",
+                        "dynamic_size=False",
+                    )
                 raise SurgeryError(
                     f"The exported program does not run in a process of its own: {lines[-1] if lines else ''}",
                     "It must not need this package.",

@@ -42,11 +42,13 @@ class Runtime:
 
     preferred: the forms of a conditional layer (``deploy.graph_forms``) that it takes, best first.
     fixed_batch: its graph is for one batch, 1 if no other is asked for. fixed_size: and for one size.
-    suffix: of its file. extra, packages: of this package, and what they install.
+    suffix: of its file. suffix_beside: of the file with the weights beside it, if any. extra, packages: of this
+    package, and what they install.
     """
 
     name: ClassVar[str]
     suffix: ClassVar[str]
+    suffix_beside: ClassVar[str] = ""
     extra: ClassVar[str]
     packages: ClassVar[tuple[str, ...]]
     preferred: ClassVar[tuple[str, ...]]
