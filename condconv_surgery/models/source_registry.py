@@ -26,7 +26,7 @@ from condconv_surgery.models.checkpoints.read_checkpoint import read_weights
 from condconv_surgery.models.checkpoints.state_names import fitting_names
 from condconv_surgery.models.checkpoints.tensor_kinds import require_kinds_of
 from condconv_surgery.recipe import InputSpec, Recipe, Source, attach_recipe
-from condconv_surgery.runtime.modes import input_of_stem
+from condconv_surgery.runtime.modes import input_spec_of
 
 AsTrained = Callable[[nn.Module, Source, Mapping[str, Tensor], str], None]
 """See ``ModelSource.as_trained``."""
@@ -63,7 +63,7 @@ class ModelSource:
     matches: Callable[[str], bool]
     load: Callable[[str, LoadOptions], nn.Module]
     build: Callable[[Source], nn.Module] | None = None
-    input_spec: Callable[[nn.Module, Source], InputSpec] = lambda model, source: input_of_stem(model)
+    input_spec: Callable[[nn.Module, Source], InputSpec] = lambda model, source: input_spec_of(model)
     as_trained: AsTrained = _as_built
 
 
@@ -90,7 +90,7 @@ def named_source(
     build: Callable[[Source], nn.Module],
     *,
     pretrained: Callable[[str], nn.Module | None] = lambda name: None,
-    input_spec: Callable[[nn.Module, Source], InputSpec] = lambda model, source: input_of_stem(model),
+    input_spec: Callable[[nn.Module, Source], InputSpec] = lambda model, source: input_spec_of(model),
     as_trained: AsTrained = _as_built,
 ) -> ModelSource:
     """A source of ``PREFIX:NAME``, loaded with its published weights, random ones or those of a file.

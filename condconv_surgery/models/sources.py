@@ -25,6 +25,7 @@ from condconv_surgery.models.checkpoints.recognise_architecture import recognise
 from condconv_surgery.models.checkpoints.recognise_body import recognise_body
 from condconv_surgery.models.checkpoints.state_names import fitting_names
 from condconv_surgery.models.checkpoints.tensor_kinds import require_floats, require_kinds_of
+from condconv_surgery.models.classifier_logits import classes_of
 from condconv_surgery.models.factory_source import FACTORY, named, package_of, require_trusted
 from condconv_surgery.models.hub_source import FOLDER, HUB
 from condconv_surgery.models.layouts.layout_registry import PLAIN, Layout, layout_of
@@ -94,6 +95,8 @@ def load_model(
         recipe = Recipe(source=built, input=entry.input_spec(model, built))
     if input_size is not None:
         recipe = replace(recipe, input=replace(recipe.input, height=input_size, width=input_size))
+    if not recipe.classes:
+        recipe = replace(recipe, classes=classes_of(model))
     if not recipe.weights_sha256:
         recipe = replace(recipe, weights_sha256=hash_weights(model))
     attach_recipe(model, recipe)

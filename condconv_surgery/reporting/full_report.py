@@ -11,6 +11,7 @@ from rich.text import Text
 from torch import nn
 
 from condconv_surgery.layers import routers
+from condconv_surgery.models.classifier_logits import classes_of
 from condconv_surgery.recipe import recipe_of
 from condconv_surgery.reporting.images.network_routing import measure_routing
 from condconv_surgery.reporting.images.recorded_accuracy import RecordedAccuracy
@@ -115,9 +116,8 @@ def report(
     Raises ``InputError`` when the model does not run on the input, or the folder holds no labelled images.
     """
     model = unwrapped(model)
-    recipe = recipe_of(model)
     images = find_images(data, limit) if data is not None else None
-    classes = recipe.classes if recipe is not None else ()
+    classes = classes_of(model)
     routing = measure_routing(model, images, classes=classes) if images is not None else None
     predictions = routing.predictions if routing else None
     return Report(

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from torch import nn
 
-from condconv_surgery.recipe import recipe_of
+from condconv_surgery.models.classifier_logits import classes_of
 from condconv_surgery.reporting.images.collect_gates import predict_batches
 from condconv_surgery.reporting.images.network_routing import predictions_of
 from condconv_surgery.reporting.images.predictions import Predictions
@@ -28,8 +28,7 @@ def predict(model: nn.Module, data: str | Path, *, limit: int | None = None, bat
     ``InputError`` for data without images, and for outputs that are not finite.
     """
     model = unwrapped(model)
-    recipe = recipe_of(model)
-    classes = recipe.classes if recipe is not None else ()
+    classes = classes_of(model)
     images = find_images_to_predict(data, limit, classes)
     labels, outputs = predict_batches(model, images.batches(input_spec_of(model), batch))
     return predictions_of(images, outputs, labels, classes)

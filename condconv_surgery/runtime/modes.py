@@ -5,32 +5,23 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
 
 from condconv_surgery.recipe import InputSpec, recipe_of
+from condconv_surgery.runtime.described_input import described_input
 from condconv_surgery.runtime.model_call import arguments_of, image_arguments
 
 _FORWARD_HOOKS = ("_forward_pre_hooks", "_forward_hooks")
 
 
 def input_spec_of(model: nn.Module) -> InputSpec:
-    """Input size from the model's recipe, timm's configuration or that of transformers, else 224x224; the channels of
-    its first layer."""
+    """The input in the model's recipe; else what a model of timm, transformers or Ultralytics says of itself, else
+    224x224 in ImageNet's normalisation; the channels of its first layer."""
     recipe = recipe_of(model)
-    if recipe is not None:
-        return recipe.input
-    size = (getattr(model, "pretrained_cfg", None) or {}).get("input_size")  # timm's models carry their own
-    if size is not None:
-        return InputSpec(*size)
-    spec, sides = input_of_stem(model), getattr(getattr(model, "config", None), "image_size", None)
-    sides = [sides, sides] if isinstance(sides, int) else sides
-    if isinstance(sides, (list, tuple)) and len(sides) == 2 and all(isinstance(side, int) for side in sides):
-        return replace(spec, height=sides[0], width=sides[1])
-    return spec
+    return described_input(model, input_of_stem(model)) if recipe is None else recipe.input
 
 
 def input_of_stem(model: nn.Module) -> InputSpec:

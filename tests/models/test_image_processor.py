@@ -40,6 +40,14 @@ MEAN, STD = (0.1, 0.2, 0.3), (0.4, 0.5, 0.6)
             {"size": 64, "do_normalize": False, "resample": 0},
             InputSpec(3, 64, 64, (0.0,) * 3, (1.0,) * 3, "nearest", 1.0),
         ),
+        (  # PoolFormer: resized to 1 / crop_pct, then the centre
+            {"size": 252, "crop_pct": 0.9, "crop_size": 224, "do_center_crop": True},
+            InputSpec(3, 224, 224, (0.5,) * 3, (0.5,) * 3, "bilinear", 224 / 280),
+        ),
+        (  # EfficientNet: divided by std twice
+            {"size": 64, "image_mean": MEAN, "image_std": STD, "include_top": True},
+            InputSpec(3, 64, 64, MEAN, tuple(value**2 for value in STD), "bilinear", 1.0),
+        ),
         ({"image_mean": MEAN, "image_std": STD}, InputSpec(3, 96, 96, MEAN, STD, "bilinear", 0.875)),
     ],
 )

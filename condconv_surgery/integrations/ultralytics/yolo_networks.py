@@ -102,10 +102,11 @@ def conditional_network(network: nn.Module) -> nn.Module:
     """
     if type(network) in NETWORKS.values():
         return network
-    if type(network) not in NETWORKS or not conditional_layers(network):
+    require_supported(network)
+    if not conditional_layers(network):
         raise InputError(
-            f"A {type(network).__name__} with {len(conditional_layers(network))} conditional layers.",
-            f"A converted {', '.join(cls.__name__ for cls in NETWORKS)} is needed.",
+            f"A {type(network).__name__} without conditional layers.",
+            "A converted network is needed.",
             "convert_yolo(yolo, CondConv(experts=4))",
         )
     for name, block in network.named_modules():
@@ -117,6 +118,16 @@ def conditional_network(network: nn.Module) -> nn.Module:
             )
     network.__class__ = NETWORKS[type(network)]
     return network
+
+
+def require_supported(network: nn.Module) -> None:
+    """Raise ``InputError`` for a network of another class than those of ``NETWORKS``."""
+    if type(network) not in (*NETWORKS, *NETWORKS.values()):
+        raise InputError(
+            f"A {type(network).__name__}, whose training and fusing are not supported here.",
+            f"A {', '.join(cls.__name__ for cls in NETWORKS)} is.",
+            "condconv_surgery.convert(yolo.model, CondConv(experts=4), example=images), without Ultralytics' trainer",
+        )
 
 
 @contextmanager
