@@ -14,9 +14,9 @@ from condconv_surgery.data.evaluation_images import NOT_HELD_OUT, find_evaluatio
 from condconv_surgery.data.labelled_images import LabelledImages, assumed_order, even_subset, logit_of_each_class
 from condconv_surgery.deploy.mean_mixtures import Labelled
 from condconv_surgery.errors import InputError, counted
-from condconv_surgery.models.classifier_logits import main_logits
+from condconv_surgery.models.classifier_logits import classes_of, main_logits
 from condconv_surgery.models.preprocess import EvaluationTransform
-from condconv_surgery.recipe import InputSpec, classes_of
+from condconv_surgery.recipe import InputSpec
 from condconv_surgery.recipe.training_sections import DataOptions
 from condconv_surgery.runtime.modes import device_of, dtype_of, in_mode, input_spec_of
 
@@ -99,7 +99,8 @@ def _batch(batch: Any) -> Labelled:
 
 def _logits(model: nn.Module, folder: tuple[str, ...], images: Tensor) -> Tensor | None:
     """The index in the logits of each class of the folder; None where the model has other classes."""
-    if classes := classes_of(model):
+    classes = classes_of(model)
+    if classes:
         return logit_of_each_class(folder, classes)
     with in_mode(model, training=False), torch.no_grad():
         output = model(images[:1].to(device_of(model), dtype_of(model)))

@@ -30,6 +30,7 @@ from condconv_surgery.deploy.serving_form import serving_form
 from condconv_surgery.errors import InputError, unknown_name
 from condconv_surgery.layers import conditional_layers
 from condconv_surgery.models.artifact.atomic_write import replacing_files, require_values
+from condconv_surgery.models.classifier_logits import classes_of
 from condconv_surgery.recipe import InputSpec, recipe_of
 from condconv_surgery.runtime.modes import input_spec_of
 from condconv_surgery.runtime.wrappers import unwrapped
@@ -184,7 +185,7 @@ def metadata_of(model: nn.Module, spec: InputSpec) -> dict[str, Any]:
     if is_detector(model):  # it normalises images itself
         spec = replace(spec, mean=(0.0,) * spec.channels, std=(1.0,) * spec.channels)
     return {
-        "classes": list(recipe.classes) if recipe else [],
+        "classes": list(classes_of(model)),
         "mean": list(spec.mean),
         "std": list(spec.std),
         "size": [spec.channels, spec.height, spec.width],

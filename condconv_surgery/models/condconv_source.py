@@ -25,4 +25,4 @@ def _build(source: Source) -> nn.Module:
     return mobilenet_v1(**{"width": WIDTHS[name], **source.options})
 
 
-CONDCONV = named_source("condconv", _build)
+CONDCONV = named_source("condconv", _build, license=lambda source, model, published: "mit")

@@ -10,7 +10,7 @@ from torch import nn
 
 from condconv_surgery.errors import InputError, nearest, unknown_name
 from condconv_surgery.models.artifact.as_built import note_as_built
-from condconv_surgery.models.checkpoints.allowlist import import_advice
+from condconv_surgery.models.checkpoints.allowlist import import_advice, trust_advice
 from condconv_surgery.models.source_registry import builder_for, named_source
 from condconv_surgery.recipe import Source
 
@@ -38,7 +38,7 @@ def require_trusted(source: Source, trust: tuple[str, ...]) -> None:
         raise InputError(
             f"The model is built by {source.name}, code of the package {package!r}.",
             "Without trust= only torchvision, timm and registered sources are imported.",
-            f'trust=["{package}"]',
+            trust_advice(package, trust),
         )
 
 

@@ -26,7 +26,10 @@ from condconv_surgery.models.checkpoints.read_checkpoint import read_weights
 from condconv_surgery.models.checkpoints.state_names import fitting_names
 from condconv_surgery.models.checkpoints.tensor_kinds import require_kinds_of
 from condconv_surgery.recipe import InputSpec, Recipe, Source, attach_recipe
-from condconv_surgery.runtime.modes import input_of_stem
+from condconv_surgery.runtime.modes import input_spec_of
+
+License = Callable[[Source, nn.Module, bool], str]
+"""The license of the weights of a model that was built; whether they are its library's published ones."""
 
 AsTrained = Callable[[nn.Module, Source, Mapping[str, Tensor], str], None]
 """See ``ModelSource.as_trained``."""
@@ -63,7 +66,7 @@ class ModelSource:
     matches: Callable[[str], bool]
     load: Callable[[str, LoadOptions], nn.Module]
     build: Callable[[Source], nn.Module] | None = None
-    input_spec: Callable[[nn.Module, Source], InputSpec] = lambda model, source: input_of_stem(model)
+    input_spec: Callable[[nn.Module, Source], InputSpec] = lambda model, source: input_spec_of(model)
     as_trained: AsTrained = _as_built
 
 
@@ -90,13 +93,14 @@ def named_source(
     build: Callable[[Source], nn.Module],
     *,
     pretrained: Callable[[str], nn.Module | None] = lambda name: None,
-    input_spec: Callable[[nn.Module, Source], InputSpec] = lambda model, source: input_of_stem(model),
+    input_spec: Callable[[nn.Module, Source], InputSpec] = lambda model, source: input_spec_of(model),
     as_trained: AsTrained = _as_built,
+    license: License = lambda source, model, published: "",
 ) -> ModelSource:
     """A source of ``PREFIX:NAME``, loaded with its published weights, random ones or those of a file.
 
     build: the model with random weights. pretrained: from NAME to the model with its published weights, ``None`` where
-    it has none. input_spec, as_trained: see ``ModelSource``.
+    it has none. input_spec, as_trained: see ``ModelSource``. license: of weights that are not those of a file.
     """
 
     def load(text: str, options: LoadOptions) -> nn.Module:
@@ -105,13 +109,13 @@ def named_source(
             raise InputError(f'arch="{options.arch}" with {text}.', allowed, "leave it out")
         source = with_classes(Source(text), options.num_classes)
         wanted = options.weights == "default" and options.num_classes is None
-        model = _published(text, pretrained) if wanted else None
-        if model is None:
-            model = checked_model(lambda: build(source), source)
+        published = _published(text, pretrained) if wanted else None
+        model = checked_model(lambda: build(source), source) if published is None else published
+        named = license(source, model, published is not None) if options.weights in ("none", "default") else ""
         heads: dict[str, int] = {}
         if options.weights not in ("none", "default"):
             heads = _fill_from_file(model, source, options)
-        attach_recipe(model, Recipe(source=source, input=input_spec(model, source), heads=heads))
+        attach_recipe(model, Recipe(source=source, input=input_spec(model, source), heads=heads, license=named))
         return model
 
     return ModelSource(prefix, lambda text: text.startswith(f"{prefix}:"), load, build, input_spec, as_trained)

@@ -20,11 +20,12 @@ from condconv_surgery.models.checkpoints.adapt_outer_layers import adapt
 from condconv_surgery.models.checkpoints.allowlist import trusted
 from condconv_surgery.models.checkpoints.computed_weights import plain_weights
 from condconv_surgery.models.checkpoints.outer_layers import shapes_of
-from condconv_surgery.models.checkpoints.read_checkpoint import read_checkpoint
-from condconv_surgery.models.checkpoints.recognise_architecture import recognise, recognise_module
+from condconv_surgery.models.checkpoints.read_checkpoint import read_named_checkpoint
+from condconv_surgery.models.checkpoints.recognise_architecture import families_of, recognise, recognise_module
 from condconv_surgery.models.checkpoints.recognise_body import recognise_body
 from condconv_surgery.models.checkpoints.state_names import fitting_names
 from condconv_surgery.models.checkpoints.tensor_kinds import require_floats, require_kinds_of
+from condconv_surgery.models.classifier_logits import classes_of
 from condconv_surgery.models.factory_source import FACTORY, named, package_of, require_trusted
 from condconv_surgery.models.hub_source import FOLDER, HUB
 from condconv_surgery.models.layouts.layout_registry import PLAIN, Layout, layout_of
@@ -36,7 +37,7 @@ from condconv_surgery.models.source_registry import (
     source_for,
     with_classes,
 )
-from condconv_surgery.models.torchvision_source import build_published, input_of, published_weights
+from condconv_surgery.models.torchvision_source import build_published, input_of, license_of, published_weights
 from condconv_surgery.models.transformers_source import SAVED_FOLDER
 from condconv_surgery.recipe import InputSpec, Recipe, Source, attach_recipe, recipe_of
 from condconv_surgery.runtime.modes import input_of_stem
@@ -94,6 +95,8 @@ def load_model(
         recipe = Recipe(source=built, input=entry.input_spec(model, built))
     if input_size is not None:
         recipe = replace(recipe, input=replace(recipe.input, height=input_size, width=input_size))
+    if not recipe.classes:
+        recipe = replace(recipe, classes=classes_of(model))
     if not recipe.weights_sha256:
         recipe = replace(recipe, weights_sha256=hash_weights(model))
     attach_recipe(model, recipe)
@@ -139,7 +142,7 @@ def _load_checkpoint(text: str, options: LoadOptions) -> nn.Module:
     """A pickled module as it is; a state dict in the model that ``arch``, the file's hash or its shapes say."""
     path = Path(text)
     _require_no_classes(path, options)
-    content = read_checkpoint(path, options.trust)
+    content, stated = read_named_checkpoint(path, options.trust)
     if isinstance(content, nn.Module) and options.arch is None:
         content.eval()  # returns None where a model's own train() does
         source = recognise_module(content) or Source()
@@ -157,10 +160,11 @@ def _load_checkpoint(text: str, options: LoadOptions) -> nn.Module:
     published = published_weights(path) if arch is None and layout is PLAIN else None
     if published is not None:
         model = build_published(*published, state)
-        attach_recipe(model, Recipe(source=Source(f"torchvision:{published[0]}"), input=input_of(published[1])))
+        source = Source(f"torchvision:{published[0]}")
+        attach_recipe(model, Recipe(source=source, input=input_of(published[1]), license=license_of(published[1])))
         return model
-    source = arch or _recognised(layout, state, own)
-    if arch is None and source.name in SAME_TENSORS:
+    source = arch or _stated(stated, layout, state, text) or _recognised(layout, state, own)
+    if arch is None and source.name in SAME_TENSORS and source.name.partition(":")[2] != stated:
         _LOG.warning("%s: taken for %s; %s", text, source.name, SAME_TENSORS[source.name])
     if arch is None and "num_classes" in source.options:
         _LOG.warning("%s: %d classes, as in the file", text, source.options["num_classes"])
@@ -182,6 +186,28 @@ def _load_checkpoint(text: str, options: LoadOptions) -> nn.Module:
     writer = model if plain == source else build_on_meta(source)  # the input is that of the network in the file
     attach_recipe(model, Recipe(source=plain, input=_input_spec(writer, source), heads=heads))
     return model
+
+
+def _stated(name: str, layout: Layout, state: dict[str, Tensor], what: str) -> Source | None:
+    """The timm model that a file names, where it has these tensors; several have those of ``tf_efficientnet_b0``.
+
+    A name that torchvision has too is recognised without it.
+    """
+    name = name.partition(".")[0]  # of timm: without the tag of its weights
+    if (
+        not name
+        or layout is not PLAIN
+        or name not in {known for names in families_of("timm").values() for known in names}
+    ):
+        return None
+    if name in {known for names in families_of("torchvision").values() for known in names}:
+        return None
+    try:
+        source = recognise(shapes_of(state), [name])
+    except InputError:
+        return None
+    _LOG.warning("%s: taken for %s, which it names as arch", what, source.name)
+    return source
 
 
 def _recognised(layout: Layout, state: dict[str, Tensor], own: dict[str, Tensor]) -> Source:

@@ -52,4 +52,9 @@ def _input_spec(model: nn.Module, source: Source) -> InputSpec:
     )
 
 
-TIMM = named_source("timm", _build, pretrained=_pretrained, input_spec=_input_spec)
+def _license(source: Source, model: nn.Module, published: bool) -> str:
+    config: Any = getattr(model, "pretrained_cfg", None) or {}
+    return str(config.get("license") or "") if published else ""
+
+
+TIMM = named_source("timm", _build, pretrained=_pretrained, input_spec=_input_spec, license=_license)

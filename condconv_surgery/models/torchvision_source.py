@@ -95,6 +95,13 @@ def fetch(weights: WeightsEnum) -> dict[str, Tensor]:
     return cast("dict[str, Tensor]", state)
 
 
+def license_of(weights: WeightsEnum | None) -> str:
+    """That of torchvision; the weights of SWAG, which come from another project, have their own."""
+    if weights is None:
+        return ""
+    return "cc-by-nc-4.0" if "SWAG" in weights.name else "bsd-3-clause"
+
+
 def input_of(weights: WeightsEnum | None) -> InputSpec:
     """The images that the weights were trained on; segmentation and detection resize without cropping."""
     preset: Any = None if weights is None else weights.transforms()
@@ -168,10 +175,15 @@ def _pretrained(name: str) -> nn.Module | None:
     return None if weights is None else build_published(name, weights)
 
 
+def _license(source: Source, model: nn.Module, published: bool) -> str:
+    return license_of(default_weights(source.name.partition(":")[2])) if published else ""
+
+
 TORCHVISION = named_source(
     "torchvision",
     _build,
     pretrained=_pretrained,
     input_spec=lambda model, source: input_of(default_weights(source.name.partition(":")[2])),
     as_trained=as_trained,
+    license=_license,
 )

@@ -9,7 +9,6 @@ from condconv_surgery.recipe.model_recipe import (
     SharedRouter,
     Source,
     attach_recipe,
-    classes_of,
     recipe_of,
 )
 from condconv_surgery.recipe.name_patterns import as_argument, matches, patterns_of, require_matches
@@ -54,7 +53,6 @@ __all__ = [
     "Variant",
     "as_argument",
     "attach_recipe",
-    "classes_of",
     "make_variant",
     "matches",
     "parse_arm",

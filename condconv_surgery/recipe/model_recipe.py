@@ -93,6 +93,7 @@ class Recipe:
     heads: output widths of final layers that were replaced after building the source, by layer name.
     classes: class names, in the order of the logits; empty when unknown.
     weights_sha256: hash of the original weights (see ``runtime.tensor_hash.hash_weights``).
+    license: of the original weights, where a library published them with one; empty when unknown.
     versions: of the libraries that wrote it.
     """
 
@@ -103,6 +104,7 @@ class Recipe:
     heads: dict[str, int] = field(default_factory=dict)
     classes: tuple[str, ...] = ()
     weights_sha256: str = ""
+    license: str = ""
     versions: dict[str, str] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
@@ -151,6 +153,7 @@ class Recipe:
                 heads={str(name): int(width) for name, width in data["heads"].items()},
                 classes=tuple(str(name) for name in data["classes"]),
                 weights_sha256=str(data["weights_sha256"]),
+                license=str(data.get("license", "")),  # younger than the format
                 versions={str(k): str(v) for k, v in data["versions"].items()},
             )
         except UnknownVariantError:
@@ -175,9 +178,3 @@ def recipe_of(model: object) -> Recipe | None:
     """The recipe stored on ``model``, if any."""
     recipe = getattr(model, _ATTRIBUTE, None)
     return recipe if isinstance(recipe, Recipe) else None
-
-
-def classes_of(model: object) -> tuple[str, ...]:
-    """The class names in the order of the logits; empty when unknown."""
-    recipe = recipe_of(model)
-    return recipe.classes if recipe is not None else ()

@@ -11,7 +11,8 @@ from rich.text import Text
 from torch import nn
 
 from condconv_surgery.layers import routers
-from condconv_surgery.recipe import classes_of, recipe_of
+from condconv_surgery.models.classifier_logits import classes_of
+from condconv_surgery.recipe import recipe_of
 from condconv_surgery.reporting.images.network_routing import measure_routing
 from condconv_surgery.reporting.images.recorded_accuracy import RecordedAccuracy
 from condconv_surgery.reporting.images.report_images import find_images
@@ -116,7 +117,8 @@ def report(
     """
     model = unwrapped(model)
     images = find_images(data, limit) if data is not None else None
-    routing = measure_routing(model, images, classes=classes_of(model)) if images is not None else None
+    classes = classes_of(model)
+    routing = measure_routing(model, images, classes=classes) if images is not None else None
     predictions = routing.predictions if routing else None
     return Report(
         title_of(model),

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from torch import nn
 
-from condconv_surgery.recipe import classes_of
+from condconv_surgery.models.classifier_logits import classes_of
 from condconv_surgery.reporting.images.collect_gates import predict_batches
 from condconv_surgery.reporting.images.network_routing import predictions_of
 from condconv_surgery.reporting.images.predictions import Predictions

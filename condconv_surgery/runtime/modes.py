@@ -5,53 +5,29 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
 
 from condconv_surgery.recipe import InputSpec, recipe_of
+from condconv_surgery.runtime.described_input import described_input
 from condconv_surgery.runtime.model_call import arguments_of, image_arguments
 
 _FORWARD_HOOKS = ("_forward_pre_hooks", "_forward_hooks")
 
 
 def input_spec_of(model: nn.Module) -> InputSpec:
-    """The input in the model's recipe or timm's configuration; else the size in that of transformers, or 224x224, with
-    the channels of its first layer."""
+    """The input in the model's recipe; else what a model of timm, transformers or Ultralytics says of itself, else
+    224x224 in ImageNet's normalisation; the channels of its first layer."""
     recipe = recipe_of(model)
-    if recipe is not None:
-        return recipe.input
-    config = getattr(model, "pretrained_cfg", None) or {}
-    if config.get("input_size") is not None:  # timm's models carry their own
-        return _input_of_timm(model, config)
-    spec, sides = input_of_stem(model), getattr(getattr(model, "config", None), "image_size", None)
-    sides = [sides, sides] if isinstance(sides, int) else sides
-    if isinstance(sides, (list, tuple)) and len(sides) == 2 and all(isinstance(side, int) for side in sides):
-        return replace(spec, height=sides[0], width=sides[1])
-    return spec
+    return described_input(model, input_of_stem(model)) if recipe is None else recipe.input
 
 
 def input_of_stem(model: nn.Module) -> InputSpec:
     """224 pixels, and the channels that the first convolution takes."""
     stem = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
     return InputSpec(channels=stem.in_channels) if stem is not None else InputSpec()
-
-
-def _input_of_timm(model: nn.Module, config: Any) -> InputSpec:
-    """What ``timm:NAME`` gives (``models.timm_source``), with the channels of a stem that ``in_chans`` has changed."""
-    channels, height, width = config["input_size"]
-    stem, default = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None), InputSpec()
-    return InputSpec(
-        1 if stem is not None and stem.in_channels == 1 else channels,
-        height,
-        width,
-        tuple(config.get("mean") or default.mean),
-        tuple(config.get("std") or default.std),
-        config.get("interpolation") or default.interpolation,
-        config.get("crop_pct") or default.crop_fraction,
-    )
 
 
 def device_of(model: nn.Module) -> torch.device:

@@ -21,9 +21,6 @@ from condconv_surgery.reporting.measure.profile import profile
 from condconv_surgery.runtime.wrappers import unwrapped
 from condconv_surgery.sharing.model_card import CardFacts, config, model_card
 
-LICENSES = {"torchvision": "bsd-3-clause", "condconv": "mit"}
-"""Of the code that defines a source's networks and comes with their weights; timm names one for each of its weights."""
-
 
 def save_pretrained(
     model: nn.Module,
@@ -95,8 +92,9 @@ def from_pretrained(name: str | Path, *, trust: tuple[str, ...] | str = ()) -> n
 
 
 def _license(model: nn.Module) -> str:
+    """That of the weights that a library published; of a file of weights none is known, whatever its architecture."""
     recipe = recipe_of(model)
-    own = getattr(model, "pretrained_cfg", None)
-    named = own.get("license") if isinstance(own, dict) else None
-    library = recipe.source.name.partition(":")[0] if recipe else ""
-    return str(named or LICENSES.get(library, ""))
+    if recipe is not None and recipe.source.name:
+        return recipe.license
+    own = getattr(model, "pretrained_cfg", None)  # of timm's models, made in memory
+    return str(own.get("license") or "") if isinstance(own, dict) else ""

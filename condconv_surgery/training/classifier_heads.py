@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from condconv_surgery.errors import InputError, one_line
 from condconv_surgery.layers import ConditionalConv2d, ConditionalLinear, conditional_like
 from condconv_surgery.models.build_model import resized
-from condconv_surgery.models.classifier_logits import are_probabilities, matrices_of, other_tensors
+from condconv_surgery.models.classifier_logits import are_probabilities, classes_of, matrices_of, other_tensors
 from condconv_surgery.models.transformers_source import name_labels
 from condconv_surgery.recipe import InputSpec, Recipe, attach_recipe, recipe_of
 from condconv_surgery.runtime.model_call import image_keyword
@@ -36,9 +36,10 @@ def fit_heads(model: nn.Module, classes: tuple[str, ...], spec: InputSpec) -> di
     names = find_heads(model, spec)
     old = {name: _width(model.get_submodule(name)) for name in names}
     changed = {name: len(classes) for name, width in old.items() if width != len(classes)}
-    if is_reordered(recipe.classes, classes) and names[0] not in changed:
+    before = classes_of(model)
+    if is_reordered(before, classes) and names[0] not in changed:
         kept = [name for name in names if name not in changed]
-        reorder_heads(model, kept, recipe.classes, classes, partial(_logits_of_noise, model, spec))
+        reorder_heads(model, kept, before, classes, partial(_logits_of_noise, model, spec))
     for name, width in changed.items():
         model.set_submodule(name, _like(model.get_submodule(name), width))
         if "." not in name and isinstance(getattr(model, "num_classes", None), int):

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from condconv_surgery.data.labelled_images import logit_of_each_class
 from condconv_surgery.errors import InputError, SurgeryError, listed, nearest, unknown_name
-from condconv_surgery.models.classifier_logits import logits_of
+from condconv_surgery.models.classifier_logits import classes_of, logits_of
 from condconv_surgery.models.sources import load_model
 from condconv_surgery.recipe import InputSpec, Recipe, recipe_of
 from condconv_surgery.recipe.training_sections import DistillOptions
@@ -108,7 +108,7 @@ class Teacher:
         if mine is None or its is None:  # then it is taken to be as the student
             mine = its = Recipe()
         scaling = renormalisation(mine.input, its.input)
-        order = class_order(mine.classes, its.classes) if options.weight else None
+        order = class_order(classes_of(student), classes_of(model)) if options.weight else None
         self.scaling = None if scaling is None else (scaling[0].to(device), scaling[1].to(device))
         self.order = None if order is None else order.to(device)
         self.teacher_features = FeatureRecorder(self.model, options.features)

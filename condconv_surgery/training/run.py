@@ -14,7 +14,7 @@ from torch import nn
 from condconv_surgery.data.image_dataset import Batch
 from condconv_surgery.errors import InputError, one_line
 from condconv_surgery.models.artifact.save_load import save
-from condconv_surgery.recipe import Recipe, recipe_of
+from condconv_surgery.models.classifier_logits import classes_of
 from condconv_surgery.recipe.toml_text import RECIPE, to_toml
 from condconv_surgery.recipe.training_options import TrainingOptions
 from condconv_surgery.runtime.seeding import seeded
@@ -82,7 +82,7 @@ class Run:
         if self.state is not None:
             self.data, notes = with_recorded_images(self.data, self.folder, self.state, options, spec, world)
             self.opening_notes += notes
-        before = (recipe_of(model) or Recipe()).classes
+        before = classes_of(model)
         with seeded(options.seed, "head"):
             self.heads = fit_heads(model, self.data.train.classes, spec)
         if self.state is not None:  # a model in memory has had its new heads since the run began

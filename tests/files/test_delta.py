@@ -87,6 +87,20 @@ def test_rounded_differences_are_off_by_what_is_stated(base: Path, trained: nn.M
     torch.testing.assert_close(loaded(X), trained(X), atol=1e-3, rtol=0)
 
 
+def test_routers_stay_exact_over_a_base_that_is_converted_too(trained: nn.Module, tmp_path: Path) -> None:
+    tuned = copy.deepcopy(trained)
+    with torch.no_grad():
+        for parameter in tuned.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    record = cs.save(tuned, tmp_path / "d.safetensors", base=trained, precision="bfloat16")
+    assert record is not None
+    assert record.error > 0
+    loaded = dict(cs.load(tmp_path / "d.safetensors", base=trained).named_parameters())
+    routers = {name: tensor for name, tensor in tuned.named_parameters() if ".router." in name}
+    assert routers
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in routers.items())
+
+
 def test_a_converted_linear_and_a_bias(tmp_path: Path) -> None:
     net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4))
     model = cs.convert(net, cs.CondConv(experts=2), example=X, classifier=True).model.eval()

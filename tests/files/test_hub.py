@@ -5,15 +5,19 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+import torchvision
 from torch import nn
 
 import condconv_surgery as cs
 from condconv_surgery.errors import InputError
 from condconv_surgery.models.sources import load_model
+from condconv_surgery.models.torchvision_source import license_of
+from condconv_surgery.recipe import attach_recipe, recipe_of
 from tests.conftest import Run
 
 huggingface_hub = pytest.importorskip("huggingface_hub")
@@ -75,6 +79,32 @@ def test_the_card_says_what_it_is(folder: Path, model: nn.Module) -> None:
         assert row in card
     assert re.search(r"\| MACs per image \| [\d.]+ M -> [\d.]+ M \(\+[\d.]+%\) \|", card)
     assert len(re.findall(r"```(?:python|sh)\n", card)) == 3
+
+
+@pytest.mark.parametrize(
+    ("weights", "expected"),
+    [
+        (torchvision.models.ResNet18_Weights.DEFAULT, "bsd-3-clause"),
+        (torchvision.models.RegNet_Y_128GF_Weights.DEFAULT, "cc-by-nc-4.0"),
+    ],
+)
+def test_published_weights_have_the_license_of_their_project(
+    weights: torchvision.models.WeightsEnum, expected: str
+) -> None:
+    assert license_of(weights) == expected
+
+
+def test_the_license_of_a_file_is_unknown_whatever_its_architecture(tmp_path: Path) -> None:
+    torch.save(torchvision.models.resnet18(num_classes=5).state_dict(), tmp_path / "mine.pt")
+    net = cs.convert(load_model(tmp_path / "mine.pt"), cs.CondConv(experts=2), include=["layer4.1.conv2"]).model
+    folder = cs.save_pretrained(net, tmp_path / "shared")
+    assert "license: unknown" in (folder / "README.md").read_text()
+    recipe = recipe_of(net)
+    assert recipe is not None
+    attach_recipe(net, replace(recipe, license="bsd-3-clause"))  # as published weights have it
+    for model in (net, cs.load(cs.save_pretrained(net, tmp_path / "published"))):
+        folder = cs.save_pretrained(model, tmp_path / "again")
+        assert "license: bsd-3-clause" in (folder / "README.md").read_text()
 
 
 def test_the_snippets_of_the_card_run_offline(cache: Path, model: nn.Module, condconv: Run) -> None:

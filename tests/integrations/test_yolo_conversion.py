@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,12 @@ ultralytics = pytest.importorskip("ultralytics")
 from ultralytics import YOLO  # noqa: E402
 from ultralytics.cfg import get_cfg  # noqa: E402
 
-from condconv_surgery.integrations.ultralytics import ConditionalYOLO, convert_yolo, with_network  # noqa: E402
+from condconv_surgery.integrations.ultralytics import (  # noqa: E402
+    ConditionalYOLO,
+    convert_yolo,
+    with_network,
+    yolo_networks,
+)
 
 IMAGES = torch.rand(2, 3, 64, 64)
 
@@ -97,6 +103,42 @@ def test_layers_of_blocks_that_fuse_to_one_kernel_stay_plain() -> None:
     network = cs.convert(yolo.model, cs.CondConv(2), example=IMAGES).model
     with pytest.raises(InputError, match=r"adds its branches up to one kernel[\s\S]*exclude="):
         with_network(yolo, network)
+
+
+def test_the_artifact_of_a_conditional_network_loads(tmp_path: Path) -> None:
+    """Its class is ours, and its packages are named together: each advice alone named the other one."""
+    yolo = convert_yolo(used("yolov8n"), cs.CondConv(experts=2), example=IMAGES, include=["model.[1-4].*"])
+    expected = outputs(yolo.model)
+    cs.save(yolo.model, tmp_path / "yolo.safetensors")
+    torch.testing.assert_close(outputs(ConditionalYOLO(tmp_path / "yolo.safetensors").model), expected)
+    yolo.save(tmp_path / "yolo.pt")
+    trust: list[str] = []
+    for _ in range(2):
+        with pytest.raises(InputError) as caught:
+            cs.load_model(tmp_path / "yolo.pt", trust=trust)
+        trust = json.loads(caught.value.fix.partition("=")[2].partition("]")[0] + "]")
+    assert sorted(trust) == ["condconv_surgery", "ultralytics"]
+    loaded = cs.load_model(tmp_path / "yolo.pt", trust=trust).float()
+    torch.testing.assert_close(outputs(loaded), expected, rtol=1e-2, atol=0.5)
+
+
+def test_weights_that_half_precision_cannot_hold_are_named(tmp_path: Path) -> None:
+    yolo = convert_yolo(used("yolov8n"), cs.CondConv(experts=2), example=IMAGES, include=["model.2.cv1.conv"])
+    messages: list[str] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(yolo_networks.LOGGER, "warning", messages.append)
+        yolo.save(tmp_path / "fine.pt")
+        assert not messages
+        with torch.no_grad():
+            yolo.model.model[2].cv1.conv.router.linear.weight[0, 0] = 1e6
+        yolo.save(tmp_path / "large.pt")
+    assert "model.2.cv1.conv.router.linear.weight" in messages[0]
+
+
+def test_the_example_of_a_network_in_half_precision() -> None:
+    network = used("yolov8n").model.half()
+    with pytest.raises(InputError, match=r"does not run[\s\S]*model\.float\(\) before"):
+        cs.convert(network, cs.CondConv(experts=2), example=IMAGES)
 
 
 def test_a_plain_network_is_no_conditional_yolo(tmp_path: Path) -> None:

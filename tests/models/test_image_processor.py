@@ -40,6 +40,14 @@ MEAN, STD = (0.1, 0.2, 0.3), (0.4, 0.5, 0.6)
             {"size": 64, "do_normalize": False, "resample": 0},
             InputSpec(3, 64, 64, (0.0,) * 3, (1.0,) * 3, "nearest", 1.0),
         ),
+        (  # PoolFormer: resized to 1 / crop_pct, then the centre
+            {"size": 252, "crop_pct": 0.9, "crop_size": 224, "do_center_crop": True},
+            InputSpec(3, 224, 224, (0.5,) * 3, (0.5,) * 3, "bilinear", 224 / 280),
+        ),
+        (  # EfficientNet: divided by std twice
+            {"size": 64, "image_mean": MEAN, "image_std": STD, "include_top": True},
+            InputSpec(3, 64, 64, MEAN, tuple(value**2 for value in STD), "bilinear", 1.0),
+        ),
         ({"image_mean": MEAN, "image_std": STD}, InputSpec(3, 96, 96, MEAN, STD, "bilinear", 0.875)),
     ],
 )
@@ -65,10 +73,14 @@ def test_the_size_in_a_models_configuration_is_its_input(size: object, expected:
 
 
 @pytest.mark.parametrize(
-    ("name", "channels"), [("tf_efficientnetv2_b0", 3), ("mobilenetv3_small_050", 3), ("resnet10t", 1)]
+    ("name", "channels"),
+    [("tf_efficientnetv2_b0", 3), ("mobilenetv3_small_050", 3), ("resnet10t", 1), ("tresnet_m", 3)],
 )
 def test_the_input_in_timms_configuration_is_the_models(name: str, channels: int) -> None:
-    """Also of a model that ``timm.create_model`` has built: its mean and std may be others than ImageNet's."""
+    """Also of a model that ``timm.create_model`` has built: its mean and std may be others than ImageNet's.
+
+    TResNet's stem has 48 channels, made of 4x4 pixels.
+    """
     timm = pytest.importorskip("timm")
     model = timm.create_model(name, in_chans=channels)
     spec, own = input_spec_of(model), timm.data.resolve_model_data_config(model)

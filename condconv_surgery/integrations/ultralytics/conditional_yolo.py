@@ -13,7 +13,7 @@ from ultralytics.nn.tasks import guess_model_task
 from ultralytics.utils import DEFAULT_CFG_DICT, LOGGER
 
 from condconv_surgery.deploy.mean_mixtures import mixture_of_zeros
-from condconv_surgery.integrations.ultralytics.yolo_networks import MERGED, conditional_network
+from condconv_surgery.integrations.ultralytics.yolo_networks import MERGED, conditional_network, require_supported
 from condconv_surgery.integrations.ultralytics.yolo_trainers import TRAINERS
 from condconv_surgery.layers import conditional_layers, routers
 from condconv_surgery.layers.find_layers import routed_layers
@@ -94,6 +94,7 @@ def convert_yolo(
 
     Raises as ``convert``, and ``InputError`` for a network that is not in ``NETWORKS``.
     """
+    require_supported(yolo.model)
     merged = [f"{name}.*" for name, block in yolo.model.named_modules() if isinstance(block, MERGED)]
     images = torch.rand(2, yolo.model.yaml.get("channels", 3), 224, 224) if example is None else example
     conversion = convert(

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import nn
 from ultralytics.nn.modules import Conv, RepConv
 from ultralytics.nn.modules.block import RepVGGDW
@@ -23,6 +24,7 @@ from ultralytics.nn.tasks import (
     PoseModel,
     SegmentationModel,
 )
+from ultralytics.utils import LOGGER
 
 from condconv_surgery.deploy.fold_batch_norm import fold_norm
 from condconv_surgery.errors import InputError
@@ -30,6 +32,8 @@ from condconv_surgery.layers import ConditionalConv2d, conditional_layers
 
 MERGED = (Conv2, RepConv, RepVGGDW)
 """Blocks whose branches Ultralytics adds up to one kernel when it fuses: their layers stay plain."""
+
+HALF_LIMIT = torch.finfo(torch.float16).max
 
 
 class _KeepsConditionalLayers:
@@ -51,6 +55,18 @@ class _KeepsConditionalLayers:
         """As in Ultralytics."""
         with _without_identities(self):
             return bool(super().is_fused())  # type: ignore[misc]
+
+    def half(self: Any) -> Any:
+        """As in ``nn.Module``, with a warning where a checkpoint in half precision would give infinite weights."""
+        floats = {name: tensor for name, tensor in self.state_dict().items() if tensor.is_floating_point()}
+        large = [name for name, tensor in floats.items() if (tensor.abs() > HALF_LIMIT).any()]
+        if large:
+            LOGGER.warning(
+                f"{len(large)} tensors are too large for float16 and become infinite in a checkpoint, as {large[0]}: "
+                "an untrained network gives routers such weights. Keep the network by "
+                "condconv_surgery.save(yolo.model, FILE.safetensors)"
+            )
+        return super().half()  # type: ignore[misc]
 
     def float(self: Any) -> Any:
         """As in ``nn.Module``. Raises ``InputError`` where a plain network is about to copy what fits."""
@@ -102,10 +118,11 @@ def conditional_network(network: nn.Module) -> nn.Module:
     """
     if type(network) in NETWORKS.values():
         return network
-    if type(network) not in NETWORKS or not conditional_layers(network):
+    require_supported(network)
+    if not conditional_layers(network):
         raise InputError(
-            f"A {type(network).__name__} with {len(conditional_layers(network))} conditional layers.",
-            f"A converted {', '.join(cls.__name__ for cls in NETWORKS)} is needed.",
+            f"A {type(network).__name__} with 0 conditional layers.",
+            "A converted network is needed.",
             "convert_yolo(yolo, CondConv(experts=4))",
         )
     for name, block in network.named_modules():
@@ -117,6 +134,16 @@ def conditional_network(network: nn.Module) -> nn.Module:
             )
     network.__class__ = NETWORKS[type(network)]
     return network
+
+
+def require_supported(network: nn.Module) -> None:
+    """Raise ``InputError`` for a network of another class than those of ``NETWORKS``."""
+    if type(network) not in (*NETWORKS, *NETWORKS.values()):
+        raise InputError(
+            f"A {type(network).__name__}, whose training and fusing are not supported here.",
+            f"A {', '.join(cls.__name__ for cls in NETWORKS)} is.",
+            "condconv_surgery.convert(yolo.model, CondConv(experts=4), example=images), without Ultralytics' trainer",
+        )
 
 
 @contextmanager

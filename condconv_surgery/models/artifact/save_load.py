@@ -40,6 +40,7 @@ from condconv_surgery.models.build_model import build, put_conditional, replace_
 from condconv_surgery.models.checkpoints.allowlist import ScriptClassError, trusted
 from condconv_surgery.models.checkpoints.pickled_modules import check_module
 from condconv_surgery.models.checkpoints.recognise_architecture import recognise_module, same_modules
+from condconv_surgery.models.classifier_logits import classes_of
 from condconv_surgery.models.factory_source import FACTORY
 from condconv_surgery.models.source_registry import builder_for
 from condconv_surgery.models.transformers_source import PREFIX, transformers_source_of
@@ -157,7 +158,7 @@ def _current_recipe(model: nn.Module) -> Recipe:
         for names, layer in named_layers(model, ConditionalConv2d)
     )
     routers = tuple(shared_router_of(name, block) for name, block in routed_blocks(model).items())
-    return replace(recipe, layers=layers, routers=routers, versions=versions)
+    return replace(recipe, layers=layers, routers=routers, classes=classes_of(model), versions=versions)
 
 
 def _description(model: nn.Module, recipe: Recipe, stored: dict[str, Tensor]) -> dict[str, str]:

@@ -96,6 +96,9 @@ DATA_NAMES: dict[str, tuple[str, ...]] = {
 """Packages with commands beside data classes: trusting one allows only these names."""
 
 
+OWN_CLASSES_OF = {"condconv_surgery.integrations.ultralytics.yolo_networks": "ultralytics"}
+"""Modules of ours that extend the classes of a package, allowed with that package."""
+
 _PUBLISHED = {
     name.replace("-", "_"): name
     for name in (
@@ -131,7 +134,12 @@ def resolve(name: str, trust: tuple[str, ...] = ()) -> Any:
     trust, or that trusting it would not help.
     """
     module, _, leaf = name.rpartition(".")
-    package = module.partition(".")[0]
+    package = OWN_CLASSES_OF.get(module, module.partition(".")[0])
+    if module in OWN_CLASSES_OF and package in trust:
+        value = _imported(name, module, leaf)
+        if _is_harmless(value, module, leaf):
+            return value
+        raise _refused(name, "it is not a class of layers")
     if package in trust and package not in DATA_NAMES and not _can_run_commands(package):
         return _from_trusted(name, module, leaf, package)
     if name in PLAIN_NAMES or name in TORCH_FUNCTIONS or (package in trust and name in DATA_NAMES.get(package, ())):
@@ -145,7 +153,7 @@ def resolve(name: str, trust: tuple[str, ...] = ()) -> Any:
         raise _refused(name, "it is not a class of layers")
     if _can_run_commands(package) and name not in DATA_NAMES.get(package, ()):
         raise _refused(name, f"{package!r} holds commands, so it can't be trusted as a whole")
-    raise _untrusted(name, package)
+    raise _untrusted(name, package, trust)
 
 
 def trusted(trust: str | Iterable[str]) -> tuple[str, ...]:
@@ -242,11 +250,16 @@ def _refused(name: str, reason: str) -> InputError:
     )
 
 
-def _untrusted(name: str, package: str) -> InputError:
+def trust_advice(package: str, trust: tuple[str, ...]) -> str:
+    """``trust=`` with one package more."""
+    return "trust=[" + ", ".join(f'"{one}"' for one in dict.fromkeys((*trust, package))) + "]"
+
+
+def _untrusted(name: str, package: str, trust: tuple[str, ...]) -> InputError:
     if package == "__main__":
         return ScriptClassError(name)
     return InputError(
         f"The file names {name}, code of the package {package!r}.",
         "Without trust= only layers of torch.nn, torchvision and timm are imported.",
-        f'trust=["{package}"], or save the weights alone: model.state_dict()',
+        f"{trust_advice(package, trust)}, or save the weights alone: model.state_dict()",
     )

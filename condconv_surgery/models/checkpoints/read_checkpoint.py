@@ -35,8 +35,14 @@ def read_checkpoint(path: Path, trust: tuple[str, ...] = ()) -> dict[str, Tensor
 
     Raises ``InputError`` for a file of another kind and ``DamagedFileError`` for a broken one.
     """
+    return read_named_checkpoint(path, trust)[0]
+
+
+def read_named_checkpoint(path: Path, trust: tuple[str, ...] = ()) -> tuple[dict[str, Tensor] | nn.Module, str]:
+    """``read_checkpoint``, and the name of the architecture that the file states under ``arch``, as timm's ``train.py``
+    and torch's ImageNet example write it; empty where there is none."""
     if path.name.endswith(INDEX):
-        return _read_shards(path, trust)
+        return _read_shards(path, trust), ""
     if SHARD.search(path.stem):
         index = next(iter(sorted(path.parent.glob(f"*{INDEX}"))), None)
         raise InputError(
@@ -60,22 +66,24 @@ def _read_shards(index: Path, trust: tuple[str, ...]) -> dict[str, Tensor]:
         ) from error
     weights: dict[str, Tensor] = {}
     for path in paths:
-        part = _read_file(path, trust)
+        part, _ = _read_file(path, trust)
         weights |= part.state_dict() if isinstance(part, nn.Module) else part
     return weights
 
 
-def _read_file(path: Path, trust: tuple[str, ...]) -> dict[str, Tensor] | nn.Module:
+def _read_file(path: Path, trust: tuple[str, ...]) -> tuple[dict[str, Tensor] | nn.Module, str]:
     kind = file_kind(path)
     if kind in REFUSALS:
         raise refusal(path, kind)
     content = _load_safetensors(path) if kind == SAFETENSORS else load_pickle(path, trust)
     weights = find_weights(content, path)
+    stated = content.get("arch") if isinstance(content, dict) else None
+    arch = stated if isinstance(stated, str) else ""
     if not isinstance(weights, nn.Module):
-        return with_averages(dense(weights, f"{path}"), path)
+        return with_averages(dense(weights, f"{path}"), path), arch
     wrapped = isinstance(weights, (nn.DataParallel, nn.parallel.DistributedDataParallel))
     inner = getattr(weights, "module", None) if wrapped else None
-    return check_module(inner if isinstance(inner, nn.Module) else weights, path)
+    return check_module(inner if isinstance(inner, nn.Module) else weights, path), arch
 
 
 def read_weights(path: Path, trust: tuple[str, ...] = ()) -> dict[str, Tensor]:

@@ -10,7 +10,7 @@ from torch import Tensor
 from condconv_surgery.models.artifact.meta_init import build_on_meta
 from condconv_surgery.models.checkpoints.outer_layers import Shapes, body_fits, outer_layers, shapes_of
 from condconv_surgery.models.checkpoints.recognise_architecture import families_of, variations
-from condconv_surgery.models.checkpoints.state_names import as_children, fitting_names, parts_of
+from condconv_surgery.models.checkpoints.state_names import as_children, fitting_names, parts_of, without_inner_wrappers
 from condconv_surgery.recipe import Source
 
 
@@ -20,6 +20,7 @@ def recognise_body(state: dict[str, Tensor], library: str, *, beside: bool = Tru
     Under any prefix that a quarter of the tensors have; torchvision's also as the children of an ``nn.Sequential``.
     beside: tensors of modules that it does not have may stand beside them, under the same prefix.
     """
+    state = without_inner_wrappers(state)
     for part in (fitting_names(state), *parts_of(state)):
         found = list(_matches(library, shapes_of(part), beside))
         if found:

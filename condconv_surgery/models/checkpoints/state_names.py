@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import re
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TypeVar
 
 from torch import Tensor, nn
@@ -25,6 +25,9 @@ NETWORKS = (
 
 WRAPPERS = ("module", "_orig_mod", "model", "net", "network")
 """Modules that hold the network of a wrapper, beside little else: a loss with weights."""
+
+INNER_WRAPPERS = re.compile(r"(?<![^.])(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+"""Parts of the names of modules inside which one was compiled, sharded or recomputes its activations."""
 
 AVERAGED_WORDS = frozenset(("ema", "swa", "avg", "average", "averaged", "polyak", "shadow"))
 """Words in names of averaged weights: ``swa_model``, ``netG_ema``. They are taken before others."""
@@ -46,16 +49,32 @@ def fitting_names(state: dict[str, Tensor], model: nn.Module | None = None) -> d
     out.
     """
     if model is None:
+        state = without_inner_wrappers(_student_alone(state))
         taken = _of_network(state)
     else:
         wanted = model.state_dict().keys()
         if state.keys() <= wanted:
             return state
+        if not any(map(INNER_WRAPPERS.search, wanted)):
+            state = without_inner_wrappers(state)
         taken = _of_model(state, model)
     left = [name for name, tensor in state.items() if not any(tensor is t for t in taken.values())]
     if model is not None and taken and any(not name.endswith("n_averaged") for name in left):
         _LOG.warning("left out %s: the network has no such tensors", listed(left))
     return taken
+
+
+def without_inner_wrappers(state: Mapping[str, T]) -> dict[str, T]:
+    """``state`` with the names that it has without ``torch.compile``, FSDP and activation checkpoints."""
+    return {INNER_WRAPPERS.sub("", name): value for name, value in state.items()}
+
+
+def is_average_of(teacher: Mapping[str, Tensor], student: Mapping[str, Tensor]) -> bool:
+    """Whether a teacher may be the average of a student, as in DINO: of distillation it is another network."""
+    own, theirs = (
+        {name.removeprefix("module."): tensor.shape for name, tensor in state.items()} for state in (teacher, student)
+    )
+    return 2 * sum(theirs.get(name) == shape for name, shape in own.items()) > len(own)
 
 
 def is_averaged(name: str) -> bool:
@@ -78,6 +97,18 @@ def as_children(state: Mapping[str, T], children: Sequence[str]) -> dict[str, T]
         known = number.isdigit() and int(number) < len(children)
         renamed[f"{children[int(number)]}{dot}{rest}" if known else name] = value
     return renamed
+
+
+def _student_alone(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Without the teacher of a distillation beside a student of another architecture."""
+    prefixes = _prefixes_of(state, minimum=1)
+    for prefix in prefixes:
+        teacher = f"{prefix.removesuffix('student.')}teacher."
+        if not prefix.endswith("student.") or teacher not in prefixes:
+            continue
+        if not is_average_of(_under(state, teacher), _under(state, prefix)):
+            return {name: tensor for name, tensor in state.items() if not name.startswith(teacher)}
+    return state
 
 
 def _of_model(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
@@ -103,8 +134,12 @@ def _of_model(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
     return {name: t for name, t in part.items() if name.partition(".")[0] in tops} if complete else part
 
 
-def _names_found(parts: Mapping[str, Mapping[str, Tensor]], wanted: Collection[str]) -> dict[str, int]:
-    return {prefix: sum(name in part for name in wanted) for prefix, part in parts.items()}
+def _names_found(parts: Mapping[str, Mapping[str, Tensor]], wanted: Mapping[str, Tensor]) -> dict[str, int]:
+    """How many of the names of a network each part has; half as much for a tensor of another shape (a stem, a head)."""
+    return {
+        prefix: sum(1 + (part[name].shape == tensor.shape) for name, tensor in wanted.items() if name in part)
+        for prefix, part in parts.items()
+    }
 
 
 def _of_network(state: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from condconv_surgery.errors import InputError
-from condconv_surgery.models.checkpoints.state_names import is_averaged
+from condconv_surgery.models.checkpoints.state_names import is_average_of, is_averaged
 
 AVERAGED = ("state_dict_ema", "model_ema", "ema", "ema_state_dict", "params_ema", "teacher")
 """Keys under which training scripts store averaged weights (DINO's teacher averages the student's), the first first."""
@@ -97,6 +97,7 @@ def weight_sets(content: Any) -> list[WeightSet]:
     sets = list(_sets_in(content, (), set()))
     largest = max((len(one.weights) for one in sets if isinstance(one.weights, dict)), default=0)
     sets = [one for one in sets if not one.is_small(largest)]
+    sets = [_as_plain(one) if _is_other_network(one, sets) else one for one in sets]
     if any(_is_of_mmengine(one) for one in sets):  # whose file has the average in the place of the weights, for users
         sets = [WeightSet(one.path, one.weights, one.path == ("state_dict",)) for one in sets]
     return sets
@@ -135,6 +136,18 @@ def _as_tensor(value: Any) -> Tensor | None:
     if isinstance(value, tuple) and value and isinstance(value[0], Tensor) and value[0].is_quantized:
         return value[0]  # a layer's weight and bias, packed by torch.ao
     return value if isinstance(value, Tensor) else None
+
+
+def _is_other_network(one: WeightSet, sets: Sequence[WeightSet]) -> bool:
+    """Whether it is the teacher of a distillation, which is no average of the student beside it."""
+    students = [other.weights for other in sets if other.path == (*one.path[:-1], "student")]
+    if one.path[-1:] != ("teacher",) or not students or not isinstance(one.weights, dict):
+        return False
+    return isinstance(students[0], dict) and not is_average_of(one.weights, students[0])
+
+
+def _as_plain(one: WeightSet) -> WeightSet:
+    return WeightSet(one.path, one.weights, averaged=False)
 
 
 def _is_of_mmengine(one: WeightSet) -> bool:

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
@@ -155,11 +156,15 @@ def _observe_both_modes(
             if clone_error:
                 notes.append(f"not run in {mode} mode with clones of its layers: {one_line(clone_error)}")
     if not calls_by_mode:
+        fix = "input_size=224, where that is too small, or example= with an input that it takes"
+        halves = {t.dtype for t in model.parameters()} & {torch.float16, torch.bfloat16}
+        if halves and any(isinstance(a, Tensor) and a.dtype == torch.float32 for a in values_of(arguments)):
+            fix = "model.float() before, or an example in the dtype of its weights"
         shapes = [tuple(a.shape) if isinstance(a, Tensor) else type(a).__name__ for a in values_of(arguments)]
         raise InputError(
             f"The model does not run on an input of {shapes}: {one_line(errors[0])}",
             "Its forward must take the example.",
-            "input_size=224, where that is too small, or example= with an input that it takes",
+            fix,
         ) from errors[0]
     return calls_by_mode, notes
 
