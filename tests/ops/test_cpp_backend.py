@@ -54,6 +54,11 @@ MORE = {
         in_channels=2, out_channels=2, kernel_size=(1, 2), padding=(2, 3), groups=2
     ),
     "depthwise, large kernel": dict(in_channels=2, out_channels=2, kernel_size=9, padding=4, groups=2),
+    "depthwise, one column": dict(in_channels=3, out_channels=3, kernel_size=(15, 1), padding=(7, 0), groups=3),
+    "depthwise, dilation as the stride": dict(
+        in_channels=3, out_channels=3, kernel_size=(4, 3), stride=2, padding=3, dilation=2, groups=3
+    ),
+    "depthwise, a factor": dict(in_channels=70, out_channels=70, kernel_size=1, groups=70),
     "large kernel": dict(in_channels=3, out_channels=16, kernel_size=9, padding=4),
     "groups, stride 2": dict(in_channels=24, out_channels=36, kernel_size=3, stride=2, padding=1, groups=3),
     "groups of several panels and chunks": dict(in_channels=60, out_channels=80, kernel_size=3, padding=1, groups=2),
@@ -241,8 +246,9 @@ class TestCompiled:
         for batch, side in ((1, 9), (2, 9), (2, 40)):  # 1x1 on maps of any size
             image, weights = torch.randn(batch, 256, side, side), torch.randn(2, 160, 256, 1, 1)
             assert taken(image, weights, ConvGeometry.make(256, 160, 1))
-        for filters in (8, 16):  # one weight for each output
-            assert not taken(x, torch.randn(2, filters, 1, 1, 1), ConvGeometry.make(8, filters, 1, groups=8))
+        for filters, stride, wanted in ((8, 1, True), (8, 2, False), (16, 1, False)):  # one weight for each output
+            layer = ConvGeometry.make(8, filters, 1, stride, groups=8)
+            assert taken(x, torch.randn(2, filters, 1, 1, 1), layer) == wanted
         assert taken(x, torch.randn(2, 16, 2, 1, 1), ConvGeometry.make(8, 16, 1, groups=4))
         with kernels(on=False):
             assert not taken(x, experts, geometry)
@@ -280,6 +286,16 @@ class TestCompiled:
             actual = values_and_gradients(by_blocks(x, experts, None, mixture, geometry), leaves)
             for a, e in zip(actual, expected, strict=True):
                 assert (a - e).abs().max() <= 2e-5 * max(1.0, e.abs().max().item())
+
+    @pytest.mark.parametrize(("kernel", "stride"), [(3, 1), (7, 1), (5, 2), (7, 3)])
+    def test_depthwise_maps_of_every_height(self, kernel: int, stride: int) -> None:
+        """Rows are computed up to eight at a time; a row of 7, 9, 14 or 16 takes one or two vectors."""
+        geometry = ConvGeometry.make(2, 2, kernel, stride, kernel // 2, groups=2)
+        torch.manual_seed(0)
+        for height in range(1, 28):
+            x = torch.randn(2, 2, height, (7, 9, 14, 16)[height % 4], requires_grad=True)
+            experts = torch.randn(1, 2, 1, kernel, kernel, requires_grad=True)
+            assert_equals_the_loop(x, experts, Mixture(out_scale=torch.ones(2, 2)), geometry, [x, experts])
 
     @pytest.mark.parametrize("stride", [1, 2])
     def test_what_is_no_number_stays_where_it_is(self, stride: int) -> None:

@@ -82,11 +82,42 @@ inline float sum_of(Vec v) {
   return twos[0] + twos[2];
 }
 #if CONDCONV_AVX512
+inline Widest load_some(const float* p, __mmask16 m) { return (Widest)_mm512_maskz_loadu_ps(m, p); }
 inline float sum_of(Widest v) {
   const Vec low = __builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7);
   return sum_of(low + __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15));
 }
 #endif
+
+// The same for either vector as V, which as an argument of a template loses the attributes of its name.
+template <typename V>
+constexpr int64_t LANES_OF = sizeof(V) / sizeof(float);
+template <typename V>
+inline V load_as(const float* p) {
+  if constexpr (LANES_OF<V> == LANES)
+    return load(p);
+  else
+    return load_widest(p);
+}
+template <typename V>
+inline void store_as(float* p, V v) {
+  if constexpr (LANES_OF<V> == LANES)
+    store(p, v);
+  else
+    store_widest(p, v);
+}
+template <typename V>
+inline auto mask_for(int64_t count) {
+#if CONDCONV_AVX512
+  if constexpr (LANES_OF<V> == WIDEST)
+    return __mmask16((1 << std::min(count, WIDEST)) - 1);
+  else
+#endif
+    return mask_of(count);
+}
+template <typename V>
+using MaskOf = decltype(mask_for<V>(0));
+
 // A buffer of floats that is aligned to a cache line, so that none of the widest loads touches two.
 template <typename T>
 struct CacheLineAllocator {
