@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -12,22 +12,29 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from condconv_surgery.deploy.check_request import (
+    batch_of,
+    quantizable,
+    require_file_name,
+    require_free_name,
+    require_sizes,
+    require_traceable_sizes,
+    runtime_of_detectors,
+)
 from condconv_surgery.deploy.deployment_images import DeploymentImages, deployment_images
 from condconv_surgery.deploy.detectors import DetectorGraph, is_detector
 from condconv_surgery.deploy.file_accuracy import in_batches, top1_of_file
 from condconv_surgery.deploy.file_proof import proven, require_exportable
-from condconv_surgery.deploy.graph_forms import CONSTANT
-from condconv_surgery.deploy.mean_mixtures import Labelled, top1
+from condconv_surgery.deploy.mean_mixtures import top1
 from condconv_surgery.deploy.runtimes.litert_model import LiteRt
 from condconv_surgery.deploy.runtimes.ncnn_model import Ncnn
-from condconv_surgery.deploy.runtimes.onnx_detector import OnnxDetector
 from condconv_surgery.deploy.runtimes.onnx_file import Onnx
 from condconv_surgery.deploy.runtimes.onnx_int8 import quantize_convolutions
 from condconv_surgery.deploy.runtimes.openvino_model import OpenVino
 from condconv_surgery.deploy.runtimes.pt2_program import Pt2
 from condconv_surgery.deploy.runtimes.runtime_protocol import Request, Runtime
 from condconv_surgery.deploy.serving_form import serving_form
-from condconv_surgery.errors import InputError, unknown_name
+from condconv_surgery.errors import unknown_name
 from condconv_surgery.layers import conditional_layers
 from condconv_surgery.models.artifact.atomic_write import replacing_files, require_values
 from condconv_surgery.models.classifier_logits import classes_of
@@ -110,11 +117,11 @@ def export(
     require_values(model.state_dict())
     detector = is_detector(model)
     if detector:
-        runtime = _of_detectors(runtime, quantize, data)
-    batch = _batch(runtime, batch, dynamic_size)
-    preferred = runtime.preferred if quantize is None else _quantizable(runtime, quantize, data)
-    _require_file_name(path, runtime)
-    _require_free_name(path, runtime)
+        runtime = runtime_of_detectors(runtime, quantize, data)
+    batch = batch_of(runtime, batch, dynamic_size)
+    preferred = runtime.preferred if quantize is None else quantizable(runtime, quantize, data)
+    require_file_name(path, runtime)
+    require_free_name(path, runtime)
     spec = input_spec_of(model)
     spec = spec if size is None else replace(spec, height=size, width=size)
     original = copy_of(model).cpu().float()
@@ -123,10 +130,11 @@ def export(
     images = inputs[0] if batch else _images(2, spec.channels, spec.height, spec.width)
     require_exportable(DetectorGraph(original) if detector else original, images)
     if dynamic_size:
+        require_traceable_sizes(original)
         inputs += _of_odd_sizes(original, spec, batch)
     images_of = DeploymentImages([], []) if data is None else deployment_images(original, data, limit, spec)
     calibration, labelled, scored_on = images_of
-    _require_sizes(calibration, spec, dynamic_size)
+    require_sizes(calibration, spec, dynamic_size)
     served, forms = serving_form(original, form=form, preferred=preferred, batch=None if detector else batch)
     request = Request(images, batch, dynamic_size, metadata_of(model, spec))
     with replacing_files(path, size=sum(tensor.nbytes for tensor in original.state_dict().values())) as temporary:
@@ -138,28 +146,6 @@ def export(
         accuracy = None if before is None else (before, top1_of_file(runtime, temporary, labelled, batch))
     shapes = tuple(tuple(x.shape) for x in inputs)
     return Export(path, to, forms, proof.difference, shapes, versions, accuracy, proof.rounding, scored_on)
-
-
-def _quantizable(runtime: Runtime, quantize: str, data: Any) -> Sequence[str]:
-    """The forms of a model whose convolutions become integers. Raises ``InputError`` for what cannot be."""
-    if quantize != "int8":
-        raise unknown_name("quantization", quantize, ["int8"], 'quantize="int8"')
-    if runtime.name != "onnx":
-        raise InputError(f'quantize="int8" with to="{runtime.name}".', "Only ONNX files are quantised.", 'to="onnx"')
-    if data is None:
-        raise InputError('quantize="int8" needs images.', "They give the ranges of the activations.", "data=FOLDER")
-    return CONSTANT
-
-
-def _require_sizes(batches: Sequence[Labelled], spec: InputSpec, dynamic_size: bool) -> None:
-    wanted = (spec.channels, spec.height, spec.width)
-    for images, _ in batches:
-        if tuple(images.shape[1:]) != wanted and not (dynamic_size and images.shape[1] == spec.channels):
-            raise InputError(
-                f"data= holds images [B, C, H, W] of shape {list(images.shape)}.",
-                f"The file takes [B, {', '.join(map(str, wanted))}].",
-                f"size={images.shape[-1]}",
-            )
 
 
 def _inputs(spec: InputSpec, batch: int | None, dynamic_size: bool) -> list[Tensor]:
@@ -200,52 +186,6 @@ def _runtime(name: str) -> Runtime:
     if name not in RUNTIMES:
         raise unknown_name("runtime", name, RUNTIMES, 'to="onnx"')
     return RUNTIMES[name]
-
-
-def _of_detectors(runtime: Runtime, quantize: str | None, data: Any) -> Runtime:
-    """The runtime for torchvision's detectors. Raises ``InputError`` where there is none."""
-    if runtime.name != "onnx":
-        raise InputError(
-            f'to="{runtime.name}" with a detector of torchvision: how many boxes it gives depends on the image.',
-            "A detector is written for ONNX, for one image of one size; model.backbone for every runtime.",
-            'to="onnx"',
-        )
-    if quantize is not None or data is not None:
-        raise InputError(
-            "quantize= and data= are for classifiers. The model is a detector of torchvision.",
-            "A detector is written in float32, and has no top-1.",
-            "without them",
-        )
-    return OnnxDetector()
-
-
-def _batch(runtime: Runtime, batch: int | None, dynamic_size: bool) -> int | None:
-    if batch is not None and batch < 1:
-        raise InputError(f"batch={batch}.", "It is the number of images of each call.", "batch=1")
-    if batch not in (None, 1) and isinstance(runtime, OnnxDetector):
-        raise InputError(f"batch={batch} with a detector of torchvision.", "Its file takes one image.", "batch=1")
-    if dynamic_size and runtime.fixed_size:
-        raise InputError(f'to="{runtime.name}" takes one size.', "Its shapes are fixed.", "dynamic_size=False")
-    return 1 if batch is None and runtime.fixed_batch else batch
-
-
-def _require_file_name(path: Path, runtime: Runtime) -> None:
-    if path.is_dir():
-        raise InputError(f"{path} is a folder.", "A file has a name.", f"{path / f'model{runtime.suffix}'}")
-    if path.suffix != runtime.suffix:
-        wanted = path.with_suffix(runtime.suffix)
-        raise InputError(f"{path} does not end in {runtime.suffix}.", f'With to="{runtime.name}" it must.', f"{wanted}")
-
-
-def _require_free_name(path: Path, runtime: Runtime) -> None:
-    """Raise ``InputError`` where the second file would replace one that no export of this runtime wrote."""
-    beside = path.with_suffix(runtime.suffix_beside) if runtime.suffix_beside else path
-    if beside.exists() and not path.exists():
-        raise InputError(
-            f"{beside} is there, without {path}: it belongs to another file.",
-            f"An export to {runtime.name} writes both, and would replace it.",
-            f"{path.with_name(f'{path.stem}_{runtime.name}{runtime.suffix}')}",
-        )
 
 
 def _detector_images(spec: InputSpec) -> list[Tensor]:

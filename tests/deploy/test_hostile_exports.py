@@ -172,6 +172,18 @@ def test_data_that_cannot_calibrate(tmp_path: Path) -> None:
     assert not path.exists()
 
 
+def test_padding_by_size_is_not_traced_for_hours(tmp_path: Path) -> None:
+    """EfficientNet of TensorFlow pads five layers by the size of the image."""
+    timm = pytest.importorskip("timm")
+    layers = [timm.layers.Conv2dSame(3, 3, 3, stride=2) for _ in range(3)]
+    model = cs.convert(
+        nn.Sequential(*layers), CondConv(2), include=["1"], example=torch.rand(1, 3, 32, 32)
+    ).model.eval()
+    with pytest.raises(InputError, match="padding of 3 layers depends on the size of the image: 0, 1, 2"):
+        cs.export(model, tmp_path / "m.onnx", dynamic_size=True, size=32)
+    cs.export(model, tmp_path / "m.onnx", size=32)
+
+
 def test_one_image_calibrates(tmp_path: Path) -> None:
     path = tmp_path / "m.onnx"
     data = images_in(tmp_path / "one", 1)
