@@ -29,12 +29,12 @@ def choose(x: Tensor, experts: Tensor, mixture: Mixture, geometry: ConvGeometry)
         return "static"
     if batch == 1:
         return "static" if same_kernel_for_all(mixture) and not scales_belong_in_the_kernel(x, geometry) else "plain"
-    names = candidates(mixture, geometry, _use(x))
-    if len(names) == 1:
-        return names[0]
     preferred = preferred_implementation(x, experts, mixture, geometry)
     if preferred is not None:
         return preferred
+    names = candidates(mixture, geometry, _use(x))
+    if len(names) == 1:
+        return names[0]
     if is_intercepted():  # sizes may be symbolic
         return _cheapest(names, x, experts, mixture, geometry)
     present = tuple(part is not None for part in mixture)

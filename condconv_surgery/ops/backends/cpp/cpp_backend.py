@@ -8,6 +8,7 @@ from condconv_surgery.ops.backends.backend_protocol import Backend
 from condconv_surgery.ops.backends.cpp import cpp_convolution, cpp_layer, cpp_routing
 from condconv_surgery.ops.geometry import ConvArguments, ConvGeometry
 from condconv_surgery.ops.mixture import Mixture, same_kernel_for_all
+from condconv_surgery.ops.tracing_state import is_intercepted
 
 MAX_SCALED_SHARE = 2
 """Where scales are all that is mixed, kernels of up to this many times the elements of a sample's activations are
@@ -57,6 +58,12 @@ class CppBackend(Backend):
     def preferred_implementation(
         self, x: Tensor, experts: Tensor, mixture: Mixture, geometry: ConvGeometry, /
     ) -> str | None:
+        if (
+            cpp_convolution.has_narrow_groups(x, experts, geometry)
+            and not is_intercepted()
+            and mixture.gate is not None
+        ):
+            return "grouped"  # a compiled graph, which serves every batch, has no number of groups that depends on it
         scaled = mixture.in_scale is not None or mixture.out_scale is not None
         if not scaled or not same_kernel_for_all(mixture) or not cpp_convolution.supports(x, experts, geometry):
             return None
