@@ -25,7 +25,6 @@ from condconv_surgery.models.checkpoints.recognise_architecture import families_
 from condconv_surgery.models.checkpoints.recognise_body import recognise_body
 from condconv_surgery.models.checkpoints.state_names import fitting_names
 from condconv_surgery.models.checkpoints.tensor_kinds import require_floats, require_kinds_of
-from condconv_surgery.models.classifier_logits import classes_of
 from condconv_surgery.models.factory_source import FACTORY, named, package_of, require_trusted
 from condconv_surgery.models.hub_source import FOLDER, HUB
 from condconv_surgery.models.layouts.layout_registry import PLAIN, Layout, layout_of
@@ -40,6 +39,7 @@ from condconv_surgery.models.source_registry import (
 from condconv_surgery.models.torchvision_source import build_published, input_of, license_of, published_weights
 from condconv_surgery.models.transformers_source import SAVED_FOLDER
 from condconv_surgery.recipe import InputSpec, Recipe, Source, attach_recipe, recipe_of
+from condconv_surgery.runtime.class_names import classes_of
 from condconv_surgery.runtime.modes import input_of_stem
 from condconv_surgery.runtime.tensor_hash import hash_weights
 
