@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from condconv_surgery.reporting import Comparison, Report
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
+IMAGES, BATCH, DEVICE = 1000, 8, "cpu"
+"""Defaults."""
 
 
 def report(
@@ -35,21 +37,21 @@ def report(
             help="Images for accuracy and gates, as finetune reads them, or a run's folder: its validation images."
         ),
     ] = None,
-    limit: Annotated[int, typer.Option(help="Largest number of images, equally many of each class.")] = 1000,
+    limit: Annotated[int, typer.Option(help="Largest number of images, equally many of each class.")] = IMAGES,
     latency: Annotated[
         bool | None,
         typer.Option(
             "--latency/--no-latency", help="Also measure latency, alternating with the original. Default: for --html."
         ),
     ] = None,
-    batch: Annotated[int, typer.Option(help="Second batch size for memory and latency, beside 1.")] = 8,
+    batch: Annotated[int, typer.Option(help="Second batch size for memory and latency, beside 1.")] = BATCH,
     runtime: Annotated[
         str | None,
         typer.Option(
             help="onnx: only the latency of the exported file and its original's, in turns, at batch 1 and 32."
         ),
     ] = None,
-    device: Annotated[str, typer.Option(help="Where to run: cpu, cuda, cuda:1.")] = "cpu",
+    device: Annotated[str, typer.Option(help="Where to run: cpu, cuda, cuda:1.")] = DEVICE,
     dtype: Annotated[
         str | None, typer.Option(help=f"Of weights and input: {', '.join(DTYPES)}. Default: that of the file.")
     ] = None,
@@ -90,10 +92,10 @@ def report(
         _require_only_latency(
             {
                 "--data": data is not None,
-                "--limit": limit != 1000,
+                "--limit": limit != IMAGES,
                 "--latency": latency is not None,
-                "--batch": batch != 8,
-                "--device": device != "cpu",
+                "--batch": batch != BATCH,
+                "--device": device != DEVICE,
                 "--dtype": dtype is not None,
                 "--original": original is not None,
                 "--html": html is not None,

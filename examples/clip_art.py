@@ -1,9 +1,9 @@
-"""Write some 3,000 pictures of Debian's clip art as an image folder: CLIPART/train/CLASS/*.png, val and test.
+"""Write some 3,000 images of Debian's clip art as an image folder: CLIPART/train/CLASS/*.png, val and test.
 
     apt-get download openclipart-png && dpkg -x openclipart-png_*.deb unpacked
     python examples/clip_art.py unpacked CLIPART
 
-A class is a folder of the collection with at least 100 pictures, and has at most 400. Many come in series (``car_01``,
+A class is a folder of the collection with at least 100 images, and has at most 400. Many come in series (``car_01``,
 ``car_02``), which look alike: at most five of a series are taken, and a series is in one part.
 """
 
@@ -24,8 +24,8 @@ WITHOUT_SUBJECT = {"special", "unsorted"}
 def write_clip_art(unpacked: Path, folder: Path) -> int:
     """Returns the number of images."""
     written = 0
-    for class_, pictures in chosen(unpacked / "usr" / "share" / "openclipart" / "png").items():
-        for content, path in sorted(pictures.items())[:MOST] if len(pictures) >= FEWEST else []:
+    for class_, images in chosen(unpacked / "usr" / "share" / "openclipart" / "png").items():
+        for content, path in sorted(images.items())[:MOST] if len(images) >= FEWEST else []:
             target = folder / part_of(path) / class_ / f"{path.stem}-{content[:6]}.png"
             target.parent.mkdir(parents=True, exist_ok=True)
             on_white_square(path).save(target)
@@ -34,7 +34,7 @@ def write_clip_art(unpacked: Path, folder: Path) -> int:
 
 
 def chosen(collection: Path) -> dict[str, dict[str, Path]]:
-    """The pictures of each class by a hash of their content. One that is there twice is taken once."""
+    """The images of each class by a hash of their content. One that is there twice is taken once."""
     found: dict[str, dict[str, Path]] = defaultdict(dict)
     taken: Counter[tuple[str, str]] = Counter()
     seen: set[str] = set()
@@ -52,11 +52,11 @@ def chosen(collection: Path) -> dict[str, dict[str, Path]]:
 
 
 def on_white_square(path: Path) -> Image.Image:
-    """The whole picture, scaled to fit a white square of ``SIDE`` pixels."""
-    picture = Image.open(path).convert("RGBA")
-    picture.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS)
+    """The whole image, scaled to fit a white square of ``SIDE`` pixels."""
+    image = Image.open(path).convert("RGBA")
+    image.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS)
     square = Image.new("RGBA", (SIDE, SIDE), "white")
-    square.alpha_composite(picture, ((SIDE - picture.width) // 2, (SIDE - picture.height) // 2))
+    square.alpha_composite(image, ((SIDE - image.width) // 2, (SIDE - image.height) // 2))
     return square.convert("RGB")
 
 
@@ -67,7 +67,7 @@ def part_of(path: Path) -> str:
 
 
 def series_of(path: Path) -> str:
-    """The start of the name, without its numbers: pictures of one author and subject begin alike."""
+    """The start of the name, without its numbers: images of one author and subject begin alike."""
     return re.sub(r"[^a-z]+", " ", path.stem.lower()).strip()[:8]
 
 

@@ -14,7 +14,7 @@ def prepared(path, spec):
     image = ImageOps.exif_transpose(Image.open(path))
     if image.mode[0] in "IF":
         sys.exit(f"{path} has more than 8 bits a value. Images have 8 here. Try: save it with 8 bits")
-    if image.has_transparency_data:
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
     image = image.convert("L" if channels == 1 else "RGB")
     wide, tall = (int(side / spec["crop_fraction"] + 1e-6) for side in (width, height))  # what the image covers

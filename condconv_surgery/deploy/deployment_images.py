@@ -14,10 +14,11 @@ from condconv_surgery.data.evaluation_images import NOT_HELD_OUT, find_evaluatio
 from condconv_surgery.data.labelled_images import LabelledImages, assumed_order, even_subset, logit_of_each_class
 from condconv_surgery.deploy.mean_mixtures import Labelled
 from condconv_surgery.errors import InputError, counted
-from condconv_surgery.models.classifier_logits import classes_of, main_logits
+from condconv_surgery.models.classifier_logits import main_logits
 from condconv_surgery.models.preprocess import EvaluationTransform
 from condconv_surgery.recipe import InputSpec
 from condconv_surgery.recipe.training_sections import DataOptions
+from condconv_surgery.runtime.class_names import classes_of
 from condconv_surgery.runtime.modes import device_of, dtype_of, in_mode, input_spec_of
 
 BATCH = 32

@@ -37,8 +37,8 @@ from condconv_surgery.deploy.serving_form import serving_form
 from condconv_surgery.errors import unknown_name
 from condconv_surgery.layers import conditional_layers
 from condconv_surgery.models.artifact.atomic_write import replacing_files, require_values
-from condconv_surgery.models.classifier_logits import classes_of
 from condconv_surgery.recipe import InputSpec, recipe_of
+from condconv_surgery.runtime.class_names import classes_of
 from condconv_surgery.runtime.modes import input_spec_of
 from condconv_surgery.runtime.wrappers import unwrapped
 from condconv_surgery.surgery.copy_model import copy_of

@@ -71,11 +71,12 @@ def require_exportable(model: nn.Module, images: Tensor) -> None:
 
 
 def proven(prove: Callable[[], FileProof], dynamic_size: bool) -> FileProof:
-    """What ``prove`` gives. Raises ``ProofError`` where the file does not compute what the model does, or not run.
+    """What ``prove`` gives. Raises ``ProofError`` where the file does not compute what the model does, or does not run.
 
     dynamic_size: whether the file is for any height and width.
     """
-    advice = "dynamic_size=False: a graph cannot decide by the size" if dynamic_size else "another form=, or collapse"
+    by_size = "dynamic_size=False (a graph cannot decide by the size), " if dynamic_size else ""
+    advice = f"{by_size}another form=, or collapse"
     try:
         proof = prove()
     except (SurgeryError, OSError):

@@ -115,7 +115,7 @@ def named_source(
         heads: dict[str, int] = {}
         if options.weights not in ("none", "default"):
             heads = _fill_from_file(model, source, options)
-        attach_recipe(model, Recipe(source=source, input=input_spec(model, source), heads=heads, license=named))
+        attach_recipe(model, Recipe(source=source, input=input_spec_for(model, source), heads=heads, license=named))
         return model
 
     return ModelSource(prefix, lambda text: text.startswith(f"{prefix}:"), load, build, input_spec, as_trained)
@@ -137,6 +137,12 @@ def _fill_from_file(model: nn.Module, source: Source, options: LoadOptions) -> d
         fix = error.fix if error.fix.startswith("num_classes=") else f'load_model("{options.weights}")'
         raise InputError(error.given, error.allowed, fix) from error
     return heads
+
+
+def input_spec_for(model: nn.Module, source: Source) -> InputSpec:
+    """The input of ``source``, with the channels that ``model`` takes: a file may have another stem."""
+    spec, channels = builder_for(source.name).input_spec(model, source), input_spec_of(model).channels
+    return replace(spec, channels=channels) if channels != spec.channels else spec
 
 
 def with_classes(source: Source, num_classes: int | None) -> Source:

@@ -25,7 +25,6 @@ from condconv_surgery.models.checkpoints.recognise_architecture import families_
 from condconv_surgery.models.checkpoints.recognise_body import recognise_body
 from condconv_surgery.models.checkpoints.state_names import fitting_names
 from condconv_surgery.models.checkpoints.tensor_kinds import require_floats, require_kinds_of
-from condconv_surgery.models.classifier_logits import classes_of
 from condconv_surgery.models.factory_source import FACTORY, named, package_of, require_trusted
 from condconv_surgery.models.hub_source import FOLDER, HUB
 from condconv_surgery.models.layouts.layout_registry import PLAIN, Layout, layout_of
@@ -33,14 +32,15 @@ from condconv_surgery.models.source_registry import (
     LoadOptions,
     ModelSource,
     builder_for,
+    input_spec_for,
     register_source,
     source_for,
     with_classes,
 )
 from condconv_surgery.models.torchvision_source import build_published, input_of, license_of, published_weights
 from condconv_surgery.models.transformers_source import SAVED_FOLDER
-from condconv_surgery.recipe import InputSpec, Recipe, Source, attach_recipe, recipe_of
-from condconv_surgery.runtime.modes import input_of_stem
+from condconv_surgery.recipe import Recipe, Source, attach_recipe, recipe_of
+from condconv_surgery.runtime.class_names import classes_of
 from condconv_surgery.runtime.tensor_hash import hash_weights
 
 _LOG = logging.getLogger("condconv_surgery")
@@ -143,10 +143,11 @@ def _load_checkpoint(text: str, options: LoadOptions) -> nn.Module:
     path = Path(text)
     _require_no_classes(path, options)
     content, stated = read_named_checkpoint(path, options.trust)
+    stated = stated.partition(".")[0]  # of timm: without the tag of its weights
     if isinstance(content, nn.Module) and options.arch is None:
         content.eval()  # returns None where a model's own train() does
         source = recognise_module(content) or Source()
-        attach_recipe(content, Recipe(source=source, input=_input_spec(content, source)))
+        attach_recipe(content, Recipe(source=source, input=input_spec_for(content, source)))
         return content
     own = modern_names(dict(content.state_dict()) if isinstance(content, nn.Module) else content)
     if options.arch is None:
@@ -164,7 +165,7 @@ def _load_checkpoint(text: str, options: LoadOptions) -> nn.Module:
         attach_recipe(model, Recipe(source=source, input=input_of(published[1]), license=license_of(published[1])))
         return model
     source = arch or _stated(stated, layout, state, text) or _recognised(layout, state, own)
-    if arch is None and source.name in SAME_TENSORS and source.name.partition(":")[2] != stated:
+    if arch is None and source.name in SAME_TENSORS and source.name != f"torchvision:{stated}":
         _LOG.warning("%s: taken for %s; %s", text, source.name, SAME_TENSORS[source.name])
     if arch is None and "num_classes" in source.options:
         _LOG.warning("%s: %d classes, as in the file", text, source.options["num_classes"])
@@ -184,7 +185,7 @@ def _load_checkpoint(text: str, options: LoadOptions) -> nn.Module:
     except InputError as error:
         raise _with_better_arch(error, layout, own) from error
     writer = model if plain == source else build_on_meta(source)  # the input is that of the network in the file
-    attach_recipe(model, Recipe(source=plain, input=_input_spec(writer, source), heads=heads))
+    attach_recipe(model, Recipe(source=plain, input=input_spec_for(writer, source), heads=heads))
     return model
 
 
@@ -193,14 +194,12 @@ def _stated(name: str, layout: Layout, state: dict[str, Tensor], what: str) -> S
 
     A name that torchvision has too is recognised without it.
     """
-    name = name.partition(".")[0]  # of timm: without the tag of its weights
-    if (
-        not name
-        or layout is not PLAIN
-        or name not in {known for names in families_of("timm").values() for known in names}
-    ):
+    if not name or layout is not PLAIN:
         return None
-    if name in {known for names in families_of("torchvision").values() for known in names}:
+    of_timm, of_torchvision = (
+        any(name in names for names in families_of(library).values()) for library in ("timm", "torchvision")
+    )
+    if not of_timm or of_torchvision:
         return None
     try:
         source = recognise(shapes_of(state), [name])
@@ -237,13 +236,6 @@ def _with_better_arch(error: InputError, layout: Layout, own: dict[str, Tensor])
     except InputError as unknown:
         return InputError(error.given, f"{error.allowed} {unknown.allowed}", error.fix)
     return InputError(error.given, error.allowed, f'arch="{source.name}"')
-
-
-def _input_spec(model: nn.Module, source: Source) -> InputSpec:
-    """That of the source, with the channels of an adapted stem."""
-    spec = builder_for(source.name).input_spec(model, source)
-    channels = input_of_stem(model).channels
-    return replace(spec, channels=channels) if channels != spec.channels else spec
 
 
 register_source(ModelSource("checkpoint", _is_file, _load_checkpoint))

@@ -9,7 +9,7 @@ from torch import nn
 
 from condconv_surgery.errors import InputError, unknown_name
 from condconv_surgery.models.source_registry import named_source
-from condconv_surgery.recipe import InputSpec, Source
+from condconv_surgery.recipe import Source
 
 
 def require_timm() -> Any:
@@ -38,23 +38,9 @@ def _pretrained(name: str) -> nn.Module | None:
     return model
 
 
-def _input_spec(model: nn.Module, source: Source) -> InputSpec:
-    config = require_timm().data.resolve_model_data_config(model)
-    channels, height, width = config["input_size"]
-    return InputSpec(
-        channels,
-        height,
-        width,
-        tuple(config["mean"]),
-        tuple(config["std"]),
-        config["interpolation"],
-        config["crop_pct"],
-    )
-
-
 def _license(source: Source, model: nn.Module, published: bool) -> str:
     config: Any = getattr(model, "pretrained_cfg", None) or {}
     return str(config.get("license") or "") if published else ""
 
 
-TIMM = named_source("timm", _build, pretrained=_pretrained, input_spec=_input_spec, license=_license)
+TIMM = named_source("timm", _build, pretrained=_pretrained, license=_license)

@@ -11,7 +11,6 @@ from rich.text import Text
 from torch import nn
 
 from condconv_surgery.layers import routers
-from condconv_surgery.models.classifier_logits import classes_of
 from condconv_surgery.recipe import recipe_of
 from condconv_surgery.reporting.images.network_routing import measure_routing
 from condconv_surgery.reporting.images.recorded_accuracy import RecordedAccuracy
@@ -28,6 +27,7 @@ from condconv_surgery.reporting.render.html_page import report_fragment, report_
 from condconv_surgery.reporting.render.prediction_tables import render_predictions
 from condconv_surgery.reporting.render.table_rows import other_counters
 from condconv_surgery.reporting.render.terminal import Printable, render_experts, render_profile, render_routing
+from condconv_surgery.runtime.class_names import classes_of
 from condconv_surgery.runtime.wrappers import unwrapped
 
 

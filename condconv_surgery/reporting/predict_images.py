@@ -6,11 +6,11 @@ from pathlib import Path
 
 from torch import nn
 
-from condconv_surgery.models.classifier_logits import classes_of
 from condconv_surgery.reporting.images.collect_gates import predict_batches
 from condconv_surgery.reporting.images.network_routing import predictions_of
 from condconv_surgery.reporting.images.predictions import Predictions
 from condconv_surgery.reporting.images.report_images import find_images_to_predict
+from condconv_surgery.runtime.class_names import classes_of
 from condconv_surgery.runtime.modes import input_spec_of
 from condconv_surgery.runtime.wrappers import unwrapped
 

@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from condconv_surgery.errors import InputError, one_line
 from condconv_surgery.layers import ConditionalConv2d, ConditionalLinear, conditional_like
 from condconv_surgery.models.build_model import resized
-from condconv_surgery.models.classifier_logits import are_probabilities, classes_of, matrices_of, other_tensors
+from condconv_surgery.models.classifier_logits import are_probabilities, matrices_of, other_tensors
 from condconv_surgery.models.transformers_source import name_labels
 from condconv_surgery.recipe import InputSpec, Recipe, attach_recipe, recipe_of
+from condconv_surgery.runtime.class_names import classes_of
 from condconv_surgery.runtime.model_call import image_keyword
 from condconv_surgery.runtime.modes import in_mode
 from condconv_surgery.runtime.snapshot import preserving_state

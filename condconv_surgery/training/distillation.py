@@ -13,10 +13,11 @@ from torch import Tensor, nn
 
 from condconv_surgery.data.labelled_images import logit_of_each_class
 from condconv_surgery.errors import InputError, SurgeryError, listed, nearest, unknown_name
-from condconv_surgery.models.classifier_logits import classes_of, logits_of
+from condconv_surgery.models.classifier_logits import logits_of
 from condconv_surgery.models.sources import load_model
 from condconv_surgery.recipe import InputSpec, Recipe, recipe_of
 from condconv_surgery.recipe.training_sections import DistillOptions
+from condconv_surgery.runtime.class_names import classes_of
 from condconv_surgery.runtime.modes import device_of
 
 MODEL_NAME = re.compile(r"[\w.]+:[\w./-]+")

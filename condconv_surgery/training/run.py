@@ -14,9 +14,9 @@ from torch import nn
 from condconv_surgery.data.image_dataset import Batch
 from condconv_surgery.errors import InputError, one_line
 from condconv_surgery.models.artifact.save_load import save
-from condconv_surgery.models.classifier_logits import classes_of
 from condconv_surgery.recipe.toml_text import RECIPE, to_toml
 from condconv_surgery.recipe.training_options import TrainingOptions
+from condconv_surgery.runtime.class_names import classes_of
 from condconv_surgery.runtime.seeding import seeded
 from condconv_surgery.training.batch_norm import recalibrate, require_two_values
 from condconv_surgery.training.batches.check_before_run import report_check

@@ -18,6 +18,7 @@ import condconv_surgery as cs
 from condconv_surgery.errors import InputError
 from condconv_surgery.models.sources import load_model
 from condconv_surgery.recipe import Source, recipe_of
+from condconv_surgery.runtime.modes import input_spec_of
 
 ROOT = Path(__file__).parents[2]
 SMALL = "torchvision:shufflenet_v2_x0_5"
@@ -394,3 +395,17 @@ def test_the_only_weights_are_taken_whatever_their_key(tmp_path: Path, caplog: p
         InputError, match=r"several sets of weights(.|\n)*Try: torch\.save\(torch\.load\(.*\['generator'\]"
     ):
         load_model(f"{path}")
+
+
+@pytest.mark.parametrize("by_name", [False, True])
+def test_the_channels_of_a_file_with_another_stem_are_the_inputs(by_name: bool, tmp_path: Path) -> None:
+    """Whether the file is the model, or the weights of a name; TResNet's stem takes the pixels of 3 channels as 48."""
+    grey = torchvision.models.resnet18(num_classes=3)
+    grey.conv1 = nn.Conv2d(1, 64, 7, 2, 3, bias=False)
+    timm = pytest.importorskip("timm")
+    networks = {"torchvision:resnet18": grey, "timm:tresnet_m": timm.create_model("tresnet_m", num_classes=3)}
+    for (name, network), channels in zip(networks.items(), (1, 3), strict=True):
+        path = tmp_path / "weights.pt"
+        torch.save(network.state_dict(), path)
+        model = load_model(name, weights=path) if by_name else load_model(path, arch=name)
+        assert input_spec_of(model).channels == channels

@@ -94,3 +94,14 @@ def test_an_architecture_that_does_not_fit_is_not_taken(network: nn.Module, tmp_
     recipe = recipe_of(load_model(tmp_path / "m.pt"))
     assert recipe is not None
     assert recipe.source.name == "torchvision:resnet18"
+
+
+def test_a_file_that_names_its_architecture_is_not_said_to_be_ambiguous(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    state = torchvision.models.resnet18(num_classes=3).state_dict()
+    for arch in ("", "resnet18", "resnet18.a1_in1k"):
+        caplog.clear()
+        torch.save({"arch": arch, "state_dict": state}, tmp_path / "weights.pt")
+        load_model(tmp_path / "weights.pt")
+        assert ("timm:resnetblur18" in caplog.text) == (not arch)

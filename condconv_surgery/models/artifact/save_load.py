@@ -40,11 +40,11 @@ from condconv_surgery.models.build_model import build, put_conditional, replace_
 from condconv_surgery.models.checkpoints.allowlist import ScriptClassError, trusted
 from condconv_surgery.models.checkpoints.pickled_modules import check_module
 from condconv_surgery.models.checkpoints.recognise_architecture import recognise_module, same_modules
-from condconv_surgery.models.classifier_logits import classes_of
 from condconv_surgery.models.factory_source import FACTORY
 from condconv_surgery.models.source_registry import builder_for
 from condconv_surgery.models.transformers_source import PREFIX, transformers_source_of
 from condconv_surgery.recipe import ConvertedLayer, Recipe, Source, attach_recipe, recipe_of
+from condconv_surgery.runtime.class_names import classes_of
 from condconv_surgery.runtime.own_state import own_state
 from condconv_surgery.runtime.tensor_hash import hash_tensors
 from condconv_surgery.runtime.wrappers import unwrapped
