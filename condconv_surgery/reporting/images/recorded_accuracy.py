@@ -26,6 +26,10 @@ class RecordedAccuracy:
     data: str = ""
     fingerprint: str = ""
 
+    def __post_init__(self) -> None:
+        if not 0 <= self.top1 <= 1:
+            raise InputError(f"The recorded top-1 is {self.top1}.", "It is a share, from 0 to 1.", "recorded=0.75")
+
     @property
     def where(self) -> str:
         """``360 validation images of digits``, as far as it is known."""
