@@ -310,7 +310,7 @@ class Run:
             epochs=self.progress.epochs_done,
             steps=self.progress.step,
             train_images=len(self.data.train),
-            val_images=len(self.data.val),
+            val_images=last.get("val_images") or len(self.data.val),
             classes=self.data.train.classes,
             heads=self.heads,
             top1=last.get("val_top1"),

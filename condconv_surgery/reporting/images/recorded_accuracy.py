@@ -48,7 +48,9 @@ def recorded_accuracy(artifact: str | Path) -> RecordedAccuracy | None:
     if not isinstance(value, (int, float)):
         return None
     run = path.parent
-    return RecordedAccuracy(float(value), _validation_images(run), _data(run), _fingerprint(run))
+    count = chosen[-1].get("val_images")
+    scored = count if isinstance(count, int) and count else _validation_images(run)
+    return RecordedAccuracy(float(value), scored, _data(run), _fingerprint(run))
 
 
 def _validation_images(run: Path) -> int:
