@@ -226,3 +226,9 @@ def test_data_in_memory_are_no_data_by_name() -> None:
     for call in calls:
         with pytest.raises(InputError, match=r"data= is a DataLoader\.(.|\n)*or your own loop with"):
             call()
+
+
+def test_classes_without_an_error_are_not_called_weak() -> None:
+    assert "Weakest classes: owl 0/1, cat 2/3." in summary_lines(FOUND)  # all dogs are right
+    perfect = replace(FOUND, predicted=(1, 1, 1, 2, 2, 4))
+    assert len(summary_lines(perfect)) == 2  # accuracy and calibration
