@@ -61,6 +61,7 @@ def compare(
     _require_complete(options)
     say(f"Loading {options.model}")
     if quick:
+        _say_unused(ctx)
         _quick(options, ctx, as_json)
     else:
         _study(study, options, ctx, as_json)
@@ -99,6 +100,16 @@ def _study(study: StudyOptions, options: TrainingOptions, ctx: typer.Context, as
     else:
         report.print()
     say(f"Wrote {options.output}/study.json, study.md, study.png and study.html")
+
+
+def _say_unused(ctx: typer.Context) -> None:
+    """Name the options of a study that a quick check has no use for."""
+    flags = {"arms": "--arm", "seeds": "--seeds", "budget": "--budget", "rates": "--rates"}
+    given = [
+        flag for name, flag in flags.items() if (source := ctx.get_parameter_source(name)) and source.name != "DEFAULT"
+    ]
+    if given:
+        say(f"--quick trains the static network only, twice with one seed: no effect of {', '.join(given)}.")
 
 
 def _quick(options: TrainingOptions, ctx: typer.Context, as_json: bool) -> None:

@@ -51,6 +51,12 @@ class DivergedError(TrainingError):
     """A loss or a gradient is not finite, usually because the learning rate is too large."""
 
 
+def require_at_least_one(name: str, value: int, example: int) -> None:
+    """Raise ``InputError`` for an argument that counts something and is less than 1."""
+    if value < 1:
+        raise InputError(f"{name} is {value}.", "It must be at least 1.", f"{name}={example}")
+
+
 def one_line(error: BaseException) -> str:
     """The class of an error and the first line of its message."""
     text = str(error).strip().splitlines()

@@ -14,7 +14,7 @@ from PIL import Image
 from condconv_surgery.data.decode_image import diagnosis, reduce_jpeg, strict_pillow
 from condconv_surgery.data.duplicates import CHECKED_SIDE, Looks, duplicates, looks_of
 from condconv_surgery.data.evaluation_images import is_run, options_of
-from condconv_surgery.data.find_data import DividedData, divide, find_parts, require_data
+from condconv_surgery.data.find_data import DividedData, divide, find_parts, require_data, source_of
 from condconv_surgery.data.labelled_images import LabelledImages, even_subset
 from condconv_surgery.errors import InputError, listed
 from condconv_surgery.models.eight_bits import is_deep
@@ -108,7 +108,7 @@ def check_data(source: str | DataOptions, *, seed: int = 0, limit: int | None = 
     run. limit: at most so many images of each part are decoded, evenly from all classes. Raises ``InputError`` for data
     that cannot be used.
     """
-    options = source if isinstance(source, DataOptions) else DataOptions(folder=str(source))
+    options = source if isinstance(source, DataOptions) else DataOptions(folder=source_of(source))
     if is_run(options.folder):
         run = options_of(Path(options.folder))
         options, seed = run.data, run.seed

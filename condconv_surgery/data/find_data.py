@@ -6,6 +6,7 @@ Every command reads its images here: ``finetune`` and ``compare`` divide the par
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,6 +57,17 @@ class DividedData:
     origin: str
     unread: tuple[str, ...] = ()
     split_off: bool = False
+
+
+def source_of(data: object) -> str:
+    """``data`` as text. Raises ``InputError`` for what is neither a path nor a name, such as a data set in memory."""
+    if isinstance(data, (str, os.PathLike)):
+        return os.fspath(data)
+    raise InputError(
+        f"data= is a {type(data).__name__}.",
+        "It is the path of images or the name of a data set: a folder, shards, torchvision:NAME, hf:PATH_OR_NAME.",
+        'data="FOLDER"; or your own loop with the functions of condconv_surgery.training',
+    )
 
 
 def find_data(options: DataOptions, seed: int) -> tuple[LabelledImages, LabelledImages]:

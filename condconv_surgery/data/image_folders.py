@@ -19,7 +19,7 @@ from PIL import Image
 from condconv_surgery.data.folder_layout import find_parts_of
 from condconv_surgery.data.labelled_images import LabelledImages
 from condconv_surgery.data.walk_images import entries_of, images_below, loose_images, visible_folders
-from condconv_surgery.errors import InputError
+from condconv_surgery.errors import InputError, require_at_least_one
 
 LAYOUT = "An image folder holds FOLDER/CLASS/*.png, or FOLDER/train/CLASS/*.png and FOLDER/val/CLASS/*.png."
 
@@ -73,6 +73,7 @@ def find_unlabelled_images(folder: Path, limit: int) -> list[Path]:
 
 def images_at_any_depth(root: Path, limit: int) -> list[Path]:
     """Up to ``limit`` images directly in ``root`` or below it, evenly chosen. Raises ``InputError`` without any."""
+    require_at_least_one("limit", limit, 1000)
     below, _ = images_below(root, visible_folders(root))
     files = loose_images(root) + [file for name in below for file in below[name]]
     if not files:

@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from condconv_surgery.data.decode_image import decode_image
-from condconv_surgery.errors import InputError, listed
+from condconv_surgery.errors import InputError, listed, require_at_least_one
 
 L = TypeVar("L", bound="LabelledImages")
 R = TypeVar("R", bound="Rows")
@@ -136,6 +136,7 @@ def _hold_out(indices: Sequence[int], groups: Sequence[int], count: int, held_ou
 
 def even_subset(images: L, limit: int) -> L:
     """At most ``limit`` images, evenly from all classes: the first of each class, then the second, ...; in order."""
+    require_at_least_one("limit", limit, 1000)
     seen = [0] * len(images.classes)
     ranked = []
     for index, label in enumerate(images.labels):

@@ -77,10 +77,10 @@ class TrainingOptions(Section):
         return cls().updated(data)
 
     def updated(self, changes: dict[str, Any]) -> TrainingOptions:
-        """A copy with some options changed: ``{"seed": 1, "optimizer": {"lr": 0.01}}``."""
+        """A copy with changes: ``{"seed": 1, "optimizer": {"lr": 0.01}}``, or ``{"optimizer.lr": 0.01}``."""
         known = {**self.sections(), **rules(type(self))}
         values: dict[str, Any] = {}
-        for name, value in changes.items():
+        for name, value in _in_sections(changes).items():
             if name not in known:
                 raise self._unknown(name, value)
             section = self.sections().get(name)
@@ -117,3 +117,16 @@ class TrainingOptions(Section):
             f"{'It is' if close[0] == name else 'Nearest:'} {' or '.join(found)}.",
             f"{found[0]}={value!r}",
         )
+
+
+def _in_sections(changes: dict[str, Any]) -> dict[str, Any]:
+    """The changes with names as messages write them, ``optimizer.lr``, put into their sections."""
+    nested: dict[str, Any] = {}
+    for name, value in changes.items():
+        section, dot, key = name.partition(".")
+        within = nested.get(section, {})
+        if dot and isinstance(within, dict):
+            nested[section] = {**within, key: value}
+        else:
+            nested[name] = {**within, **value} if isinstance(value, dict) and isinstance(within, dict) else value
+    return nested

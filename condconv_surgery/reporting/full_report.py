@@ -10,6 +10,7 @@ from rich.console import Group
 from rich.text import Text
 from torch import nn
 
+from condconv_surgery.errors import require_at_least_one
 from condconv_surgery.layers import routers
 from condconv_surgery.recipe import recipe_of
 from condconv_surgery.reporting.images.network_routing import measure_routing
@@ -115,6 +116,7 @@ def report(
     to measure how far its experts have moved. recorded: top-1 known from elsewhere, 0 to 1.
     Raises ``InputError`` when the model does not run on the input, or the folder holds no labelled images.
     """
+    require_at_least_one("batch", batch, 8)
     model = unwrapped(model)
     images = find_images(data, limit) if data is not None else None
     classes = classes_of(model)
@@ -127,7 +129,7 @@ def report(
         measure_experts(model, original),
         predictions,
         routing if routers(model) else None,
-        RecordedAccuracy(recorded) if isinstance(recorded, float) else recorded,
+        RecordedAccuracy(recorded) if isinstance(recorded, (int, float)) else recorded,
         provenance_now(f"{len(predictions.images)} images of {predictions.where}" if predictions else ""),
     )
 

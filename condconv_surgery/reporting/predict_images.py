@@ -6,6 +6,7 @@ from pathlib import Path
 
 from torch import nn
 
+from condconv_surgery.errors import require_at_least_one
 from condconv_surgery.reporting.images.collect_gates import predict_batches
 from condconv_surgery.reporting.images.network_routing import predictions_of
 from condconv_surgery.reporting.images.predictions import Predictions
@@ -27,6 +28,7 @@ def predict(model: nn.Module, data: str | Path, *, limit: int | None = None, bat
     unless its folders are classes of the model. limit: at most so many, equally many of each class. Raises
     ``InputError`` for data without images, and for outputs that are not finite.
     """
+    require_at_least_one("batch", batch, 32)
     model = unwrapped(model)
     classes = classes_of(model)
     images = find_images_to_predict(data, limit, classes)

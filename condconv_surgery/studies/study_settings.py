@@ -41,8 +41,7 @@ def settings_of(
 
 def run_settings(model: nn.Module, training: TrainingOptions, parts: ThreeParts) -> dict[str, Any]:
     """JSON values: model and images by their hashes, and training options but for the number of epochs."""
-    free = {*FREE, "arch", "weights", "trust"}
-    shared = {name: value for name, value in flattened(training.to_dict()).items() if name not in free}
+    shared = {name: value for name, value in flattened(training.to_dict()).items() if name not in FREE}
     return _plain({"model": hash_weights(model), "images": parts.fingerprints(), "training": shared})
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from condconv_surgery.data.find_data import require_data
+from condconv_surgery.data.find_data import require_data, source_of
 from condconv_surgery.errors import InputError, listed
 from condconv_surgery.layers.find_layers import folded_layers, require_exact_experts, require_stored_experts
 from condconv_surgery.models.artifact.save_load import why_not_alone
@@ -133,7 +133,7 @@ def complete_options(
         options = TrainingOptions.from_dict(dict(options or {}))
     changes: dict[str, Any] = {} if isinstance(model, nn.Module) else {"model": str(model)}
     if data is not None:
-        changes["data"] = {"folder": str(data)}
+        changes["data"] = {"folder": source_of(data)}
     if output is not None:
         changes["output"] = str(output)
     options = options.updated(changes)

@@ -15,6 +15,7 @@ from condconv_surgery.errors import DivergedError, InputError
 from condconv_surgery.recipe.training_options import TrainingOptions
 from condconv_surgery.recipe.training_sections import OptimizerOptions
 from condconv_surgery.runtime.seeding import seed_of
+from condconv_surgery.runtime.tensor_hash import hash_weights
 from condconv_surgery.training.batch_norm import freeze_batch_norms
 from condconv_surgery.training.batches.augmentation import batch_mix
 from condconv_surgery.training.distillation import Teacher, teacher_model
@@ -72,6 +73,7 @@ class Learner:
         self.only = routing_parameters(model, heads) if layers.warm_routers else None
         self.optimizer = make_optimizer(model, options.optimizer, layers)
         self.start = teacher if options.distill.teacher == "start" else None  # a model in memory has been trained since
+        self.taught_by = "" if teacher is None or teacher is self.start else hash_weights(teacher)
         self.teacher = None if teacher is None else Teacher(teacher.to(world.device), model, options.distill)
         weights = balanced_weights(counts).to(world.device) if options.optimizer.class_weights else None
         self.objective = Objective(model, options, weights, self.teacher)

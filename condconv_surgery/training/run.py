@@ -126,7 +126,8 @@ class Run:
     def _restore(self, state: State) -> None:
         order = self.data.order
         written = with_absolute_paths(self.options)
-        require_same_run(state, written, self.data.fingerprint(), self.world.size, order.steps, self.folder)
+        now = written, self.data.fingerprint(), self.learner.taught_by, self.world.size
+        require_same_run(state, *now, order.steps, self.folder)
         self.saved_step = state.facts["progress"]["step"]
         if before := state.facts.get("modules"):
             require_same_modules(before, self.modules, state.facts["options"]["model"], self.folder)
@@ -252,6 +253,7 @@ class Run:
                 "progress": self.progress.to_dict(),
                 "options": with_absolute_paths(self.options).to_dict(),
                 "fingerprint": self.data.fingerprint(),
+                "teacher": self.learner.taught_by,
                 "processes": self.world.size,
                 "unreadable": self.unreadable.names,
                 "modules": self.modules,
@@ -308,7 +310,7 @@ class Run:
             epochs=self.progress.epochs_done,
             steps=self.progress.step,
             train_images=len(self.data.train),
-            val_images=len(self.data.val),
+            val_images=last.get("val_images") or len(self.data.val),
             classes=self.data.train.classes,
             heads=self.heads,
             top1=last.get("val_top1"),

@@ -61,8 +61,10 @@ def test_quick_says_what_limits_the_network(condconv: Run, data: Path, tmp_path:
     assert code == 0, err
     assert "1 epoch " in out
     assert "2 epochs" in out
-    code, out, err = condconv(*command, "--json")
+    assert "no effect" not in err
+    code, out, err = condconv(*command, "--json", "--seeds", 1, "--arm", "odconv:1")
     assert code == 0, err
+    assert "--quick trains the static network only, twice with one seed: no effect of --arm, --seeds." in err
     found = json.loads(out)
     assert found["limit"] in ("data", "mostly data", "capacity", "not known")
     code, _, err = condconv(*command, "--lr", 0.02)

@@ -160,6 +160,16 @@ def test_a_difference_within_its_interval_is_no_evidence(plain: Report) -> None:
     )
 
 
+def test_inputs_of_different_sizes_are_named(plain: Report) -> None:
+    """Four times the MACs are then of the size, not of the model."""
+    larger = replace(report(small_net(), inputs=replace(SPEC, height=64, width=64)), title="larger")
+    note = "MACs, latency and top-1 are those of each model on its own input: plain on 1x3x32x32, larger on 1x3x64x64."
+    both = Comparison((plain, larger))
+    for form in (both.to_html(), both.to_markdown(), " ".join(shown(render_comparison(both.reports)).split())):
+        assert note in form
+    assert "its own input" not in Comparison((plain, plain)).to_markdown()
+
+
 def test_models_on_different_images_are_not_compared(plain: Report) -> None:
     both = Comparison((predicted(plain, "1110"), predicted(replace(plain, title="other"), "1110", images="b")))
     assert both.differences == [None, None]

@@ -194,3 +194,41 @@ def test_an_unconverted_network_has_a_report_without_gates(tmp_path: Path) -> No
             assert word not in text, word
         assert "The network is not converted" in form
         assert "12 images of" in form
+
+
+@pytest.mark.parametrize("name", ["limit", "batch"])
+@pytest.mark.parametrize("value", [0, -5])
+def test_counts_below_one_are_refused(tmp_path: Path, name: str, value: int) -> None:
+    """A negative limit left the last images out; a batch of 0 was measured as the first batch size."""
+    folder, model = write_images(tmp_path / "data"), brightest("class0", "class1", "class2")
+    for measure in (report, lambda model, data, **how: cs.predict(model, data, **how)):
+        with pytest.raises(InputError, match=rf"{name} is {value}\.\n  It must be at least 1\.\n  Try: {name}="):
+            measure(model, data=folder, **{name: value})
+
+
+def test_a_recorded_accuracy_is_a_share() -> None:
+    model = brightest("a", "b", "c")
+    assert report(model, recorded=1).accuracy == 1.0
+    with pytest.raises(InputError, match=r"The recorded top-1 is 93\.5\.\n  It is a share, from 0 to 1\."):
+        report(model, recorded=93.5)
+
+
+def test_data_in_memory_are_no_data_by_name() -> None:
+    """The text of an object was taken for the name of a folder."""
+    loader = torch.utils.data.DataLoader([torch.zeros(3, 8, 8)])
+    model = brightest("a", "b", "c")
+    calls = (
+        lambda: report(model, data=loader),  # type: ignore[arg-type]
+        lambda: cs.predict(model, loader),  # type: ignore[arg-type]
+        lambda: cs.check_data(loader),  # type: ignore[arg-type]
+        lambda: cs.finetune(model, data=loader, output="run"),  # type: ignore[arg-type]
+    )
+    for call in calls:
+        with pytest.raises(InputError, match=r"data= is a DataLoader\.(.|\n)*or your own loop with"):
+            call()
+
+
+def test_classes_without_an_error_are_not_called_weak() -> None:
+    assert "Weakest classes: owl 0/1, cat 2/3." in summary_lines(FOUND)  # all dogs are right
+    perfect = replace(FOUND, predicted=(1, 1, 1, 2, 2, 4))
+    assert len(summary_lines(perfect)) == 2  # accuracy and calibration

@@ -76,3 +76,18 @@ def test_a_teacher_without_the_classes_of_the_images_is_refused(tmp_path: Path) 
         cs.finetune(small_net(classes=3), options)
     changes = {"distill": {"weight": 0.0, "feature_weight": 1.0}}
     assert cs.finetune(small_net(classes=3), options.updated(changes)).epochs == 1
+
+
+def test_a_run_goes_on_where_its_teacher_has_moved_but_not_with_another(tmp_path: Path) -> None:
+    """The folder of a project moves as a whole; the state knows the teacher by its weights."""
+    classes = ("class0", "class1", "class2")
+    before, after = tmp_path / "before.safetensors", tmp_path / "after.safetensors"
+    cs.save(network(OURS, classes, seed=1), before)
+    options = options_for(write_images(tmp_path / "data", each=5), epochs=1).updated({"trust": ["tests"]})
+    cs.finetune(small_net(classes=3), options.updated({"distill": {"teacher": str(before)}}))
+    before.rename(after)
+    moved = options.updated({"distill": {"teacher": str(after)}, "schedule": {"epochs": 2}})
+    assert cs.finetune(small_net(classes=3), moved, resume=True).epochs == 2
+    cs.save(network(OURS, classes, seed=2), after)
+    with pytest.raises(InputError, match=rf"The teacher {after} is not the one .* its weights are others\."):
+        cs.finetune(small_net(classes=3), moved, resume=True)

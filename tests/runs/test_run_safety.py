@@ -15,6 +15,7 @@ from condconv_surgery.errors import InputError
 from condconv_surgery.models.preprocess import EvaluationTransform
 from condconv_surgery.recipe import CondConv, InputSpec
 from condconv_surgery.recipe.toml_text import from_toml
+from condconv_surgery.reporting import recorded_accuracy
 from condconv_surgery.training import finetune
 from condconv_surgery.training.batches.unreadable_images import UnreadableImages
 from condconv_surgery.training.state.run_state import LAST, read_state
@@ -71,6 +72,18 @@ def test_an_unreadable_image_may_be_removed_before_a_resume(folder: Path, part: 
     assert "1 unreadable image was removed since the run began; the others keep their order." in callback.lines
     assert result.unreadable == (str(images.path(1)),)
     assert_same(weights(whole), weights(cut))
+
+
+def test_a_score_counts_the_images_that_could_be_read(folder: Path) -> None:
+    """One of two right was called 50% of three images, with the interval of three."""
+    _, val = find_training_images(folder)
+    val.path(1).write_bytes(b"text")
+    options = options_for(folder, epochs=1).updated({"data": {"max_bad": 1}})
+    result = finetune(small_net(), options)
+    recorded = recorded_accuracy(options.output)
+    assert recorded is not None
+    assert (len(val), result.val_images, recorded.images) == (3, 2, 2)
+    assert recorded.top1 in (0.0, 0.5, 1.0)
 
 
 def test_other_changes_of_the_images_are_refused_and_counted(folder: Path) -> None:

@@ -34,6 +34,8 @@ def test_every_option_is_explained_in_the_file() -> None:
         ({"augment": {"flip": "yes"}}, "must be a number"),
         ({"augment": {"crop": [0.9, 0.1]}}, "minimum and maximum"),
         ({"optimiser": {}}, r"Unknown option or section .*'optimiser'\.\n.*Nearest: optimizer"),
+        ({"optimiser.lr": 0.1}, r"Unknown option or section .*'optimiser'\.\n.*Nearest: optimizer"),
+        ({"seed.lr": 0.1}, r"seed is \{'lr': 0\.1\}"),
         ({"optimizer": {"learning_rate": 1}}, r"Unknown option in \[optimizer\]"),
         ({"data": 3}, "It is a section"),
         ({"mixup": 0.2}, r"'mixup'\.\n.*It is augment\.mixup\.\n.*augment\.mixup=0\.2"),
@@ -51,6 +53,13 @@ def test_every_option_is_explained_in_the_file() -> None:
 def test_bad_values_say_what_is_allowed(changes: dict[str, object], message: str) -> None:
     with pytest.raises(InputError, match=message):
         TrainingOptions().updated(changes)
+
+
+def test_an_option_may_be_named_as_messages_name_it() -> None:
+    """``{"optimizer.lr": 0.02}`` was answered by the advice to set ``layers.router_lr``."""
+    options = TrainingOptions().updated({"optimizer.lr": 0.02, "optimizer": {"clip_norm": 2.0}, "data.workers": 0})
+    assert (options.optimizer.lr, options.optimizer.clip_norm, options.data.workers) == (0.02, 2.0, 0)
+    assert options == TrainingOptions.from_dict(options.to_dict())
 
 
 def test_whole_numbers_are_numbers() -> None:

@@ -26,6 +26,10 @@ class RecordedAccuracy:
     data: str = ""
     fingerprint: str = ""
 
+    def __post_init__(self) -> None:
+        if not 0 <= self.top1 <= 1:
+            raise InputError(f"The recorded top-1 is {self.top1}.", "It is a share, from 0 to 1.", "recorded=0.75")
+
     @property
     def where(self) -> str:
         """``360 validation images of digits``, as far as it is known."""
@@ -44,7 +48,9 @@ def recorded_accuracy(artifact: str | Path) -> RecordedAccuracy | None:
     if not isinstance(value, (int, float)):
         return None
     run = path.parent
-    return RecordedAccuracy(float(value), _validation_images(run), _data(run), _fingerprint(run))
+    count = chosen[-1].get("val_images")
+    scored = count if isinstance(count, int) and count else _validation_images(run)
+    return RecordedAccuracy(float(value), scored, _data(run), _fingerprint(run))
 
 
 def _validation_images(run: Path) -> int:

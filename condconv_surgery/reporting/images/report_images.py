@@ -12,7 +12,7 @@ from torch import Tensor
 
 from condconv_surgery.data.decode_image import UnreadableImageError
 from condconv_surgery.data.evaluation_images import find_evaluation_images, is_run
-from condconv_surgery.data.find_data import is_folder
+from condconv_surgery.data.find_data import is_folder, source_of
 from condconv_surgery.data.folder_layout import find_parts_of
 from condconv_surgery.data.image_folders import ImageFiles, images_at_any_depth
 from condconv_surgery.data.labelled_images import LabelledImages, even_subset, logit_of_each_class
@@ -72,7 +72,7 @@ def find_images(source: str | Path, limit: int = 1000) -> ReportImages:
 
     Of more than ``limit``, equally many of each class. Raises ``InputError`` for data without labelled images.
     """
-    images, held_out, where = find_evaluation_images(DataOptions(folder=str(source)))
+    images, held_out, where = find_evaluation_images(DataOptions(folder=source_of(source)))
     return ReportImages(even_subset(images, limit), held_out, where)
 
 
@@ -82,7 +82,7 @@ def find_images_to_predict(source: str | Path, limit: int | None = None, classes
     classes: names of the model's logits. A folder whose own folders are classes of the model keeps its labels, and a
     note says how many images directly in it are left out.
     """
-    options, folder, most = DataOptions(folder=str(source)), Path(source), sys.maxsize if limit is None else limit
+    options, folder, most = DataOptions(folder=source_of(source)), Path(source), sys.maxsize if limit is None else limit
     data_by_name = is_run(options.folder) or not is_folder(options) or not folder.is_dir()
     loose = [] if data_by_name else loose_images(folder)
     if not loose:

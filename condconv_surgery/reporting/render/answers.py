@@ -39,10 +39,13 @@ def comparison_answer(models: Sequence[Measurements]) -> str:
 
 
 def caveats(models: Sequence[Measurements]) -> list[str]:
-    """What limits a comparison, a sentence each: images that differ, scores of other data, training images."""
+    """What limits a comparison, a sentence each: other inputs or images, scores of other data, training images."""
     notes = []
     measured = [model.predictions for model in models if model.predictions is not None]
     names = unique_short_names([model.title for model in models])
+    if len({model.profile.input for model in models}) > 1:
+        each = ", ".join(f"{names[model.title]} on {model.profile.input}" for model in models)
+        notes.append(f"MACs, latency and top-1 are those of each model on its own input: {each}.")
     if measured and any(own.images != measured[0].images for own in measured):
         notes.append("The models were measured on different images, so their differences are not known.")
     recorded = {names[m.title]: m.recorded for m in models if m.recorded and not m.measured}

@@ -52,7 +52,7 @@ def summary_lines(predictions: Predictions) -> list[str]:
         return [predictions.caveats]
     top = f"Top-1 {predictions.accuracy:.1%} ({span(interval)}, 95% interval) on "
     top += f"{len(predictions.images)} images of {predictions.where}. {predictions.caveats}".strip()
-    worst = [f"{row.name} {row.right}/{row.images}" for row in worst_first(predictions)]
+    worst = [f"{row.name} {row.right}/{row.images}" for row in worst_first(predictions) if row.right < row.images]
     confused = [f"{name} as {other} ({count})" for count, name, other in confusions(predictions)]
     lines = [top, calibration_line(predictions), _shown("Weakest classes", worst), _shown("Confused", confused)]
     return [line for line in lines if line]

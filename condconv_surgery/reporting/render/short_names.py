@@ -25,9 +25,16 @@ def unique_short_names(titles: Sequence[str]) -> dict[str, str]:
     {'a/best.safetensors': 'a/best', 'a/last.safetensors': 'a/last', 'b/best.safetensors': 'b'}
     >>> unique_short_names(["x/a/best.safetensors", "y/a/best.safetensors"])["x/a/best.safetensors"]
     'x/a/best.safetensors'
+    >>> unique_short_names(["a", "a/last.safetensors"])
+    {'a': 'a', 'a/last.safetensors': 'a/last'}
     """
     names = {title: short_name(title) for title in titles}
-    for longer in (lambda title: f"{short_name(title)}/{PurePath(title).stem}", lambda title: title):
+    for longer in (_with_file, lambda title: title):
         found = list(names.values())
         names = {title: name if found.count(name) == 1 else longer(title) for title, name in names.items()}
     return names
+
+
+def _with_file(title: str) -> str:
+    path = PurePath(title)
+    return f"{short_name(title)}/{path.stem}" if path.suffix == ".safetensors" else title

@@ -41,7 +41,10 @@ class StepView:
 
 @dataclass(frozen=True)
 class EpochRow:
-    """One line of ``metrics.jsonl``. Losses in nats per image, top-1 as a share, rates in images per second."""
+    """One line of ``metrics.jsonl``. Losses in nats per image, top-1 as a share, rates in images per second.
+
+    val_images: validation images that could be read.
+    """
 
     epoch: int
     step: int
@@ -55,6 +58,7 @@ class EpochRow:
     seconds: float
     memory: float | None
     best: bool
+    val_images: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

@@ -61,6 +61,7 @@ class Meter:
             seconds=time.monotonic() - self.began,
             memory=peak_memory(self.device),
             best=best,
+            val_images=int(scores.count),
         )
 
 

@@ -35,8 +35,9 @@ class Progress:
 class TrainingResult:
     """The result of a run.
 
-    top1, loss: of the last epoch on the validation images. stopped_by: the number of the signal that ended the run
-    early (15 SIGTERM, 2 Ctrl-C, 1 SIGHUP), 0 when it was completed. heads: widths of new classifier heads by name.
+    top1, loss: of the last epoch on the validation images. val_images: those that could be read. stopped_by: the number
+    of the signal that ended the run early (15 SIGTERM, 2 Ctrl-C, 1 SIGHUP), 0 when it was completed. heads: widths of
+    new classifier heads by name.
     """
 
     output: str

@@ -17,10 +17,11 @@ from condconv_surgery.training.state.run_state import BEFORE, LAST, State
 METRICS = "metrics.jsonl"
 
 FREE = (
-    *("model", "output", "data.folder", "data.val", "data.root", "data.workers", "data.max_bad"),
+    *("model", "arch", "weights", "trust", "output"),
+    *("data.folder", "data.val", "data.root", "data.workers", "data.max_bad"),
     *("engine.save_every", "schedule.epochs"),
 )
-"""Options that may differ after a resume: they name folders or costs, or extend the run."""
+"""Options that may differ after a resume: they name files, folders or costs, or extend the run."""
 
 UNSET: tuple[Any, ...] = (None, "", [])
 """Values of options that nobody types."""
@@ -37,11 +38,11 @@ def require_fresh(folder: Path) -> None:
 
 
 def require_same_run(
-    state: State, options: TrainingOptions, fingerprint: str, processes: int, steps: int, folder: Path
+    state: State, options: TrainingOptions, fingerprint: str, teacher: str, processes: int, steps: int, folder: Path
 ) -> None:
-    """Raise ``InputError`` when images or options are not those of the state, or the run is past its ``steps``.
+    """Raise ``InputError`` where images, teacher or options are not those of the state, or the run is past ``steps``.
 
-    folder: of the run.
+    folder: of the run. teacher: hash of its weights; its file may have moved.
 
     The number of processes may differ, except with a stream, of which each process reads its own part.
     """
@@ -54,13 +55,21 @@ def require_same_run(
         )
     before, now = flattened(state.facts["options"]), flattened(options.to_dict())
     before = {**flattened(TrainingOptions().to_dict()), **before}  # an older state lacks newer options
-    changed = [name for name in now if name not in FREE and before[name] != now[name]]
+    taught_by = state.facts.get("teacher", "")
+    free = (*FREE, "distill.teacher") if taught_by and taught_by == teacher else FREE
+    changed = [name for name in now if name not in free and before[name] != now[name]]
     if changed:
         changes = ", ".join(f"{name} was {before[name]!r} and is {now[name]!r}" for name in changed)
         raise InputError(
             f"The run began with other options: {changes}.",
             f"On a resume only these may change: {', '.join(FREE)}.",
             f"{_as_before(before, changed)}, or {new_run(folder, _written(now, changed))}",
+        )
+    if taught_by and taught_by != teacher:
+        raise InputError(
+            f"The teacher {options.distill.teacher} is not the one that the run began with: its weights are others.",
+            "An exact resume needs the same teacher; its file may have moved.",
+            f"the file as it was then, or {new_run(folder)}",
         )
     if state.facts["fingerprint"] != fingerprint:
         raise InputError(

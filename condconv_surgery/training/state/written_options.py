@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from condconv_surgery.data.hub_datasets import place_of
+from condconv_surgery.models.transformers_source import PREFIX
 from condconv_surgery.recipe.training_options import TrainingOptions
 
 
 def with_absolute_paths(options: TrainingOptions) -> TrainingOptions:
     """``options`` with the paths of files and folders made absolute; names (``torchvision:resnet18``) stay."""
+    teacher = options.distill.teacher
     data: dict[str, Any] = {"folder": _absolute_source(options.data.folder)}
     kind = options.data.folder.partition(":")[0]
     if kind == "torchvision":
@@ -20,17 +22,24 @@ def with_absolute_paths(options: TrainingOptions) -> TrainingOptions:
         data["val"] = _absolute_source(options.data.val)
     return options.updated(
         {
-            "model": _absolute_file(options.model),
+            "model": _absolute_model(options.model),
             "weights": _absolute_file(options.weights),
             "output": os.path.abspath(options.output),  # noqa: PTH100
             "data": data,
-            "distill": {"teacher": _absolute_file(options.distill.teacher)},
+            "distill": {"teacher": teacher if teacher == "start" else _absolute_model(teacher)},
         }
     )
 
 
 def _absolute_file(name: str) -> str:
     return os.path.abspath(name) if name and Path(name).is_file() else name  # noqa: PTH100
+
+
+def _absolute_model(name: str) -> str:
+    """A file, a run directory or a saved folder, also behind ``transformers:``."""
+    prefix = PREFIX if name.startswith(PREFIX) else ""
+    path = name.removeprefix(prefix)
+    return f"{prefix}{os.path.abspath(path)}" if path and Path(path).exists() else name  # noqa: PTH100
 
 
 def _absolute_source(source: str) -> str:
