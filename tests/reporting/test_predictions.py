@@ -149,6 +149,15 @@ def test_the_order_of_classes_without_names_is_said(tmp_path: Path) -> None:
         assert "in order" not in found.caveats
 
 
+def test_names_of_a_head_that_was_replaced_are_not_used(tmp_path: Path) -> None:
+    folder = write_images(tmp_path / "images", classes=3, each=2)
+    for stale in (("class1", "class0"), ("class2", "class1", "class0", "more")):
+        found = cs.predict(brightest(*stale), folder)
+        assert found.accuracy == 1.0
+        assert f"The model names {len(stale)} classes and has 3 logits: its names are not used." in found.caveats
+        assert found.rows()[0]["predicted"] == "class0"
+
+
 def test_images_beside_class_folders_are_left_out_and_counted(tmp_path: Path) -> None:
     folder = write_images(tmp_path / "images", classes=2, each=3)
     for name in ("a.png", "b.png"):

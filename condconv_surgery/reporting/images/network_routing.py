@@ -118,12 +118,18 @@ def measure_routing(
 
 def predictions_of(images: ReportImages, outputs: Outputs, labels: Tensor, names: tuple[str, ...]) -> Predictions:
     """The predictions of one pass. names: of the logits; without them the classes of the data, if equally many."""
+    notes = images.notes
+    if names and len(names) != outputs.width:  # of a head that has been replaced since
+        notes = (
+            f"The model names {len(names)} classes and has {outputs.width} logits: its names are not used.",
+            *notes,
+        )
+        names = ()
     logit_of = logit_of_each_class(images.classes, names) if images.classes else None
     targets: tuple[int, ...] | None = None if logit_of is None else tuple(logit_of.tolist())
-    notes = images.notes
     if targets is None and images.classes and not names and outputs.width == len(images.classes):
         targets, names = tuple(range(outputs.width)), images.classes
-        notes = (assumed_order(images.classes), *notes)
+        notes = (*notes, assumed_order(images.classes))
     return Predictions(
         images.files,
         tuple(None if label < 0 else label for label in labels.tolist()),
