@@ -29,10 +29,11 @@ def choose(x: Tensor, experts: Tensor, mixture: Mixture, geometry: ConvGeometry)
         return "static"
     if batch == 1:
         return "static" if same_kernel_for_all(mixture) and not scales_belong_in_the_kernel(x, geometry) else "plain"
-    preferred = preferred_implementation(x, experts, mixture, geometry)
-    if preferred is not None:
-        return preferred
     names = candidates(mixture, geometry, _use(x))
+    if len(names) > 1 or names == ["blockwise"]:  # the only one for a program is what it must have
+        preferred = preferred_implementation(x, experts, mixture, geometry)
+        if preferred is not None:
+            return preferred
     if len(names) == 1:
         return names[0]
     if is_intercepted():  # sizes may be symbolic
