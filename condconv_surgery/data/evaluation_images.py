@@ -93,7 +93,7 @@ def validation_images_of(run: Path) -> EvaluationImages:
             "Their split is another one, with images that the run trained on." if divided.split_off else "",
             _other_data(options.data, divided.split_off),
         )
-    return EvaluationImages(divided.val, True, f"{options.data.folder} (validation images of {run})")
+    return EvaluationImages(divided.val, True, f"{_from_here(options.data.folder)} (validation images of {run})")
 
 
 def _other_data(data: DataOptions, split_off: bool) -> str:
@@ -140,7 +140,13 @@ def _recorded_validation(val: ImageFiles, run: Path, folder: str) -> EvaluationI
         )
     few = "" if len(found) == len(recorded) else f"{len(found)} of the {len(recorded)} "
     images = replace(val, classes=classes).recorded(found)
-    return EvaluationImages(images, True, f"{folder} ({few}validation images of {run})")
+    return EvaluationImages(images, True, f"{_from_here(folder)} ({few}validation images of {run})")
+
+
+def _from_here(folder: str) -> str:
+    """A recipe has the absolute path of a folder: relative where it is below the current one."""
+    here = Path.cwd()
+    return str(Path(folder).relative_to(here)) if Path(folder).is_relative_to(here) else folder
 
 
 def recorded_images(run: Path) -> list[tuple[str, str, str]]:

@@ -231,7 +231,9 @@ def test_the_command(condconv: Run, tmp_path: Path) -> None:
     assert condconv("collapse", artifact, "-o", plain)[0] == 2
 
 
-def test_the_directory_of_a_run_stands_for_its_images(condconv: Run, tmp_path: Path) -> None:
+def test_the_directory_of_a_run_stands_for_its_images(
+    condconv: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     data, run = write_images(tmp_path / "data", classes=3, each=5, side=32), tmp_path / "run"
     run.mkdir()
     (run / "recipe.toml").write_text(f'[data]\nfolder = "{data}"\n')
@@ -242,6 +244,9 @@ def test_the_directory_of_a_run_stands_for_its_images(condconv: Run, tmp_path: P
     assert [len(images) for images, _ in found.calibration] == [12]
     assert [len(labels) for _, labels in found.labelled] == [3]
     assert found.scored_on == f"3 images of {data} (validation images of {run})."
+    with monkeypatch.context() as patch:
+        patch.chdir(tmp_path)
+        assert deployment_images(model, "run", 1000).scored_on == "3 images of data (validation images of run)."
     plain = deployment_images(model, data, 1000)
     assert plain.scored_on.startswith(f"15 images of {data}. The data have no validation part")
 
