@@ -84,6 +84,7 @@ STUDIES = (
     ),
     Evidence("characters", "characters"),
     Evidence("emoji", "emoji, MobileNetV2"),
+    Evidence("clip-art", "clip art, EfficientNet-Lite0"),
     Evidence("digits", "digits"),
 )
 
