@@ -14,7 +14,7 @@ from condconv_surgery.recipe.study_options import BUDGETS, StudyOptions
 
 from .finetune import callback_in_flags, effective_options
 from .output.console import is_first, print_json, say
-from .rule_options import flags_that_are_set, with_rule_options
+from .rule_options import flags_that_are_set, is_typed, with_rule_options
 
 if TYPE_CHECKING:
     from condconv_surgery.studies import QuickCheck
@@ -105,9 +105,7 @@ def _study(study: StudyOptions, options: TrainingOptions, ctx: typer.Context, as
 def _say_unused(ctx: typer.Context) -> None:
     """Name the options of a study that a quick check has no use for."""
     flags = {"arms": "--arm", "seeds": "--seeds", "budget": "--budget", "rates": "--rates"}
-    given = [
-        flag for name, flag in flags.items() if (source := ctx.get_parameter_source(name)) and source.name != "DEFAULT"
-    ]
+    given = [flag for name, flag in flags.items() if is_typed(name, ctx)]
     if given:
         say(f"--quick trains the static network only, twice with one seed: no effect of {', '.join(given)}.")
 

@@ -30,11 +30,16 @@ def flags_that_are_set(flags: dict[str, Any], ctx: typer.Context) -> list[tuple[
     typed = []
     for path, rule in _flagged_rules().items():
         name = _parameter_name(path, rule)
-        source = ctx.get_parameter_source(name)
-        if source is not None and source.name != "DEFAULT":
+        if is_typed(name, ctx):
             section, _, field = path.rpartition(".")
             typed.append((section, field, flags[name]))
     return typed
+
+
+def is_typed(name: str, ctx: typer.Context) -> bool:
+    """Whether the user typed the parameter ``name``, also where it equals its default."""
+    source = ctx.get_parameter_source(name)
+    return source is not None and source.name != "DEFAULT"
 
 
 def _flagged_rules() -> dict[str, Rule]:

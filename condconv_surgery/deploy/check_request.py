@@ -14,6 +14,7 @@ from condconv_surgery.deploy.runtimes.onnx_detector import OnnxDetector
 from condconv_surgery.deploy.runtimes.runtime_protocol import Runtime
 from condconv_surgery.errors import InputError, listed, unknown_name
 from condconv_surgery.layers import ConditionalConv2d
+from condconv_surgery.layers.conv2d_subclasses import padding_of
 from condconv_surgery.ops.geometry import TF_SAME
 from condconv_surgery.recipe import InputSpec
 
@@ -105,9 +106,10 @@ def require_traceable_sizes(model: nn.Module) -> None:
 
 
 def _pads_by_size(module: nn.Module) -> bool:
-    """TensorFlow's "same" with a stride, by a layer of ours or of timm."""
+    """TensorFlow's "same" with a stride, by a layer of ours, a convolution of a known class or a layer of timm."""
     if isinstance(module, ConditionalConv2d):
         return module.geometry.padding == TF_SAME and max(module.geometry.stride) > 1
-    of_timm = type(module).__module__.startswith("timm.") and type(module).__name__.endswith("Same")
+    convolution = isinstance(module, nn.Conv2d) and padding_of(module) == TF_SAME
+    of_timm = type(module).__module__.startswith("timm.") and type(module).__name__.endswith("Same")  # a pool, say
     stride: Any = getattr(module, "stride", 1)
-    return of_timm and (max(stride) if isinstance(stride, tuple) else stride) > 1
+    return (convolution or of_timm) and (max(stride) if isinstance(stride, tuple) else stride) > 1

@@ -75,8 +75,11 @@ def deployment_images(
     logits = _logits(model, images.classes, calibration[0][0])
     if logits is None:
         return DeploymentImages(calibration, [])
-    caveats = [NOT_HELD_OUT] * (not found.held_out) + [assumed_order(images.classes)] * (not classes_of(model))
-    scored_on = " ".join([f"{counted(len(images), 'image')} of {found.where}.", *caveats])
+    scored_on = f"{counted(len(images), 'image')} of {found.where}."
+    if not found.held_out:
+        scored_on += f" {NOT_HELD_OUT}"
+    if not classes_of(model):
+        scored_on += f" {assumed_order(images.classes)}"
     return DeploymentImages(calibration, FolderBatches(images, spec, logits), scored_on)
 
 

@@ -59,11 +59,11 @@ class CppBackend(Backend):
         self, x: Tensor, experts: Tensor, mixture: Mixture, geometry: ConvGeometry, /
     ) -> str | None:
         if (
-            cpp_convolution.has_narrow_groups(x, experts, geometry)
+            mixture.gate is not None
+            and cpp_convolution.has_narrow_groups(x, experts, geometry)
             and not is_intercepted()
-            and mixture.gate is not None
         ):
-            return "grouped"  # a compiled graph, which serves every batch, has no number of groups that depends on it
+            return "grouped"  # not in a compiled graph: it serves every batch, and this number of groups is of one
         scaled = mixture.in_scale is not None or mixture.out_scale is not None
         if not scaled or not same_kernel_for_all(mixture) or not cpp_convolution.supports(x, experts, geometry):
             return None
