@@ -10,8 +10,10 @@ import typer
 
 from condconv_surgery.errors import InputError, unknown_name
 
+from .export_layout import TARGETS
 from .model_to_run import load_to_run, own_split, require_precision, run_of
 from .output.console import print_json, say
+from .rule_options import is_typed
 
 if TYPE_CHECKING:
     from torch import nn
@@ -23,8 +25,15 @@ DTYPES = ("float32", "bfloat16", "float16", "float64")
 IMAGES, BATCH, DEVICE = 1000, 8, "cpu"
 """Defaults."""
 
+OF_MODELS = (
+    *("data", "limit", "latency", "batch", "device", "dtype", "round_experts", "original", "html", "plots"),
+    *("as_csv", "as_markdown"),
+)
+"""Options that say nothing of an exported file."""
+
 
 def report(
+    ctx: typer.Context,
     models: Annotated[
         list[str],
         typer.Argument(
@@ -48,7 +57,8 @@ def report(
     runtime: Annotated[
         str | None,
         typer.Option(
-            help="onnx: only the latency of the exported file and its original's, in turns, at batch 1 and 32."
+            help="Only the latency of the exported file and its original's, in turns, at batch 1 and 32 where the "
+            f"runtime takes both: {', '.join(TARGETS)}."
         ),
     ] = None,
     device: Annotated[str, typer.Option(help="Where to run: cpu, cuda, cuda:1.")] = DEVICE,
@@ -80,36 +90,16 @@ def report(
         raise unknown_name("dtype", dtype, DTYPES, "--dtype bfloat16")
     precision = require_precision(round_experts)
     _require_writable(html, plots)
-    if runtime is not None and runtime != "onnx":
-        raise unknown_name("runtime", runtime, ["onnx"], "--runtime onnx")
+    if runtime is not None and runtime not in TARGETS:
+        raise unknown_name("runtime", runtime, TARGETS, "--runtime onnx")
     if runtime is not None:
-        if precision is not None:
-            raise InputError(
-                "--round-experts with --runtime.",
-                "Only models in PyTorch hold rounded experts; a file has exact ones.",
-                "one of them",
-            )
-        _require_only_latency(
-            {
-                "--data": data is not None,
-                "--limit": limit != IMAGES,
-                "--latency": latency is not None,
-                "--batch": batch != BATCH,
-                "--device": device != DEVICE,
-                "--dtype": dtype is not None,
-                "--original": original is not None,
-                "--html": html is not None,
-                "--plots": plots is not None,
-                "--csv": as_csv,
-                "--markdown": as_markdown,
-            }
-        )
+        _require_only_latency(ctx)
 
     def load(spec: str, precision: Rounded | None = precision) -> nn.Module:
         return load_to_run(spec, arch, weights, input_size, tuple(trust or ()), device, dtype, precision)
 
     if runtime is not None:
-        _report_files(models, load, as_json)
+        _report_files(models, load, runtime, as_json)
         return
     before = load(original, None) if original is not None else None
     result = _measure(models, load, before, data, limit, batch, html is not None if latency is None else latency)
@@ -126,16 +116,18 @@ def report(
         _write(result, html, plots)
 
 
-def _report_files(models: list[str], load: Callable[[str], nn.Module], as_json: bool) -> None:
-    """Print the latency of each model's ONNX file."""
+def _report_files(models: list[str], load: Callable[[str], nn.Module], runtime: str, as_json: bool) -> None:
+    """Print the latency of each model's file for ``runtime``."""
     from dataclasses import asdict
 
+    from condconv_surgery.deploy.export_model import runtime_named
     from condconv_surgery.deploy.file_latency import file_latency
 
+    runtime_named(runtime).require_packages()
     rows = {}
     for spec in models:
-        say(f"Exporting {spec} and its static original, then timing both files in ONNX Runtime")
-        rows[spec] = file_latency(load(spec).cpu().float())
+        say(f"Exporting {spec} and its static original, then timing both files in {runtime}")
+        rows[spec] = file_latency(load(spec).cpu().float(), to=runtime)
     if as_json:
         print_json({spec: [asdict(row) for row in measured] for spec, measured in rows.items()})
         return
@@ -148,14 +140,14 @@ def _report_files(models: list[str], load: Callable[[str], nn.Module], as_json: 
         print(f"  layers     {forms}; {measured[0].threads} threads")
 
 
-def _require_only_latency(given: dict[str, bool]) -> None:
-    """Raise ``InputError`` for an option that ``--runtime`` would ignore. given: whether each was."""
-    ignored = [flag for flag, is_given in given.items() if is_given]
+def _require_only_latency(ctx: typer.Context) -> None:
+    """Raise ``InputError`` for an option that ``--runtime`` would ignore."""
+    ignored = [f"--{name.removeprefix('as_').replace('_', '-')}" for name in OF_MODELS if is_typed(name, ctx)]
     if ignored:
         raise InputError(
             f"{', '.join(ignored)} with --runtime.",
-            "It prints only the latency of exported files, in float32 on the CPU, at batch 1 and 32, or as --json.",
-            "two commands, one with --runtime onnx alone",
+            "It prints only the latency of exported files, in float32 on the CPU, as text or --json.",
+            "two commands, one with --runtime NAME alone",
         )
 
 

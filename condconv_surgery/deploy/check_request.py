@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from condconv_surgery.deploy.graph_forms import CONSTANT
+from condconv_surgery.deploy.forms.graph_forms import CONSTANT
 from condconv_surgery.deploy.mean_mixtures import Labelled
 from condconv_surgery.deploy.runtimes.onnx_detector import OnnxDetector
 from condconv_surgery.deploy.runtimes.runtime_protocol import Runtime

@@ -24,7 +24,8 @@ from condconv_surgery.deploy.check_request import (
 from condconv_surgery.deploy.deployment_images import DeploymentImages, deployment_images
 from condconv_surgery.deploy.detectors import DetectorGraph, is_detector
 from condconv_surgery.deploy.file_accuracy import in_batches, top1_of_file
-from condconv_surgery.deploy.file_proof import proven, require_exportable
+from condconv_surgery.deploy.file_proof import is_batch_first, proven, require_exportable
+from condconv_surgery.deploy.forms.serving_form import serving_form
 from condconv_surgery.deploy.mean_mixtures import top1
 from condconv_surgery.deploy.runtimes.litert_model import LiteRt
 from condconv_surgery.deploy.runtimes.ncnn_model import Ncnn
@@ -33,7 +34,6 @@ from condconv_surgery.deploy.runtimes.onnx_int8 import quantize_convolutions
 from condconv_surgery.deploy.runtimes.openvino_model import OpenVino
 from condconv_surgery.deploy.runtimes.pt2_program import Pt2
 from condconv_surgery.deploy.runtimes.runtime_protocol import Request, Runtime
-from condconv_surgery.deploy.serving_form import serving_form
 from condconv_surgery.errors import unknown_name
 from condconv_surgery.layers import conditional_layers
 from condconv_surgery.models.artifact.atomic_write import replacing_files, require_values
@@ -53,9 +53,9 @@ BATCHES = (1, 3, 8)
 class Export:
     """What ``export`` wrote.
 
-    forms: the form of each conditional layer, by its name (``deploy.graph_forms``). difference: the largest between
-    model and file, relative to the outputs' magnitude, before any quantisation. shapes: the inputs at which they were
-    compared. versions: of the file's format. accuracy: top-1, 0 to 1, of model and file; None without labels.
+    forms: the form of each conditional layer, by its name (``deploy.forms.graph_forms``). difference: the largest
+    between model and file, relative to the outputs' magnitude, before any quantisation. shapes: the inputs at which
+    they were compared. versions: of the file's format. accuracy: top-1, 0 to 1, of model and file; None without labels.
     rounding: where ``difference`` is more than 1e-4 because the model amplifies rounding: how far its own outputs in
     float32 are from those in float64; the file is at most ``deploy.file_proof.ROUNDING_FACTOR`` times as far.
     scored_on: the images of the accuracy, as text, with a warning where the model may have been trained on them.
@@ -99,7 +99,7 @@ def export(
     size: its maps are compared to 1e-4, its detections as sets.
 
     to: ``"onnx"``, ``"pt2"`` (torch.export), ``"openvino"``, ``"litert"`` or ``"ncnn"``; the last two take one batch.
-    form: of the conditional layers in the graph, see ``deploy.graph_forms``; ``"auto"`` chooses for each layer.
+    form: of the conditional layers in the graph, see ``deploy.forms.graph_forms``; ``"auto"`` chooses for each layer.
     batch: the only one of the graph; by default any, or 1 where the runtime needs one. dynamic_size: also any H and W.
     size: side of the input in pixels, if it is not the model's own.
     quantize: ``"int8"``, for ONNX: convolutions in int8, with ranges from ``data``; routers stay float. The layers then
@@ -112,7 +112,7 @@ def export(
     and by more than the model's own rounding, which float64 shows. With ``dynamic_size`` a larger size is compared too,
     and a smaller one of odd sides where the model takes it.
     """
-    model, runtime, path = unwrapped(model), _runtime(to), Path(path)
+    model, runtime, path = unwrapped(model), runtime_named(to), Path(path)
     runtime.require_packages()
     require_values(model.state_dict())
     detector = is_detector(model)
@@ -135,8 +135,12 @@ def export(
     images_of = DeploymentImages([], []) if data is None else deployment_images(original, data, limit, spec)
     calibration, labelled, scored_on = images_of
     require_sizes(calibration, spec, dynamic_size)
-    served, forms = serving_form(original, form=form, preferred=preferred, batch=None if detector else batch)
-    request = Request(images, batch, dynamic_size, metadata_of(model, spec))
+    loop = runtime.image_loop if batch is None and is_batch_first(original, images) else "never"
+    served, forms, in_a_loop = serving_form(
+        original, form=form, preferred=preferred, batch=None if detector else batch, image_loop=loop
+    )
+    shown, graph_batch = (images[:1], 1) if in_a_loop else (images, batch)
+    request = Request(shown, graph_batch, dynamic_size, metadata_of(model, spec), in_a_loop)
     with replacing_files(path, size=sum(tensor.nbytes for tensor in original.state_dict().values())) as temporary:
         versions = runtime.write(served, request, temporary)
         proof = proven(partial(runtime.prove, original, temporary, inputs), dynamic_size)
@@ -182,7 +186,8 @@ def metadata_of(model: nn.Module, spec: InputSpec) -> dict[str, Any]:
     }
 
 
-def _runtime(name: str) -> Runtime:
+def runtime_named(name: str) -> Runtime:
+    """The runtime of ``RUNTIMES``. Raises ``InputError`` where there is none."""
     if name not in RUNTIMES:
         raise unknown_name("runtime", name, RUNTIMES, 'to="onnx"')
     return RUNTIMES[name]

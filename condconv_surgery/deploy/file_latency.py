@@ -1,4 +1,4 @@
-"""Latency of an exported network in ONNX Runtime against the file of its static original, in one run."""
+"""Latency of an exported network in its runtime against the file of its static original, in one run."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from condconv_surgery.deploy.collapse_mixtures import make_plain, require_collapsible
-from condconv_surgery.deploy.export_model import export
+from condconv_surgery.deploy.detectors import is_detector
+from condconv_surgery.deploy.export_model import export, runtime_named
 from condconv_surgery.deploy.mean_mixtures import mixture_of_zeros
 from condconv_surgery.layers import conditional_layers, routers
 from condconv_surgery.runtime.timed_turns import median_and_spread, seconds_of, timed_turns
@@ -43,34 +43,39 @@ def file_latency(
     model: nn.Module,
     batches: Sequence[int] = (1, 32),
     *,
+    to: str = "onnx",
     form: str = "auto",
     batch: int | None = None,
     size: int | None = None,
     seconds: float = 5.0,
     clock: Callable[[], float] = time.perf_counter,
 ) -> list[FileLatency]:
-    """Export ``model`` and its static original to ONNX and time both files in ONNX Runtime, in turns.
+    """Export ``model`` and its static original for a runtime and time both files there, in turns.
 
-    form, batch, size: as ``export`` takes them; with ``batch`` only that one is measured. seconds: about how long to
-    measure each batch, at least five calls of each. Threads: as many as torch uses.
+    to, form, batch, size: as ``export`` takes them. A file for one batch is measured with that one: with ``batch``, or
+    one image where the runtime takes no other, or a detector. seconds: about how long to measure each batch, at least
+    five calls of each. Threads: as many as torch uses.
     clock: ``time.process_time`` on a busy machine, with one thread.
     Raises ``InputError`` for a model without conditional layers, or a folded one, and as ``export``.
     """
     require_collapsible(model)
+    runtime = runtime_named(to)
+    if batch is None and (runtime.fixed_batch or is_detector(model)):
+        batch = 1
     static = copy_of(model)
     static.eval()
     mixtures = {name: mixture_of_zeros(router) for name, router in routers(static).items()}
     make_plain(static, mixtures, set(conditional_layers(static)))
     with tempfile.TemporaryDirectory() as folder:
-        files = Path(folder, "model.onnx"), Path(folder, "static.onnx")
-        result = export(model, files[0], form=form, batch=batch, size=size)
-        export(static, files[1], batch=batch, size=size)
-        sessions = [_session(file) for file in files]
+        files = [Path(folder, f"{name}{runtime.suffix}") for name in ("model", "static")]
+        result = export(model, files[0], to=to, form=form, batch=batch, size=size)
+        export(static, files[1], to=to, batch=batch, size=size)
+        loaded = [runtime.load(file, torch.get_num_threads()) for file in files]
     _, *shape = result.shapes[0]
     rows = []
     for count in batches if batch is None else (batch,):
-        images = torch.randn(count, *shape).numpy()
-        calls = [_timed(session, images, clock) for session in sessions]
+        images = torch.randn(count, *shape)
+        calls = [_timed(call, images, clock) for call in loaded]
         times, original = timed_turns(calls, seconds, warm_up=1)  # the first call allocates
         (median, spread), base = median_and_spread(times), statistics.median(original)
         threads = torch.get_num_threads()
@@ -78,14 +83,6 @@ def file_latency(
     return rows
 
 
-def _session(path: Path) -> Any:
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads, options.log_severity_level = torch.get_num_threads(), 3
-    return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-
-
-def _timed(session: Any, images: Any, clock: Callable[[], float]) -> Callable[[], float]:
-    """Calls the session, and returns how long that took."""
-    return lambda: seconds_of(lambda: session.run(None, {"images": images}), torch.device("cpu"), clock)
+def _timed(call: Callable[[Tensor], object], images: Tensor, clock: Callable[[], float]) -> Callable[[], float]:
+    """Calls the file, and returns how long that took."""
+    return lambda: seconds_of(lambda: call(images), torch.device("cpu"), clock)

@@ -70,6 +70,12 @@ def require_exportable(model: nn.Module, images: Tensor) -> None:
         )
 
 
+@torch.no_grad()
+def is_batch_first(model: nn.Module, images: Tensor) -> bool:
+    """Whether each output of the model has a row for each of at least two images [B, C, H, W]."""
+    return all(output.dim() and len(output) == len(images) for output in output_tensors(model(images)))
+
+
 def proven(prove: Callable[[], FileProof], dynamic_size: bool) -> FileProof:
     """What ``prove`` gives. Raises ``ProofError`` where the file does not compute what the model does, or does not run.
 

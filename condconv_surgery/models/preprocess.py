@@ -52,7 +52,8 @@ class EvaluationTransform:
             image, self._covering(image), interpolation=InterpolationMode(spec.interpolation), antialias=True
         )
         cropped = tv.center_crop(resized, [spec.height, spec.width])
-        pixels = tv.to_dtype(tv.pil_to_tensor(cropped), torch.float32, scale=True)
+        # PIL's layout is [H, W, C], in which a normalisation by channel takes three times as long
+        pixels = tv.to_dtype(tv.pil_to_tensor(cropped), torch.float32, scale=True).contiguous()
         normalised: Tensor = tv.normalize(pixels, list(spec.mean), list(spec.std), inplace=True)
         return normalised
 

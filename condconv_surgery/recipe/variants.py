@@ -110,7 +110,7 @@ class ODConv(Variant):
     gates: of the experts: ``"softmax"`` of a head like the others, as the authors have it; ``"sigmoid"`` of a linear
         map of the pooled input, as in CondConv.
     spatial: ``False`` omits the head of positions everywhere. With one expert the kernel is then the same for all
-        images, and a runtime for constant weights can serve it (``deploy.graph_forms``).
+        images, and a runtime for constant weights can serve it (``deploy.forms.graph_forms``).
     """
 
     reduction: int = 16

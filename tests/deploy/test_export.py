@@ -222,10 +222,13 @@ def test_latency_of_the_file_against_the_original(condconv: Run, tmp_path: Path)
         assert row["ratio"] == pytest.approx(row["median"] / row["original"])
         assert row["repeats"] >= 5
         assert row["forms"] == {"matmul": 1}
-    code, _, err = condconv("report", artifact, "--runtime", "ncnn")
+    code, out, err = condconv("report", artifact, "--runtime", "pt2")
+    assert code == 0, err
+    assert "batch 32" in out
+    code, _, err = condconv("report", artifact, "--runtime", "tensorrt")
     assert code == 2
     assert "--runtime onnx" in err
-    for unused in (("--html", tmp_path / "r.html"), ("--batch", "4"), ("--csv",), ("--data", tmp_path)):
+    for unused in (("--html", tmp_path / "r.html"), ("--batch", "8"), ("--csv",), ("--data", tmp_path)):
         code, _, err = condconv("report", artifact, "--runtime", "onnx", *unused)
         assert (code, unused[0] in err) == (2, True), "it would do without what was asked for"
     cs.save(cs.fold(model, example=example).model, artifact)

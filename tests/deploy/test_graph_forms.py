@@ -7,10 +7,10 @@ import torch
 from torch import Tensor, nn
 
 import condconv_surgery as cs
-from condconv_surgery.deploy.constant_kernels import ConstantKernels
-from condconv_surgery.deploy.graph_forms import FORMS, layer_cases
+from condconv_surgery.deploy.forms.constant_kernels import ConstantKernels
+from condconv_surgery.deploy.forms.graph_forms import FORMS, layer_cases
+from condconv_surgery.deploy.forms.serving_form import serving_form
 from condconv_surgery.deploy.runtimes.onnx_file import Onnx
-from condconv_surgery.deploy.serving_form import serving_form
 from condconv_surgery.layers import CondConv2d, conditional_like
 from condconv_surgery.layers.weight_forms.weight_standardisation import WeightStandardisation
 from condconv_surgery.recipe import CondConv, DynamicConv, ODConv, Variant
@@ -42,7 +42,7 @@ def assert_equal_in_every_form(model: nn.Module, x: Tensor) -> set[str]:
         images = x[: batch or len(x)]
         if any(case.why_not(form) for case in layer_cases(model, batch).values()):
             continue
-        served, forms = serving_form(model, form=form, preferred=FORMS, batch=batch)
+        served, forms, _ = serving_form(model, form=form, preferred=FORMS, batch=batch)
         with torch.no_grad():
             torch.testing.assert_close(served(images), model(images), rtol=1e-6, atol=1e-6, msg=form)
         assert set(forms.values()) == {form}
@@ -103,7 +103,7 @@ def test_a_layer_under_two_names_stays_one() -> None:
     layer = CondConv2d(3, 3, 3, padding=1, variant=CondConv(2))
     scramble(layer)
     model, x = nn.Sequential(layer, nn.ReLU(), layer).eval(), torch.randn(2, 3, 8, 8)
-    served, forms = serving_form(model, form="sum", preferred=FORMS, batch=None)
+    served, forms, _ = serving_form(model, form="sum", preferred=FORMS, batch=None)
     assert isinstance(served[0], ConstantKernels)
     assert served[0] is served[2]
     assert forms == {"0": "sum"}
@@ -121,5 +121,5 @@ def test_the_forms_that_are_chosen() -> None:
         (CondConv(4), 1, ["kernel", "kernel", "sum"]),
     ):
         model = nn.Sequential(*(conditional_like(one, variant) for one in convolutions)).eval()
-        chosen = serving_form(model, form="auto", preferred=Onnx.preferred, batch=batch)[1]
+        chosen = serving_form(model, form="auto", preferred=Onnx.preferred, batch=batch).forms
         assert list(chosen.values()) == forms

@@ -11,6 +11,7 @@ import torch
 
 import condconv_surgery as cs
 from condconv_surgery.deploy.export_model import RUNTIMES
+from condconv_surgery.deploy.file_latency import file_latency
 from condconv_surgery.models.artifact.atomic_write import FullDiskError
 from condconv_surgery.recipe import CondConv, ODConv, Variant
 from tests.conftest import Run
@@ -50,6 +51,15 @@ def test_a_file_computes_what_the_model_computes(
     with torch.no_grad():
         torch.testing.assert_close(output, model(images), rtol=1e-4, atol=1e-5)
     assert not list(tmp_path.glob("*.tmp")) + list(tmp_path.glob(".*"))
+
+
+@pytest.mark.parametrize(("to", "batches"), [("openvino", [1, 32]), ("litert", [1]), ("ncnn", [1])])
+def test_latency_in_a_runtime(to: str, batches: list[int]) -> None:
+    require(to)
+    rows = file_latency(mixed(ODConv(4)), to=to, size=32, seconds=0.1)
+    assert [row.batch for row in rows] == batches
+    assert all(row.ratio == row.median / row.original > 0 for row in rows)
+    assert set(rows[0].forms) == ({"matmul"} if to == "openvino" else {"sum", "taps"})
 
 
 @pytest.mark.parametrize("to", ["openvino", "ncnn"])

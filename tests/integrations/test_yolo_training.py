@@ -195,6 +195,22 @@ def test_each_head_trains_and_validates(task: str, name: str, tmp_path: Path) ->
     assert len(yolo.predict(torch.rand(2, 3, 64, 64), imgsz=64, verbose=False)) == 2
 
 
+def test_an_optimizer_that_treats_experts_otherwise_is_named(
+    plain: tuple[Path, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Ultralytics takes it by itself for more than 10,000 iterations."""
+    yolo = convert_yolo(YOLO(plain[0]), cs.CondConv(experts=2), example=EXAMPLE)
+    before = weights_of(yolo.model)
+    with caplog.at_level("WARNING", logger="ultralytics"):
+        yolo.train(data=plain[1], epochs=1, project=tmp_path, **{**FEW, "optimizer": "MuSGD"})
+    assert "get its SGD part alone" in caplog.text
+    experts = {id(layer.weight) for layer in conditional_layers(yolo.trainer.model).values()}
+    by_muon = [p for group in yolo.trainer.optimizer.param_groups if group["use_muon"] for p in group["params"]]
+    assert by_muon
+    assert not experts & {id(parameter) for parameter in by_muon}
+    assert len(moved_layers(before, weights_of(yolo.model))) > 0.5 * len(before)
+
+
 def test_the_page_for_yolo_runs(plain: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file, data = plain
     shutil.copy(file, tmp_path / "yolo11n.pt")

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from condconv_surgery.deploy.graph_forms import CONSTANT
+from condconv_surgery.deploy.forms.graph_forms import CONSTANT
 from condconv_surgery.deploy.runtimes.runtime_protocol import Request, Runtime, cannot_export, quietly
 
 
@@ -30,16 +30,17 @@ class LiteRt(Runtime):
             raise cannot_export(error, "LiteRT") from error
         return {}
 
-    def run(self, path: Path, inputs: Sequence[Tensor]) -> list[list[Tensor]]:
+    def load(self, path: Path, threads: int | None = None) -> Callable[[Tensor], list[Tensor]]:
         from ai_edge_litert.interpreter import Interpreter
 
-        interpreter = Interpreter(str(path), num_threads=1)
+        interpreter = Interpreter(str(path), num_threads=threads or 1)
         interpreter.allocate_tensors()
         (given,) = interpreter.get_input_details()
-        results = []
-        for x in inputs:
+
+        def call(x: Tensor) -> list[Tensor]:
             interpreter.set_tensor(given["index"], x.numpy())
             interpreter.invoke()
             outputs = interpreter.get_output_details()
-            results.append([torch.from_numpy(interpreter.get_tensor(row["index"]).copy()) for row in outputs])
-        return results
+            return [torch.from_numpy(interpreter.get_tensor(row["index"]).copy()) for row in outputs]
+
+        return call

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import subprocess
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from condconv_surgery.deploy.graph_forms import CONSTANT
+from condconv_surgery.deploy.forms.graph_forms import CONSTANT
 from condconv_surgery.deploy.runtimes.runtime_protocol import Request, Runtime, cannot_export, quietly
 from condconv_surgery.errors import SurgeryError
 
@@ -46,19 +46,22 @@ class Ncnn(Runtime):
             raise cannot_export(RuntimeError(lines[-1] if lines else f"exit code {done.returncode}"), "pnnx")
         return {}
 
-    def run(self, path: Path, inputs: Sequence[Tensor]) -> list[list[Tensor]]:
+    def load(self, path: Path, threads: int | None = None) -> Callable[[Tensor], list[Tensor]]:
         import ncnn
 
         net = ncnn.Net()
+        if threads is not None:
+            net.opt.num_threads = threads
         net.opt.use_fp16_packed = net.opt.use_fp16_storage = net.opt.use_fp16_arithmetic = False
         net.opt.use_bf16_storage = False
         net.load_param(str(path))
         net.load_model(str(path.with_suffix(".bin")))
         names = sorted(net.output_names())
-        results = []
-        for x in inputs:
+
+        def call(x: Tensor) -> list[Tensor]:
             extractor = net.create_extractor()
             extractor.input("in0", ncnn.Mat(x[0].numpy()))
             found = [np.array(extractor.extract(name)[1]) for name in names]
-            results.append([torch.from_numpy(value)[None] for value in found])
-        return results
+            return [torch.from_numpy(value)[None] for value in found]
+
+        return call

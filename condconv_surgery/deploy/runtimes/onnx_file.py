@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from condconv_surgery.deploy.runtimes.onnx_scan import convolve_in_a_scan
+from condconv_surgery.deploy.runtimes.onnx_scan import convolve_in_a_scan, loop_over_images
 from condconv_surgery.deploy.runtimes.runtime_protocol import Request, Runtime, cannot_export, quietly
 from condconv_surgery.ops.implementations.loop import OPERATOR as LOOP
 
@@ -24,20 +24,22 @@ class Onnx(Runtime):
     name, suffix, extra = "onnx", ".onnx", "onnx"
     packages = ("onnx", "onnxscript", "onnxruntime")
     preferred: ClassVar[tuple[str, ...]] = ("scale", "kernel", "loop", "matmul", "sum", "taps", "grouped")
+    image_loop = "asked"
 
     def write(self, model: nn.Module, request: Request, path: Path) -> dict[str, int]:
         program = onnx_program(model, request)
         program.save(str(path), external_data=False)
         return {"opset": OPSET, "ir": int(program.model.ir_version)}
 
-    def run(self, path: Path, inputs: Sequence[Tensor]) -> list[list[Tensor]]:
+    def load(self, path: Path, threads: int | None = None) -> Callable[[Tensor], list[Tensor]]:
         import onnxruntime
 
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3  # it warns of initialisers that its own optimiser leaves unused
+        options.intra_op_num_threads = threads or 0
         session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         name = session.get_inputs()[0].name
-        return [[torch.from_numpy(value) for value in session.run(None, {name: x.numpy()})] for x in inputs]
+        return lambda x: [torch.from_numpy(value) for value in session.run(None, {name: x.numpy()})]
 
 
 def onnx_program(model: nn.Module, request: Request) -> Any:
@@ -58,6 +60,8 @@ def onnx_program(model: nn.Module, request: Request) -> Any:
         raise cannot_export(error, "ONNX", request.dynamic_size) from error
     assert program is not None
     _strip(program.model.graph)
+    if request.in_a_loop:
+        loop_over_images(program.model)
     program.model.metadata_props.update({name: json.dumps(value) for name, value in request.metadata.items()})
     return program
 

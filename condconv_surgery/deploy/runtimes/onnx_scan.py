@@ -1,4 +1,4 @@
-"""The loop over samples of ``ops.implementations.loop`` as ONNX's ``Scan``."""
+"""Loops over images as ONNX's ``Scan``: of one convolution (``ops.implementations.loop``), or of the whole graph."""
 
 from __future__ import annotations
 
@@ -28,6 +28,46 @@ def convolve_in_a_scan(
         node.outputs[0].name = f"{x.name}_scan_{i}"
     body: Any = ir.Graph([one, kernel], result.outputs, nodes=nodes, name=f"{x.name}_scan")
     return op.Scan(x, kernels, body=body, num_scan_inputs=2)
+
+
+def loop_over_images(model: Any) -> None:
+    """Make the graph of an ``onnx_ir.Model`` for one image, [1, C, H, W] -> [1, ...], a graph for any number of them.
+
+    Its nodes and constants become the body of a ``Scan``. Names of inputs and outputs stay.
+    """
+    import onnx_ir as ir
+
+    graph = model.graph
+    (given,), results, nodes = list(graph.inputs), list(graph.outputs), list(graph)
+    constants = list(graph.initializers.values())
+    graph.initializers.clear()
+    graph.inputs.clear()
+    graph.outputs.clear()
+    graph.remove(nodes)
+
+    def like(value: Any, name: str, *leading: str) -> Any:
+        return ir.Value(name=name, shape=ir.Shape([*leading, *value.shape[1:]]), type=value.type)
+
+    one, axis = like(given, "one_image"), ir.node("Constant", [], {"value_ints": [0]})
+    unsqueeze = ir.node("Unsqueeze", [one, axis.outputs[0]])
+    given.replace_all_uses_with(unsqueeze.outputs[0])
+    squeezes = [ir.node("Squeeze", [result, axis.outputs[0]]) for result in results]
+    axis.outputs[0].name, unsqueeze.outputs[0].name = "image_axis", "batch_of_one"
+    images = like(given, given.name, "batch")
+    outputs = [like(result, result.name, "batch") for result in results]
+    for result, squeeze in zip(results, squeezes, strict=True):
+        squeeze.outputs[0].name, result.name = f"{result.name}_one", f"{result.name}_batch_of_one"
+        squeeze.outputs[0].shape, squeeze.outputs[0].type = ir.Shape(result.shape[1:]), result.type
+    body = ir.Graph(
+        [one],
+        [squeeze.outputs[0] for squeeze in squeezes],
+        nodes=[axis, unsqueeze, *nodes, *squeezes],
+        initializers=constants,
+        name="image",
+    )
+    graph.append(ir.node("Scan", [images], {"body": body, "num_scan_inputs": 1}, outputs=outputs))
+    graph.inputs.append(images)
+    graph.outputs.extend(outputs)
 
 
 def _plain(value: Any) -> Any:

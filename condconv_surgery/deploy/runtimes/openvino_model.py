@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import errno
 import json
-from collections.abc import Sequence
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +22,7 @@ class OpenVino(Runtime):
     suffix_beside = ".bin"
     packages = ("openvino", "onnx", "onnxscript")
     preferred = ("scale", "kernel", "matmul", "sum", "taps", "grouped")
+    image_loop = "default"  # with any batch its shapes are dynamic, outside of the loop
 
     def write(self, model: nn.Module, request: Request, path: Path) -> dict[str, int]:
         import openvino
@@ -40,9 +42,11 @@ class OpenVino(Runtime):
         graph.unlink()
         return {}
 
-    def run(self, path: Path, inputs: Sequence[Tensor]) -> list[list[Tensor]]:
+    def load(self, path: Path, threads: int | None = None) -> Callable[[Tensor], list[Tensor]]:
         import openvino
 
-        precision = {"INFERENCE_PRECISION_HINT": "f32"}
-        compiled = openvino.Core().compile_model(path, "CPU", precision)
-        return [[torch.from_numpy(value.copy()) for value in compiled(x.numpy()).values()] for x in inputs]
+        properties: dict[str, Any] = {"INFERENCE_PRECISION_HINT": "f32"}
+        if threads is not None:
+            properties["INFERENCE_NUM_THREADS"] = threads
+        compiled = openvino.Core().compile_model(path, "CPU", properties)
+        return lambda x: [torch.from_numpy(value.copy()) for value in compiled(x.numpy()).values()]

@@ -7,7 +7,7 @@ import json
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -56,6 +56,16 @@ class Pt2(Runtime):
             raise cannot_export(error, "torch.export", request.dynamic_size) from error
         path.write_bytes(written.getbuffer())
         return {}
+
+    def load(self, path: Path, threads: int | None = None) -> Callable[[Tensor], list[Tensor]]:
+        """In this process. ``run``, by which files are proven, starts one without this package."""
+        module = torch.export.load(path).module()
+
+        @torch.no_grad()
+        def call(x: Tensor) -> list[Tensor]:
+            return torch.utils._pytree.tree_leaves(module(x))
+
+        return call
 
     def run(self, path: Path, inputs: Sequence[Tensor]) -> list[list[Tensor]]:
         """In a fresh process in which this package cannot be imported."""

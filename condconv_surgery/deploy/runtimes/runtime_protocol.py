@@ -5,11 +5,11 @@ from __future__ import annotations
 import importlib
 import io
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -22,13 +22,15 @@ from condconv_surgery.errors import InputError, SurgeryError, one_line
 class Request:
     """What to write. images: an example [B, C, H, W]. batch: of the graph, None for any. dynamic_size: also any H, W.
 
-    metadata: what whoever serves the file has to know, as JSON values.
+    metadata: what whoever serves the file has to know, as JSON values. in_a_loop: the graph is for one image, in a loop
+    over those of any batch; then ``images`` is one, and ``batch`` 1.
     """
 
     images: Tensor
     batch: int | None
     dynamic_size: bool
     metadata: dict[str, Any] = field(default_factory=dict)
+    in_a_loop: bool = False
 
     def dynamic_shapes(self) -> tuple[dict[int, Any], ...] | None:
         """As ``torch.export.export`` takes them; None where every dimension is fixed."""
@@ -40,7 +42,9 @@ class Request:
 class Runtime:
     """Writes a model for one runtime and runs the file there.
 
-    preferred: the forms of a conditional layer (``deploy.graph_forms``) that it takes, best first.
+    preferred: the forms of a conditional layer (``deploy.forms.graph_forms``) that it takes, best first.
+    image_loop: whether a graph for one image may stand in a loop over those of any batch: where kernels differ between
+    images by default, or where the form ``kernel`` is asked for.
     fixed_batch: its graph is for one batch, 1 if no other is asked for. fixed_size: and for one size.
     suffix: of its file. suffix_beside: of the file with the weights beside it, if any. extra, packages: of this
     package, and what they install.
@@ -54,14 +58,23 @@ class Runtime:
     preferred: ClassVar[tuple[str, ...]]
     fixed_batch: ClassVar[bool] = False
     fixed_size: ClassVar[bool] = False
+    image_loop: ClassVar[Literal["never", "asked", "default"]] = "never"
 
     def write(self, model: nn.Module, request: Request, path: Path) -> dict[str, int]:
         """Write ``model`` to ``path``, with further files beside it; returns versions of the format to report."""
         raise NotImplementedError
 
+    def load(self, path: Path, threads: int | None = None) -> Callable[[Tensor], list[Tensor]]:
+        """The file in its runtime: gives the outputs for a batch. threads: of the runtime, by default its own choice.
+
+        torch has one number of threads for the whole process, and keeps that.
+        """
+        raise NotImplementedError
+
     def run(self, path: Path, inputs: Sequence[Tensor]) -> list[list[Tensor]]:
         """The outputs of the file for each of ``inputs``, in order."""
-        raise NotImplementedError
+        loaded = self.load(path)
+        return [loaded(x) for x in inputs]
 
     def prove(self, model: nn.Module, path: Path, inputs: Sequence[Tensor]) -> FileProof:
         """How far the outputs of the file are from those of ``model``."""

@@ -6,6 +6,7 @@ from copy import deepcopy
 from typing import Any
 
 from torch import nn
+from torch.optim import Optimizer
 from ultralytics.models.yolo import classify, detect, obb, pose, segment
 from ultralytics.utils import LOGGER
 
@@ -39,6 +40,16 @@ class _BuildsConditionalLayers:
         built = super().get_model(cfg, None, verbose)  # type: ignore[misc]
         put_layers_of(weights, built)
         return conditional_network(built)
+
+    def build_optimizer(self: Any, *args: Any, **kwargs: Any) -> Optimizer:
+        """As Ultralytics does. A warning where its optimizer treats experts unlike the kernels that they replace."""
+        optimizer: Optimizer = super().build_optimizer(*args, **kwargs)  # type: ignore[misc]
+        if type(optimizer).__name__ == "MuSGD":
+            LOGGER.warning(
+                "MuSGD orthogonalises the updates of matrices and of 4-D kernels. Experts are 5-D [n, O, I, k, k] and "
+                "get its SGD part alone. To train all weights by one rule: optimizer='SGD' or 'AdamW', and an lr0"
+            )
+        return optimizer
 
 
 class ConditionalDetectionTrainer(_BuildsConditionalLayers, detect.DetectionTrainer):
