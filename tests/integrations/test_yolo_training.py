@@ -200,7 +200,6 @@ def test_an_optimizer_that_treats_experts_otherwise_is_named(
 ) -> None:
     """Ultralytics takes it by itself for more than 10,000 iterations."""
     yolo = convert_yolo(YOLO(plain[0]), cs.CondConv(experts=2), example=EXAMPLE)
-    before = weights_of(yolo.model)
     with caplog.at_level("WARNING", logger="ultralytics"):
         yolo.train(data=plain[1], epochs=1, project=tmp_path, **{**FEW, "optimizer": "MuSGD"})
     assert "get its SGD part alone" in caplog.text
@@ -208,7 +207,6 @@ def test_an_optimizer_that_treats_experts_otherwise_is_named(
     by_muon = [p for group in yolo.trainer.optimizer.param_groups if group["use_muon"] for p in group["params"]]
     assert by_muon
     assert not experts & {id(parameter) for parameter in by_muon}
-    assert len(moved_layers(before, weights_of(yolo.model))) > 0.5 * len(before)
 
 
 def test_the_page_for_yolo_runs(plain: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
