@@ -135,9 +135,9 @@ def export(
     images_of = DeploymentImages([], []) if data is None else deployment_images(original, data, limit, spec)
     calibration, labelled, scored_on = images_of
     require_sizes(calibration, spec, dynamic_size)
-    loop = runtime.image_loop if batch is None and is_batch_first(original, images) else "never"
+    loops = runtime.loops and batch is None and is_batch_first(original, images)
     served, forms, in_a_loop = serving_form(
-        original, form=form, preferred=preferred, batch=None if detector else batch, image_loop=loop
+        original, form=form, preferred=preferred, batch=None if detector else batch, loops=loops
     )
     shown, graph_batch = (images[:1], 1) if in_a_loop else (images, batch)
     request = Request(shown, graph_batch, dynamic_size, metadata_of(model, spec), in_a_loop)

@@ -208,7 +208,7 @@ MISTAKES: dict[str, Callable[[], list[str]]] = {
     "block routing for odconv": made("nets:tiny", "--variant", "odconv", "--routing", "block"),
     "an unknown layout": artifact("export", "made.safetensors", "--layout", "tim", "-o", "out.safetensors"),
     "a form for one image": artifact(
-        "export", "made.safetensors", "--to", "onnx", "--input-size", "16", "--form", "kernel", "-o", "out.onnx"
+        "export", "made.safetensors", "--to", "pt2", "--input-size", "16", "--form", "kernel", "-o", "out.pt2"
     ),
     "no target of an export": artifact("export", "made.safetensors", "-o", "out.safetensors"),
     "a plain file to import": lambda: saved(small)() and ["import", "file.pt", "-o", "out.safetensors"],

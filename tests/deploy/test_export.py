@@ -30,13 +30,15 @@ def run(path: Path, images: Tensor) -> Tensor:
 
 slow = pytest.mark.slow  # an export takes seconds
 CASES = [
-    (CondConv(4), "auto", "loop, matmul"),
+    (CondConv(4), "auto", "kernel"),
+    pytest.param(CondConv(4), "loop", "loop", marks=slow),
     pytest.param(ODConv(2), "taps", "sum, taps", marks=slow),
     (ODConv(1, spatial=False), "scale", "scale"),
-    pytest.param(ODConv(4), "auto", "loop, matmul", marks=slow),
+    pytest.param(ODConv(4), "loop", "loop", marks=slow),
     pytest.param(CondConv(3), "sum", "sum", marks=slow),
     pytest.param(DynamicConv(4), "matmul", "matmul", marks=slow),
-    pytest.param(ODConv(1), "auto", "loop, scale", marks=slow),
+    pytest.param(ODConv(1), "auto", "kernel", marks=slow),
+    pytest.param(ODConv(4), "auto", "kernel", marks=slow),
     pytest.param(ODConv(4, gates="sigmoid"), "matmul", "matmul", marks=slow),
 ]
 
@@ -60,6 +62,36 @@ def test_equal_at_every_batch_and_size(variant: Variant, form: str, forms: str, 
         graph = onnx.load(path).graph
         constants = {initializer.name for initializer in graph.initializer}
         assert all(node.input[1] in constants for node in graph.node if node.op_type == "Conv")
+    if forms == "kernel":
+        assert [node.op_type for node in onnx.load(path).graph.node] == ["Scan"], "the whole graph, image by image"
+
+
+class Several(nn.Module):
+    """Logits, a map, and on demand their mean over the batch."""
+
+    def __init__(self, mean: bool = False) -> None:
+        super().__init__()
+        self.inner, self.mean = mixed(CondConv(2)), mean
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        logits = self.inner(x)
+        return (logits, x[:, :1] * 2, *([logits.mean()] if self.mean else []))
+
+
+@torch.no_grad()
+def test_several_outputs_in_a_loop_over_images(tmp_path: Path) -> None:
+    model, images = Several().eval(), torch.randn(4, 3, 32, 32)
+    cs.export(model, tmp_path / "m.onnx", form="kernel", size=32)
+    session = runtime.InferenceSession(str(tmp_path / "m.onnx"), providers=["CPUExecutionProvider"])
+    shapes = [output.shape for output in session.get_outputs()]
+    assert shapes == [["batch", 5], ["batch", 1, 32, 32]]
+    for expected, actual in zip(model(images), session.run(None, {"images": images.numpy()}), strict=True):
+        torch.testing.assert_close(torch.from_numpy(actual), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_an_output_without_a_row_for_each_image_is_in_no_loop(tmp_path: Path) -> None:
+    with pytest.raises(cs.InputError, match=r"one image at a time(.|\n)*Try: batch=1"):
+        cs.export(Several(mean=True).eval(), tmp_path / "m.onnx", form="kernel", size=32)
 
 
 class BySize(nn.Module):
@@ -193,7 +225,7 @@ def test_the_command(condconv: Run, tmp_path: Path) -> None:
         (("--to", "onnx", "--layout", "timm", "-o", path), "--to onnx"),
         (("--to", "onnx", "-o", tmp_path / "m.safetensors"), ".onnx"),
         (("--to", "onnx", "--form", "scale", "-o", path), "--form auto"),
-        (("--to", "onnx", "--form", "kernel", "-o", path), "--batch 1"),
+        (("--to", "pt2", "--form", "kernel", "-o", tmp_path / "m.pt2"), "--batch 1"),
         (("--layout", "timm", "--batch", "1", "-o", tmp_path / "m.safetensors"), "--to onnx"),
     ):
         code, _, err = condconv("export", artifact, *arguments)

@@ -112,14 +112,18 @@ def test_a_layer_under_two_names_stays_one() -> None:
 
 
 def test_the_forms_that_are_chosen() -> None:
-    """Of a 1x1, a dense and a depthwise layer for ONNX Runtime, by processor time of whole networks."""
+    """Of a 1x1, a dense and a depthwise layer for ONNX Runtime, by the time of whole networks."""
     convolutions = (nn.Conv2d(4, 8, 1), nn.Conv2d(8, 8, 3), nn.Conv2d(8, 8, 3, groups=8))
-    for variant, batch, forms in (
-        (ODConv(1, spatial=False), None, ["scale", "scale", "scale"]),
-        (ODConv(1), None, ["scale", "loop", "loop"]),
-        (CondConv(4), None, ["matmul", "loop", "loop"]),
-        (CondConv(4), 1, ["kernel", "kernel", "sum"]),
+    for variant, batch, static, forms, in_a_loop in (
+        (ODConv(1, spatial=False), None, 0, ["scale", "scale", "scale"], False),
+        (ODConv(1), None, 0, ["kernel", "kernel", "kernel"], True),
+        (ODConv(1), 1, 9, ["kernel", "kernel", "kernel"], False),
+        (ODConv(1), None, 4, ["scale", "loop", "loop"], False),
+        (CondConv(4), None, 3, ["kernel", "kernel", "kernel"], True),
+        (CondConv(4), None, 4, ["matmul", "loop", "loop"], False),
+        (CondConv(4), 3, 0, ["matmul", "loop", "loop"], False),
     ):
         model = nn.Sequential(*(conditional_like(one, variant) for one in convolutions)).eval()
-        chosen = serving_form(model, form="auto", preferred=Onnx.preferred, batch=batch).forms
-        assert list(chosen.values()) == forms
+        model.extend(nn.Conv2d(8, 8, 1) for _ in range(static))  # faster in batches than in a loop
+        chosen = serving_form(model, form="auto", preferred=Onnx.preferred, batch=batch, loops=True)
+        assert (list(chosen.forms.values()), chosen.in_a_loop) == (forms, in_a_loop)

@@ -19,7 +19,9 @@ from tests.exports.one_export import try_export
 from tests.small_networks import mixed
 
 CASES = [
-    ("openvino", CondConv(4), {"dynamic_size": True}, ["matmul"]),
+    ("openvino", CondConv(4), {"dynamic_size": True}, ["kernel"]),
+    ("openvino", ODConv(1), {}, ["kernel"]),
+    ("openvino", CondConv(4), {"form": "matmul"}, ["matmul"]),
     ("openvino", ODConv(4), {"batch": 1}, ["kernel"]),
     ("openvino", ODConv(4), {"form": "taps"}, ["sum", "taps"]),
     ("ncnn", CondConv(4), {}, ["sum"]),
@@ -59,7 +61,7 @@ def test_latency_in_a_runtime(to: str, batches: list[int]) -> None:
     rows = file_latency(mixed(ODConv(4)), to=to, size=32, seconds=0.1)
     assert [row.batch for row in rows] == batches
     assert all(row.ratio == row.median / row.original > 0 for row in rows)
-    assert set(rows[0].forms) == ({"matmul"} if to == "openvino" else {"sum", "taps"})
+    assert set(rows[0].forms) == ({"kernel"} if to == "openvino" else {"sum", "taps"})
 
 
 @pytest.mark.parametrize("to", ["openvino", "ncnn"])

@@ -6,10 +6,11 @@ sum       static convolutions of all experts, outputs gated and added           
 taps      1x1 convolutions for each kernel position, scaled by the attention      spatial attention
 matmul    kernels mixed; 1x1 as a batched MatMul, k x k as unfold and MatMul      kernels that differ between images
 loop      kernels mixed; a loop over the images, a convolution for each           every layer
-kernel    the kernel mixed, one convolution                                       a batch of 1
+kernel    the kernel mixed, one convolution                                       a batch of 1; any in an image loop
 grouped   kernels mixed, one convolution with a group for each image              a fixed batch; kernels that differ
 
-``scale``, ``sum`` and ``taps`` have constant kernels only: mobile runtimes and INT8 need that.
+``scale``, ``sum`` and ``taps`` have constant kernels only: mobile runtimes and INT8 need that. An image loop: the whole
+graph for one image, in a loop over those of the batch (``runtimes.onnx_scan``).
 """
 
 from __future__ import annotations
@@ -90,12 +91,16 @@ def choose_forms(cases: Mapping[str, LayerCase], form: str, preferred: Sequence[
 
     form: for all layers (``INSTEAD`` where a layer is simpler), or ``"auto"``: for each the first possible one of
         ``preferred``, the forms that a runtime takes, best first for a dense k x k kernel (``_order`` for others).
+        Where some layer must compute its kernel, ``kernel`` comes first for all: a runtime keeps static convolutions in
+        a layout of its own, and changes of the layout cost more than these save.
     Raises ``InputError`` for an unknown form, or one that the runtime or some layer cannot have.
     """
     if form not in ("auto", *FORMS):
         raise unknown_name("form", form, ["auto", *FORMS], 'form="auto"')
     if form not in ("auto", *preferred):
         raise InputError(f'form="{form}" is not for this runtime.', f"It takes: {', '.join(preferred)}.", 'form="auto"')
+    if "kernel" in preferred and any(case.why_not("scale") for case in cases.values()):
+        preferred = ("kernel", *(own for own in preferred if own != "kernel"))
     return {name: _form(name, case, form, preferred) for name, case in cases.items()}
 
 
@@ -115,20 +120,16 @@ def _form(name: str, case: LayerCase, form: str, preferred: Sequence[str]) -> st
 
 
 def _order(case: LayerCase, preferred: Sequence[str]) -> Sequence[str]:
-    """``preferred``, and where a runtime takes loops what is faster than one for this geometry.
+    """``preferred``, but of dense k x k kernels a static convolution first, of 1x1 ones a matrix product before a loop.
 
-    In ONNX Runtime one depthwise convolution with a computed kernel takes longer than four with constant ones; for more
-    images their sums cost more than the loop.
+    A runtime arranges a constant kernel once; a dense one that comes with each image takes half as long again.
     """
-    if "loop" not in preferred:
-        return preferred
     geometry = case.layer.geometry
-    first: tuple[str, ...] = ()
-    if geometry.pointwise:
-        first = ("scale", "kernel", "matmul")
-    elif geometry.depthwise and case.batch == 1:
-        first = ("scale", "sum")
-    return [*first, *(own for own in preferred if own not in first)]
+    if not geometry.pointwise and not geometry.depthwise and "scale" in preferred:
+        return ["scale", *(own for own in preferred if own != "scale")]
+    if geometry.pointwise and "loop" in preferred:
+        return [*(own for own in preferred if own != "loop"), "loop"]
+    return preferred
 
 
 def _advice(case: LayerCase, form: str) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 from torch import nn
 
@@ -31,12 +31,12 @@ def serving_form(
     form: str,
     preferred: Sequence[str],
     batch: int | None,
-    image_loop: Literal["never", "asked", "default"] = "never",
+    loops: bool = False,
 ) -> ServingForm:
     """A copy of ``model``, which is in eval mode, for a graph.
 
-    form, preferred: see ``graph_forms.choose_forms``. batch: that of the graph, None for any. image_loop: see
-    ``runtimes.runtime_protocol.Runtime``.
+    form, preferred: see ``graph_forms.choose_forms``. batch: that of the graph, None for any. loops: whether the graph
+    may be for one image, in a loop over those of any batch.
     Only for tracing at that batch: the copy has no training mode and cannot be saved.
     """
     require_exact_experts(model, 'A file is made from exact experts: export(quantize="int8") rounds its own.')
@@ -45,12 +45,8 @@ def serving_form(
         return ServingForm(served, {}, False)
     if not folded_layers(served):
         fold(served, inplace=True, prove=False)  # whoever exports compares the outputs
-    cases = layer_cases(served, batch)
-    in_a_loop = batch is None and (
-        (form == "kernel" and image_loop != "never")
-        or (form == "auto" and image_loop == "default" and any(case.why_not("scale") for case in cases.values()))
-    )
-    cases = layer_cases(served, 1) if in_a_loop else cases
+    in_a_loop = batch is None and loops and _in_a_loop(served, form, preferred)
+    cases = layer_cases(served, 1 if in_a_loop else batch)
     forms = choose_forms(cases, form, preferred)
     make_routers_compact(served)
     for names, layer in named_layers(served, ConditionalConv2d):
@@ -62,6 +58,18 @@ def serving_form(
         else:
             layer.implementation = cases[name].implementation(forms[name])
     return ServingForm(served, forms, in_a_loop)
+
+
+def _in_a_loop(model: nn.Module, form: str, preferred: Sequence[str]) -> bool:
+    """Whether a graph for any batch is one for a single image in a loop: there a mixed kernel is an input of a plain
+    convolution. Static layers are faster in batches, so by default only where most layers are conditional."""
+    if form != "auto":
+        return form == "kernel"
+    static = sum(isinstance(module, nn.Conv2d) for module in model.modules())
+    return (
+        len(conditional_layers(model)) >= static
+        and "kernel" in choose_forms(layer_cases(model, 1), form, preferred).values()
+    )
 
 
 def _replace(model: nn.Module, names: Sequence[str], layer: nn.Module) -> None:

@@ -24,7 +24,7 @@ class Onnx(Runtime):
     name, suffix, extra = "onnx", ".onnx", "onnx"
     packages = ("onnx", "onnxscript", "onnxruntime")
     preferred: ClassVar[tuple[str, ...]] = ("scale", "kernel", "loop", "matmul", "sum", "taps", "grouped")
-    image_loop = "asked"
+    loops = True
 
     def write(self, model: nn.Module, request: Request, path: Path) -> dict[str, int]:
         program = onnx_program(model, request)

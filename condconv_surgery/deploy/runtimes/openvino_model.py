@@ -21,8 +21,8 @@ class OpenVino(Runtime):
     name, suffix, extra = "openvino", ".xml", "openvino"
     suffix_beside = ".bin"
     packages = ("openvino", "onnx", "onnxscript")
-    preferred = ("scale", "kernel", "matmul", "sum", "taps", "grouped")
-    image_loop = "default"  # with any batch its shapes are dynamic, outside of the loop
+    preferred = ("kernel", "scale", "matmul", "sum", "taps", "grouped")
+    loops = True
 
     def write(self, model: nn.Module, request: Request, path: Path) -> dict[str, int]:
         import openvino

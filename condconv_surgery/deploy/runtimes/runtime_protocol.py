@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -43,8 +43,7 @@ class Runtime:
     """Writes a model for one runtime and runs the file there.
 
     preferred: the forms of a conditional layer (``deploy.forms.graph_forms``) that it takes, best first.
-    image_loop: whether a graph for one image may stand in a loop over those of any batch: where kernels differ between
-    images by default, or where the form ``kernel`` is asked for.
+    loops: a graph for one image may stand in a loop over those of any batch.
     fixed_batch: its graph is for one batch, 1 if no other is asked for. fixed_size: and for one size.
     suffix: of its file. suffix_beside: of the file with the weights beside it, if any. extra, packages: of this
     package, and what they install.
@@ -58,7 +57,7 @@ class Runtime:
     preferred: ClassVar[tuple[str, ...]]
     fixed_batch: ClassVar[bool] = False
     fixed_size: ClassVar[bool] = False
-    image_loop: ClassVar[Literal["never", "asked", "default"]] = "never"
+    loops: ClassVar[bool] = False
 
     def write(self, model: nn.Module, request: Request, path: Path) -> dict[str, int]:
         """Write ``model`` to ``path``, with further files beside it; returns versions of the format to report."""
