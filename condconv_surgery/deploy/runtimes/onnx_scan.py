@@ -40,24 +40,33 @@ def loop_over_images(model: Any) -> None:
     graph = model.graph
     (given,), results, nodes = list(graph.inputs), list(graph.outputs), list(graph)
     constants = list(graph.initializers.values())
+    taken = {value.name for value in [given, *constants, *(out for node in graph.all_nodes() for out in node.outputs)]}
     graph.initializers.clear()
     graph.inputs.clear()
     graph.outputs.clear()
     graph.remove(nodes)
 
+    def free(name: str) -> str:
+        while name in taken:
+            name += "_"
+        taken.add(name)
+        return name
+
     def like(value: Any, name: str, *leading: str) -> Any:
         return ir.Value(name=name, shape=ir.Shape([*leading, *value.shape[1:]]), type=value.type)
 
-    one, axis = like(given, "one_image"), ir.node("Constant", [], {"value_ints": [0]})
+    one, axis = like(given, free("image")), ir.node("Constant", [], {"value_ints": [0]})
     unsqueeze = ir.node("Unsqueeze", [one, axis.outputs[0]])
+    images, outputs = like(given, given.name, "batch"), [like(result, result.name, "batch") for result in results]
     given.replace_all_uses_with(unsqueeze.outputs[0])
+    results = [unsqueeze.outputs[0] if result is given else result for result in results]
     squeezes = [ir.node("Squeeze", [result, axis.outputs[0]]) for result in results]
-    axis.outputs[0].name, unsqueeze.outputs[0].name = "image_axis", "batch_of_one"
-    images = like(given, given.name, "batch")
-    outputs = [like(result, result.name, "batch") for result in results]
-    for result, squeeze in zip(results, squeezes, strict=True):
-        squeeze.outputs[0].name, result.name = f"{result.name}_one", f"{result.name}_batch_of_one"
-        squeeze.outputs[0].shape, squeeze.outputs[0].type = ir.Shape(result.shape[1:]), result.type
+    axis.outputs[0].name, unsqueeze.outputs[0].name = free("image_axis"), free("batch_of_one")
+    for output, result, squeeze in zip(outputs, results, squeezes, strict=True):
+        own = squeeze.outputs[0]
+        own.name, own.shape, own.type = free(f"{output.name}_one"), ir.Shape(output.shape[1:]), output.type
+        if result is not unsqueeze.outputs[0]:
+            result.name = free(f"{output.name}_batch_of_one")  # its name is that of the graph's output now
     body = ir.Graph(
         [one],
         [squeeze.outputs[0] for squeeze in squeezes],
