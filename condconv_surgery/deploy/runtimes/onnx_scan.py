@@ -59,14 +59,12 @@ def loop_over_images(model: Any) -> None:
     unsqueeze = ir.node("Unsqueeze", [one, axis.outputs[0]])
     images, outputs = like(given, given.name, "batch"), [like(result, result.name, "batch") for result in results]
     given.replace_all_uses_with(unsqueeze.outputs[0])
-    results = [unsqueeze.outputs[0] if result is given else result for result in results]
     squeezes = [ir.node("Squeeze", [result, axis.outputs[0]]) for result in results]
     axis.outputs[0].name, unsqueeze.outputs[0].name = free("image_axis"), free("batch_of_one")
     for output, result, squeeze in zip(outputs, results, squeezes, strict=True):
         own = squeeze.outputs[0]
         own.name, own.shape, own.type = free(f"{output.name}_one"), ir.Shape(output.shape[1:]), output.type
-        if result is not unsqueeze.outputs[0]:
-            result.name = free(f"{output.name}_batch_of_one")  # its name is that of the graph's output now
+        result.name = free(f"{output.name}_batch_of_one")  # its name is that of the graph's output now
     body = ir.Graph(
         [one],
         [squeeze.outputs[0] for squeeze in squeezes],
