@@ -80,8 +80,8 @@ def to_markdown(rows: list[Row]) -> str:
         f"{platform.python_version()}, on the CPU.\n",
         "All layers are converted but the stem and those over 1x1 maps. Weights and routers are random: experts "
         f"differ, and gates vary between images. Images of {SIDE} pixels, float32.\n",
-        "- forms: how many layers have each [form](../how-to/deploy.md#export-to-a-runtime), as the exporter chose when "
-        "the row was tried.",
+        "- forms: how many layers have each [form](../how-to/deploy.md#export-to-a-runtime), as the exporter chose "
+        "when the row was tried.",
         f"- file / weights: bytes of the file over those of the converted model's weights, at most {MAX_RATIO}, "
         "and 2 MB more in `pt2`, which writes its graph as text.",
         "- difference: the largest between model and file, relative to the largest output of the input, at most "
