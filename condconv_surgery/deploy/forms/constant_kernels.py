@@ -8,12 +8,13 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from condconv_surgery.layers import ConditionalConv2d, ConditionalLinear
+from condconv_surgery.deploy.forms.served_layer import ServedLayer
+from condconv_surgery.layers import ConditionalConv2d
 from condconv_surgery.ops.mixture import Mixture
 
 
-class ConstantKernels(nn.Module):
-    """Gated sums of static convolutions, scaled for each channel; for inference. Shapes as ``ConditionalConv2d``.
+class ConstantKernels(ServedLayer):
+    """Gated sums of static convolutions, scaled for each channel.
 
         y_b = out_scale_b * sum_e gate[b,e] * conv(in_scale_b * x_b, W_e) + bias_b
 
@@ -26,9 +27,7 @@ class ConstantKernels(nn.Module):
     """
 
     def __init__(self, layer: ConditionalConv2d[Any], by_position: bool) -> None:
-        super().__init__()
-        self.router, self.geometry = layer.router, layer.geometry
-        self.is_linear = isinstance(layer, ConditionalLinear)
+        super().__init__(layer)
         experts = layer.weight.detach()
         if layer.standardisation is not None:  # of a single kernel it is a constant
             experts, _ = layer.standardisation(experts, Mixture())
@@ -37,15 +36,9 @@ class ConstantKernels(nn.Module):
         self.kernels: Any = nn.ModuleList(  # of each expert one, or one for each position
             nn.ParameterList(part.reshape(*part.shape[:2], *shape).clone() for part in parts) for parts in kernels
         )
-        self.bias, self.ungated_bias = layer.bias, layer.ungated_bias
 
-    def forward(self, x: Tensor, mixture: Mixture | None = None) -> Tensor:
-        """x: [B, I, H, W], or [B, I] in the place of an ``nn.Linear``. mixture: see ``ConditionalConv2d``."""
-        if self.is_linear:
-            x = x[:, :, None, None]
-        if mixture is None:
-            assert self.router is not None
-            mixture = self.router(x)
+    def convolve(self, x: Tensor, mixture: Mixture) -> Tensor:
+        """See ``ServedLayer``."""
         gate, spatial, in_scale, out_scale = mixture
         if in_scale is not None:
             x = x * in_scale[:, :, None, None]
@@ -56,8 +49,7 @@ class ConstantKernels(nn.Module):
         y = _sum(parts)
         if out_scale is not None:
             y = y * out_scale[:, :, None, None]
-        y = y if fused is not None else self._add_bias(y, gate)
-        return y.flatten(1) if self.is_linear else y
+        return y if fused is not None else self._add_bias(y, gate)
 
     def _convolve(self, x: Tensor, bias: Tensor | None) -> list[Tensor]:
         x, arguments = self.geometry.pad(x)
