@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from PIL import Image
@@ -51,11 +52,7 @@ class EvaluationTransform:
         resized = tv.resize(
             image, self._covering(image), interpolation=InterpolationMode(spec.interpolation), antialias=True
         )
-        cropped = tv.center_crop(resized, [spec.height, spec.width])
-        # PIL's layout is [H, W, C], in which a normalisation by channel takes three times as long
-        pixels = tv.to_dtype(tv.pil_to_tensor(cropped), torch.float32, scale=True).contiguous()
-        normalised: Tensor = tv.normalize(pixels, list(spec.mean), list(spec.std), inplace=True)
-        return normalised
+        return normalised(tv.center_crop(resized, [spec.height, spec.width]), spec)
 
     def _covering(self, image: Image.Image) -> list[int]:
         """``[height, width]`` of the resized image, or ``[side]`` of its shorter side where that is equivalent."""
@@ -65,6 +62,13 @@ class EvaluationTransform:
             return [tall]
         scale = max(tall / image.height, wide / image.width)
         return [max(tall, round(image.height * scale)), max(wide, round(image.width * scale))]
+
+
+def normalised(image: Image.Image, spec: InputSpec) -> Tensor:
+    """``(value - mean) / std`` by channel of values in [0, 1]: an image of 8 bits -> float32 [C, H, W]."""
+    # PIL's layout is [H, W, C], in which a normalisation by channel takes three times as long
+    pixels = tv.to_dtype(tv.pil_to_tensor(image), torch.float32, scale=True).contiguous()
+    return cast(Tensor, tv.normalize(pixels, list(spec.mean), list(spec.std), inplace=True))
 
 
 def to_channels(image: Image.Image, channels: int = 3) -> Image.Image:

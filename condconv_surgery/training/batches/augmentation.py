@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import cast
 
-import torch
 from torch import Tensor
 from torchvision.transforms import InterpolationMode, v2
 
 from condconv_surgery.data.image_dataset import Transform
-from condconv_surgery.models.preprocess import REDUCING_GAP
+from condconv_surgery.models.preprocess import REDUCING_GAP, normalised
 from condconv_surgery.recipe import InputSpec
 from condconv_surgery.recipe.training_sections import AugmentOptions
 
@@ -34,9 +34,7 @@ def training_transform(spec: InputSpec, options: AugmentOptions) -> Transform:
         steps.append(v2.RandAugment(magnitude=options.magnitude))
     elif options.policy == "trivialaugment":
         steps.append(v2.TrivialAugmentWide())
-    # PIL's layout is [H, W, C], in which a normalisation by channel takes three times as long
-    steps += [v2.PILToTensor(), v2.ToDtype(torch.float32, scale=True), torch.Tensor.contiguous]
-    steps.append(v2.Normalize(spec.mean, spec.std, inplace=True))
+    steps.append(partial(normalised, spec=spec))
     if options.erasing:
         steps.append(v2.RandomErasing(options.erasing))
     return cast(Transform, v2.Compose(steps))
