@@ -24,7 +24,7 @@ from condconv_surgery.deploy.check_request import (
 from condconv_surgery.deploy.deployment_images import DeploymentImages, deployment_images
 from condconv_surgery.deploy.detectors import DetectorGraph, is_detector
 from condconv_surgery.deploy.file_accuracy import in_batches, top1_of_file
-from condconv_surgery.deploy.file_proof import is_batch_first, proven, require_exportable
+from condconv_surgery.deploy.file_proof import proven, require_exportable
 from condconv_surgery.deploy.forms.serving_form import serving_form
 from condconv_surgery.deploy.mean_mixtures import top1
 from condconv_surgery.deploy.runtimes.litert_model import LiteRt
@@ -128,14 +128,15 @@ def export(
     original.eval()  # returns None where a model's own train() does
     inputs = _detector_images(spec) if detector else _inputs(spec, batch, dynamic_size)
     images = inputs[0] if batch else _images(2, spec.channels, spec.height, spec.width)
-    require_exportable(DetectorGraph(original) if detector else original, images)
+    outputs = require_exportable(DetectorGraph(original) if detector else original, images)
     if dynamic_size:
         require_traceable_sizes(original)
         inputs += _of_odd_sizes(original, spec, batch)
     images_of = DeploymentImages([], []) if data is None else deployment_images(original, data, limit, spec)
     calibration, labelled, scored_on = images_of
     require_sizes(calibration, spec, dynamic_size)
-    loops = runtime.loops and batch is None and is_batch_first(original, images)
+    row_by_row = all(output.dim() and len(output) == len(images) for output in outputs)
+    loops = runtime.loops and batch is None and row_by_row
     served, forms, in_a_loop = serving_form(
         original, form=form, preferred=preferred, batch=None if detector else batch, loops=loops
     )

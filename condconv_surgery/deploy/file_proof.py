@@ -44,8 +44,8 @@ class FileProof:
 
 
 @torch.no_grad()
-def require_exportable(model: nn.Module, images: Tensor) -> None:
-    """Raise ``SurgeryError`` for a model, in eval mode, whose file could not be written or compared.
+def require_exportable(model: nn.Module, images: Tensor) -> list[Tensor]:
+    """The outputs. Raises ``SurgeryError`` for a model, in eval mode, whose file could not be written or compared.
 
     images: a batch for it, [B, C, H, W].
     """
@@ -68,12 +68,7 @@ def require_exportable(model: nn.Module, images: Tensor) -> None:
             "No file can be compared with that.",
             "weights from before training diverged",
         )
-
-
-@torch.no_grad()
-def is_batch_first(model: nn.Module, images: Tensor) -> bool:
-    """Whether each output of the model has a row for each of at least two images [B, C, H, W]."""
-    return all(output.dim() and len(output) == len(images) for output in output_tensors(model(images)))
+    return outputs
 
 
 def proven(prove: Callable[[], FileProof], dynamic_size: bool) -> FileProof:
