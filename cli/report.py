@@ -22,8 +22,6 @@ if TYPE_CHECKING:
     from condconv_surgery.reporting import Comparison, Report
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
-IMAGES, BATCH, DEVICE = 1000, 8, "cpu"
-"""Defaults."""
 
 OF_MODELS = (
     *("data", "limit", "latency", "batch", "device", "dtype", "round_experts", "original", "html", "plots"),
@@ -46,14 +44,14 @@ def report(
             help="Images for accuracy and gates, as finetune reads them, or a run's folder: its validation images."
         ),
     ] = None,
-    limit: Annotated[int, typer.Option(help="Largest number of images, equally many of each class.")] = IMAGES,
+    limit: Annotated[int, typer.Option(help="Largest number of images, equally many of each class.")] = 1000,
     latency: Annotated[
         bool | None,
         typer.Option(
             "--latency/--no-latency", help="Also measure latency, alternating with the original. Default: for --html."
         ),
     ] = None,
-    batch: Annotated[int, typer.Option(help="Second batch size for memory and latency, beside 1.")] = BATCH,
+    batch: Annotated[int, typer.Option(help="Second batch size for memory and latency, beside 1.")] = 8,
     runtime: Annotated[
         str | None,
         typer.Option(
@@ -61,7 +59,7 @@ def report(
             f"runtime takes both: {', '.join(TARGETS)}."
         ),
     ] = None,
-    device: Annotated[str, typer.Option(help="Where to run: cpu, cuda, cuda:1.")] = DEVICE,
+    device: Annotated[str, typer.Option(help="Where to run: cpu, cuda, cuda:1.")] = "cpu",
     dtype: Annotated[
         str | None, typer.Option(help=f"Of weights and input: {', '.join(DTYPES)}. Default: that of the file.")
     ] = None,
@@ -90,9 +88,9 @@ def report(
         raise unknown_name("dtype", dtype, DTYPES, "--dtype bfloat16")
     precision = require_precision(round_experts)
     _require_writable(html, plots)
-    if runtime is not None and runtime not in TARGETS:
-        raise unknown_name("runtime", runtime, TARGETS, "--runtime onnx")
     if runtime is not None:
+        if runtime not in TARGETS:
+            raise unknown_name("runtime", runtime, TARGETS, "--runtime onnx")
         _require_only_latency(ctx)
 
     def load(spec: str, precision: Rounded | None = precision) -> nn.Module:
